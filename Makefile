@@ -1,0 +1,55 @@
+# make demo   a picture from a prompt: on one device, and on two
+# make test   everything that a change must keep green (minutes on two cores)
+# The first target that needs it builds .venv; only Python 3.11+ has to be there.
+
+PYTHON ?= python3
+PY     := .venv/bin/python
+TORCH  ?= torch==2.13.0
+
+# PyPI's torch for Linux brings gigabytes of CUDA libraries. Without an NVIDIA driver take PyTorch's CPU builds instead, unless
+# the environment says where wheels come from. Another CUDA version: make demo TORCH_INDEX=https://download.pytorch.org/whl/cu130
+ifeq ($(PIP_FIND_LINKS)$(PIP_INDEX_URL)$(PIP_EXTRA_INDEX_URL)$(shell command -v nvidia-smi),)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow bench lint format train-demo clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+.venv: .venv/.stamp
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("fxpass needs Python 3.11 or later: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PY) -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+demo: .venv/.stamp  ## a picture from a prompt, on one device and on two
+	$(PY) -m fxpass.tools.demo
+
+test: .venv/.stamp  ## the tests, without the slow ones
+	$(PY) -m pytest
+
+slow: .venv/.stamp  ## the slow tests: whole models, many ranks
+	$(PY) -m pytest -m slow --timeout=1800
+
+bench: .venv/.stamp  ## speed and traffic against the unsplit model
+	$(PY) -m benchmarks.run
+
+lint: .venv/.stamp  ## ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format: .venv/.stamp  ## format, and mend what ruff can mend
+	$(PY) -m ruff check --fix --quiet . || true
+	$(PY) -m ruff format .
+
+train-demo: .venv/.stamp  ## train the demo pipeline anew
+	$(PY) -m fxpass.tools.train_demo
+
+clean:  ## remove the environment and everything that was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

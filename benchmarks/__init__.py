@@ -1,0 +1,1 @@
+"""What the speed and the exactness are measured with."""

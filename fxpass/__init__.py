@@ -1,0 +1,1 @@
+"""Make any diffusion denoiser patch-parallel."""

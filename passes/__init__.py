@@ -1,0 +1,1 @@
+"""The passes of the compiler, in the order in which they run."""

@@ -1,0 +1,1 @@
+"""How each operator family carries a layout from its inputs to its output."""

@@ -1,0 +1,1 @@
+"""Run a plan: process groups, executors, stale state."""

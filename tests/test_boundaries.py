@@ -1,0 +1,119 @@
+"""The folders keep their order, and models are named in one place only: read from the sources, nothing is imported."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = {"ir", "capture", "passes"}
+MAY_IMPORT = {
+    "ir": {"ir"},
+    "capture": {"ir", "capture"},
+    "passes": COMPILER,
+    "runtime": COMPILER | {"runtime"},
+    "models": COMPILER | {"models"},
+    "front": COMPILER | {"runtime", "models", "front"},  # fxpass/*.py: api and what stands beside it
+    "tools": COMPILER | {"runtime", "models", "front", "tools"},
+}
+FOLDERS = {
+    "ir": "fxpass/ir",
+    "capture": "fxpass/capture",
+    "passes": "passes",
+    "runtime": "runtime",
+    "models": "models",
+    "front": "fxpass",
+    "tools": "tools",
+}
+
+# Unmistakable names are found anywhere in a word, the short ones only where one starts: `edit` is no model.
+MODEL_NAME = re.compile(
+    r"(?i:unet|sdxl|pixart|mmdit|hunyuan|cogv(?:ideo|iew)|stable_?(?:diffusion|audio|cascade)|auraflow|hidream|omnigen|qwen"
+    r"|lumina|kandinsky|controlnet|easyanimate|skyreels|autoencoder_?kl)"
+    r"|(?<![A-Za-z])(?i:dit|flux2?|wan|sana|sd3|ltxv?|mochi|cosmos|allegro|latte|chroma|bria|uvit|z_?image)(?![a-z])"
+)
+
+
+def sources(part: str) -> Iterator[Path]:
+    folder = ROOT / FOLDERS[part]
+    return iter(sorted(folder.glob("*.py") if part == "front" else folder.rglob("*.py")))
+
+
+def module_name(path: Path) -> list[str]:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = parts if parts[0] == "fxpass" else ["fxpass", *parts]
+    return parts if parts[-1] != "__init__" else parts[:-1]
+
+
+def imported(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of everything that a file imports, `from a import b` as a.b."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path)[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+
+
+def part_of(name: str) -> str | None:
+    """The folder that a dotted name belongs to, None outside the project."""
+    parts = name.split(".")
+    if parts[0] != "fxpass":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "front"
+
+
+def code_only(tree: ast.Module) -> str:
+    """The source without comments and docstrings, which may give a real model as an example."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("part", FOLDERS)
+def test_imports_go_downwards_only(part: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources(part)
+        for line, name in imported(path, ast.parse(path.read_text()))
+        if (target := part_of(name)) is not None and target not in MAY_IMPORT[part]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("part", FOLDERS)
+def test_the_folders_are_imported_under_the_package_name(part: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources(part)
+        for line, name in imported(path, ast.parse(path.read_text()))
+        if name.split(".")[0] in {"passes", "runtime", "models", "tools", "tests", "benchmarks"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("part", ["front", "ir", "capture", "passes", "runtime"])
+def test_no_model_is_named_outside_models(part: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {match.group()} in `{line.strip()}`"
+        for path in sources(part)
+        for line in code_only(ast.parse(path.read_text())).splitlines()
+        if (match := MODEL_NAME.search(line))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("text", ["UNet2DConditionModel", "is_flux", "MMDiT", "DiTTransformer2D", "'wan'", "sd3_rope"])
+def test_a_model_name_is_recognised(text: str) -> None:
+    assert MODEL_NAME.search(text)
+
+
+@pytest.mark.parametrize("text", ["edit", "audit_log", "condition", "wanted", "influx", "latter", "ConditionError"])
+def test_an_ordinary_word_is_no_model_name(text: str) -> None:
+    assert not MODEL_NAME.search(text)
