@@ -1,0 +1,372 @@
+"""The small zoo: one tiny, seeded model per architecture, with inputs of any height, for the exactness tests.
+
+Constant-initialised parameters (zero gates, unit norms, zero biases) are randomised, so that no error can hide
+behind a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from .inputs import Draw, Size, example_inputs
+from .wrappers import Decode, Encode
+
+
+@torch.no_grad()
+def randomise_constants(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give random values to every parameter whose elements are all equal; returns `module`, changed in place.
+
+    Ones and other constants c become `c * (1 + 0.2 * randn)`; zero vectors become `0.2 * randn`, zero matrices
+    and kernels `randn / sqrt(fan in)`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        first = parameter.flatten()[0]
+        if not torch.equal(parameter, first.expand_as(parameter)):
+            continue
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        if first != 0:
+            parameter.mul_(1 + 0.2 * noise)
+        else:
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
+            parameter.copy_(noise / fan_in**0.5)
+    return module
+
+
+@dataclass(frozen=True)
+class Case:
+    """One small model.
+
+    Attributes:
+        name: unique name, usable as a test id.
+        model: makes the module (its initial values come from torch's global generator).
+        multiple: latent heights and widths must be multiples of this.
+        square: the model takes only as many columns as rows.
+        frames: latent frames of a video model.
+        text: text tokens; `None` where the model takes no text or fixes its length.
+        extra: adds inputs to the recipe's, from `(module, size, draw)`.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    multiple: int = 1
+    square: bool = False
+    frames: int = 1
+    text: int | None = 7
+    extra: Callable[[Any, Size, Draw], dict[str, Any]] | None = field(default=None, repr=False)
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The module in eval mode and float32; equal seeds give equal values."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = self.model()
+        return randomise_constants(module, seed).eval().requires_grad_(False)
+
+    def inputs(
+        self, rows: int = 32, batch: int = 1, seed: int = 0, *, cols: int = 16, module: nn.Module | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments for one call on a `rows` x `cols` latent (`rows` x `rows` if `square`).
+
+        Args:
+            module: spares a build where the caller has one already; only its `config` is read.
+
+        Raises:
+            ValueError: the model does not take this height or width.
+        """
+        cols = rows if self.square else cols
+        if rows % self.multiple or cols % self.multiple:
+            raise ValueError(f"{self.name} takes multiples of {self.multiple}, not {rows} x {cols}")
+        module = module or self.build()
+        inputs = example_inputs(module, rows, cols, batch=batch, frames=self.frames, text=self.text, seed=seed)
+        if self.extra is not None:
+            draw = Draw(torch.float32, torch.device("cpu"), torch.Generator().manual_seed(seed + 1))
+            inputs |= self.extra(module, Size(rows, cols, batch, self.frames, self.text), draw)
+        return inputs
+
+
+# ---------------------------------------------------------------------------------------------------- UNets
+
+_sd_config: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+_sd_ups = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+_sdxl_config: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 1, 2],
+    "cross_attention_dim": 24,
+    "attention_head_dim": [2, 4, 4],
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 20,
+}
+
+
+def _unet_sd() -> nn.Module:
+    return diffusers.UNet2DConditionModel(**_sd_config, up_block_types=_sd_ups)
+
+
+def _unet_sdxl() -> nn.Module:
+    return diffusers.UNet2DConditionModel(**_sdxl_config)
+
+
+def _unet_2d() -> nn.Module:
+    return diffusers.UNet2DModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+def _unet_2d_resnet() -> nn.Module:
+    """ADM's choices: down- and upsampling inside residual blocks, scale-shift norms, no padding, class labels."""
+    return diffusers.UNet2DModel(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32),
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        downsample_padding=0,
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=10,
+    )
+
+
+def _unet_3d() -> nn.Module:
+    return diffusers.UNet3DConditionModel(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+def _unet_motion() -> nn.Module:
+    return diffusers.UNetMotionModel(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=8,
+        norm_num_groups=8,
+    )
+
+
+def _controlnet() -> nn.Module:
+    return diffusers.ControlNetModel(**_sd_config, conditioning_embedding_out_channels=(8, 8, 8, 16))
+
+
+def _controlnet_residuals(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
+    """What a ControlNet adds to `unet`: one `[B, C, h, w]` for each of its skips and one for its middle."""
+    config, rows, cols = unet.config, size.rows, size.cols
+    shapes = [(config.block_out_channels[0], rows, cols)]
+    for level, channels in enumerate(config.block_out_channels):
+        shapes += [(channels, rows, cols)] * config.layers_per_block
+        if level + 1 < len(config.block_out_channels):
+            rows, cols = -(-rows // 2), -(-cols // 2)
+            shapes.append((channels, rows, cols))
+    return {
+        "down_block_additional_residuals": tuple(draw.normal(size.batch, *shape) for shape in shapes),
+        "mid_block_additional_residual": draw.normal(size.batch, *shapes[-1]),
+    }
+
+
+# --------------------------------------------------------------------------------------------- transformers
+
+
+def _dit() -> nn.Module:
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=2,
+        out_channels=8,
+        num_embeds_ada_norm=10,
+        sample_size=16,
+    )
+
+
+def _pixart(additional: bool) -> nn.Module:
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=3,
+        attention_head_dim=12,
+        num_layers=2,
+        cross_attention_dim=36,
+        caption_channels=24,
+        sample_size=16,
+        use_additional_conditions=additional,
+    )
+
+
+def _sd3(**options: Any) -> nn.Module:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=20,
+        pos_embed_max_size=64,
+        **options,
+    )
+
+
+def _flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def _hunyuan_dit() -> nn.Module:
+    return diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=16,
+        hidden_size=32,
+        num_layers=4,
+        cross_attention_dim=24,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        text_len=5,
+        text_len_t5=6,
+    )
+
+
+def _sana() -> nn.Module:
+    return diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=24,
+        sample_size=16,
+    )
+
+
+def _wan() -> nn.Module:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=16,
+        ffn_dim=48,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+
+
+def _cogvideox(rotary: bool) -> nn.Module:
+    return diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=24,
+        num_layers=2,
+        sample_width=16,
+        sample_height=32,
+        sample_frames=5,
+        max_text_seq_length=7,
+        use_rotary_positional_embeddings=rotary,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- VAEs
+
+
+def _vae() -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+
+
+cases: tuple[Case, ...] = (
+    Case("unet_sd", _unet_sd),
+    Case("unet_sdxl", _unet_sdxl),
+    Case("unet_sd_controlled", _unet_sd, extra=_controlnet_residuals),
+    Case("controlnet", _controlnet),
+    Case("unet_2d", _unet_2d, multiple=4),
+    Case("unet_2d_resnet", _unet_2d_resnet, multiple=2),
+    Case("unet_3d", _unet_3d, frames=3),
+    Case("unet_motion", _unet_motion, frames=3),
+    Case("dit", _dit, multiple=2, square=True, text=None),
+    Case("pixart_alpha", lambda: _pixart(additional=True), multiple=2),
+    Case("pixart_sigma", lambda: _pixart(additional=False), multiple=2),
+    Case("sd3", _sd3, multiple=2),
+    Case("sd35", lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"), multiple=2),
+    Case("flux", _flux, multiple=2),
+    Case("hunyuan_dit", _hunyuan_dit, multiple=2, text=None),
+    Case("sana", _sana),
+    Case("wan", _wan, multiple=2, frames=3),
+    Case("cogvideox_2b", lambda: _cogvideox(rotary=False), multiple=2, frames=2),
+    Case("cogvideox_5b", lambda: _cogvideox(rotary=True), multiple=2, frames=2),
+    Case("vae_decode", lambda: Decode(_vae())),
+    Case("vae_encode", lambda: Encode(_vae())),
+)
+
+
+def case(name: str) -> Case:
+    """The case of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {each.name: each for each in cases}[name]
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """All tensors of a model's output (a tensor, a tuple or a dataclass), in order."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
