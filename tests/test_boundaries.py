@@ -69,10 +69,9 @@ def part_of(name: str) -> str | None:
 
 def code_only(tree: ast.Module) -> str:
     """The source without comments and docstrings, which may give a real model as an example."""
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = node.body[ast.get_docstring(node) is not None :] or [ast.Pass()]
     return ast.unparse(tree)
 
 
