@@ -1,0 +1,255 @@
+"""Law 2: what ranks tell each other, as pure data, with the two local halves of every exchange.
+
+An exchange computes `y_r = f_r(x_0 … x_{n-1})`. It is declared once for all ranks and done in three steps::
+
+    pack(r, x_r)  ->  one payload for each other rank
+    (transport: lockstep, gloo, NCCL — knows nothing of layouts)
+    unpack(r, x_r, received)  ->  y_r
+
+`unpack` never looks at the own payload, only at the own value: so a displaced exchange (law 4) is the same
+`unpack` on the fresh own value and last step's `received`.
+
+    Fetch(have -> want)    halos, keys and values, realignment, the output: rows move along one dim
+    Moments                (mean, M2) merged by Chan's formula; biased variance, as torch's group norm
+    Reduce                 sums, maxima, minima of partial results, in rank order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, Rows, routes
+from .ops import index_tensor, take
+
+Role = Literal[
+    "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output"
+]  #: why an exchange is there; the kinds that may be displaced come first
+Payloads = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One declared exchange. `shape` is the whole operand's (for partial results: every rank's own) shape."""
+
+    role: Role
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    world: int
+    reason: str = ""
+
+    def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
+        """What rank `src` sends to rank `dst`; no elements where nothing is sent."""
+        raise NotImplementedError
+
+    def pack(self, rank: int, x: Tensor) -> Payloads:
+        """The payload for each rank, from rank `rank`'s own value; None where there is nothing to send."""
+        raise NotImplementedError
+
+    def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
+        """Rank `rank`'s result, from its own value and the payload of each other rank."""
+        raise NotImplementedError
+
+    @cached_property
+    def broadcast(self) -> bool:
+        """Whether every rank sends the same payload to all others (an all-gather serves)."""
+        raise NotImplementedError
+
+    @cached_property
+    def _numels(self) -> tuple[tuple[int, ...], ...]:
+        ranks = range(self.world)
+        return tuple(
+            tuple(0 if src == dst else prod(self.payload_shape(src, dst)) for src in ranks) for dst in ranks
+        )
+
+    def numel(self, src: int, dst: int) -> int:
+        """Elements sent from `src` to `dst`."""
+        return self._numels[dst][src]
+
+    def received(self, rank: int) -> int:
+        """Bytes that `rank` receives."""
+        return sum(self._numels[rank]) * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Bytes received by all ranks together."""
+        return sum(self.received(rank) for rank in range(self.world))
+
+    @property
+    def messages(self) -> int:
+        """Ordered pairs of ranks between which something travels."""
+        return sum(n > 0 for row in self._numels for n in row)
+
+
+@dataclass(frozen=True)
+class Fetch(Exchange):
+    """Turn a value laid out by `have` along `dim` into one laid out by `want`.
+
+    Rank k's result may be framed by `before[k]` and `after[k]` rows of `fill`: the zero padding of a convolution
+    at the border of the picture, made in the same copy as the halo::
+
+              rank 0            rank 1            rank 2
+          0 | a a a | b     a | b b b | c     b | c c c | 0
+    """
+
+    dim: int = 0
+    have: tuple[Rows, ...] = ()
+    want: tuple[Rows, ...] = ()
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    fill: float = 0.0
+
+    @cached_property
+    def _routes(self) -> tuple[tuple[Rows, ...], ...]:
+        return routes(self.have, self.want)
+
+    def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
+        return (*self.shape[: self.dim], len(self._routes[dst][src]), *self.shape[self.dim + 1 :])
+
+    @cached_property
+    def broadcast(self) -> bool:
+        table = self._routes
+        return all(
+            table[dst][src] == self.have[src] for dst in range(self.world) for src in range(self.world) if src != dst
+        )
+
+    def pack(self, rank: int, x: Tensor) -> Payloads:
+        result: Payloads = []
+        for dst in range(self.world):
+            rows = self._routes[dst][rank]
+            send = dst != rank and bool(rows.runs)
+            result.append(take(x, self.dim, self.have[rank].locate(rows)) if send else None)
+        return result
+
+    def framed(self, rank: int) -> tuple[int, int]:
+        """Rows of fill before and after rank `rank`'s result."""
+        return (self.before[rank], self.after[rank]) if self.before else (0, 0)
+
+    def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
+        want = self.want[rank]
+        before, after = self.framed(rank)
+        if not before and not after and want == self.have[rank]:
+            return x
+        rows = before + len(want) + after
+        shape = (*x.shape[: self.dim], rows, *x.shape[self.dim + 1 :])
+        result = x.new_empty(shape)
+        if before:
+            result.narrow(self.dim, 0, before).fill_(self.fill)
+        if after:
+            result.narrow(self.dim, rows - after, after).fill_(self.fill)
+        for src, part in enumerate(self._routes[rank]):
+            if not part.runs:
+                continue
+            if src == rank:
+                payload = take(x, self.dim, self.have[rank].locate(part))
+            else:
+                sent = received[src]
+                assert sent is not None, f"rank {rank} got nothing from rank {src}"
+                payload = sent
+            where = want.locate(part).shift(before)
+            if where.contiguous:
+                result.narrow(self.dim, where.start, len(where)).copy_(payload)
+            else:
+                result.index_copy_(self.dim, index_tensor(where, x.device), payload)
+        return result
+
+    def result_layout(self, size: int) -> Layout:
+        """The layout after the exchange, for a dim of `size` rows (fill not counted)."""
+        if all(len(rows) == size for rows in self.want):
+            return Layout()
+        return Layout(self.dim, self.want)
+
+    def __str__(self) -> str:
+        have, want = (sorted({len(rows) for rows in side}) for side in (self.have, self.want))
+        frame = " framed" if any(self.before) or any(self.after) else ""
+        return f"{self.role}(dim {self.dim}: {_sizes(have)} -> {_sizes(want)} of {self.shape[self.dim]} rows{frame})"
+
+
+@dataclass(frozen=True)
+class Moments(Exchange):
+    """Merge `stack([mean, M2])` of each rank's `counts[k]` elements into `stack([mean, biased variance])` of all.
+
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979);
+    merged in rank order on every rank, so that all ranks get the same bits.
+    """
+
+    counts: tuple[int, ...] = ()
+
+    def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
+        return self.shape
+
+    @cached_property
+    def broadcast(self) -> bool:
+        return True
+
+    def pack(self, rank: int, x: Tensor) -> Payloads:
+        return [None if dst == rank else x for dst in range(self.world)]
+
+    def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
+        total = 0
+        mean = m2 = torch.zeros_like(x[0])
+        for part, count in zip(in_rank_order(rank, x, received), self.counts, strict=True):
+            if count == 0:
+                continue
+            delta = part[0] - mean
+            mean = mean + delta * (count / (total + count))
+            m2 = m2 + part[1] + delta * delta * (total * count / (total + count))
+            total += count
+        return torch.stack([mean, m2 / total])
+
+    def __str__(self) -> str:
+        return f"moments({'x'.join(map(str, self.shape[1:]))} of {sum(self.counts)} elements)"
+
+
+@dataclass(frozen=True)
+class Reduce(Exchange):
+    """Partial results of the ranks, reduced in rank order (sums in float32 at least)."""
+
+    op: Literal["sum", "amax", "amin"] = "sum"
+
+    def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
+        return self.shape
+
+    @cached_property
+    def broadcast(self) -> bool:
+        return True
+
+    def pack(self, rank: int, x: Tensor) -> Payloads:
+        return [None if dst == rank else x for dst in range(self.world)]
+
+    def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
+        parts = in_rank_order(rank, x, received)
+        if self.op == "sum":
+            wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+            total = parts[0].to(wide)
+            for part in parts[1:]:
+                total = total + part.to(wide)
+            return total.to(x.dtype)
+        reduce = torch.maximum if self.op == "amax" else torch.minimum
+        result = parts[0]
+        for part in parts[1:]:
+            result = reduce(result, part)
+        return result
+
+    def __str__(self) -> str:
+        return f"{self.op}({'x'.join(map(str, self.shape))})"
+
+
+def in_rank_order(rank: int, x: Tensor, received: Payloads) -> list[Tensor]:
+    """The parts of all ranks, the own one in its place."""
+    parts: list[Tensor] = []
+    for src, payload in enumerate(received):
+        part = x if src == rank else payload
+        assert part is not None, f"rank {rank} got nothing from rank {src}"
+        parts.append(part)
+    return parts
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}..{sizes[-1]}"

@@ -1,0 +1,284 @@
+"""Law 1: a value is whole on every rank, or split along one dim, where rank k holds `whole.index_select(dim, rows[k])`.
+
+`Rows` is an ascending set of positions, kept as a few runs and never as a big array::
+
+    Run(start=4, length=2, stride=8, count=3)   ->   4 5 . . . . . . 12 13 . . . . . . 20 21
+
+which is what the middle rows of three frames look like once frames x rows x columns are flattened to tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """`count` blocks of `length` consecutive positions, the first at `start`, each `stride` after the one before."""
+
+    start: int
+    length: int
+    stride: int = 0
+    count: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.length * self.count
+
+    def __str__(self) -> str:
+        block = f"{self.start}:{self.start + self.length}"
+        return block if self.count == 1 else f"{self.count}x({block})+{self.stride}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An ascending set of global positions along one dim."""
+
+    runs: tuple[Run, ...]
+
+    @staticmethod
+    def interval(start: int, stop: int) -> Rows:
+        """The positions start, start+1, …, stop-1."""
+        return Rows((Run(start, stop - start),)) if stop > start else Rows(())
+
+    @staticmethod
+    def of(positions: Iterable[int] | np.ndarray) -> Rows:
+        """Compress a set of positions; equal sets give equal `Rows`."""
+        array = np.unique(np.asarray(positions, dtype=np.int64))
+        if array.size == 0:
+            return Rows(())
+        breaks = np.flatnonzero(np.diff(array) != 1)
+        starts = array[np.concatenate(([0], breaks + 1))]
+        lengths = np.diff(np.concatenate(([-1], breaks, [array.size - 1])))
+        runs: list[Run] = []
+        i = 0
+        while i < len(starts):
+            j = i + 1
+            if j < len(starts) and lengths[j] == lengths[i]:
+                stride = starts[j] - starts[i]
+                while j < len(starts) and lengths[j] == lengths[i] and starts[j] - starts[j - 1] == stride:
+                    j += 1
+                runs.append(Run(int(starts[i]), int(lengths[i]), int(stride), j - i))
+            else:
+                runs.append(Run(int(starts[i]), int(lengths[i])))
+            i = j
+        return Rows(tuple(runs))
+
+    def __len__(self) -> int:
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
+        return sum(run.size for run in self.runs)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.runs)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def array(self) -> np.ndarray:
+        """The positions, ascending, `int64`."""
+        return _positions(self)
+
+    @property
+    def start(self) -> int:
+        """The first position."""
+        return self.runs[0].start
+
+    @property
+    def stop(self) -> int:
+        """One past the last position."""
+        last = self.runs[-1]
+        return last.start + last.stride * (last.count - 1) + last.length
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the set is one interval."""
+        return len(self.runs) == 1 and self.runs[0].count == 1
+
+    def shift(self, offset: int) -> Rows:
+        return Rows(tuple(Run(r.start + offset, r.length, r.stride, r.count) for r in self.runs))
+
+    def __and__(self, other: Rows) -> Rows:
+        return _combine("and", self, other)
+
+    def __or__(self, other: Rows) -> Rows:
+        return _combine("or", self, other)
+
+    def __sub__(self, other: Rows) -> Rows:
+        return _combine("sub", self, other)
+
+    def __le__(self, other: Rows) -> bool:
+        return len(self & other) == len(self)
+
+    def index(self, subset: Rows) -> np.ndarray:
+        """Where the positions of `subset` stand among these."""
+        return _index(self, subset)
+
+    def locate(self, subset: Rows) -> Rows:
+        """`index` as a set: the local positions of `subset`."""
+        return _locate(self, subset)
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(map(str, self.runs)) + "}"
+
+
+@lru_cache(maxsize=4096)
+def _positions(rows: Rows) -> np.ndarray:
+    parts = [
+        (r.start + r.stride * np.arange(r.count)[:, None] + np.arange(r.length)[None, :]).reshape(-1) for r in rows.runs
+    ]
+    array = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    array.setflags(write=False)
+    return array
+
+
+@lru_cache(maxsize=1 << 16)
+def _combine(how: str, a: Rows, b: Rows) -> Rows:
+    if a == b:
+        return Rows(()) if how == "sub" else a
+    if not a.runs or not b.runs:
+        return {"and": Rows(()), "or": a if a.runs else b, "sub": a}[how]
+    if how == "and" and a.contiguous and b.contiguous:
+        return Rows.interval(max(a.start, b.start), min(a.stop, b.stop))
+    if how == "sub" and (a.stop <= b.start or b.stop <= a.start):
+        return a
+    function = {"and": np.intersect1d, "or": np.union1d, "sub": np.setdiff1d}[how]
+    return Rows.of(function(a.array, b.array))
+
+
+@lru_cache(maxsize=1 << 16)
+def _index(rows: Rows, subset: Rows) -> np.ndarray:
+    if rows.contiguous:
+        array = subset.array - rows.start
+    else:
+        array = np.searchsorted(rows.array, subset.array)
+    array.setflags(write=False)
+    return array
+
+
+@lru_cache(maxsize=1 << 16)
+def _locate(rows: Rows, subset: Rows) -> Rows:
+    return subset.shift(-rows.start) if rows.contiguous else Rows.of(_index(rows, subset))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a value lies on the ranks: whole (`dim` is None), or split along `dim` with `rows[k]` on rank k.
+
+    The sets of the ranks cover the dim; they may overlap and differ in size.
+    """
+
+    dim: int | None = None
+    rows: tuple[Rows, ...] = ()
+
+    @property
+    def split(self) -> bool:
+        return self.dim is not None
+
+    @property
+    def axis(self) -> int:
+        """The split dim; an error for a whole value."""
+        if self.dim is None:
+            raise ValueError("a whole value has no split dim")
+        return self.dim
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows on each rank."""
+        return tuple(len(rows) for rows in self.rows)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every rank holds equally many rows."""
+        return len(set(self.sizes)) <= 1
+
+    def at(self, dim: int) -> Layout:
+        """The same rows along another dim."""
+        return Layout(dim, self.rows)
+
+    def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
+        """The shape of rank `rank`'s part of a value whose whole shape is `shape`."""
+        if self.dim is None:
+            return tuple(shape)
+        return (*shape[: self.dim], self.sizes[rank], *shape[self.dim + 1 :])
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dim, self.rows))
+
+    def __str__(self) -> str:
+        return "whole" if self.dim is None else f"dim {self.dim}: " + " ".join(map(str, self.rows))
+
+
+WHOLE = Layout()
+
+
+def full(size: int, world: int) -> tuple[Rows, ...]:
+    """Everything on every rank."""
+    return (Rows.interval(0, size),) * world
+
+
+@lru_cache(maxsize=4096)
+def even(size: int, world: int, grain: int = 1) -> tuple[Rows, ...]:
+    """Contiguous, as equal as cuts on multiples of `grain` allow; the last rank takes the remainder."""
+    units = size // grain
+    cuts = [round(k * units / world) * grain for k in range(world)] + [size]
+    return tuple(Rows.interval(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+
+
+def own(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
+    """Disjoint sets with the same union: a position that several ranks hold belongs to the first of them."""
+    seen = Rows(())
+    result = []
+    for part in rows:
+        result.append(part - seen)
+        seen = seen | part
+    return tuple(result)
+
+
+@lru_cache(maxsize=4096)
+def routes(have: tuple[Rows, ...], want: tuple[Rows, ...]) -> tuple[tuple[Rows, ...], ...]:
+    """`routes[dst][src]`: what rank dst gets from rank src; the nearest holder sends, itself first.
+
+    Raises `ValueError` if nobody holds a wanted row.
+    """
+    world = len(have)
+    table = []
+    for dst in range(world):
+        missing = want[dst]
+        sources: list[Rows] = [Rows(())] * world
+        for src in sorted(range(world), key=lambda s: (abs(s - dst), s)):
+            if missing.runs:
+                sources[src] = missing & have[src]
+                missing = missing - sources[src]
+        if missing.runs:
+            raise ValueError(f"rank {dst} wants rows {missing} that no rank holds")
+        table.append(tuple(sources))
+    return tuple(table)
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """An argument of a partitioned graph that differs from rank to rank."""
+
+    values: tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        return "⟨" + ", ".join(map(str, self.values)) + "⟩"
+
+
+def per_rank(values: Sequence[Any]) -> Any:
+    """`PerRank(values)`, or the value itself where all ranks agree."""
+    return values[0] if all(v == values[0] for v in values[1:]) else PerRank(tuple(values))

@@ -1,0 +1,117 @@
+"""Local operators that a partitioned graph has beside ATen's. All are functional; none communicates but `exchange`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import Rows
+
+
+class Index:
+    """A list of positions in any order, with repeats; compared by content."""
+
+    def __init__(self, positions: np.ndarray) -> None:
+        self.array = np.ascontiguousarray(positions, dtype=np.int64)
+        self.array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and np.array_equal(self.array, other.array)
+
+    def __hash__(self) -> int:
+        return hash(self.array.tobytes())
+
+    def __repr__(self) -> str:
+        head = ", ".join(map(str, self.array[:4]))
+        return f"[{head}{', …' if len(self) > 4 else ''}; {len(self)}]"
+
+
+@lru_cache(maxsize=1024)
+def index_tensor(index: Rows | Index, device: torch.device) -> Tensor:
+    """The positions as an `int64` tensor on `device`, made once."""
+    return torch.from_numpy(index.array.copy()).to(device)
+
+
+def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
+    """The given local positions of `x` along `dim`, ascending; a view where they are one interval."""
+    if len(rows) == x.shape[dim]:
+        return x
+    if not rows.runs:
+        return x.narrow(dim, 0, 0)
+    if rows.contiguous:
+        return x.narrow(dim, rows.start, len(rows))
+    return x.index_select(dim, index_tensor(rows, x.device))
+
+
+def select(x: Tensor, dim: int, index: Index) -> Tensor:
+    """`x.index_select(dim, index)` with a static index: roll, flip, repeat, nearest up-sampling, reflection."""
+    return x.index_select(dim, index_tensor(index, x.device))
+
+
+def resample(x: Tensor, dim: int, taps: Index, weights: tuple[tuple[float, ...], ...]) -> Tensor:
+    """`y[o] = sum_t weights[t][o] * x[taps[t * len(o) + o]]` along `dim`: any static linear resampling."""
+    out = len(weights[0])
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    shape = [out if d == dim else 1 for d in range(x.ndim)]
+    result = None
+    for t, row in enumerate(weights):
+        index = index_tensor(Index(taps.array[t * out : (t + 1) * out]), x.device)
+        term = x.index_select(dim, index).to(wide) * torch.tensor(row, dtype=wide, device=x.device).view(shape)
+        result = term if result is None else result + term
+    assert result is not None
+    return result.to(x.dtype)
+
+
+def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """`stack([mean, M2])` over `dims` (kept, size 1), in float32 at least; M2 is the sum of squared deviations."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    if count == 0:
+        shape = [1 if d in dims else s for d, s in enumerate(x.shape)]
+        return wide.new_zeros((2, *shape))
+    variance, mean = torch.var_mean(wide, dim=list(dims), correction=0, keepdim=True)
+    return torch.stack([mean, variance * count])
+
+
+def group_moments(x: Tensor, groups: int) -> Tensor:
+    """`moments` of each (sample, group) of `x` [B, C, …]: [2, B, groups]."""
+    return moments(x.reshape(x.shape[0], groups, -1), [2]).squeeze(-1)
+
+
+def group_normalize(
+    x: Tensor, statistics: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Group norm of `x` [B, C, …] with given `stack([mean, variance])` [2, B, groups]."""
+    mean, variance = statistics[0], statistics[1]
+    channels = x.shape[1]
+    scale = torch.rsqrt(variance + eps)
+    shift = -mean * scale
+    scale, shift = (t.repeat_interleave(channels // groups, dim=1) for t in (scale, shift))
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    if bias is not None:
+        shift = shift + bias
+    shape = (x.shape[0], channels, *(1,) * (x.ndim - 2))
+    wide = x.to(scale.dtype)
+    return torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(x.dtype)
+
+
+def causal_mask(rows: Rows, keys: int, like: Tensor) -> Tensor:
+    """[len(rows), keys] boolean: query `rows[i]` sees keys 0 … rows[i]."""
+    position = index_tensor(rows, like.device)
+    return position[:, None] >= torch.arange(keys, device=like.device)[None, :]
+
+
+def exchange(values: tuple[Tensor, ...], exchanges: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """A declared exchange of several values that travel together; done by the executor, never called."""
+    raise RuntimeError("an exchange was called outside an executor")

@@ -1,0 +1,132 @@
+"""Programs: one functional ATen graph on whole tensors, before partition and after.
+
+A node of a partitioned graph carries in `meta`:
+
+    shape, dtype   of the *whole* value (law 1)
+    layout         how it lies on the ranks
+    path           the module that made it, e.g. "mid_block.attentions.0.attn1"
+
+and may have `PerRank` arguments; `specialize` turns it into the static-shape graph of one rank (law 6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from . import ops
+from .exchange import Exchange
+from .layout import WHOLE, Layout, PerRank
+
+
+@dataclass
+class Program:
+    """A captured model: `graph(weights…, constants…, inputs…) -> flat outputs`, all whole tensors.
+
+    The weights stay the model's own: they are named here by placeholder and looked up at each call.
+    """
+
+    graph: fx.Graph
+    weights: dict[str, str]  #: placeholder -> the parameter's or buffer's qualified name in the model
+    constants: dict[str, Tensor]  #: placeholder -> tensor made while capturing (position tables, masks)
+    inputs: tuple[str, ...]  #: placeholders of the tensor inputs, in the order of the flattened call
+    input_paths: tuple[str, ...]  #: what the caller calls them, e.g. "added_cond_kwargs.time_ids"
+    out_spec: pytree.TreeSpec  #: the structure of the outputs (tuples, dataclasses)
+    out_leaves: tuple[Any, ...]  #: the flattened outputs that are no tensors; `...` where a tensor goes
+    guards: tuple[Guard, ...] = ()  #: values that inputs must have for this program to be theirs
+    seconds: dict[str, float] = field(default_factory=dict)  #: time spent per stage
+
+    def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
+        return replace(self, graph=graph, **changes)
+
+    def __str__(self) -> str:
+        return f"Program({sum(1 for _ in calls(self.graph))} operators, inputs {', '.join(self.input_paths)})"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The input `path` was turned into the Python value `value` while capturing."""
+
+    path: str
+    value: Any
+    line: str  #: the line of the model that did so
+
+
+def calls(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The operators of a graph, in order."""
+    return (node for node in graph.nodes if node.op == "call_function")
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The whole shape of a node's value."""
+    return node.meta["shape"]
+
+
+def layout_of(node: fx.Node) -> Layout:
+    return node.meta.get("layout", WHOLE)
+
+
+def exchanges_of(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[Exchange, ...]]]:
+    """The exchange nodes of a partitioned graph with what is declared on each."""
+    return ((node, node.args[1]) for node in graph.nodes if node.target is ops.exchange)  # type: ignore[misc]
+
+
+def specialize(graph: fx.Graph, rank: int) -> fx.Graph:
+    """The graph of one rank: `PerRank` arguments replaced by the rank's own; slices that take all are dropped."""
+    result = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        new = result.node_copy(node, env.__getitem__)
+        new.args = _chosen(new.args, rank)
+        new.kwargs = _chosen(new.kwargs, rank)
+        layout = layout_of(node)
+        if "shape" in node.meta:
+            new.meta["local_shape"] = layout.local_shape(node.meta["shape"], rank)
+        env[node] = new
+    return result
+
+
+def _chosen(args: Any, rank: int) -> Any:
+    if isinstance(args, PerRank):
+        return _chosen(args.values[rank], rank)
+    if isinstance(args, Exchange):
+        return args
+    if isinstance(args, (tuple, list)):
+        chosen = [_chosen(a, rank) for a in args]
+        return chosen if isinstance(args, list) else tuple(chosen)
+    if isinstance(args, dict):
+        return {k: _chosen(v, rank) for k, v in args.items()}
+    if isinstance(args, slice):
+        return slice(_chosen(args.start, rank), _chosen(args.stop, rank), _chosen(args.step, rank))
+    return args
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """A hash of everything that ranks must agree on: operators, wiring, per-rank arguments, exchanges."""
+    digest = hashlib.sha256()
+    number = {node: i for i, node in enumerate(graph.nodes)}
+
+    def text(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return f"%{number[value]}"
+        if isinstance(value, (tuple, list)):
+            return "(" + ",".join(map(text, value)) + ")"
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{k}:{text(value[k])}" for k in sorted(value)) + "}"
+        if isinstance(value, ops.Index):
+            return hashlib.sha256(value.array.tobytes()).hexdigest()
+        return repr(value)
+
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
+        meta = (node.meta.get("shape"), str(node.meta.get("dtype")), layout_of(node))
+        digest.update(f"{node.op} {name} {text(node.args)} {text(node.kwargs)} {meta}\n".encode())
+    return digest.hexdigest()
+
+
