@@ -104,7 +104,7 @@ def takes_inputs(module: nn.Module) -> bool:
 
 
 def _unet_2d(unet: diffusers.UNet2DModel, size: Size, draw: Draw) -> dict[str, Any]:
-    inputs = {
+    inputs: dict[str, Any] = {
         "sample": draw.normal(size.batch, unet.config.in_channels, size.rows, size.cols),
         "timestep": draw.full(321, dtype=torch.int64),
     }
@@ -132,7 +132,7 @@ def _condition(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
         raise ValueError(f"no example inputs are known for encoder_hid_dim_type={config.encoder_hid_dim_type!r}")
     if config.get("encoder_hid_dim") is not None:
         width = config.encoder_hid_dim
-    inputs = {
+    inputs: dict[str, Any] = {
         "timestep": draw.full(321, dtype=torch.int64),
         "encoder_hidden_states": draw.normal(
             size.batch, size.tokens(77), width[0] if isinstance(width, (tuple, list)) else width
@@ -154,12 +154,12 @@ def _condition(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
     return inputs | _class_labels(unet, size, draw)
 
 
-def _unet_condition(unet: diffusers.UNet2DConditionModel, size: Size, draw: Draw) -> dict[str, Any]:
+def _unet_condition(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
     sample = draw.normal(size.batch, unet.config.in_channels, size.rows, size.cols)
     return {"sample": sample} | _condition(unet, size, draw)
 
 
-def _unet_video(unet: diffusers.UNet3DConditionModel, size: Size, draw: Draw) -> dict[str, Any]:
+def _unet_video(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
     sample = draw.normal(size.batch, unet.config.in_channels, size.frames, size.rows, size.cols)
     return {"sample": sample} | _condition(unet, size, draw)
 
@@ -225,7 +225,7 @@ def _flux(transformer: diffusers.FluxTransformer2DModel, size: Size, draw: Draw)
     config = transformer.config
     rows, cols, text = size.rows // 2, size.cols // 2, size.tokens(512)
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(cols).float())
-    inputs = {
+    inputs: dict[str, Any] = {
         "hidden_states": draw.normal(size.batch, rows * cols, config.in_channels),
         "encoder_hidden_states": draw.normal(size.batch, text, config.joint_attention_dim),
         "pooled_projections": draw.normal(size.batch, config.pooled_projection_dim),
@@ -244,7 +244,7 @@ def _hunyuan_dit(transformer: diffusers.HunyuanDiT2DModel, size: Size, draw: Dra
     rotary = get_2d_rotary_pos_embed(
         config.attention_head_dim, ((0, 0), (rows, cols)), (rows, cols), device=draw.device, output_type="pt"
     )
-    inputs = {
+    inputs: dict[str, Any] = {
         "hidden_states": _image(transformer, size, draw),
         "timestep": draw.full(321.0, size.batch),
         "encoder_hidden_states": draw.normal(size.batch, config.text_len, config.cross_attention_dim),
@@ -263,7 +263,7 @@ def _hunyuan_dit(transformer: diffusers.HunyuanDiT2DModel, size: Size, draw: Dra
 
 def _sana(transformer: diffusers.SanaTransformer2DModel, size: Size, draw: Draw) -> dict[str, Any]:
     text = size.tokens(300)
-    inputs = {
+    inputs: dict[str, Any] = {
         "hidden_states": _image(transformer, size, draw),
         "encoder_hidden_states": draw.normal(size.batch, text, transformer.config.caption_channels),
         "encoder_attention_mask": draw.mask(size.batch, text, torch.int64),
@@ -276,7 +276,7 @@ def _sana(transformer: diffusers.SanaTransformer2DModel, size: Size, draw: Draw)
 
 def _wan(transformer: diffusers.WanTransformer3DModel, size: Size, draw: Draw) -> dict[str, Any]:
     config = transformer.config
-    inputs = {
+    inputs: dict[str, Any] = {
         "hidden_states": draw.normal(size.batch, config.in_channels, size.frames, size.rows, size.cols),
         "timestep": draw.full(321, size.batch, dtype=torch.int64),
         "encoder_hidden_states": draw.normal(size.batch, size.tokens(512), config.text_dim),
@@ -289,7 +289,7 @@ def _wan(transformer: diffusers.WanTransformer3DModel, size: Size, draw: Draw) -
 def _cogvideox(transformer: diffusers.CogVideoXTransformer3DModel, size: Size, draw: Draw) -> dict[str, Any]:
     config = transformer.config
     text = size.tokens(config.max_text_seq_length)
-    inputs = {
+    inputs: dict[str, Any] = {
         "hidden_states": draw.normal(size.batch, size.frames, config.in_channels, size.rows, size.cols),
         "encoder_hidden_states": draw.normal(size.batch, text, config.text_embed_dim),
         "timestep": draw.full(321, size.batch, dtype=torch.int64),

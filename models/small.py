@@ -323,13 +323,12 @@ def _cogvideox(rotary: bool) -> nn.Module:
 
 
 def _vae() -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    return diffusers.AutoencoderKL(**config, layers_per_block=1, norm_num_groups=4)
 
 
 cases: tuple[Case, ...] = (
