@@ -1,1 +1,34 @@
-"""How each operator family carries a layout from its inputs to its output."""
+"""One file per family of operators, each ending in its table; here they are joined into one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..partition import Rule
+from . import (
+    attention,
+    contractions,
+    indexing,
+    normalization,
+    pointwise,
+    reductions,
+    resampling,
+    slicing,
+    views,
+    windows,
+)
+
+FAMILIES = (
+    pointwise,
+    views,
+    slicing,
+    indexing,
+    windows,
+    resampling,
+    normalization,
+    reductions,
+    contractions,
+    attention,
+)
+
+RULES: dict[Any, Rule] = {target: rule for family in FAMILIES for target, rule in family.TABLE.items()}

@@ -1,0 +1,387 @@
+"""normalize: a small closed set of operators. Exact.
+
+Views become `reshape`, `permute` or `expand`; all ways to cut become `slice`; convolutions become `convolution`;
+up-sampling gets explicit sizes; copies and dead code go; what depends on no input is computed once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..ir.program import Program, shape_of
+
+aten = torch.ops.aten
+
+
+class Builder:
+    """Emits operators into the new graph; their fake results tell shapes and dtypes."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.source: fx.Node | None = None
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        fake = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
+        return self.copy(target, args, kwargs, _run(target, fake))
+
+    def copy(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        assert self.source is not None
+        node = self.graph.call_function(target, tuple(args), dict(kwargs))
+        node.meta = {k: v for k, v in self.source.meta.items() if k in ("path", "trace")} | {"val": value}
+        if isinstance(value, Tensor):
+            node.meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
+        return node
+
+    def reshape(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        return x if tuple(shape) == shape_of(x) else self.emit(aten.reshape.default, x, list(shape))
+
+    def permute(self, x: fx.Node, dims: Sequence[int]) -> fx.Node:
+        dims = [d % len(dims) for d in dims]
+        return x if dims == sorted(dims) else self.emit(aten.permute.default, x, dims)
+
+    def slice(self, x: fx.Node, dim: int, start: int, end: int, step: int = 1) -> fx.Node:
+        size = shape_of(x)[dim]
+        return x if (start, end, step) == (0, size, 1) else self.emit(aten.slice.Tensor, x, dim, start, end, step)
+
+    def cat(self, tensors: Sequence[fx.Node], dim: int) -> fx.Node:
+        tensors = [x for x in tensors if shape_of(x)[dim] != 0] or list(tensors[:1])
+        return tensors[0] if len(tensors) == 1 else self.emit(aten.cat.default, tensors, dim)
+
+
+def _run(target: Any, args_kwargs: Any) -> Any:
+    args, kwargs = args_kwargs
+    fakes = [leaf for leaf in pytree.tree_leaves(args_kwargs) if isinstance(leaf, torch._subclasses.FakeTensor)]
+    if not fakes:
+        return target(*args, **kwargs)
+    with fakes[0].fake_mode:
+        return target(*args, **kwargs)
+
+
+Form = Callable[..., Any]
+
+
+# -- views ------------------------------------------------------------------------------------------------------
+
+
+def _to_result_shape(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Node:
+    return b.reshape(x, shape_of(node))
+
+
+def _transpose(b: Builder, node: fx.Node, x: fx.Node, *dims: int) -> fx.Node:
+    order = list(range(len(shape_of(x))))
+    first, second = dims or ((0, 1) if len(order) == 2 else (0, 0))
+    order[first], order[second] = order[second], order[first]
+    return b.permute(x, order)
+
+
+def _permute(b: Builder, node: fx.Node, x: fx.Node, dims: Sequence[int]) -> fx.Node:
+    return b.permute(x, dims)
+
+
+def _expand(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Node:
+    shape = shape_of(node)
+    return x if shape == shape_of(x) else b.emit(aten.expand.default, x, list(shape))
+
+
+def _repeat(b: Builder, node: fx.Node, x: fx.Node, repeats: Sequence[int]) -> fx.Node:
+    shape = (1,) * (len(repeats) - len(shape_of(x))) + shape_of(x)
+    pairs = [d for n in shape for d in (1, n)]
+    wide = [d for r, n in zip(repeats, shape, strict=True) for d in (r, n)]
+    return b.reshape(b.emit(aten.expand.default, b.reshape(x, pairs), wide), shape_of(node))
+
+
+def _repeat_interleave(
+    b: Builder, node: fx.Node, x: fx.Node, repeats: int, dim: int | None = None, **_: Any
+) -> fx.Node:
+    if dim is None:
+        x, dim = b.reshape(x, [prod(shape_of(x))]), 0
+    shape, dim = shape_of(x), dim % len(shape_of(x))
+    wide = [*shape[: dim + 1], repeats, *shape[dim + 1 :]]
+    thin = [*shape[: dim + 1], 1, *shape[dim + 1 :]]
+    return b.reshape(b.emit(aten.expand.default, b.reshape(x, thin), wide), shape_of(node))
+
+
+def _pixel_shuffle(b: Builder, node: fx.Node, x: fx.Node, r: int) -> fx.Node:
+    *lead, c, h, w = shape_of(x)
+    n = len(lead)
+    y = b.reshape(x, [*lead, c // (r * r), r, r, h, w])
+    return b.reshape(b.permute(y, [*range(n + 1), n + 3, n + 1, n + 4, n + 2]), shape_of(node))
+
+
+def _pixel_unshuffle(b: Builder, node: fx.Node, x: fx.Node, r: int) -> fx.Node:
+    *lead, c, h, w = shape_of(x)
+    n = len(lead)
+    y = b.reshape(x, [*lead, c, h // r, r, w // r, r])
+    return b.reshape(b.permute(y, [*range(n + 1), n + 2, n + 4, n + 1, n + 3]), shape_of(node))
+
+
+# -- cuts and joints --------------------------------------------------------------------------------------------
+
+
+def _slice(
+    b: Builder, node: fx.Node, x: fx.Node, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> fx.Node:
+    dim = dim % len(shape_of(x))
+    return b.slice(x, dim, *slice(start, end, step).indices(shape_of(x)[dim]))
+
+
+def _select(b: Builder, node: fx.Node, x: fx.Node, dim: int, index: int) -> fx.Node:
+    dim = dim % len(shape_of(x))
+    index = index % shape_of(x)[dim]
+    return b.reshape(b.slice(x, dim, index, index + 1), shape_of(node))
+
+
+def _unbind(b: Builder, node: fx.Node, x: fx.Node, dim: int = 0) -> tuple[fx.Node, ...]:
+    dim = dim % len(shape_of(x))
+    shape = shape_of(x)[:dim] + shape_of(x)[dim + 1 :]
+    return tuple(b.reshape(b.slice(x, dim, i, i + 1), shape) for i in range(shape_of(x)[dim]))
+
+
+def _split(b: Builder, node: fx.Node, x: fx.Node, size: Any, dim: int = 0) -> tuple[fx.Node, ...]:
+    dim = dim % len(shape_of(x))
+    length = shape_of(x)[dim]
+    sizes = [min(size, length - i) for i in range(0, length, size)] if isinstance(size, int) else list(size)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return tuple(b.slice(x, dim, end - n, end) for n, end in zip(sizes, ends, strict=True))
+
+
+def _stack(b: Builder, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> fx.Node:
+    dim = dim % len(shape_of(node))
+    shape = [1 if d == dim else s for d, s in enumerate(shape_of(node))]
+    return b.cat([b.reshape(x, shape) for x in tensors], dim)
+
+
+def _cat(b: Builder, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> fx.Node:
+    tensors = [x for x in tensors if shape_of(x) != (0,)] or list(tensors)  # torch skips these, whatever the dim
+    return b.cat(tensors, dim % len(shape_of(node)))
+
+
+def _slice_scatter(
+    b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> fx.Node:  # fmt: skip
+    dim = dim % len(shape_of(x))
+    start, end, step = slice(start, end, step).indices(shape_of(x)[dim])
+    if step != 1:
+        return b.emit(aten.slice_scatter.default, x, source, dim, start, end, step)
+    parts = [b.slice(x, dim, 0, start), source, b.slice(x, dim, end, shape_of(x)[dim])]
+    return b.cat(parts, dim)
+
+
+def _select_scatter(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, dim: int, index: int) -> fx.Node:
+    dim = dim % len(shape_of(x))
+    index = index % shape_of(x)[dim]
+    shape = [1 if d == dim else s for d, s in enumerate(shape_of(x))]
+    return _slice_scatter(b, node, x, b.reshape(source, shape), dim, index, index + 1)
+
+
+# -- copies -----------------------------------------------------------------------------------------------------
+
+
+def _itself(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Node:
+    return x
+
+
+def _to_copy(b: Builder, node: fx.Node, x: fx.Node, **kwargs: Any) -> fx.Node:
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    if dtype in (None, x.meta["dtype"]) and device in (None, x.meta["val"].device):
+        return x
+    kept = {k: v for k, v in kwargs.items() if k in ("dtype", "device") and v is not None}
+    return b.emit(aten._to_copy.default, x, **kept)
+
+
+def _type_as(b: Builder, node: fx.Node, x: fx.Node, other: fx.Node) -> fx.Node:
+    return _to_copy(b, node, x, dtype=other.meta["dtype"])
+
+
+def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx.Node:
+    return _to_copy(b, node, _expand(b, node, source), dtype=x.meta["dtype"])
+
+
+# -- windows ----------------------------------------------------------------------------------------------------
+
+
+def _convolution(transposed: bool) -> Form:
+    def form(
+        b: Builder, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, *rest: Any, **named: Any
+    ) -> fx.Node:
+        order = ["stride", "padding"] + (["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"])
+        given = dict(zip(order, rest, strict=False)) | named
+        spatial = len(shape_of(weight)) - 2
+
+        def each(name: str, default: int) -> list[int]:
+            value = given.get(name, default)
+            values = [value] if isinstance(value, int) else list(value)
+            return values * spatial if len(values) == 1 else values
+
+        stride, dilation = each("stride", 1), each("dilation", 1)
+        if given.get("padding") in ("same", "valid"):
+            total = [d * (k - 1) for d, k in zip(dilation, shape_of(weight)[2:], strict=True)]
+            total = total if given["padding"] == "same" else [0] * spatial
+            padding = [t // 2 for t in total]
+            uneven = [v for t in reversed(total) for v in (0, t % 2)]
+            x = b.emit(aten.constant_pad_nd.default, x, uneven) if any(uneven) else x
+        else:
+            padding = each("padding", 0)
+        batched = len(shape_of(x)) == spatial + 2
+        x = x if batched else b.reshape(x, (1, *shape_of(x)))
+        y = b.emit(
+            aten.convolution.default, x, weight, bias, stride, padding, dilation, transposed,
+            each("output_padding", 0), given.get("groups", 1),
+        )  # fmt: skip
+        return b.reshape(y, shape_of(node))
+
+    return form
+
+
+def _upsample(names: tuple[str, ...]) -> Form:
+    """`.vec` forms take a size or scale factors; the explicit forms take the size and, after the flags, scales."""
+
+    def form(b: Builder, node: fx.Node, x: fx.Node, *args: Any, **named: Any) -> fx.Node:
+        given = dict(zip(("output_size", *names, "scale_factors"), args, strict=False)) | named
+        size = list(shape_of(node)[2:])
+        flags = [given[name] for name in names]
+        scales = [None] * len(size) if given.get("output_size") is not None else list(given["scale_factors"])
+        return b.emit(node.target.overloadpacket.default, x, size, *flags, *scales)  # type: ignore[union-attr]
+
+    return form
+
+
+FORMS: dict[Any, Form] = {
+    **{
+        target: _to_result_shape
+        for packet in (aten.view, aten._unsafe_view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten)
+        for target in (getattr(packet, o) for o in packet.overloads() if "out" not in o and o != "dtype")
+    },
+    aten.view_as.default: _to_result_shape,
+    aten.t.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.expand.default: _expand,
+    aten.expand_as.default: _expand,
+    aten.repeat.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.pixel_shuffle.default: _pixel_shuffle,
+    aten.pixel_unshuffle.default: _pixel_unshuffle,
+    aten.slice.Tensor: _slice,
+    aten.narrow.default: lambda b, node, x, dim, start, length: _slice(b, node, x, dim, start, start + length),
+    aten.select.int: _select,
+    aten.unbind.int: _unbind,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.stack.default: _stack,
+    aten.cat.default: _cat,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+    aten.clone.default: _itself,
+    aten.alias.default: _itself,
+    aten.detach.default: _itself,
+    aten.detach_.default: _itself,
+    aten.contiguous.default: _itself,
+    aten.lift_fresh_copy.default: _itself,
+    aten.lift_fresh.default: _itself,
+    aten._to_copy.default: _to_copy,
+    aten.type_as.default: _type_as,
+    aten.copy.default: _copy,
+    aten.conv1d.default: _convolution(False),
+    aten.conv2d.default: _convolution(False),
+    aten.conv3d.default: _convolution(False),
+    aten.conv1d.padding: _convolution(False),
+    aten.conv2d.padding: _convolution(False),
+    aten.conv3d.padding: _convolution(False),
+    aten.conv_transpose1d.default: _convolution(True),
+    aten.conv_transpose2d.input: _convolution(True),
+    aten.conv_transpose3d.input: _convolution(True),
+    aten.upsample_nearest1d.vec: _upsample(()),
+    aten.upsample_nearest2d.vec: _upsample(()),
+    aten.upsample_nearest3d.vec: _upsample(()),
+    aten._upsample_nearest_exact1d.vec: _upsample(()),
+    aten._upsample_nearest_exact2d.vec: _upsample(()),
+    aten._upsample_nearest_exact3d.vec: _upsample(()),
+    aten.upsample_linear1d.vec: _upsample(("align_corners",)),
+    aten.upsample_bilinear2d.vec: _upsample(("align_corners",)),
+    aten.upsample_trilinear3d.vec: _upsample(("align_corners",)),
+    aten.upsample_bicubic2d.vec: _upsample(("align_corners",)),
+    aten._upsample_bilinear2d_aa.vec: _upsample(("align_corners",)),
+    aten._upsample_bicubic2d_aa.vec: _upsample(("align_corners",)),
+}
+
+#: operators whose results are not a function of their operands
+RANDOM = ("rand", "normal", "bernoulli", "multinomial", "dropout", "uniform", "exponential")
+
+
+def normalize(program: Program) -> Program:
+    """The same program in normal form; the captured one is left as it is."""
+    b = Builder()
+    env: dict[fx.Node, Any] = {}
+    constants = {name: tensor for name, tensor in program.constants.items() if type(tensor) is Tensor}
+    known: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        b.source = node
+        if node.op == "placeholder":
+            env[node] = b.graph.placeholder(node.name)
+            env[node].meta = dict(node.meta)
+            if node.name in constants:
+                known[env[node]] = constants[node.name]
+        elif node.op == "output":
+            b.graph.output(pytree.tree_map_only(fx.Node, env.__getitem__, node.args[0]))
+        elif node.target is operator.getitem:
+            env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif not node.users:
+            continue
+        else:
+            args, kwargs = pytree.tree_map_only(fx.Node, env.__getitem__, (node.args, node.kwargs))
+            form = FORMS.get(node.target)
+            if form is not None:
+                env[node] = form(b, node, *args, **kwargs)
+            else:
+                whole = b.copy(node.target, args, kwargs, node.meta.get("val"))
+                env[node] = _unpacked(b, whole)
+    folded = _fold(b.graph, known)
+    b.graph.eliminate_dead_code()
+    kept = {n.name for n in b.graph.nodes if n.op == "placeholder" and n.users}
+    for node in list(b.graph.nodes):
+        if node.op == "placeholder" and node.name not in kept and node.name not in program.inputs:
+            b.graph.erase_node(node)
+    return program.with_graph(
+        b.graph,
+        weights={k: v for k, v in program.weights.items() if k in kept},
+        constants={k: v for k, v in (program.constants | folded).items() if k in kept},
+    )
+
+
+def _unpacked(b: Builder, node: fx.Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, (tuple, list)):
+        return node
+    return tuple(b.copy(operator.getitem, (node, i), {}, v) for i, v in enumerate(value))
+
+
+def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
+    """Compute what depends on constants only; what others use of it becomes a constant."""
+    values: dict[fx.Node, Any] = dict(known)
+    for node in graph.nodes:
+        if node.op != "call_function" or any(word in str(node.target) for word in RANDOM):
+            continue
+        if all(n in values for n in node.all_input_nodes):
+            args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    folded: dict[str, Tensor] = {}
+    first = next(iter(graph.nodes))
+    for node, value in values.items():
+        outside = [user for user in node.users if user not in values]
+        if node.op != "call_function" or not outside or not isinstance(value, Tensor):
+            continue
+        with graph.inserting_before(first):
+            constant = graph.placeholder(f"constant_{node.name}")
+        constant.meta = dict(node.meta)
+        folded[constant.name] = value.contiguous()
+        for user in outside:
+            user.replace_input_with(node, constant)
+    return folded

@@ -1,0 +1,264 @@
+"""partition: from one graph on whole tensors to one graph of local parts with declared exchanges. Exact.
+
+The graph is walked once, in order. Each operator with a split operand is handed to the rule of its family
+(`passes/rules/`), which emits local operators and the exchanges they need, and thereby says how the result is
+laid out. An operator whose operands are all whole is emitted as it is, on every rank. Where no rule fits, the
+operands are fetched whole (role `fallback`, with the reason), never guessed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..ir import ops
+from ..ir.exchange import Exchange, Fetch, Moments, Reduce, Role
+from ..ir.layout import WHOLE, Layout, Rows, even, full, own, per_rank
+from ..ir.program import layout_of, shape_of
+
+
+class CannotSplit(Exception):
+    """Raised by a rule that has no exact local form for these operands; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """The operator being partitioned: what it is and what it yields on whole tensors."""
+
+    node: fx.Node
+    target: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.node)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.node.meta["dtype"]
+
+
+Rule = Callable[..., "fx.Node | tuple[fx.Node, ...]"]
+
+
+class Partitioner:
+    """What rules build with. Values are nodes of the new graph; `layout_of` and `shape_of` tell how they lie."""
+
+    def __init__(self, graph: fx.Graph, world: int, seeds: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> None:
+        self.world = world
+        self._source = graph
+        self._seeds = seeds
+        self._rules = rules
+        self._graph = fx.Graph()
+        self._memo: dict[Any, fx.Node] = {}
+        self._node: fx.Node | None = None
+
+    def run(self) -> fx.Graph:
+        env: dict[fx.Node, Any] = {}
+        for node in self._source.nodes:
+            self._node = node
+            if node.op == "placeholder":
+                new = self._graph.placeholder(node.name)
+                new.meta = dict(node.meta) | {"layout": WHOLE}
+                env[node] = self._seeded(node, new)
+            elif node.op == "output":
+                self._graph.output(pytree.tree_map_only(fx.Node, lambda n: self._output(env[n]), node.args[0]))
+            elif node.target is operator.getitem:
+                env[node] = self._seeded(node, env[node.args[0]][node.args[1]])
+            else:
+                env[node] = self._seeded(node, self._operator(node, env))
+        self._graph.eliminate_dead_code()
+        return self._graph
+
+    # -- what rules call ------------------------------------------------------------------------------------
+
+    def emit(
+        self,
+        target: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        layout: Layout = WHOLE,
+    ) -> fx.Node:
+        """A local operator; the same operator on the same values is emitted once."""
+        return self._emit(target, args, kwargs or {}, {"shape": tuple(shape), "dtype": dtype, "layout": layout})
+
+    def same(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, layout: Layout) -> fx.Node:
+        """The operator itself on local parts, its result laid out by `layout`."""
+        return self.emit(op.target, args, kwargs, shape=op.shape, dtype=op.dtype, layout=layout)
+
+    def several(
+        self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any] | None, layouts: Sequence[Layout]
+    ) -> tuple[fx.Node, ...]:
+        """The same for an operator with several results."""
+        whole = self._emit(op.target, args, kwargs or {}, {})
+        return tuple(
+            self.emit(operator.getitem, (whole, i), shape=value.shape, dtype=value.dtype, layout=layout)
+            for i, (value, layout) in enumerate(zip(op.node.meta["val"], layouts, strict=True))
+        )
+
+    def take(self, x: fx.Node, dim: int, rows: tuple[Rows, ...]) -> fx.Node:
+        """Law 2, `take`: rows that each rank already holds; free for a whole value."""
+        have = self.rows(x, dim)
+        local = per_rank([h.locate(w) for h, w in zip(have, rows, strict=True)])
+        shape = shape_of(x)
+        layout = WHOLE if rows == full(shape[dim], self.world) else Layout(dim, rows)
+        if rows == have:
+            return x
+        return self.emit(ops.take, (x, dim, local), shape=shape, dtype=x.meta["dtype"], layout=layout)
+
+    def rows(self, x: fx.Node, dim: int) -> tuple[Rows, ...]:
+        """What each rank holds of `x` along `dim`."""
+        layout = layout_of(x)
+        return layout.rows if layout.dim == dim else full(shape_of(x)[dim], self.world)
+
+    def fetch(
+        self,
+        x: fx.Node,
+        dim: int,
+        want: tuple[Rows, ...],
+        role: Role,
+        reason: str = "",
+        *,
+        before: tuple[int, ...] = (),
+        after: tuple[int, ...] = (),
+        fill: float = 0.0,
+    ) -> fx.Node:
+        """Law 2, `fetch`: `x` with rows `want` along `dim`, framed by rows of `fill` on each rank.
+
+        A framed result is laid out as the whole value padded by the widest frame.
+        """
+        layout = layout_of(x)
+        if layout.dim not in (None, dim):
+            x = self.fetch(x, layout.axis, full(shape_of(x)[layout.axis], self.world), role, reason)
+        have = self.rows(x, dim)
+        top, bottom = max(before, default=0), max(after, default=0)
+        if not top and not bottom and all(w <= h for w, h in zip(want, have, strict=True)):
+            return self.take(x, dim, want)
+        shape, dtype = shape_of(x), x.meta["dtype"]
+        declared = Fetch(role, shape, dtype, self.world, reason, dim, have, want, before, after, fill)
+        padded = (*shape[:dim], shape[dim] + top + bottom, *shape[dim + 1 :])
+        rows = tuple(
+            Rows.interval(w.start + top - b, w.stop + top + a) if b or a else w.shift(top)
+            for w, b, a in zip(want, before or (0,) * self.world, after or (0,) * self.world, strict=True)
+        )
+        result = WHOLE if rows == full(padded[dim], self.world) else Layout(dim, rows)
+        return self._exchange(x, declared, padded, result)
+
+    def lay(self, x: fx.Node, layout: Layout, role: Role = "realign", reason: str = "") -> fx.Node:
+        """Bring `x` to `layout`, at no cost where each rank has what it needs."""
+        if layout_of(x) == layout:
+            return x
+        if layout.dim is None:
+            return self.whole(x, role, reason)
+        return self.fetch(x, layout.dim, layout.rows, role, reason)
+
+    def whole(self, x: fx.Node, role: Role, reason: str = "") -> fx.Node:
+        layout = layout_of(x)
+        if layout.dim is None:
+            return x
+        return self.fetch(x, layout.dim, full(shape_of(x)[layout.dim], self.world), role, reason)
+
+    def reduce(self, x: fx.Node, op: str = "sum") -> fx.Node:
+        """Partial results of the ranks, one of the whole shape on each, to the whole result."""
+        return self._exchange(x, Reduce("sum", shape_of(x), x.meta["dtype"], self.world, op=op), shape_of(x), WHOLE)  # type: ignore[arg-type]
+
+    def moments(self, x: fx.Node, counts: Sequence[int]) -> fx.Node:
+        """`stack([mean, M2])` of each rank's `counts[k]` elements to `stack([mean, variance])` of all."""
+        declared = Moments("moments", shape_of(x), x.meta["dtype"], self.world, counts=tuple(counts))
+        return self._exchange(x, declared, shape_of(x), WHOLE)
+
+    def own(self, x: fx.Node) -> fx.Node:
+        """Each position on one rank only, so that it counts once."""
+        layout = layout_of(x)
+        return self.take(x, layout.axis, own(layout.rows))
+
+    def spread(self, rows: tuple[Rows, ...], size: int, *, contiguous: bool = False) -> tuple[Rows, ...] | None:
+        """`rows` if every rank has some (and they are intervals, if need be), else even ones; None: too few rows."""
+        if all(r.runs and (r.contiguous or not contiguous) for r in rows):
+            return rows
+        return even(size, self.world) if size >= self.world else None
+
+    def settle(self, x: fx.Node) -> fx.Node:
+        """A rank may not be empty: rebalance, or replicate a value of few rows."""
+        layout = layout_of(x)
+        if layout.dim is None or all(r.runs for r in layout.rows):
+            return x
+        rows = self.spread(layout.rows, shape_of(x)[layout.dim])
+        if rows is None:
+            return self.whole(x, "small", f"fewer rows than ranks along dim {layout.dim}")
+        return self.fetch(x, layout.dim, rows, "rebalance", f"a rank would be empty along dim {layout.dim}")
+
+    def local(self, shape: Sequence[int], layout: Layout) -> list[Any]:
+        """A shape argument: the size of the split dim differs from rank to rank."""
+        return [per_rank(layout.sizes) if d == layout.dim else s for d, s in enumerate(shape)]
+
+    # -- the walk -------------------------------------------------------------------------------------------
+
+    def _operator(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = pytree.tree_map_only(fx.Node, lambda n: env[n], (node.args, node.kwargs))
+        if not any(layout_of(n).split for n in _nodes((args, kwargs))):
+            return self._as_it_is(node, args, kwargs)
+        rule = self._rules.get(node.target)
+        reason = f"no rule for {node.target}"
+        if rule is not None:
+            try:
+                return rule(self, Op(node, node.target), *args, **kwargs)
+            except CannotSplit as cannot:
+                reason = f"{node.target}: {cannot}"
+        args, kwargs = pytree.tree_map_only(
+            fx.Node, lambda n: self.whole(n, "fallback", reason), (args, kwargs)
+        )
+        return self._as_it_is(node, args, kwargs)
+
+    def _as_it_is(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        op = Op(node, node.target)
+        value = node.meta.get("val")
+        if isinstance(value, (tuple, list)):
+            return self.several(op, args, kwargs, [WHOLE] * len(value))
+        return self.same(op, args, kwargs, layout=WHOLE)
+
+    def _seeded(self, node: fx.Node, value: Any) -> Any:
+        if node.name in self._seeds:
+            return self.lay(value, self._seeds[node.name], "rebalance", "seed")
+        return value
+
+    def _output(self, value: fx.Node) -> fx.Node:
+        return self.whole(value, "output")
+
+    def _exchange(self, x: fx.Node, declared: Exchange, shape: Sequence[int], layout: Layout) -> fx.Node:
+        node = self._emit(ops.exchange, ((x,), (declared,)), {}, {})
+        return self.emit(operator.getitem, (node, 0), shape=shape, dtype=declared.dtype, layout=layout)
+
+    def _emit(self, target: Any, args: Any, kwargs: Any, meta: dict[str, Any]) -> fx.Node:
+        key = (target, _frozen(args), _frozen(kwargs))
+        if key not in self._memo:
+            assert self._node is not None
+            new = self._graph.call_function(target, tuple(args), dict(kwargs))
+            new.meta = meta | {"path": self._node.meta.get("path", ""), "origin": self._node.name}
+            self._memo[key] = new
+        return self._memo[key]
+
+
+def _nodes(tree: Any) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, fx.Node)]
+
+
+def _frozen(tree: Any) -> Any:
+    if isinstance(tree, (list, tuple)):
+        return tuple(_frozen(t) for t in tree)
+    if isinstance(tree, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(tree.items()))
+    return (type(tree), tree) if isinstance(tree, (bool, int, float)) else tree
+
+
+def partition(graph: fx.Graph, world: int, seeds: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> fx.Graph:
+    """The partitioned form of `graph` on `world` ranks, cut where `seeds` (by node name) say."""
+    return Partitioner(graph, world, seeds, rules).run()

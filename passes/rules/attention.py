@@ -1,0 +1,73 @@
+"""Attention: queries stay where they are; keys and values come from all ranks (role `keys_values`).
+
+The product of the split queries with all keys is exact for any mask; a mask is sliced along the queries,
+a causal one is made for the rank's own query positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ...ir import ops
+from ...ir.layout import Layout, per_rank
+from ...ir.program import layout_of, shape_of
+from ..partition import CannotSplit, Op, Partitioner
+from .pointwise import broadcast_to
+
+aten = torch.ops.aten
+
+
+def attention(
+    p: Partitioner,
+    op: Op,
+    query: fx.Node,
+    key: fx.Node,
+    value: fx.Node,
+    attn_mask: fx.Node | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> fx.Node:
+    """`scaled_dot_product_attention` of query [..., L, E], key [..., S, E], value [..., S, Ev]."""
+    ndim = len(op.shape)
+    kwargs = {"scale": scale, "enable_gqa": enable_gqa}
+    operands = [x for x in (query, key, value, attn_mask) if x is not None]
+    batch = next(
+        (
+            layout.at(layout.dim + ndim - len(shape_of(x)))
+            for x in operands
+            if (layout := layout_of(x)).dim is not None and layout.dim < len(shape_of(x)) - 2
+        ),
+        None,
+    )
+    if batch is not None:
+        if enable_gqa and batch.dim == ndim - 3:
+            raise CannotSplit("grouped heads are split")
+        query, key, value = (broadcast_to(p, x, batch, ndim) for x in (query, key, value))
+        mask = broadcast_to(p, attn_mask, batch, ndim) if attn_mask is not None else None
+        return p.same(op, (query, key, value, mask, dropout_p, is_causal), kwargs, layout=batch)
+
+    if layout_of(query).dim == len(shape_of(query)) - 1:
+        raise CannotSplit("the channels of a head are split")
+    key = p.whole(key, "keys_values")
+    value = p.whole(value, "keys_values")
+    layout = layout_of(query)
+    if layout.dim is None:
+        mask = p.whole(attn_mask, "realign") if attn_mask is not None else None
+        return p.same(op, (query, key, value, mask, dropout_p, is_causal), kwargs, layout=layout)
+    layout = layout.at(ndim - 2)
+    if is_causal:
+        length, keys = shape_of(query)[-2], shape_of(key)[-2]
+        mask = p.emit(
+            ops.causal_mask, (per_rank(layout.rows), keys, query), shape=(length, keys), dtype=torch.bool,
+            layout=Layout(0, layout.rows),
+        )  # fmt: skip
+    else:
+        mask = broadcast_to(p, attn_mask, layout, ndim) if attn_mask is not None else None
+    return p.same(op, (query, key, value, mask, dropout_p, False), kwargs, layout=layout)
+
+
+TABLE = {aten.scaled_dot_product_attention.default: attention}

@@ -1,0 +1,123 @@
+"""Norms: statistics over the split dim are merged from every rank's moments (role `moments`); others are local."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import fx
+
+from ...ir import ops
+from ...ir.layout import Layout, own
+from ...ir.program import layout_of, shape_of
+from ..partition import CannotSplit, Op, Partitioner
+
+aten = torch.ops.aten
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are computed in float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def group_norm(
+    p: Partitioner,
+    op: Op,
+    x: fx.Node,
+    groups: int,
+    weight: fx.Node | None = None,
+    bias: fx.Node | None = None,
+    eps: float = 1e-5,
+    cudnn: bool = True,
+) -> fx.Node:
+    layout, shape = layout_of(x), shape_of(x)
+    if layout.dim == 0:
+        return p.same(op, (x, groups, weight, bias, eps, cudnn), layout=layout)
+    if layout.dim == 1:
+        raise CannotSplit("the channels are split")
+    row = prod(shape[1:]) // groups // shape[layout.axis]
+    local = p.emit(ops.group_moments, (p.own(x), groups), shape=(2, shape[0], groups), dtype=wide(op.dtype))
+    merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)])
+    return p.emit(
+        ops.group_normalize, (x, merged, groups, weight, bias, eps), shape=op.shape, dtype=op.dtype, layout=layout
+    )
+
+
+def moments(p: Partitioner, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, fx.Node]:
+    """Mean and biased variance over `dims` (kept, size 1), the split dim among them, in float32 at least."""
+    shape, layout = shape_of(x), layout_of(x)
+    kept = tuple(1 if d in dims else s for d, s in enumerate(shape))
+    dtype = wide(x.meta["dtype"])
+    row = prod(shape[d] for d in dims) // shape[layout.axis]
+    local = p.emit(ops.moments, (p.own(x), list(dims)), shape=(2, *kept), dtype=dtype)
+    merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)])
+    mean, variance = (
+        p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1)
+    )
+    return mean, variance
+
+
+def layer_norm(
+    p: Partitioner,
+    op: Op,
+    x: fx.Node,
+    normalized: list[int],
+    weight: fx.Node | None = None,
+    bias: fx.Node | None = None,
+    eps: float = 1e-5,
+    cudnn: bool = True,
+) -> fx.Node:
+    layout = layout_of(x)
+    first = len(op.shape) - len(normalized)
+    if layout.axis < first:
+        return p.same(op, (x, normalized, weight, bias, eps, cudnn), layout=layout)
+    mean, variance = moments(p, x, range(first, len(op.shape)))
+    dtype = wide(op.dtype)
+
+    def step(target: object, *args: object, layout: Layout = layout, shape: tuple[int, ...] = op.shape) -> fx.Node:
+        return p.emit(target, args, shape=shape, dtype=dtype, layout=layout)
+
+    scale = step(aten.rsqrt.default, step(aten.add.Scalar, variance, eps, layout=Layout(), shape=shape_of(variance)),
+                 layout=Layout(), shape=shape_of(variance))  # fmt: skip
+    y = step(aten.mul.Tensor, step(aten.sub.Tensor, x, mean), scale)
+    at = layout.at(layout.axis - first)
+    if weight is not None:
+        y = step(aten.mul.Tensor, y, p.lay(weight, at))
+    if bias is not None:
+        y = step(aten.add.Tensor, y, p.lay(bias, at))
+    return p.emit(aten._to_copy.default, (y,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype, layout=layout)
+
+
+def rms_norm(
+    p: Partitioner, op: Op, x: fx.Node, normalized: list[int], weight: fx.Node | None = None, eps: float | None = None
+) -> fx.Node:
+    layout = layout_of(x)
+    if layout.axis >= len(op.shape) - len(normalized):
+        raise CannotSplit("the normalized dims are split")
+    return p.same(op, (x, normalized, weight, eps), layout=layout)
+
+
+def batch_norm(
+    p: Partitioner,
+    op: Op,
+    x: fx.Node,
+    weight: fx.Node | None,
+    bias: fx.Node | None,
+    mean: fx.Node | None,
+    variance: fx.Node | None,
+    training: bool,
+    *rest: object,
+) -> fx.Node:
+    layout = layout_of(x)
+    if training or layout.dim == 1:
+        raise CannotSplit("batch statistics, or split channels")
+    return p.same(op, (x, weight, bias, mean, variance, training, *rest), layout=layout)
+
+
+TABLE = {
+    aten.group_norm.default: group_norm,
+    aten.layer_norm.default: layer_norm,
+    aten.rms_norm.default: rms_norm,
+    aten.batch_norm.default: batch_norm,
+}

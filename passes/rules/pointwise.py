@@ -1,0 +1,66 @@
+"""Pointwise operators, with broadcasting: operands are brought to one layout; whole ones are sliced for free.
+
+Only audited operators are listed: a pointwise *tag* is not enough (law 3).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ...ir.layout import Layout
+from ...ir.program import layout_of, shape_of
+from ..partition import Op, Partitioner
+
+aten = torch.ops.aten
+
+
+def align(p: Partitioner, shape: tuple[int, ...], values: list[fx.Node]) -> tuple[Layout, list[fx.Node]]:
+    """Bring operands that broadcast to `shape` to one layout: that of the one which would cost most to move."""
+
+    def out_layout(x: fx.Node) -> Layout | None:
+        layout = layout_of(x)
+        return layout.at(layout.dim + len(shape) - len(shape_of(x))) if layout.dim is not None else None
+
+    candidates = [(prod(shape_of(x)), -i, layout) for i, x in enumerate(values) if (layout := out_layout(x))]
+    layout = max(candidates, key=lambda c: c[:2])[2]
+    return layout, [broadcast_to(p, x, layout, len(shape)) for x in values]
+
+
+def broadcast_to(p: Partitioner, x: fx.Node, layout: Layout, ndim: int) -> fx.Node:
+    """The part of `x` that broadcasts against a value of `ndim` dims laid out by `layout`."""
+    dim = layout.axis - (ndim - len(shape_of(x)))
+    if dim < 0 or shape_of(x)[dim] == 1:
+        return p.whole(x, "realign", "broadcast along the split dim")
+    return p.lay(x, layout.at(dim), "realign", "operands cut differently")
+
+
+def pointwise(p: Partitioner, op: Op, *args: Any, **kwargs: Any) -> fx.Node:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+    layout, values = align(p, op.shape, [leaves[i] for i in places])
+    for i, value in zip(places, values, strict=True):
+        leaves[i] = value
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return p.same(op, args, kwargs, layout=layout)
+
+
+NAMES = """
+    abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
+    bitwise_xor ceil celu clamp clamp_max clamp_min conj conj_physical _conj complex copysign cos cosh div elu eq erf erfc erfinv exp exp2
+    expm1 floor floor_divide fmax fmin fmod frac full_like ge gelu gt hardshrink hardsigmoid hardswish hardtanh
+    imag isfinite isinf isnan ldexp le leaky_relu lerp log log10 log1p log2 log_sigmoid logaddexp logical_and
+    logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish mul nan_to_num ne neg ones_like
+    polar pow real reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus
+    softshrink sqrt square sub tan tanh threshold trunc where xlogy zeros_like _to_copy
+""".split()
+TABLE = {
+    getattr(packet, overload): pointwise
+    for packet in (getattr(aten, name) for name in NAMES)
+    for overload in packet.overloads()
+    if "out" not in overload
+}

@@ -1,0 +1,128 @@
+"""Reductions, and operators that work along one dim (softmax, cumulative sums): local unless that dim is split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.layout import Layout
+from ...ir.program import layout_of, shape_of
+from ..partition import CannotSplit, Op, Partitioner, Rule
+from .normalization import moments
+
+aten = torch.ops.aten
+
+
+def _dims(dims: Any, ndim: int) -> list[int]:
+    if dims is None or (isinstance(dims, Sequence) and len(dims) == 0):
+        return list(range(ndim))
+    return [d % ndim for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def _without(layout: Layout, dims: list[int], keepdim: bool) -> Layout:
+    """The layout once `dims` (not the split one) are reduced."""
+    return layout.at(layout.axis - (0 if keepdim else sum(d < layout.axis for d in dims)))
+
+
+def reduction(partial: str) -> Rule:
+    """A reduction with arguments (x, dims, keepdim, …), merged over ranks by `partial`."""
+
+    def rule(p: Partitioner, op: Op, x: fx.Node, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> fx.Node:
+        layout, shape = layout_of(x), shape_of(x)
+        inside = _dims(dims, len(shape))
+        if layout.axis not in inside:
+            return p.same(op, (x, dims, keepdim), kwargs, layout=_without(layout, inside, keepdim))
+        if partial == "mean":
+            total = p.emit(aten.sum.dim_IntList, (p.own(x), inside, keepdim), kwargs, shape=op.shape, dtype=op.dtype)
+            count = 1
+            for d in inside:
+                count *= shape[d]
+            return p.emit(aten.div.Scalar, (p.reduce(total), count), shape=op.shape, dtype=op.dtype)
+        part = p.same(op, (p.own(x), inside, keepdim), kwargs, layout=Layout())
+        return p.reduce(part, partial)
+
+    return rule
+
+
+def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
+    """`x.sum()` and `x.mean()` over everything."""
+    reduce = aten.sum.dim_IntList if op.target is aten.sum.default else aten.mean.dim
+    inner = Op(op.node, reduce)
+    return reduction("sum" if op.target is aten.sum.default else "mean")(p, inner, x, None, False, **kwargs)
+
+
+def variance(
+    p: Partitioner, op: Op, x: fx.Node, dims: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> fx.Node | tuple[fx.Node, ...]:
+    """`var` and `var_mean`."""
+    layout, shape = layout_of(x), shape_of(x)
+    inside = _dims(dims, len(shape))
+    both = op.target is aten.var_mean.correction
+    kwargs = {"correction": correction, "keepdim": keepdim}
+    if layout.axis not in inside:
+        result = _without(layout, inside, keepdim)
+        return (
+            p.several(op, (x, dims), kwargs, [result, result]) if both else p.same(op, (x, dims), kwargs, layout=result)
+        )
+    mean, biased = moments(p, x, inside)
+    count = 1
+    for d in inside:
+        count *= shape[d]
+    unbiased = count / max(count - (1 if correction is None else correction), 0.0)
+    values = [p.emit(aten.mul.Scalar, (biased, unbiased), shape=shape_of(biased), dtype=biased.meta["dtype"]), mean]
+    out = op.node.meta["val"][0] if both else op.node.meta["val"]
+    values = [
+        p.emit(
+            aten._to_copy.default,
+            (p.emit(aten.reshape.default, (v, list(out.shape)), shape=out.shape, dtype=v.meta["dtype"]),),
+            {"dtype": out.dtype},
+            shape=out.shape,
+            dtype=out.dtype,
+        )
+        for v in values
+    ]
+    return tuple(values) if both else values[0]
+
+
+def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[..., Any]:
+    """A rule for an operator that works along the dim given at argument `place` and keeps the others apart."""
+
+    def rule(p: Partitioner, op: Op, *args: Any, **kwargs: Any) -> Any:
+        x = args[0]
+        layout, ndim = layout_of(x), len(shape_of(x))
+        dim = kwargs.get("dim", args[place] if len(args) > place else default)
+        if dim is None:
+            raise CannotSplit("works on the flattened tensor")
+        if dim % ndim == layout.dim:
+            raise CannotSplit(f"works along the split dim {layout.dim}")
+        others = [p.lay(a, layout) if isinstance(a, fx.Node) and a is not x else a for a in args]
+        others[0] = x
+        if outputs == 1:
+            return p.same(op, others, kwargs, layout=layout)
+        return p.several(op, others, kwargs, [layout] * outputs)
+
+    return rule
+
+
+TABLE = {
+    aten.sum.dim_IntList: reduction("sum"),
+    aten.sum.default: whole_sum,
+    aten.mean.dim: reduction("mean"),
+    aten.mean.default: whole_sum,
+    aten.amax.default: reduction("amax"),
+    aten.amin.default: reduction("amin"),
+    aten.var.correction: variance,
+    aten.var_mean.correction: variance,
+    aten.softmax.int: along(1),
+    aten._softmax.default: along(1),
+    aten.log_softmax.int: along(1),
+    aten._log_softmax.default: along(1),
+    aten.cumsum.default: along(1),
+    aten.cumprod.default: along(1),
+    aten.glu.default: along(1, -1),
+    aten.sort.default: along(1, -1, outputs=2),
+    aten.topk.default: along(2, -1, outputs=2),
+}

@@ -1,0 +1,109 @@
+"""Interpolation and adaptive pooling: static linear maps along each dim, taken apart along the split one.
+
+What output row o sees, and with what weight, is read from the operator itself by applying it to an identity
+matrix. So nearest, linear, cubic, antialiased and area resampling are one rule.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...ir import ops
+from ...ir.layout import Layout, Rows, per_rank
+from ...ir.program import layout_of, shape_of
+from ..partition import CannotSplit, Op, Partitioner
+from .slicing import remap
+
+aten = torch.ops.aten
+
+
+@lru_cache(maxsize=256)
+def response(target: Any, size: int, i: int, spatial: int, args: tuple[Any, ...]) -> np.ndarray:
+    """[outputs, size]: the weights of the operator along spatial dim `i`, in float64."""
+    shape = [1, size] + [size if j == i else 1 for j in range(spatial)]
+    x = torch.eye(size, dtype=torch.float64).view(shape)
+    y = target(x, *args)
+    return y.reshape(size, -1).T.numpy()
+
+
+def _only(values: Any, i: int, other: Any) -> Any:
+    return None if values is None else [v if j == i else other for j, v in enumerate(values)]
+
+
+def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: Any) -> fx.Node:
+    """`rest` is (align_corners, scales…) for smooth kinds, (scales…) for nearest, nothing for adaptive pooling."""
+    layout = layout_of(x)
+    spatial = len(output_size)
+    i = layout.axis - 2
+    if i < 0:
+        return p.same(op, (x, output_size, *rest), layout=layout)
+    flags, scales = rest[: len(rest) - spatial], rest[len(rest) - spatial :] if len(rest) >= spatial else ()
+    one = (_only(output_size, i, 1), *flags, *(s if j == i else None for j, s in enumerate(scales)))
+    dim, size, outputs = layout.axis, shape_of(x)[layout.axis], op.shape[layout.axis]
+    weights = response(op.target, size, i, spatial, _hashable(one))
+    shape = (*shape_of(x)[:dim], outputs, *shape_of(x)[dim + 1 :])
+    if (np.count_nonzero(weights, axis=1) == 1).all() and (weights.sum(axis=1) == 1).all():
+        x = remap(p, _Shaped(op.node, op.target, shape, op.dtype), x, dim, weights.argmax(axis=1))
+    else:
+        x = _weighted(p, x, dim, weights, shape, op.dtype)
+    if shape == op.shape:
+        return x
+    sizes = p.local(op.shape, layout_of(x))[2:]
+    kept = tuple(None if j == i else s for j, s in enumerate(scales))
+    return p.same(op, (x, sizes, *flags, *kept), layout=layout_of(x))
+
+
+def _hashable(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tuple(a) if isinstance(a, list) else a for a in args)
+
+
+class _Shaped(Op):
+    """An operator whose result is resampled along one dim only."""
+
+    def __init__(self, node: fx.Node, target: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__(node, target)
+        object.__setattr__(self, "_shape", shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape  # type: ignore[attr-defined,no-any-return]
+
+
+def _weighted(
+    p: Partitioner, x: fx.Node, dim: int, weights: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype
+) -> fx.Node:
+    layout = layout_of(x)
+    outputs, size = weights.shape
+    first, last = (weights != 0).argmax(axis=1), size - 1 - (weights != 0)[:, ::-1].argmax(axis=1)
+    centres = (first + last) // 2
+    rows = p.spread(tuple(Rows.of(np.flatnonzero(np.isin(centres, r.array))) for r in layout.rows), outputs)
+    if rows is None:
+        raise CannotSplit("fewer rows than ranks")
+    width = int((last - first).max()) + 1
+    first = np.minimum(first, size - width)
+    taps = first[:, None] + np.arange(width)
+    want = tuple(Rows.of(taps[r.array]) for r in rows)
+    x = p.fetch(x, dim, want, "halo")
+    indices, values = [], []
+    for mine, have in zip(rows, p.rows(x, dim), strict=True):
+        positions = taps[mine.array]
+        indices.append(ops.Index(np.searchsorted(have.array, positions.T.reshape(-1))))
+        values.append(tuple(map(tuple, np.take_along_axis(weights[mine.array], positions, 1).T.tolist())))
+    return p.emit(
+        ops.resample, (x, dim, per_rank(indices), per_rank(values)), shape=shape, dtype=dtype, layout=Layout(dim, rows)
+    )
+
+
+NAMES = """
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d
+""".split()
+
+TABLE = {getattr(aten, name).default: resample for name in NAMES}

@@ -1,0 +1,113 @@
+"""Slices, concatenation, padding and other movements along a dim: a remap of positions, without communication."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...ir import ops
+from ...ir.layout import Layout, Rows, full, per_rank
+from ...ir.program import layout_of, shape_of
+from ..partition import CannotSplit, Op, Partitioner
+from .pointwise import align
+
+aten = torch.ops.aten
+
+
+def slice_(p: Partitioner, op: Op, x: fx.Node, dim: int, start: int, end: int, step: int = 1) -> fx.Node:
+    layout = layout_of(x)
+    if layout.dim != dim:
+        return p.same(op, (x, dim, start, end, step), layout=layout)
+    return remap(p, op, x, dim, np.arange(start, end, step))
+
+
+def remap(p: Partitioner, op: Op, x: fx.Node, dim: int, sources: np.ndarray) -> fx.Node:
+    """Row o of the result is row `sources[o]` of `x`; it lies where its source lies, so nothing travels."""
+    layout = layout_of(x)
+    rows, local = [], []
+    for have in layout.rows:
+        mine = Rows.of(np.flatnonzero(np.isin(sources, have.array)))
+        rows.append(mine)
+        at = np.searchsorted(have.array, sources[mine.array])
+        ascending = len(at) < 2 or bool(np.all(np.diff(at) > 0))
+        local.append(Rows.of(at) if ascending else ops.Index(at))
+    if all(isinstance(index, Rows) for index in local):
+        target: Any = ops.take
+    else:
+        target = ops.select
+        local = [ops.Index(index.array) for index in local]
+    size = len(sources)
+    result = Layout() if tuple(rows) == full(size, p.world) else Layout(dim, tuple(rows))
+    return p.settle(p.emit(target, (x, dim, per_rank(local)), shape=op.shape, dtype=op.dtype, layout=result))
+
+
+def flip(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:
+    dim = layout_of(x).axis
+    inside = [d % len(op.shape) for d in dims]
+    if dim in inside:
+        x = remap(p, op, x, dim, np.arange(op.shape[dim])[::-1])
+        inside.remove(dim)
+    return p.same(op, (x, inside), layout=layout_of(x)) if inside else x
+
+
+def roll(p: Partitioner, op: Op, x: fx.Node, shifts: list[int], dims: list[int] | None = None) -> fx.Node:
+    if not dims:
+        raise CannotSplit("roll of the flattened tensor")
+    layout = layout_of(x)
+    others = []
+    for shift, dim in zip(shifts, dims, strict=True):
+        if dim % len(op.shape) == layout.dim:
+            x = remap(p, op, x, layout.axis, np.roll(np.arange(op.shape[layout.axis]), shift))
+        else:
+            others.append((shift, dim))
+    if not others:
+        return x
+    return p.same(op, (x, [s for s, _ in others], [d for _, d in others]), layout=layout_of(x))
+
+
+def cat(p: Partitioner, op: Op, tensors: list[fx.Node], dim: int = 0) -> fx.Node:
+    dim = dim % len(op.shape)
+    layouts = [layout_of(x) for x in tensors]
+    other = next((layout for layout in layouts if layout.dim not in (None, dim)), None)
+    if other is not None:
+        shape = tuple(1 if d == dim else s for d, s in enumerate(op.shape))
+        layout, tensors = align(p, shape, tensors)
+        return p.same(op, (tensors, dim), layout=layout)
+    rows = [Rows(())] * p.world
+    offset = 0
+    for x in tensors:
+        rows = [a | b.shift(offset) for a, b in zip(rows, p.rows(x, dim), strict=True)]
+        offset += shape_of(x)[dim]
+    return p.same(op, (tensors, dim), layout=Layout(dim, tuple(rows)))
+
+
+def constant_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], value: float = 0) -> fx.Node:
+    """The ranks that hold the first and the last row add the rows of padding there."""
+    layout, ndim = layout_of(x), len(op.shape)
+    place = 2 * (ndim - 1 - layout.axis)
+    if place >= len(pad):
+        return p.same(op, (x, pad, value), layout=layout)
+    before, after = pad[place], pad[place + 1]
+    size = shape_of(x)[layout.axis]
+    if before < 0 or after < 0:
+        raise CannotSplit(f"negative padding along the split dim {layout.axis}")
+    first = [before if 0 in r.array[:1] else 0 for r in layout.rows]
+    last = [after if size - 1 in r.array[-1:] else 0 for r in layout.rows]
+    rows = tuple(
+        (Rows.interval(0, f) | r.shift(before)) | Rows.interval(before + size, before + size + extra)
+        for r, f, extra in zip(layout.rows, first, last, strict=True)
+    )
+    amounts = [*pad[:place], per_rank(first), per_rank(last), *pad[place + 2 :]]
+    return p.same(op, (x, amounts, value), layout=Layout(layout.dim, rows))
+
+
+TABLE = {
+    aten.slice.Tensor: slice_,
+    aten.flip.default: flip,
+    aten.roll.default: roll,
+    aten.cat.default: cat,
+    aten.constant_pad_nd.default: constant_pad,
+}

@@ -1,0 +1,132 @@
+"""Views: a split dim goes through reshape, permute and expand wherever law 1 allows.
+
+A reshape is taken apart into minimal groups of dims with equal products. Within the group of the split dim, the
+rank's flat positions are enumerated over the input dims and unravelled on the output dims: the result is split
+along the one output dim whose set is not full. This covers frames x rows x columns flattened to tokens, heads,
+2x2 packing and unpacking, window attention.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...ir.layout import Layout, Rows, even
+from ...ir.program import layout_of, shape_of
+from ..partition import CannotSplit, Op, Partitioner
+
+aten = torch.ops.aten
+
+
+def groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[range, range]]:
+    """Minimal groups of dims with equal products: [2, 6, 4] -> [2, 3, 8] gives (0|0), (1,2|1,2)."""
+    result = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        first_i, first_j = i, j
+        a = b = 1
+        while True:
+            if a <= b and i < len(source) and (a < b or i == first_i):
+                a *= source[i]
+                i += 1
+            elif j < len(target) and (b < a or j == first_j):
+                b *= target[j]
+                j += 1
+            elif a == b:
+                break
+            else:
+                raise CannotSplit(f"reshape {list(source)} -> {list(target)} of different sizes")
+        result.append((range(first_i, i), range(first_j, j)))
+    return result
+
+
+@lru_cache(maxsize=1 << 14)
+def unravel(source: tuple[int, ...], dim: int, rows: Rows, target: tuple[int, ...]) -> tuple[int, Rows] | None:
+    """Where `rows` of dim `dim` of a group `source` lie in the group `target`: (dim, rows), or None.
+
+    dim is -1 if the set is full in all dims.
+    """
+    outer, inner = prod(source[:dim]), prod(source[dim + 1 :])
+    block = rows.array[:, None] * inner + np.arange(inner)
+    flat = (np.arange(outer)[:, None, None] * (source[dim] * inner) + block).reshape(-1)
+    found = -1, Rows.interval(0, 1)
+    count = 1
+    for axis, size in enumerate(target):
+        below = prod(target[axis + 1 :])
+        seen = np.unique(flat // below % size)
+        count *= len(seen)
+        if len(seen) < size:
+            if found[0] >= 0:
+                return None
+            found = axis, Rows.of(seen)
+    return found if count == len(flat) else None
+
+
+def through(source: tuple[int, ...], layout: Layout, target: tuple[int, ...]) -> Layout | None:
+    """The layout after a reshape, or None where the parts are not split along one dim."""
+    ins, outs = next(g for g in groups(source, target) if layout.axis in g[0])
+    part, result = tuple(source[i] for i in ins), tuple(target[j] for j in outs)
+    dim = layout.axis - ins.start
+    found = [unravel(part, dim, rows, result) for rows in layout.rows]
+    if any(f is None for f in found):
+        return None
+    dims = {f[0] for f in found if f is not None} - {-1}
+    if len(dims) != 1:
+        return None
+    (axis,) = dims
+    everything = Rows.interval(0, result[axis])
+    return Layout(outs.start + axis, tuple(everything if f[0] < 0 else f[1] for f in found if f is not None))
+
+
+def reshape(p: Partitioner, op: Op, x: fx.Node, shape: list[int]) -> fx.Node:
+    layout = through(shape_of(x), layout_of(x), op.shape)
+    if layout is None:
+        x, layout = _realign(p, x, op.shape)
+    return p.same(op, (x, p.local(op.shape, layout)), layout=layout)
+
+
+def _realign(p: Partitioner, x: fx.Node, target: tuple[int, ...]) -> tuple[fx.Node, Layout]:
+    """Move the cuts of `x` to where the reshape lets them through: even cuts of one of the output dims."""
+    source, layout = shape_of(x), layout_of(x)
+    _, outs = next(g for g in groups(source, target) if layout.axis in g[0])
+    for axis in sorted(outs, key=lambda j: -target[j]):
+        if target[axis] < p.world:
+            continue
+        wanted = Layout(axis, even(target[axis], p.world))
+        back = through(target, wanted, source)
+        if back is not None and back.dim == layout.dim:
+            reason = f"cuts of {list(source)} do not go through to {list(target)}"
+            return p.lay(x, back, "realign", reason), wanted
+    raise CannotSplit(f"{list(source)} -> {list(target)} mixes the split dim {layout.dim} with others")
+
+
+def permute(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:
+    layout = layout_of(x)
+    return p.same(op, (x, dims), layout=layout.at(list(dims).index(layout.axis)))
+
+
+def expand(p: Partitioner, op: Op, x: fx.Node, shape: list[int]) -> fx.Node:
+    layout = layout_of(x)
+    layout = layout.at(layout.axis + len(op.shape) - len(shape_of(x)))
+    return p.same(op, (x, p.local(op.shape, layout)), layout=layout)
+
+
+def last_dim_pair(p: Partitioner, op: Op, x: fx.Node) -> fx.Node:
+    """`view_as_complex` and `view_as_real`: the last dim is consumed or made."""
+    layout = layout_of(x)
+    if op.target is aten.view_as_complex.default and layout.axis == len(shape_of(x)) - 1:
+        raise CannotSplit("the (real, imaginary) dim is split")
+    return p.same(op, (x,), layout=layout)
+
+
+TABLE = {
+    aten.reshape.default: reshape,
+    aten.permute.default: permute,
+    aten.expand.default: expand,
+    aten.view_as_complex.default: last_dim_pair,
+    aten.view_as_real.default: last_dim_pair,
+}

@@ -1,0 +1,215 @@
+"""Operators whose output row sees a window of input rows: convolutions and pooling, in one to three dims.
+
+Each output row belongs to the rank that holds the centre of its window; the rows of the windows which the rank
+lacks are fetched (role `halo`), the zero padding at the border of the picture in the same copy::
+
+    own rows           . . . a b c d . . .
+    windows reach    . . p a b c d q . . .        fetch(p, q), then convolve without padding along this dim
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ...ir import ops
+from ...ir.layout import Layout, Rows, per_rank
+from ...ir.program import layout_of, shape_of
+from ..partition import CannotSplit, Op, Partitioner
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Window:
+    """Along one dim: output row o sees input rows o*stride - padding + dilation*(0 … size-1)."""
+
+    size: int
+    stride: int
+    padding: int
+    dilation: int
+
+    @property
+    def trivial(self) -> bool:
+        return self.size == 1 and self.stride == 1 and self.padding == 0
+
+    def centres(self, outputs: int) -> np.ndarray:
+        return np.arange(outputs) * self.stride - self.padding + (self.size - 1) * self.dilation // 2
+
+    def reach(self, rows: Rows) -> tuple[int, int]:
+        """The input rows [lo, hi) that output rows [start, stop) see; outside the input it is padding."""
+        lo = rows.start * self.stride - self.padding
+        return lo, (rows.stop - 1) * self.stride - self.padding + (self.size - 1) * self.dilation + 1
+
+
+@dataclass(frozen=True)
+class Transposed(Window):
+    """The adjoint: input row i adds to output rows i*stride - padding + dilation*(0 … size-1)."""
+
+    def centres(self, outputs: int) -> np.ndarray:
+        return (np.arange(outputs) + self.padding - (self.size - 1) * self.dilation // 2) // self.stride
+
+    def reach(self, rows: Rows) -> tuple[int, int]:
+        span = (self.size - 1) * self.dilation
+        lo = -((span - rows.start - self.padding) // self.stride)
+        hi = (rows.stop - 1 + self.padding) // self.stride + 1
+        return lo, hi + (span < self.stride - 1)
+
+
+def halo(
+    p: Partitioner, x: fx.Node, window: Window, outputs: int, fill: float = 0.0
+) -> tuple[fx.Node, tuple[Rows, ...], tuple[int, ...]] | None:
+    """Fetch what each rank's windows see: (x with halo, output rows of each rank, where its first row stands).
+
+    None where there are fewer output rows than ranks.
+    """
+    layout = layout_of(x)
+    dim = layout.axis
+    size = shape_of(x)[dim]
+    centres = np.clip(window.centres(outputs), 0, size - 1)
+    natural = tuple(Rows.of(np.flatnonzero(np.isin(centres, rows.array))) for rows in layout.rows)
+    rows = p.spread(natural, outputs, contiguous=True)
+    if rows is None:
+        return None
+    reach = [window.reach(r) for r in rows]
+    want = tuple(Rows.interval(max(lo, 0), min(hi, size)) for lo, hi in reach)
+    if not all(w.runs for w in want):
+        raise CannotSplit("a rank's windows would see nothing but padding")
+    x = p.fetch(
+        x,
+        dim,
+        want,
+        "halo",
+        before=tuple(max(0, -lo) for lo, _ in reach),
+        after=tuple(max(0, hi - size) for _, hi in reach),
+        fill=fill,
+    )
+    return x, rows, tuple(lo for lo, _ in reach)
+
+
+def _at(values: list[int], i: int, value: int) -> list[int]:
+    return [value if j == i else v for j, v in enumerate(values)]
+
+
+def convolution(
+    p: Partitioner,
+    op: Op,
+    x: fx.Node,
+    weight: fx.Node,
+    bias: fx.Node | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    channel_groups: int,
+) -> fx.Node:
+    layout = layout_of(x)
+    if layout.dim is None:
+        raise CannotSplit("the weight of a convolution is split")
+    weight = p.whole(weight, "realign", "convolution weights are used whole")
+    bias = p.whole(bias, "realign", "convolution weights are used whole") if bias is not None else None
+    geometry = (stride, padding, dilation, transposed, output_padding, channel_groups)
+    if layout.dim == 0:
+        return p.same(op, (x, weight, bias, *geometry), layout=layout)
+    if layout.dim == 1:
+        raise CannotSplit("the channels are split")
+    dim, i = layout.axis, layout.axis - 2
+    kind = Transposed if transposed else Window
+    window = kind(shape_of(weight)[dim], stride[i], padding[i], dilation[i])
+    if window.trivial:
+        return p.same(op, (x, weight, bias, *geometry), layout=layout)
+    found = halo(p, x, window, op.shape[dim])
+    if found is None:
+        x = p.whole(x, "small", f"fewer rows than ranks along dim {dim}")
+        return p.same(op, (x, weight, bias, *geometry), layout=Layout())
+    x, rows, first = found
+    args = (x, weight, bias, stride, _at(padding, i, 0), dilation, transposed, _at(output_padding, i, 0), channel_groups)
+    if not transposed:
+        return p.same(op, args, layout=Layout(dim, rows))
+    # the local result is longer than needed: cut it to the rank's rows
+    offsets = [lo * window.stride - window.padding for lo in first]
+    length = max(shape_of(x)[dim] * window.stride + window.size * window.dilation, 1)
+    shape = _at(list(op.shape), dim, length)
+    spans = tuple(
+        Rows.interval(o, o + (n - 1) * window.stride + (window.size - 1) * window.dilation + 1)
+        for o, n in zip(offsets, layout_of(x).sizes, strict=True)
+    )
+    lowest = min(span.start for span in spans)
+    local = p.emit(
+        op.target, args, shape=shape, dtype=op.dtype, layout=Layout(dim, tuple(s.shift(-lowest) for s in spans))
+    )
+    kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
+    return p.emit(ops.take, (local, dim, kept), shape=op.shape, dtype=op.dtype, layout=Layout(dim, rows))
+
+
+def _pool(
+    p: Partitioner, op: Op, x: fx.Node, size: list[int], stride: list[int], padding: list[int], dilation: list[int],
+    fill: float, rebuild: Any,
+) -> fx.Node:  # fmt: skip
+    layout, spatial = layout_of(x), len(size)
+    i = layout.axis - (len(op.shape) - spatial)
+    if i < 0:
+        return p.same(op, rebuild(x, padding), layout=layout)
+    found = halo(p, x, Window(size[i], stride[i], padding[i], dilation[i]), op.shape[layout.axis], fill)
+    if found is None:
+        x = p.whole(x, "small", f"fewer rows than ranks along dim {layout.axis}")
+        return p.same(op, rebuild(x, padding), layout=Layout())
+    x, rows, _ = found
+    return p.same(op, rebuild(x, _at(padding, i, 0)), layout=Layout(layout.axis, rows))
+
+
+def _each(value: Any, spatial: int, default: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value or [default])
+    return values * spatial if len(values) == 1 else values
+
+
+def max_pool(
+    p: Partitioner, op: Op, x: fx.Node, size: list[int], stride: Any = (), padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> fx.Node:  # fmt: skip
+    spatial = _spatial(op)
+    sizes = _each(size, spatial, 1)
+    strides = _each(stride, spatial, 1) if stride else sizes
+    dilations = _each(dilation, spatial, 1)
+    return _pool(
+        p, op, x, sizes, strides, _each(padding, spatial, 0), dilations, float("-inf"),
+        lambda x, padding: (x, sizes, strides, padding, dilations, ceil_mode),
+    )  # fmt: skip
+
+
+def avg_pool(
+    p: Partitioner, op: Op, x: fx.Node, size: list[int], stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> fx.Node:  # fmt: skip
+    spatial = _spatial(op)
+    sizes = _each(size, spatial, 1)
+    strides = _each(stride, spatial, 1) if stride else sizes
+    paddings = _each(padding, spatial, 0)
+    i = layout_of(x).axis - (len(op.shape) - spatial)
+    if i >= 0 and divisor_override is None and (ceil_mode or (paddings[i] and not count_include_pad)):
+        raise CannotSplit("windows of different size at the border are averaged")
+    rest = (divisor_override,) if spatial > 1 else ()
+    return _pool(
+        p, op, x, sizes, strides, paddings, [1] * spatial, 0.0,
+        lambda x, padding: (x, sizes, strides, padding, ceil_mode, count_include_pad, *rest),
+    )  # fmt: skip
+
+
+def _spatial(op: Op) -> int:
+    return int(str(op.target).split("pool")[1][0])
+
+
+TABLE = {
+    aten.convolution.default: convolution,
+    aten.max_pool1d.default: max_pool,
+    aten.max_pool2d.default: max_pool,
+    aten.max_pool3d.default: max_pool,
+    aten.avg_pool1d.default: avg_pool,
+    aten.avg_pool2d.default: avg_pool,
+    aten.avg_pool3d.default: avg_pool,
+}
