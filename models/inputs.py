@@ -1,8 +1,8 @@
 """Example inputs of known architectures, derived from a module's own `config`: what its pipeline would pass.
 
 `example_inputs` serves the catalog, the small zoo and folders on disk alike. Sizes are those of the latent; the
-number of text tokens defaults to the pipeline's. Tensors take the dtype and device of the module's parameters, so
-under a fake tensor mode they are fake.
+number of text tokens defaults to the pipeline's. Tensors take the device of the module's parameters and the narrowest
+of their dtypes (some models keep a few in float32); under a fake tensor mode they are fake.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def example_inputs(
             f"no example inputs are known for {type(module).__name__}; give them yourself: "
             f"known are {', '.join(sorted(makers))}"
         )
-    parameter = next(module.parameters())
+    parameter = min((p for p in module.parameters() if p.is_floating_point()), key=lambda p: p.dtype.itemsize)
     draw = Draw(parameter.dtype, parameter.device, torch.Generator().manual_seed(seed))
     return maker(module, Size(rows, cols, batch, frames, text), draw)
 
