@@ -1,0 +1,106 @@
+"""Before the first exchange of a plan the ranks compare what they are about to run (law 6)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from .board import Board
+from .errors import DisagreementError
+from .executor import PlanLike
+
+SAMPLES = 4096  #: elements looked at per weight
+FEW = 64  #: elements looked at per input
+TOLERANCE = 1e-2  #: by which sampled inputs may differ, relative to the largest: devices round differently
+
+
+def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Compare this rank with all others.
+
+    Args:
+        number: counts the plans of this executor.
+
+    Raises:
+        DisagreementError: on every rank, with the first difference by name.
+        RankError: a rank did not arrive.
+    """
+    facts = _facts(plan, weights, inputs)
+    text = json.dumps(facts)
+    mine = {
+        "digest": hashlib.sha256(text.encode()).hexdigest(),
+        "inputs": {p: _sample(t, FEW) for p, t in zip(plan.program.input_paths, inputs, strict=True)},
+    }
+    prefix = f"plan/{number}"
+    board.store.set(f"{prefix}/facts/{board.rank}", text)
+    board.store.set(f"{prefix}/mine/{board.rank}", json.dumps(mine))
+    what = f"the other ranks to come to the same call (plan {number})"
+    first = json.loads(board.read(f"{prefix}/mine/0", what))
+    for rank in range(1, board.world):
+        other = json.loads(board.read(f"{prefix}/mine/{rank}", what))
+        if other["digest"] != first["digest"]:
+            ours, theirs = (json.loads(board.read(f"{prefix}/facts/{r}", what)) for r in (0, rank))
+            raise DisagreementError(_difference(rank, ours, theirs))
+        for path, sample in first["inputs"].items():
+            if not _close(sample, other["inputs"][path]):
+                raise DisagreementError(
+                    f"rank {rank} was called with another value of `{path}` than rank 0; every rank must be given the "
+                    "same whole inputs (does each seed its generator alike?)"
+                )
+
+
+def _facts(plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> dict[str, str]:
+    facts = {"version of fxpass": version("fxpass"), "version of torch": torch.__version__}
+    for path, tensor in zip(plan.program.input_paths, inputs, strict=True):
+        facts[f"input {path}"] = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device.type}"
+    for name, tensor in zip(plan.program.weights.values(), weights, strict=True):
+        facts[f"weight {name}"] = f"{tuple(tensor.shape)} {tensor.dtype} {checksum(tensor)}"
+    facts["plan"] = plan.fingerprint
+    return facts
+
+
+def _difference(rank: int, ours: dict[str, str], theirs: dict[str, str]) -> str:
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        if ours.get(key) != theirs.get(key):
+            differing = sum(ours.get(k) != theirs.get(k) for k in {*ours, *theirs})
+            more = f" ({differing} differences in all)" if differing > 1 else ""
+            return (
+                f"rank {rank} differs from rank 0 in the {key}: {theirs.get(key, 'none')}, "
+                f"rank 0 has {ours.get(key, 'none')}{more}"
+            )
+    return f"rank {rank} differs from rank 0"
+
+
+def checksum(tensor: Tensor) -> str:
+    """A hash of up to 4096 elements spread over a tensor: cheap for any size; finds other weights, not one element."""
+    flat = _spread(tensor, SAMPLES)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
+    return hashlib.sha256(flat.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def _spread(tensor: Tensor, count: int) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // count)
+    return flat[::step].cpu()
+
+
+def _sample(tensor: Tensor, count: int) -> list[float]:
+    return (
+        torch.view_as_real(t).flatten().tolist() if (t := _spread(tensor, count)).is_complex() else t.double().tolist()
+    )
+
+
+def _close(a: list[float], b: list[float]) -> bool:
+    left, right = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    finite = left.isfinite()
+    if not torch.equal(finite, right.isfinite()) or not torch.equal(
+        left[~finite].nan_to_num(), right[~finite].nan_to_num()
+    ):
+        return False
+    left, right = left[finite], right[finite]
+    return not left.numel() or bool((left - right).abs().max() <= TOLERANCE * left.abs().max())

@@ -1,0 +1,133 @@
+"""Every rank runs the user's script (torchrun, or an initialised process group) and its own part of the plan."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ir.program import specialize
+from .agreement import agree
+from .board import Board
+from .collectives import Collectives
+from .errors import RankError
+from .executor import Bound, PlanLike, device_of
+from .interpreter import RankProgram, drive
+
+_created = 0  # executors of this process; equal on all ranks, for all make them in the same order
+
+
+def inside() -> bool:
+    """Whether this process is one of several: an initialised process group, or torchrun's environment."""
+    return dist.is_available() and (dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys())
+
+
+def size_of_world(group: Any = None) -> int:
+    """How many ranks there are, given `inside()`."""
+    return dist.get_world_size(group) if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+
+
+class DistributedExecutor:
+    """One rank of `group` (default: all processes).
+
+    Initialises the default process group from torchrun's environment if nobody has: gloo for models on the CPU, NCCL
+    on CUDA. The exchanges have a group of their own, whose timeout is `timeout` seconds.
+
+    Raises:
+        ValueError: the group has another size than the plan.
+    """
+
+    def __init__(self, world_size: int, *, group: Any = None, timeout: float = 600.0) -> None:
+        if not inside():
+            raise RuntimeError(
+                "executor='distributed' needs torchrun or an initialised process group; "
+                f"start the script with `torchrun --nproc-per-node {world_size} …`, or use executor='spawn'"
+            )
+        if size_of_world(group) != world_size:
+            raise ValueError(
+                f"world_size is {world_size}, but the process group has {size_of_world(group)} ranks; "
+                "leave world_size out, or start as many processes"
+            )
+        self.world_size = world_size
+        self.timeout = timeout
+        self._group = group
+        self._links: Collectives | None = None
+        self._plans = 0
+        self._broken: str | None = None
+
+    @property
+    def traffic(self) -> Counter[str]:
+        return self._links.traffic if self._links else Counter()
+
+    def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> DistributedPlan:
+        """Connect at the first plan, compare the ranks at every one."""
+        links = self._connect(device_of(inputs))
+        self._plans += 1
+        agree(links.board, self._plans, plan, weights, inputs)
+        code = RankProgram.of(specialize(plan.graph, links.rank), links.rank)
+        return DistributedPlan(self, links, Bound.of(code, plan.program, device_of(inputs)))
+
+    def begin(self) -> None:
+        if self._broken:
+            raise RuntimeError(f"the ranks lost step in an earlier call and cannot go on: {self._broken}")
+        if self._links:
+            self._links.board.call += 1
+
+    def failed(self, error: BaseException) -> None:
+        if self._links and not isinstance(error, RankError):
+            self._links.board.publish(error)
+
+    def broke(self, error: BaseException) -> None:
+        """A call failed between its first and its last exchange: what other ranks have in flight is unknown."""
+        self._broken = str(error).partition("\n")[0]
+
+    def close(self) -> None:
+        self._links = None
+        self._broken = self._broken or "it was closed"
+
+    def _connect(self, device: torch.device) -> Collectives:
+        global _created
+        if self._links is None:
+            timeout = timedelta(seconds=self.timeout)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            if not dist.is_initialized():
+                dist.init_process_group(backend, timeout=timeout)
+            _created += 1
+            ranks = dist.get_process_group_ranks(self._group or dist.group.WORLD)
+            group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+            rank = dist.get_rank(group)
+            name = f"fxpass/{'.'.join(map(str, ranks))}/{_created}"
+            store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+            board = Board(store, rank, self.world_size, self.timeout)
+            self._links = Collectives(group, rank, self.world_size, board, blocking=backend == "gloo")
+        return self._links
+
+
+class DistributedPlan:
+    """This rank's program of a plan."""
+
+    def __init__(self, executor: DistributedExecutor, links: Collectives, bound: Bound) -> None:
+        self.executor = executor
+        self.links = links
+        self.bound = bound
+
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The flat outputs, the same on every rank.
+
+        Raises:
+            RankError: another rank failed, left, or did not answer in time.
+        """
+        try:
+            return drive(self.bound.code.run(self.bound.values(weights, inputs)), self.links.exchange)
+        except BaseException as error:
+            self.executor.broke(error)
+            raise
+
+    def release(self) -> None:
+        self.links.forget(self.bound.code.sites)

@@ -1,0 +1,93 @@
+"""What all executors have in common: they load a plan once and run it many times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.program import Program
+from .interpreter import RankProgram
+
+
+class PlanLike(Protocol):
+    """What an executor reads of a plan."""
+
+    @property
+    def program(self) -> Program: ...
+    @property
+    def graph(self) -> fx.Graph: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class Loaded(Protocol):
+    """A plan that an executor has made ready."""
+
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The flat outputs.
+
+        Args:
+            weights: the model's own tensors, in the order of `plan.program.weights`.
+            inputs: in the order of `plan.program.inputs`.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give back what the plan holds on all ranks."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs plans on `world_size` ranks."""
+
+    world_size: int
+    traffic: dict[str, int]  #: bytes that this process received so far, by role of the exchange
+
+    def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Loaded: ...
+
+    def begin(self) -> None:
+        """A call begins."""
+        ...
+
+    def failed(self, error: BaseException) -> None:
+        """The call has failed on this rank: tell the others, if there are any."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind. May be called twice."""
+        ...
+
+
+@dataclass(eq=False)
+class Bound:
+    """A rank's program with its constants on the device, ready to take weights and inputs."""
+
+    code: RankProgram
+    constants: list[Tensor]
+    order: list[int]  #: of each placeholder, its place in weights + constants + inputs
+
+    @staticmethod
+    def of(code: RankProgram, program: Program, device: torch.device) -> Bound:
+        names = [*program.weights, *program.constants, *program.inputs]
+        place = {name: i for i, name in enumerate(names)}
+        unknown = [name for name in code.placeholders if name not in place]
+        if unknown:
+            raise ValueError(f"the plan's graph has placeholders that its program does not know: {unknown}")
+        constants = [constant.to(device) for constant in program.constants.values()]
+        return Bound(code, constants, [place[name] for name in code.placeholders])
+
+    def values(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """One value per placeholder."""
+        pool = [*weights, *self.constants, *inputs]
+        return [pool[i] for i in self.order]
+
+
+def device_of(tensors: Sequence[Any]) -> torch.device:
+    """Where a call runs: where its first tensor is; the CPU if there is none."""
+    return tensors[0].device if tensors else torch.device("cpu")

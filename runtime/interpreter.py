@@ -1,0 +1,200 @@
+"""One rank's static graph as one Python generator function, which stops at each exchange.
+
+    v812 = f3(v811, v4, None, (1, 1))  # conv2d_7 (mid.resnets.0.conv1)
+    del v811
+    box = [v812]; del v812; yield s2, box; v813 = tuple(box); box.clear()  # exchange_2
+
+Straight-line code has no per-node overhead but the call itself, frees each value after its last use, and gives
+a traceback that names the node. A `RankProgram` is plain data and can be sent to another process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..ir import ops
+from ..ir.exchange import Exchange
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An exchange node: the same place in the programs of all ranks."""
+
+    index: int
+    name: str
+    path: str  #: the module that made it
+    exchanges: tuple[Exchange, ...]
+
+
+#: Yields (site, values); whoever drives it replaces the content of the list `values` by the results before it
+#: goes on. (A list, so that neither side keeps alive what the other has done with.)
+Run = Generator[tuple[Site, list[Tensor]], None, list[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class RankProgram:
+    """One rank's program. Inputs are given by the names of the graph's placeholders."""
+
+    rank: int
+    placeholders: tuple[str, ...]
+    source: str
+    table: dict[str, Any]  #: what the source refers to: operators, exchange sites, static arguments
+    lines: tuple[str, ...]  #: the node made by each line of the source
+
+    @staticmethod
+    def of(graph: fx.Graph, rank: int, *, check: bool = False) -> RankProgram:
+        """Compile the specialised graph of `rank`.
+
+        Args:
+            check: also compare the shape of each value with `meta["local_shape"]` (for tests).
+
+        Raises:
+            ValueError: the graph has a node that is neither placeholder, function call nor output.
+        """
+        return _Writer(graph, check).program(rank)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The exchanges, in order."""
+        return tuple(value for value in self.table.values() if isinstance(value, Site))
+
+    def run(self, values: Sequence[Tensor]) -> Run:
+        """Run on one value per placeholder; the generator returns the flat outputs.
+
+        An exception of an operator gets a note that says at which node, module and rank it was raised.
+        """
+        try:
+            return (yield from self._function(values))
+        except Exception as error:
+            error.add_note(f"in fxpass rank {self.rank}, {self._where(error)}")
+            raise
+
+    @cached_property
+    def _function(self) -> Callable[[Sequence[Tensor]], Run]:
+        filename = f"<fxpass rank {self.rank} {id(self):x}>"
+        namespace = dict(self.table)
+        exec(compile(self.source, filename, "exec"), namespace)
+        return namespace["run"]
+
+    def _where(self, error: Exception) -> str:
+        code = self._function.__code__
+        trace = error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code is code:
+                return f"at {self.lines[trace.tb_lineno - 1]}"
+            trace = trace.tb_next
+        return "outside its graph"
+
+
+def drive(run: Run, exchange: Callable[[Site, list[Tensor]], None]) -> list[Tensor]:
+    """Run one rank to its end, with `exchange` replacing each list of values by its results."""
+    try:
+        while True:
+            exchange(*next(run))
+    except StopIteration as stop:
+        return stop.value
+
+
+class _Writer:
+    """Writes the source of a graph, line by line."""
+
+    def __init__(self, graph: fx.Graph, check: bool) -> None:
+        self.graph = graph
+        self.check = check
+        self.table: dict[str, Any] = {}
+        self.named: dict[int, str] = {}  # id of an object in the table -> its name
+        self.code: list[str] = []
+        self.lines: list[str] = []
+        self.number = {node: i for i, node in enumerate(graph.nodes)}
+        self.dying: dict[fx.Node, list[fx.Node]] = {}
+        seen: set[fx.Node] = set()
+        for node in reversed(graph.nodes):
+            for used in node.all_input_nodes:
+                if used not in seen:
+                    seen.add(used)
+                    self.dying.setdefault(node, []).append(used)
+        self.unused = {node for node in graph.nodes if node not in seen}
+
+    def program(self, rank: int) -> RankProgram:
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.line("def run(values):", "the entry")
+        names = "".join(f"v{self.number[node]}, " for node in placeholders)
+        self.line(f"    {names}= values" if names else "    pass", "the inputs")
+        self.line("    del values", "the inputs")
+        sites = 0
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            label = f"{node.name} ({node.meta.get('path', '')})"
+            name = f"v{self.number[node]}"
+            freed = [f"v{self.number[dead]}" for dead in self.dying.get(node, ())]
+            if node.op == "output":
+                # a generator function also where there is no exchange
+                self.line(f"    return {self.text(list(node.args[0]))}", label)
+                self.line("    yield", label)
+            elif node.op != "call_function":
+                raise ValueError(f"a rank's graph has a {node.op} node: {node.format_node()}")
+            elif node.target is ops.exchange:
+                values, exchanges = node.args
+                site = self.refer(Site(sites, node.name, node.meta.get("path", ""), tuple(exchanges)), "s")
+                sites += 1
+                self.line(f"    box = {self.text(list(values))}", label)
+                if freed:
+                    self.line("    del " + ", ".join(freed), label)
+                self.line(f"    yield {site}, box; {name} = tuple(box); box.clear()", label)
+            else:
+                arguments = [self.text(a) for a in node.args]
+                arguments += [f"{key}={self.text(value)}" for key, value in node.kwargs.items()]
+                self.line(f"    {name} = {self.refer(node.target, 'f')}({', '.join(arguments)})", label)
+                if self.check and "local_shape" in node.meta:
+                    checker = self.refer(check_shape, "f")
+                    shape = self.text(tuple(node.meta["local_shape"]))
+                    self.line(f"    {checker}({name}, {shape}, {label!r})", label)
+                if node in self.unused:
+                    freed.append(name)
+                if freed:
+                    self.line("    del " + ", ".join(freed), label)
+        placeholder_names = tuple(str(node.target) for node in placeholders)
+        return RankProgram(rank, placeholder_names, "\n".join(self.code) + "\n", self.table, tuple(self.lines))
+
+    def line(self, text: str, label: str) -> None:
+        self.code.append(text)
+        self.lines.append(label)
+
+    def refer(self, value: Any, prefix: str) -> str:
+        """A name for an object that cannot be written as source."""
+        if id(value) not in self.named:
+            name = f"{prefix}{len(self.table)}"
+            self.table[name] = value
+            self.named[id(value)] = name
+        return self.named[id(value)]
+
+    def text(self, value: Any) -> str:
+        """An argument as source."""
+        if isinstance(value, fx.Node):
+            return f"v{self.number[value]}"
+        if value is None or value is True or value is False or type(value) is int:
+            return repr(value)
+        if type(value) is float and math.isfinite(value):
+            return repr(value)
+        if type(value) is tuple:
+            return "(" + "".join(self.text(item) + ", " for item in value) + ")"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(self.text, value)) + "]"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key!r}: {self.text(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)})"
+        return self.refer(value, "k")
+
+
+def check_shape(value: Any, shape: tuple[int, ...], label: str) -> None:
+    """Raises `AssertionError` if a local value has not the shape that its layout says."""
+    if isinstance(value, Tensor) and tuple(value.shape) != shape:
+        raise AssertionError(f"{label} has shape {tuple(value.shape)}, its layout says {shape}")

@@ -1,0 +1,122 @@
+"""All ranks in this process, each run from exchange to exchange: for tests, notebooks and quality studies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..ir.exchange import Exchange
+from ..ir.program import specialize
+from .executor import Bound, PlanLike, device_of
+from .interpreter import RankProgram, Run, Site
+
+#: (exchange node, exchange, source rank, destination rank, payload) -> what arrives instead
+Tamper = Callable[[str, Exchange, int, int, Tensor], Tensor]
+
+
+class LockstepExecutor:
+    """Runs the ranks of a plan one after the other, and checks that they meet at the same exchanges.
+
+    Args:
+        tamper: changes payloads on their way (for tests: a corrupted exchange must change the output).
+        check: compare the shape of each local value with what its layout says.
+    """
+
+    def __init__(self, world_size: int, *, tamper: Tamper | None = None, check: bool = False) -> None:
+        self.world_size = world_size
+        self.traffic: Counter[str] = Counter()
+        self.tamper = tamper
+        self.check = check
+
+    def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> LockstepPlan:
+        return LockstepPlan(self, plan, inputs)
+
+    def begin(self) -> None:
+        pass
+
+    def failed(self, error: BaseException) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class LockstepPlan:
+    """A plan with the programs of all its ranks."""
+
+    def __init__(self, executor: LockstepExecutor, plan: PlanLike, inputs: Sequence[Tensor]) -> None:
+        self.executor = executor
+        self.ranks = [
+            Bound.of(
+                RankProgram.of(specialize(plan.graph, rank), rank, check=executor.check),
+                plan.program,
+                device_of(inputs),
+            )
+            for rank in range(plan.world_size)
+        ]
+
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Rank 0's outputs."""
+        return self.run_all(weights, inputs)[0]
+
+    def run_all(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The outputs of every rank.
+
+        Raises:
+            AssertionError: the ranks are not at the same exchange, or a payload has not the declared shape.
+        """
+        runs = [rank.code.run(rank.values(weights, inputs)) for rank in self.ranks]
+        while True:
+            outputs, requests = _advance(runs)
+            if outputs is not None:
+                return outputs
+            self._exchange([site for site, _ in requests], [box for _, box in requests])
+
+    def release(self) -> None:
+        self.ranks = []
+
+    def _exchange(self, sites: list[Site], boxes: list[list[Tensor]]) -> None:
+        site = sites[0]
+        for rank, other in enumerate(sites):
+            if (other.name, other.exchanges) != (site.name, site.exchanges):
+                raise AssertionError(f"rank 0 is at exchange {site.name}, rank {rank} at {other.name}")
+        ranks = range(len(boxes))
+        for i, exchange in enumerate(site.exchanges):
+            sent = [exchange.pack(src, boxes[src][i]) for src in ranks]
+            results = []
+            for dst in ranks:
+                received = [
+                    None if src == dst else self._carry(site, exchange, src, dst, sent[src][dst]) for src in ranks
+                ]
+                results.append(exchange.unpack(dst, boxes[dst][i], received))
+            for box, result in zip(boxes, results, strict=True):
+                box[i] = result
+            self.executor.traffic[exchange.role] += exchange.received(0)
+
+    def _carry(self, site: Site, exchange: Exchange, src: int, dst: int, payload: Tensor | None) -> Tensor | None:
+        if payload is None:
+            assert exchange.numel(src, dst) == 0, f"{site.name}: rank {src} sends nothing to rank {dst}"
+            return None
+        declared = exchange.payload_shape(src, dst)
+        if tuple(payload.shape) != declared or payload.dtype != exchange.dtype:
+            raise AssertionError(
+                f"{site.name}: rank {src} sends {payload.dtype} {tuple(payload.shape)} to rank {dst}, "
+                f"{exchange} declares {exchange.dtype} {declared}"
+            )
+        return self.executor.tamper(site.name, exchange, src, dst, payload) if self.executor.tamper else payload
+
+
+def _advance(runs: list[Run]) -> tuple[list[list[Tensor]] | None, list[tuple[Site, list[Tensor]]]]:
+    """Take every rank to its next exchange: (outputs, []) if all have ended, else (None, where they stand)."""
+    outputs: list[list[Tensor]] = []
+    requests: list[tuple[Site, list[Tensor]]] = []
+    for run in runs:
+        try:
+            requests.append(next(run))
+        except StopIteration as stop:
+            outputs.append(stop.value)
+    if outputs and requests:
+        raise AssertionError(f"{len(outputs)} ranks have ended, the others are at exchange {requests[0][0].name}")
+    return (outputs, []) if outputs else (None, requests)

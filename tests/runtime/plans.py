@@ -1,0 +1,80 @@
+"""Plans for the tests of the runtime: the real passes with a plain cut, so that no planner is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxpass.ir.layout import Layout, even
+from fxpass.ir.program import Program, fingerprint
+from fxpass.passes.normalize import normalize
+from fxpass.passes.partition import partition
+from fxpass.passes.rules import RULES
+
+
+@dataclass(frozen=True, eq=False)
+class CutPlan:
+    """The first input that has them is cut along its rows (dim -2)."""
+
+    program: Program
+    graph: fx.Graph
+    world_size: int
+    fingerprint: str
+
+
+def cut_plan(program: Program, world_size: int) -> CutPlan:
+    program = normalize(program)
+    seeds = {}
+    for node in program.graph.nodes:
+        if node.name == program.inputs[0]:
+            dim = len(node.meta["shape"]) - 2
+            seeds[node.name] = Layout(dim, even(node.meta["shape"][dim], world_size, 2))
+    graph = partition(program.graph, world_size, seeds if world_size > 1 else {}, RULES)
+    return CutPlan(program, graph, world_size, fingerprint(graph))
+
+
+class Block(nn.Module):
+    """A small denoiser with every kind of exchange: halos, moments, keys and values."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(4, channels)
+        self.down = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.conv_out = nn.Conv2d(channels, 4, 3, padding=1)
+        self.scale = 1.0
+        self.config = {"channels": channels}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, *, gain: float = 1.0, return_dict: bool = True
+    ) -> dict[str, Tensor]:
+        h = self.conv_in(sample) + timestep.view(-1, 1, 1, 1)
+        h = self.down(nn.functional.silu(self.norm(h)))
+        tokens = h.flatten(2).transpose(1, 2)
+        tokens = tokens + nn.functional.scaled_dot_product_attention(
+            self.query(tokens), self.key(tokens), self.value(tokens)
+        )
+        h = tokens.transpose(1, 2).reshape(h.shape)
+        h = nn.functional.interpolate(h, scale_factor=2.0)
+        result = self.conv_out(h) * (gain * self.scale)
+        return {"sample": result} if return_dict else (result,)
+
+
+def block(seed: int = 0) -> Block:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Block().eval()
+
+
+def inputs(rows: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 4, rows, 8, generator=generator), torch.tensor([0.3])
