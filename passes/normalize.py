@@ -204,6 +204,30 @@ def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx
     return _to_copy(b, node, _expand(b, node, source), dtype=x.meta["dtype"])
 
 
+# -- padding and products -----------------------------------------------------------------------------------------
+
+
+def _pad(
+    b: Builder, node: fx.Node, x: fx.Node, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> fx.Node:
+    if not any(pad):
+        return x
+    if mode == "constant":
+        return b.emit(aten.constant_pad_nd.default, x, list(pad), 0 if value is None else value)
+    return b.emit(aten.pad.default, x, list(pad), mode)
+
+
+def _mirrored(mode: str) -> Form:
+    return lambda b, node, x, pad: _pad(b, node, x, pad, mode)
+
+
+def _einsum(b: Builder, node: fx.Node, equation: str, operands: Sequence[fx.Node], **kwargs: Any) -> fx.Node:
+    source, _, target = equation.replace(" ", "").partition("->")
+    if len(operands) == 1 and sorted(source) == sorted(target) and len(set(source)) == len(source):
+        return b.permute(operands[0], [source.index(letter) for letter in target])
+    return b.emit(aten.einsum.default, equation, list(operands))
+
+
 # -- windows ----------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +313,11 @@ FORMS: dict[Any, Form] = {
     aten._to_copy.default: _to_copy,
     aten.type_as.default: _type_as,
     aten.copy.default: _copy,
+    aten.pad.default: _pad,
+    aten.constant_pad_nd.default: lambda b, node, x, pad, value=0: _pad(b, node, x, pad, "constant", value),
+    **{getattr(aten, f"reflection_pad{n}d").default: _mirrored("reflect") for n in (1, 2, 3)},
+    **{getattr(aten, f"replication_pad{n}d").default: _mirrored("replicate") for n in (1, 2, 3)},
+    aten.einsum.default: _einsum,
     aten.conv1d.default: _convolution(False),
     aten.conv2d.default: _convolution(False),
     aten.conv3d.default: _convolution(False),

@@ -1,8 +1,13 @@
-"""Matrix products. A split free dim stays split; of two, one operand is fetched; over a split inner dim, sums travel."""
+"""Matrix products in the letters of einsum: one rule for linear, mm, bmm, matmul and einsum.
+
+A split letter of the output stays split, and operands split otherwise are fetched whole; a split letter that is
+summed over gives partial sums, which are added over the ranks (role `sum`): linear attention.
+"""
 
 from __future__ import annotations
 
-from math import prod
+import string
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,74 +21,88 @@ from .pointwise import broadcast_to
 aten = torch.ops.aten
 
 
+def contract(
+    p: Partitioner,
+    op: Op,
+    operands: Sequence[fx.Node],
+    letters: Sequence[str],
+    output: str,
+    rebuild: Callable[[list[fx.Node]], tuple[Any, ...]],
+) -> fx.Node:
+    """The product of `operands` with dims named by `letters`; `rebuild` gives the operator's arguments."""
+    split = [
+        (word[layout.axis], layout)
+        for x, word in zip(operands, letters, strict=True)
+        if (layout := layout_of(x)).split
+    ]
+    # the first split letter of the output leads: of queries and keys, the queries stay
+    lead, layout = next(((s, at) for s, at in split if s in output), split[0])
+    free = lead in output
+    rows = layout.rows if free else own(layout.rows)
+    laid = [
+        p.lay(x, Layout(word.index(lead), rows), "realign", "operands cut differently")
+        if lead in word
+        else p.whole(x, "keys_values")
+        for x, word in zip(operands, letters, strict=True)
+    ]
+    if free:
+        return p.same(op, rebuild(laid), layout=Layout(output.index(lead), rows))
+    return p.reduce(p.same(op, rebuild(laid), layout=Layout()))
+
+
 def linear(p: Partitioner, op: Op, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
-    layout = layout_of(x)
-    if layout.dim is None or layout_of(weight).split:
+    if layout_of(weight).split:
         raise CannotSplit("the weight of a linear layer is split")
-    if layout.dim != len(shape_of(x)) - 1:
-        return p.same(op, (x, weight, bias), layout=layout)
-    part = p.same(op, (p.own(x), p.lay(weight, disjoint(layout).at(1))), layout=Layout())
-    total = p.reduce(part)
-    if bias is None:
-        return total
-    return p.emit(aten.add.Tensor, (total, bias), shape=op.shape, dtype=op.dtype)
-
-
-def disjoint(layout: Layout) -> Layout:
-    """The same cover with each position on one rank only."""
-    return Layout(layout.dim, own(layout.rows))
+    ndim = len(shape_of(x))
+    lead = string.ascii_lowercase[: ndim - 1]
+    summed = layout_of(x).dim == ndim - 1
+    extra = () if summed or bias is None else (bias,)
+    y = contract(p, op, (x, weight), (lead + "k", "nk"[2 - len(shape_of(weight)) :]),
+                 (lead + "n")[: len(op.shape)], lambda ab: (*ab, *extra))  # fmt: skip
+    if not summed or bias is None:
+        return y
+    return p.emit(aten.add.Tensor, (y, bias), shape=op.shape, dtype=op.dtype)
 
 
 def product(p: Partitioner, op: Op, a: fx.Node, b: fx.Node) -> fx.Node:
-    """`mm`, `bmm` and `matmul` of [..., M, K] and [..., K, N]."""
-    ndim_a, ndim_b, ndim = len(shape_of(a)), len(shape_of(b)), len(op.shape)
-    if ndim_a < 2 or ndim_b < 2:
+    """`mm`, `bmm` and `matmul` of [..., M, K] and [..., K, N], batch dims broadcast."""
+    if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
         raise CannotSplit("a product with a vector")
-    rows, inner_a, inner_b, columns = ndim_a - 2, ndim_a - 1, ndim_b - 2, ndim_b - 1
-    la, lb = layout_of(a), layout_of(b)
-
-    # the batch dims: as pointwise
-    batch = la.at(la.dim + ndim - ndim_a) if la.dim is not None and la.dim < rows else None
-    batch = batch or (lb.at(lb.dim + ndim - ndim_b) if lb.dim is not None and lb.dim < inner_b else None)
-    if batch is not None:
-        a, b = (broadcast_to(p, x, batch, ndim) for x in (a, b))
-        return p.same(op, (a, b), layout=batch)
-
-    # the inner dim: partial sums, unless the other operand is split along a free dim, which then stays
-    if la.dim == inner_a and lb.dim in (None, inner_b) or lb.dim == inner_b and la.dim in (None, inner_a):
-        inner = disjoint(la if la.dim is not None else lb)
-        a, b = p.lay(a, inner.at(inner_a), "realign"), p.lay(b, inner.at(inner_b), "realign")
-        return p.reduce(p.same(op, (a, b), layout=Layout()))
-    if la.dim == inner_a:
-        a, la = p.whole(a, "keys_values"), Layout()
-    if lb.dim == inner_b:
-        b, lb = p.whole(b, "keys_values"), Layout()
-
-    # the free dims: one may stay split
-    if la.dim == rows and lb.dim == columns:
-        if prod(shape_of(b)) <= prod(shape_of(a)):
-            b, lb = p.whole(b, "keys_values"), Layout()
-        else:
-            a, la = p.whole(a, "keys_values"), Layout()
-    layout = la.at(ndim - 2) if la.dim == rows else lb.at(ndim - 1)
-    return p.same(op, (a, b), layout=layout)
+    batch = string.ascii_lowercase[: len(op.shape) - 2]
+    words = []
+    for x, ends in ((a, "MK"), (b, "KN")):
+        lead = batch[len(batch) - (len(shape_of(x)) - 2) :]
+        # a dim of size 1 broadcasts: it has a letter of its own
+        words.append("".join("_" if n == 1 else c for c, n in zip(lead, shape_of(x), strict=False)) + ends)
+    return contract(p, op, (a, b), words, batch + "MN", tuple)
 
 
 def product_plus(p: Partitioner, op: Op, added: fx.Node, a: fx.Node, b: fx.Node, **scales: Any) -> fx.Node:
     """`addmm` and `baddbmm`: beta * added + alpha * (a @ b)."""
     beta, alpha = scales.get("beta", 1), scales.get("alpha", 1)
     target = aten.mm.default if op.target is aten.addmm.default else aten.bmm.default
-    if not (layout_of(a).split or layout_of(b).split):
-        total = p.emit(target, (a, b), shape=op.shape, dtype=op.dtype)
-    else:
+    if layout_of(a).split or layout_of(b).split:
         total = product(p, Op(op.node, target), a, b)
+    else:
+        total = p.emit(target, (a, b), shape=op.shape, dtype=op.dtype)
+    layout = layout_of(total)
     if alpha != 1:
-        total = p.emit(aten.mul.Scalar, (total, alpha), shape=op.shape, dtype=op.dtype, layout=layout_of(total))
+        total = p.emit(aten.mul.Scalar, (total, alpha), shape=op.shape, dtype=op.dtype, layout=layout)
     if beta == 0:
         return total
-    layout = layout_of(total)
     added = broadcast_to(p, added, layout, len(op.shape)) if layout.split else p.whole(added, "realign")
     return p.emit(aten.add.Tensor, (total, added), {"alpha": beta}, shape=op.shape, dtype=op.dtype, layout=layout)
+
+
+def einsum(p: Partitioner, op: Op, equation: str, operands: Sequence[fx.Node], **_: Any) -> fx.Node:
+    equation = equation.replace(" ", "")
+    if "..." in equation or "->" not in equation:
+        raise CannotSplit(f"einsum {equation!r} without explicit letters")
+    inputs, output = equation.split("->")
+    words = inputs.split(",")
+    if any(len(set(word)) < len(word) for word in words):
+        raise CannotSplit(f"einsum {equation!r} takes a diagonal")
+    return contract(p, op, operands, words, output, lambda xs: (equation, xs))
 
 
 TABLE = {
@@ -93,4 +112,5 @@ TABLE = {
     aten.matmul.default: product,
     aten.addmm.default: product_plus,
     aten.baddbmm.default: product_plus,
+    aten.einsum.default: einsum,
 }

@@ -88,20 +88,64 @@ def constant_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], value: floa
     """The ranks that hold the first and the last row add the rows of padding there."""
     layout, ndim = layout_of(x), len(op.shape)
     place = 2 * (ndim - 1 - layout.axis)
-    if place >= len(pad):
+    if place >= len(pad) or pad[place] == pad[place + 1] == 0:
         return p.same(op, (x, pad, value), layout=layout)
-    before, after = pad[place], pad[place + 1]
-    size = shape_of(x)[layout.axis]
+    first, last, rows = _padded(layout, shape_of(x)[layout.axis], pad[place], pad[place + 1])
+    amounts = [*pad[:place], per_rank(first), per_rank(last), *pad[place + 2 :]]
+    return p.same(op, (x, amounts, value), layout=Layout(layout.dim, rows))
+
+
+def _padded(
+    layout: Layout, size: int, before: int, after: int
+) -> tuple[list[int], list[int], tuple[Rows, ...]]:
+    """The rows of padding that each rank adds before and after, and its rows of the padded value."""
     if before < 0 or after < 0:
-        raise CannotSplit(f"negative padding along the split dim {layout.axis}")
+        raise CannotSplit(f"negative padding along the split dim {layout.dim}")
     first = [before if 0 in r.array[:1] else 0 for r in layout.rows]
     last = [after if size - 1 in r.array[-1:] else 0 for r in layout.rows]
     rows = tuple(
-        (Rows.interval(0, f) | r.shift(before)) | Rows.interval(before + size, before + size + extra)
+        Rows.interval(0, f) | r.shift(before) | Rows.interval(before + size, before + size + extra)
         for r, f, extra in zip(layout.rows, first, last, strict=True)
     )
-    amounts = [*pad[:place], per_rank(first), per_rank(last), *pad[place + 2 :]]
-    return p.same(op, (x, amounts, value), layout=Layout(layout.dim, rows))
+    return first, last, rows
+
+
+def mirrored_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], mode: str, value: float | None = None) -> fx.Node:
+    """Reflect, replicate or circular padding: rows of padding are copies of rows, which may be another rank's."""
+    layout, ndim = layout_of(x), len(op.shape)
+    dim, place = layout.axis, 2 * (ndim - 1 - layout.axis)
+    rest = list(pad)
+    if place < len(pad) and (pad[place] or pad[place + 1]):
+        before, after = pad[place], pad[place + 1]
+        size = shape_of(x)[dim]
+        _, _, rows = _padded(layout, size, before, after)
+        rest[place] = rest[place + 1] = 0
+        spread = np.arange(size, dtype=np.float64)[None]
+        sources = torch.nn.functional.pad(torch.from_numpy(spread), (before, after), mode=mode)[0].long().numpy()
+        x = p.fetch(x, dim, tuple(Rows.of(sources[r.array]) for r in rows), "halo")
+        local = [
+            ops.Index(np.searchsorted(have.array, sources[r.array]))
+            for r, have in zip(rows, p.rows(x, dim), strict=True)
+        ]
+        shape = (*shape_of(x)[:dim], op.shape[dim], *shape_of(x)[dim + 1 :])
+        layout = Layout(dim, rows)
+        x = p.emit(ops.select, (x, dim, per_rank(local)), shape=shape, dtype=op.dtype, layout=layout)
+    while rest and rest[-1] == 0:
+        rest.pop()
+    if not rest:
+        return x
+    return p.same(op, (x, rest + [0] * (len(rest) % 2), mode, value), layout=layout)
+
+
+def slice_scatter(
+    p: Partitioner, op: Op, x: fx.Node, source: fx.Node, dim: int = 0, *span: int
+) -> fx.Node:
+    """Every step-th row along a dim that is not split; others are slices and a concatenation."""
+    if dim in (layout_of(x).dim, layout_of(source).dim):
+        raise CannotSplit("scatters strided rows along the split dim")
+    shape = tuple(1 if d == dim else s for d, s in enumerate(op.shape))
+    layout, (x, source) = align(p, shape, [x, source])
+    return p.same(op, (x, source, dim, *span), layout=layout)
 
 
 TABLE = {
@@ -110,4 +154,6 @@ TABLE = {
     aten.roll.default: roll,
     aten.cat.default: cat,
     aten.constant_pad_nd.default: constant_pad,
+    aten.pad.default: mirrored_pad,
+    aten.slice_scatter.default: slice_scatter,
 }
