@@ -342,21 +342,21 @@ def load(
     entry.latent(height, width, frames or entry.frames)  # refuses before it builds
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     with mode:
-        module = _cast(entry.build(), dtype or entry.dtype, torch.device(device))
+        module = cast(entry.build(), dtype or entry.dtype, torch.device(device))
         return module, entry.inputs(module, height, width, batch=batch, frames=frames)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def cast(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """`module.to(device, dtype)` for fake modules too (those refuse `to`), sparing what its class keeps in float32."""
     kept = {name for each in module.modules() for name in getattr(each, "_keep_in_fp32_modules", None) or ()}
 
-    def cast(value: Tensor, path: str) -> Tensor:
+    def converted(value: Tensor, path: str) -> Tensor:
         spared = not value.is_floating_point() or kept.intersection(path.split("."))
         return value.detach().to(device, value.dtype if spared else dtype)
 
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
-            setattr(owner, name, nn.Parameter(cast(parameter, f"{path}.{name}"), requires_grad=False))
+            setattr(owner, name, nn.Parameter(converted(parameter, f"{path}.{name}"), requires_grad=False))
         for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, cast(buffer, f"{path}.{name}"))
+            setattr(owner, name, converted(buffer, f"{path}.{name}"))
     return module
