@@ -1,6 +1,8 @@
 """From a model and example inputs to one functional ATen graph on whole tensors."""
 
 from .call import Call
-from .export import CaptureError, capture, capture_call
+from .capture import capture, capture_call
+from .errors import CaptureError, GuardError
+from .guards import broken_guard, guard_error
 
-__all__ = ["Call", "CaptureError", "capture", "capture_call"]
+__all__ = ["Call", "CaptureError", "GuardError", "broken_guard", "capture", "capture_call", "guard_error"]

@@ -41,6 +41,7 @@ class Program:
     out_leaves: tuple[Any, ...]  #: the flattened outputs that are no tensors; `...` where a tensor goes
     guards: tuple[Guard, ...] = ()  #: values that inputs must have for this program to be theirs
     seconds: dict[str, float] = field(default_factory=dict)  #: time spent per stage
+    attributes: dict[str, str] = field(default_factory=dict)  #: constant -> the plain attribute of the model that it is
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)
@@ -51,11 +52,18 @@ class Program:
 
 @dataclass(frozen=True)
 class Guard:
-    """The input `path` was turned into the Python value `value` while capturing."""
+    """Inputs were turned into the Python value `value` while capturing; `graph` computes it anew from other inputs.
 
-    path: str
+    Its placeholders are named as the program's.
+    """
+
+    path: str  #: what the caller calls the input, e.g. "encoder_attention_mask"
     value: Any
     line: str  #: the line of the model that did so
+    graph: fx.Graph | None = None
+    weights: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    shape_only: bool = False  #: only the shape of the result was used (the number of positions that a mask selects)
 
 
 def calls(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -1,0 +1,219 @@
+"""Capture: one recorded run of the model's own Python, on fake tensors, below autograd."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from ..ir.program import Guard, Program
+from .call import Call, flatten_output
+from .concrete import Reader
+from .errors import CaptureError, raised_line
+from .functional import functionalize
+from .functions import Functions
+from .model import check_model, kept_as_it_is, names_of, restored_on_error
+from .recorder import Recorder
+
+
+def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
+    """Capture `model(*args, **kwargs)` as a `Program`. Weight-free (fake) models work.
+
+    The model runs once eagerly (some build tables at their first call; not if it is fake) and once on fake tensors; it is
+    left as it was.
+
+    Raises `CaptureError` if it is in training mode where that matters, changes its own state, decides by the values of
+    activations, or uses what cannot be traced.
+    """
+    return capture_call(model, Call.of(model, args, kwargs))
+
+
+def capture_call(model: nn.Module, call: Call) -> Program:
+    """`capture` of a call that is already bound."""
+    started = time.perf_counter()
+    check_model(model)
+    fake_mode = detect_fake_mode([*model.parameters(), *model.buffers(), *call.tensors])
+    is_fake = any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *call.tensors))
+    with torch.no_grad(), _autocast_cache_off(), restored_on_error(model):
+        lift = bool(call.numbers)
+        if not is_fake:
+            lift = _warm_up(model, call) and lift
+        warm = time.perf_counter()
+        mode = fake_mode if is_fake and fake_mode is not None else FakeTensorMode()
+        try:
+            program = _trace(model, call, mode, lift)
+        except CaptureError:
+            if not lift:
+                raise
+            program = _trace(model, call, mode, lift=False)
+    program.seconds |= {"warm up": warm - started, "capture": time.perf_counter() - warm}
+    return program
+
+
+def _warm_up(model: nn.Module, call: Call) -> bool:
+    """Run the model eagerly; whether it does the same with its number arguments as tensors."""
+
+    def run(tensors: list[Any]) -> list[Any]:
+        args, kwargs = call.rebuild(tensors)
+        return flatten_output(model(*args, **kwargs))[0]
+
+    expected = run(call.with_numbers(call.tensors))
+    if not call.numbers:
+        return False
+    try:
+        torch.testing.assert_close(run(list(call.tensors)), expected)
+    except Exception:
+        return False  # whatever a model that wants a number does with a tensor
+    return True
+
+
+def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool) -> Program:
+    names = names_of(model)
+    recorder = Recorder(fake_mode, names)
+    reader = Reader(recorder)
+    recorder.read = reader
+    fakes = [recorder.add_input(tensor, path) for tensor, path in zip(call.tensors, call.paths, strict=True)]
+    inputs = [recorder.node(fake) for fake in fakes]
+    device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
+    args, kwargs = call.rebuild(fakes if lift else call.with_numbers(fakes))
+    with ExitStack() as stack:
+        changed = stack.enter_context(kept_as_it_is(model))
+        stack.enter_context(_compiling())
+        stack.enter_context(_module_paths(model, recorder))
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        stack.enter_context(Functions(recorder, reader, device))
+        stack.enter_context(recorder)
+        try:
+            leaves, spec = flatten_output(model(*args, **kwargs))
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"the model cannot be captured: {type(error).__name__} at {raised_line(error)}: {error}"
+            ) from error
+    results = [recorder.node(recorder.fake(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
+    guards = list(reader.guards)
+    if not lift:
+        guards += [_number_guard(str(inputs[i].target), call.paths[i], call.tensors[i]) for i in call.numbers]
+    _refuse_carried(recorder, changed)
+    final = functionalize(recorder)
+    if final is not recorder:
+        results = [final.node(final.renamed(node)) for node in results]
+    out_leaves = tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return _program(final, results, [str(n.target) for n in inputs], call, spec, out_leaves, tuple(guards))
+
+
+def _program(
+    recorder: Recorder,
+    results: list[fx.Node],
+    inputs: list[str],
+    call: Call,
+    spec: Any,
+    leaves: tuple[Any, ...],
+    guards: tuple[Guard, ...],
+) -> Program:
+    """Weights, constants and inputs first, dead code gone."""
+    old = recorder.graph
+    live = set(results)
+    for node in reversed(old.nodes):
+        if node in live:
+            live.update(node.all_input_nodes)
+    order = {"weight": 0, "constant": 1, "fresh": 1, "input": 2}
+    by_name = {str(node.target): node for node in recorder.origins}
+    placeholders = [n for n in recorder.origins if n in live and recorder.origins[n].kind != "input"]
+    placeholders = sorted(placeholders, key=lambda n: order[recorder.origins[n].kind]) + [
+        by_name[name] for name in inputs
+    ]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in [*placeholders, *(n for n in old.nodes if n.op == "call_function" and n in live)]:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "placeholder":
+            copies[node].name = str(node.target)
+    graph.output(tuple(copies[node] for node in results))
+    kept = {str(n.target): recorder.origins[n] for n in placeholders}
+    weights = {name: origin.name for name, origin in kept.items() if origin.kind == "weight"}
+    fakes = {str(n.target): n.meta["val"] for n in placeholders}
+    constants = {
+        name: fakes[name] if origin.real is None else origin.real
+        for name, origin in kept.items()
+        if origin.kind in ("constant", "fresh")
+    }
+    attributes = {name: origin.name for name, origin in kept.items() if origin.kind == "constant" and origin.name}
+    return Program(
+        graph, weights, constants, tuple(inputs), call.paths, spec, leaves, guards=guards, attributes=attributes
+    )
+
+
+def _number_guard(placeholder: str, path: str, value: Tensor) -> Guard:
+    """The model took the number itself, so the program is for this number only."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten._local_scalar_dense.default, (graph.placeholder(placeholder),)))
+    return Guard(path, value.item(), "the call: the model does not take a tensor there", graph)
+
+
+def _refuse_carried(recorder: Recorder, changed: dict[int, str]) -> None:
+    """An attribute that was read and then assigned anew carries a value from one call to the next."""
+    for origin in recorder.origins.values():
+        if origin.real is not None and id(origin.real) in changed:
+            raise CaptureError(
+                f"the model changes its own state while it runs: {changed[id(origin.real)]} is read, then replaced"
+            )
+
+
+@contextmanager
+def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Keep `recorder.path` at the module that runs. The hooks are torch's global ones: the model's own stay untouched."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if id(module) in paths:
+            stack.append(recorder.path)
+            recorder.path = paths[id(module)]
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in paths and stack:
+            recorder.path = stack.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Models skip checks of values when they are traced; parts that are compiled run eagerly."""
+    flags = [name for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, name)]
+    before = {name: getattr(torch.compiler, name) for name in flags}
+    with torch.compiler.set_stance("force_eager"):
+        for name in flags:
+            setattr(torch.compiler, name, True)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(torch.compiler, name, value)
+
+
+@contextmanager
+def _autocast_cache_off() -> Iterator[None]:
+    """A cast weight in autocast's cache would be a fake tensor when the user's next call finds it."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()

@@ -1,0 +1,107 @@
+"""Values that the model's Python asks for while it is recorded: computed from the real inputs, and guarded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.program import Guard
+from .errors import CaptureError
+from .evaluate import run_nodes
+from .guards import plain
+from .recorder import Origin, Recorder
+
+
+class Reader:
+    """Answers what the recorder cannot know of a fake tensor.
+
+    A value that came from inputs alone (or from weights alone) becomes a guard; one that mixes them is an activation, which
+    differs from call to call, and is refused.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self.guards: list[Guard] = []
+
+    def __call__(self, node: fx.Node, shape_only: bool) -> Any:
+        """The real value of `node`; with `shape_only` the caller promises to use nothing but its shape.
+
+        Raises `CaptureError` if it depends on activations, or on an input that has no value (a fake tensor).
+        """
+        needed = self._needed(node)
+        origins = {n: self._recorder.origins[n] for n in needed if n.op == "placeholder"}
+        self._check(node, origins)
+        values: dict[fx.Node, Any] = {n: origin.real for n, origin in origins.items()}
+        run_nodes(needed, values)
+        result = values[node]
+        sources = [origin.name for origin in origins.values() if origin.kind in ("input", "weight")]
+        if sources:
+            value = tuple(result.shape) if shape_only else plain(result)
+            self.guards.append(_guard(", ".join(sources), value, self._recorder, needed, node, origins, shape_only))
+        return result
+
+    def _check(self, node: fx.Node, origins: dict[fx.Node, Origin]) -> None:
+        line = self._recorder.current_line()
+        kinds = {origin.kind for origin in origins.values()}
+        what = f"{node.target} at {line}"
+        if {"input", "weight"} <= kinds:
+            names = ", ".join(o.name for o in origins.values() if o.kind == "input")
+            raise CaptureError(
+                f"{what} needs the value of an activation (computed from {names} and weights), so the model runs differently "
+                "at every call; keep it a tensor (torch.where) or pass the decision in as an argument"
+            )
+        missing = [origin.name or "a constant" for origin in origins.values() if origin.real is None]
+        if missing:
+            raise CaptureError(f"{what} needs the value of {', '.join(missing)}, which is fake; give a real tensor")
+
+    def _needed(self, target: fx.Node) -> list[fx.Node]:
+        """What must run to get `target`: its ancestors, and whatever wrote to their memory before; in order."""
+        needed: set[fx.Node] = set()
+        stack = [target]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+            if not stack:
+                memory = {m for n in needed for m in memory_of(n.meta["val"])}
+                writes = [w for w in self._recorder.writes if w not in needed]
+                stack = [w for w in writes if memory & set(memory_of(w.meta["val"]))]
+        return [node for node in self._recorder.graph.nodes if node in needed]
+
+
+def memory_of(value: Any) -> list[int]:
+    """The storages of a fake value."""
+    tensors = value if isinstance(value, (tuple, list)) else [value]
+    return [t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)]
+
+
+def _guard(
+    path: str,
+    value: Any,
+    recorder: Recorder,
+    needed: list[fx.Node],
+    node: fx.Node,
+    origins: dict[fx.Node, Origin],
+    shape_only: bool,
+) -> Guard:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for each in needed:
+        copies[each] = graph.node_copy(each, copies.__getitem__)
+        copies[each].meta = {}
+    graph.output(copies[node])
+    weights = {str(n.target): o.name for n, o in origins.items() if o.kind == "weight"}
+    constants = {
+        str(n.target): o.real for n, o in origins.items() if o.kind in ("constant", "fresh") and o.real is not None
+    }
+    return Guard(path, value, recorder.current_line(), graph, weights, constants, shape_only)
+
+
+def whole(recorder: Recorder, reader: Reader, tensor: Tensor) -> Tensor:
+    """All values of a tensor at once (`tolist`, `numpy`)."""
+    node = recorder.node(recorder.fake(tensor))
+    value = reader(node, shape_only=False)
+    return torch.as_tensor(value)

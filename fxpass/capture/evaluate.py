@@ -1,0 +1,62 @@
+"""Run a graph of whole tensors, one operator after the other: for guards, and for tests of whole programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..ir.program import Program
+
+
+def lookup(model: nn.Module, name: str) -> Tensor:
+    """The parameter, buffer or plain attribute of a model that has a qualified name."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def run_nodes(nodes: Iterable[fx.Node], values: dict[fx.Node, Any]) -> Any:
+    """Compute call nodes in order into `values`, which has the placeholders'; returns what the output node holds."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in {v.device.type for v in values.values() if isinstance(v, Tensor)}:
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))  # the graph holds the casts
+        for node in nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif node.op == "output":
+                return fx.node.map_arg(node.args[0], values.__getitem__)
+    return None
+
+
+def bind(
+    graph: fx.Graph,
+    model: nn.Module,
+    weights: Mapping[str, str],
+    constants: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+) -> dict[fx.Node, Any]:
+    """A value for each placeholder."""
+    values: dict[fx.Node, Any] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        name = str(node.target)
+        if name in weights:
+            values[node] = lookup(model, weights[name])
+        else:
+            values[node] = constants[name] if name in constants else inputs[name]
+    return values
+
+
+def evaluate(program: Program, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+    """What `model` would return for the tensors of a call, computed by its program."""
+    inputs = dict(zip(program.inputs, tensors, strict=True))
+    values = bind(program.graph, model, program.weights, program.constants, inputs)
+    results = iter(run_nodes(program.graph.nodes, values))
+    leaves = [next(results) if leaf is ... else leaf for leaf in program.out_leaves]
+    return pytree.tree_unflatten(leaves, program.out_spec)

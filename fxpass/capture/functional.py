@@ -1,0 +1,232 @@
+"""In-place writes become new values: after this every node of the recorded graph is a pure function.
+
+Each tensor that shares written memory is known as a chain of views from a *base*. A write to one of them makes a new value
+for it and, backwards along its chain, a new base; a later read of any of them replays its chain on the newest base.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import forms
+from .concrete import memory_of
+from .errors import CaptureError
+from .recorder import Recorder
+
+aten = torch.ops.aten
+
+
+@dataclass
+class _Base:
+    value: Tensor  #: newest, a fake tensor of the new recorder
+    version: int = 0
+
+
+@dataclass
+class _Alias:
+    """A tensor on written memory: `base` seen through the chain of `views`."""
+
+    base: _Base
+    views: tuple[fx.Node, ...]  #: nodes of the old graph; each takes the one before (a getitem takes a list of views)
+    read: Any = None
+    version: int = -1
+    parents: list[Any] = field(default_factory=list)
+
+
+def functionalize(old: Recorder) -> Recorder:
+    """`old` itself if nothing writes in place, else a recorder with an equal graph of pure operators.
+
+    Raises `CaptureError` where a weight, buffer, attribute or input is written to.
+    """
+    if not old.writes:
+        return old
+    written = {m for node in old.writes for m in memory_of(_target(node).meta["val"])}
+    for node, origin in old.origins.items():
+        if origin.kind != "fresh" and written & set(memory_of(node.meta["val"])):
+            write = next(
+                w for w in old.writes if set(memory_of(_target(w).meta["val"])) & set(memory_of(node.meta["val"]))
+            )
+            what = "input" if origin.kind == "input" else "own state"
+            raise CaptureError(
+                f"the model changes its {what} in place: {origin.name or 'a tensor'} at {write.meta['trace']}; "
+                "make a copy first, or return the new value"
+            )
+    return _Rewriter(old, written).run()
+
+
+def _target(write: fx.Node) -> fx.Node:
+    """What an in-place operator writes to."""
+    if "out" in write.kwargs:
+        return write.kwargs["out"]  # type: ignore[return-value]
+    return write.args[0]  # type: ignore[return-value]
+
+
+class _Rewriter:
+    def __init__(self, old: Recorder, written: set[int]) -> None:
+        self._old = old
+        self._written = written
+        self._new = Recorder(old.fake_mode, {})
+        self._new.origins = dict[fx.Node, Any]()
+        self._aliases: dict[fx.Node, _Alias] = {}
+        self._values: dict[fx.Node, Any] = {}  #: old node -> fake value, of tensors that nobody writes to
+        self.outputs: dict[fx.Node, Any] = {}
+
+    def run(self) -> Recorder:
+        for node in self._old.graph.nodes:
+            self._new.path, self._new.line = node.meta["path"], node.meta["trace"]
+            if node.op == "placeholder":
+                copy = self._new.graph.node_copy(node)
+                copy.meta = dict(node.meta)
+                self._new.origins[copy] = self._old.origins[node]
+                self._new.register(node.meta["val"], copy)
+                self._values[node] = node.meta["val"]
+            elif node in self._old.writes:
+                self._write(node)
+            else:
+                self._copy(node)
+        self._new.renamed = self._read  # type: ignore[attr-defined]
+        return self._new
+
+    def _copy(self, node: fx.Node) -> None:
+        """Any operator that writes nothing: a view of written memory becomes an alias, all else is copied."""
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        shared = bool(self._written & set(memory_of(node.meta["val"])))
+        if shared and source in self._aliases and (node.target is operator.getitem or forms.aliases(node.target)):  # type: ignore[arg-type]
+            alias = self._aliases[source]  # type: ignore[index]
+            self._aliases[node] = _Alias(alias.base, (*alias.views, node))
+            return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
+        if node.target is operator.getitem:
+            value = args[0][args[1]]
+        else:
+            value = self._run(node.target, args, kwargs)
+        if shared and isinstance(value, Tensor):
+            self._aliases[node] = _Alias(_Base(value), ())
+        else:
+            self._values[node] = value
+
+    def _run(self, op: Any, args: Any, kwargs: Any) -> Any:
+        with self._new:
+            return op(*args, **kwargs)
+
+    def _read(self, node: fx.Node) -> Any:
+        """The value of an old node as it is now."""
+        if node not in self._aliases:
+            return self._values[node]
+        alias = self._aliases[node]
+        if alias.version != alias.base.version:
+            *_, alias.read = self._replay(alias)
+            alias.version = alias.base.version
+        return alias.read
+
+    def _replay(self, alias: _Alias) -> list[Any]:
+        """The base and what each view of the chain makes of it."""
+        values: list[Any] = [alias.base.value]
+        for view in alias.views:
+            if view.target is operator.getitem:
+                values.append(values[-1][view.args[1]])
+            else:
+                rest = fx.node.map_arg(view.args[1:], self._read)
+                values.append(self._run(view.target, (values[-1], *rest), view.kwargs))
+        return values
+
+    def _write(self, node: fx.Node) -> None:
+        target = _target(node)
+        new = self._pure(node, target)
+        alias = self._aliases[target]
+        values = self._replay(alias)
+        parents = list(zip(alias.views, values[:-1], strict=True))
+        while parents:
+            view, before = parents.pop()
+            if view.target is operator.getitem:
+                view_of, before = parents.pop()
+                new = self._run(*_undo_part(view_of, view.args[1], before, new))  # type: ignore[arg-type]
+            else:
+                new = self._run(*_undo(view, before, new))
+        alias.base.value = new
+        alias.base.version += 1
+        self._aliases[node] = alias  # an in-place operator returns what it wrote to
+
+    def _pure(self, node: fx.Node, target: fx.Node) -> Tensor:
+        """The value that an in-place operator leaves in what it writes to."""
+        op: Any = node.target
+        like: Tensor = target.meta["val"]
+        kwargs = {k: self._read(v) if isinstance(v, fx.Node) else v for k, v in node.kwargs.items() if k != "out"}
+        args = fx.node.map_arg(node.args, self._read)
+        name = forms.name_of(op)
+        if name == "copy_":
+            value = args[1]
+        elif name == "zero_":
+            value = self._run(aten.full_like.default, (args[0], 0), {})
+        elif op is aten.fill_.Scalar:
+            value = self._run(aten.full_like.default, (args[0], args[1]), {})
+        elif op is aten.fill_.Tensor:
+            value = args[1]
+        else:
+            value = self._run(_functional(op, node), args, kwargs)
+        if value.dtype != like.dtype:
+            value = self._run(aten._to_copy.default, (value,), {"dtype": like.dtype})
+        if value.device != like.device:
+            value = self._run(aten._to_copy.default, (value,), {"device": like.device})
+        if value.shape != like.shape:
+            value = self._run(aten.expand.default, (value, list(like.shape)), {})
+        return value
+
+
+def _functional(op: Any, node: fx.Node) -> Any:
+    """The operator that returns what `op` would write."""
+    packet = getattr(aten, forms.name_of(op).removesuffix("_"), None)
+    for overload in () if packet is None else (op._overloadname, op._overloadname.removesuffix("_out"), "default"):
+        candidate = getattr(packet, overload, None)
+        written = [a.name for a in op._schema.arguments if a.name != "out"]
+        if candidate and not forms.mutates(candidate) and [a.name for a in candidate._schema.arguments] == written:
+            return candidate
+    for overload in () if packet is None else packet.overloads():
+        candidate = getattr(packet, overload)
+        written = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
+        if not forms.mutates(candidate) and [(a.name, str(a.type)) for a in candidate._schema.arguments] == written:
+            return candidate
+    raise CaptureError(f"{op} at {node.meta['trace']} writes in place and has no functional form")
+
+
+def _undo(view: fx.Node, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The operator that makes `before` with the part that `view` shows replaced by `new`."""
+    args = view.args[1:]
+    name = forms.name_of(view.target)  # type: ignore[arg-type]
+    if name == "select":
+        return aten.select_scatter.default, (before, new, *args), {}
+    if name == "slice":
+        return aten.slice_scatter.default, (before, new, *args), {}
+    if name == "diagonal":
+        return aten.diagonal_scatter.default, (before, new, *args), {}
+    if name in ("view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"):
+        return aten.reshape.default, (new, list(before.shape)), {}
+    if name == "permute":
+        order: list[int] = [d % before.ndim for d in args[0]]  # type: ignore[union-attr]
+        return aten.permute.default, (new, [order.index(d) for d in range(before.ndim)]), {}
+    if name in ("transpose", "t"):
+        return view.target, (new, *args), {}
+    raise CaptureError(
+        f"a write at {view.meta['trace']} goes through {view.target}, which cannot be undone; copy first"
+    )
+
+
+def _undo_part(view: fx.Node, index: int, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The same for one of the several views that `split` and `unbind` make."""
+    name = forms.name_of(view.target)  # type: ignore[arg-type]
+    dim = view.args[2] if len(view.args) > 2 else view.kwargs.get("dim", 0)
+    if name == "unbind":
+        dim = view.args[1] if len(view.args) > 1 else view.kwargs.get("dim", 0)
+        return aten.select_scatter.default, (before, new, dim, index), {}
+    if name in ("split", "split_with_sizes"):
+        sizes = [part.shape[dim] for part in view.meta["val"]]  # type: ignore[index]
+        start = sum(sizes[:index])
+        return aten.slice_scatter.default, (before, new, dim, start, start + sizes[index]), {}
+    raise CaptureError(
+        f"a write at {view.meta['trace']} goes through {view.target}, which cannot be undone; copy first"
+    )

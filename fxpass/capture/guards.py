@@ -1,0 +1,48 @@
+"""Does a program fit a call? Values that the model turned into Python numbers must be what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..ir.program import Guard, Program
+from .errors import GuardError
+from .evaluate import bind, lookup, run_nodes
+
+
+def plain(value: Any) -> Any:
+    """A concrete result as hashable Python data."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), str(value.dtype), *value.flatten().tolist())
+    return value
+
+
+def _holds(guard: Guard, program: Program, model: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    assert guard.graph is not None
+    inputs = dict(zip(program.inputs, tensors, strict=True))
+    result = run_nodes(guard.graph.nodes, bind(guard.graph, model, guard.weights, guard.constants, inputs))
+    found = tuple(result.shape) if guard.shape_only else plain(result)
+    return type(found) is type(guard.value) and (
+        found == guard.value or (found != found and guard.value != guard.value)
+    )
+
+
+def broken_guard(program: Program, model: nn.Module, tensors: Sequence[Tensor]) -> Guard | None:
+    """The first value that differs from capture: then the call needs another program. `None` if the program fits.
+
+    Also sees plain tensor attributes of the model that were replaced since.
+    """
+    for placeholder, name in program.attributes.items():
+        if lookup(model, name) is not program.constants[placeholder]:
+            return Guard(name, None, "an attribute of the model that was assigned anew")
+    return next((guard for guard in program.guards if not _holds(guard, program, model, tensors)), None)
+
+
+def guard_error(guard: Guard) -> GuardError:
+    """What to raise when `guard` breaks at every call."""
+    return GuardError(
+        f"the model turns the input {guard.path!r} into the Python value {guard.value!r} at {guard.line}, and it differs at "
+        "every call, so each call would need a new program; keep it a tensor there"
+    )

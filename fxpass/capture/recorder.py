@@ -1,0 +1,298 @@
+"""The recorder: the model's own Python runs once on fake tensors, and every ATen operator becomes a node.
+
+Autograd is switched off below the model, so that composite operators arrive whole (`forms` says which stay so). Views
+and in-place writes are recorded as they are; `functional` rewrites the writes afterwards. Where the model asks for a
+*value* (`.item()`, `if x.any()`, a mask as an index), `concrete` computes it from the real inputs and guards it.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import forms
+from .errors import CaptureError, model_line
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a placeholder stands for."""
+
+    kind: str  #: "weight", "constant", "fresh" (a constant made in forward) or "input"
+    name: str  #: of the weight, or the path of the input; of a constant the attribute, if it is one
+    real: Tensor | None  #: its value, if it has one
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operators that run while it is active into `graph`."""
+
+    def __init__(self, fake_mode: FakeTensorMode, names: dict[int, tuple[str, str]]) -> None:
+        """`names`: id of each tensor of the model -> ("weight" or "constant", qualified name)."""
+        super().__init__()
+        self.fake_mode = fake_mode
+        self.graph = fx.Graph()
+        self.origins: dict[fx.Node, Origin] = {}
+        self.writes: list[fx.Node] = []  #: in-place operators
+        self.autocast: tuple[str, torch.dtype] | None = None  #: kept up to date by `functions`
+        self.path = ""  #: of the module that runs
+        self.line: str | None = None  #: overrides the line that is running
+        self._names = names
+        self._nodes: dict[int, fx.Node] = {}
+        self._fakes: dict[int, Tensor] = {}
+        self._kept: list[Any] = []  # whatever an id in the tables above belongs to must stay alive
+        self._results: dict[Any, Any] = {}
+        self.read: Any = None  #: set by `concrete`: value of a node, as the model asked for it
+
+    # ------------------------------------------------------------------------------------ values and nodes
+
+    def add_input(self, real: Tensor, path: str) -> Tensor:
+        """The fake tensor that stands for an input."""
+        fake = self._fake_like(real)
+        has_value = not isinstance(real, FakeTensor)
+        value = real if has_value else getattr(real, "constant", None)
+        self._placeholder(fake, "x_" + path, Origin("input", path, value))
+        return fake
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """The node of a value; weights and constants become placeholders where they are first met."""
+        known = self._nodes.get(id(tensor))
+        return known if known is not None else self._nodes[id(self.fake(tensor))]
+
+    def fake(self, tensor: Tensor, fresh: bool = False) -> Tensor:
+        """The fake tensor that stands for `tensor`, itself if it is one that was recorded."""
+        if id(tensor) in self._nodes:
+            return tensor
+        if id(tensor) in self._fakes:
+            return self._fakes[id(tensor)]
+        kind, name = self._names.get(id(tensor), ("fresh" if fresh else "constant", ""))
+        if not isinstance(tensor, FakeTensor) and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise CaptureError(
+                f"{name or 'a tensor'} is a {type(tensor).__name__}: tensor subclasses cannot be captured"
+            )
+        if tensor.is_meta and not isinstance(tensor, FakeTensor):
+            raise CaptureError(f"{name or 'a tensor'} is on the meta device (offloaded?); load the weights first")
+        fake = self._fake_like(tensor)
+        self._fakes[id(tensor)] = fake
+        self._kept.append(tensor)
+        real = tensor if not isinstance(tensor, FakeTensor) else getattr(tensor, "constant", None)
+        self._placeholder(fake, ("p_" if kind == "weight" else "c_") + name, Origin(kind, name, real))
+        return fake
+
+    def register(self, value: Any, node: fx.Node) -> None:
+        self._nodes[id(value)] = node
+        self._kept.append(value)
+
+    def record(self, op: Any, args: Any, kwargs: dict[str, Any], result: Any) -> fx.Node:
+        """A node for `op(*args, **kwargs)`, whose fake result is known."""
+        node = self.graph.call_function(op, _to_nodes(args, self), _to_nodes(kwargs, self))
+        self._describe(node, result)
+        if isinstance(result, (tuple, list)):
+            for i, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    part = self.graph.call_function(operator.getitem, (node, i))
+                    self._describe(part, item)
+                    self.register(item, part)
+        elif isinstance(result, Tensor):
+            self.register(result, node)
+        return node
+
+    def current_line(self) -> str:
+        return self.line or model_line()
+
+    def _describe(self, node: fx.Node, value: Any) -> None:
+        node.meta = {"val": value, "path": self.path, "trace": self.current_line()}
+        if isinstance(value, Tensor):
+            node.meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
+
+    def _placeholder(self, fake: Tensor, name: str, origin: Origin) -> None:
+        first = next(iter(self.graph.nodes), None)
+        with self.graph.inserting_before(first) if first is not None else ExitStack():
+            node = self.graph.placeholder(re.sub(r"\W", "_", name))
+        node.target = node.name
+        node.meta = {"val": fake, "shape": tuple(fake.shape), "dtype": fake.dtype, "path": "", "trace": ""}
+        self.origins[node] = origin
+        self.register(fake, node)
+
+    def _fake_like(self, tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:
+            raise CaptureError(f"a tensor with layout {tensor.layout} cannot be captured")
+        return self._new_fake((tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device))
+
+    def _new_fake(self, form: tuple[Any, ...]) -> Tensor:
+        shape, stride, dtype, device = form
+        with no_dispatch():
+            return FakeTensor(self.fake_mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+    # --------------------------------------------------------------------------------------------- dispatch
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if not isinstance(op, OpOverload):
+            raise CaptureError(f"the higher-order operator {op} at {self.current_line()} cannot be captured")
+        if forms.is_metadata(op):
+            return op(*args, **(kwargs or {}))
+        fresh = op is aten.lift_fresh.default
+        args = _map_tensors(args, lambda t: self.fake(t, fresh))
+        kwargs = _map_tensors(kwargs or {}, self.fake)
+        if op in _SAME:
+            return self._same(op, args)
+        self._refuse(op, args, kwargs)
+        if not forms.is_kept(op) or (self.autocast and forms.is_composite(op) and not self._cast_whole(op)):
+            return self._apart(op, args, kwargs)
+        if not forms.returns_tensors(op):
+            return self.read(self.record(op, args, kwargs, None), shape_only=False)
+        if forms.name_of(op) in _RENAMED_VIEWS:
+            raise CaptureError(
+                f"{op} changes a tensor's shape in place at {self.current_line()}; use the form without `_`"
+            )
+        try:
+            result = self._run(op, args, kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            return self._dynamic(op, args, kwargs)
+        if forms.mutates(op):
+            self._record_write(op, args, kwargs, result)
+        else:
+            self.record(op, args, kwargs, result)
+        return result
+
+    def _record_write(self, op: OpOverload, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """The tensor that is written to keeps its node."""
+        node = self.graph.call_function(op, _to_nodes(args, self), _to_nodes(kwargs, self))
+        self._describe(node, result)
+        self.writes.append(node)
+
+    def _run(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The fake result; looked up by the operands' form, since models repeat their blocks."""
+        if forms.aliases(op):
+            with self.fake_mode:
+                return op(*args, **kwargs)
+        key = (op, _form(args), _form(kwargs))
+        if key not in self._results:
+            with self.fake_mode:
+                result = op(*args, **kwargs)
+            self._results[key] = _form(result)
+            return result
+        return self._revive(self._results[key])
+
+    def _revive(self, form: Any) -> Any:
+        if isinstance(form, _Form):
+            return self._new_fake(form.data)
+        if isinstance(form, tuple) and form and form[0] in (tuple, list):
+            return form[0](self._revive(item) for item in form[1:])
+        return None
+
+    def _same(self, op: OpOverload, args: Any) -> Tensor:
+        """detach, alias, lift: another Python object for the same value."""
+        source = args[0]
+        if op is aten.detach_.default:
+            return source
+        with self.fake_mode:
+            result = aten.alias.default(source)
+        if op is aten.lift_fresh.default:
+            self.record(aten.clone.default, (source,), {}, result := self._fake_like(source))
+            return result
+        self.register(result, self._nodes[id(source)])
+        return result
+
+    def _apart(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        with ExitStack() as stack:
+            if self.autocast:
+                device, dtype = self.autocast
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            stack.enter_context(self)
+            return op.decompose(*args, **kwargs)
+
+    def _cast_whole(self, op: OpOverload) -> bool:
+        return forms.is_cast_whole(op, self.autocast[0]) if self.autocast else True
+
+    def _dynamic(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operator whose result's size depends on values."""
+        if forms.is_composite(op):
+            return self._apart(op, args, kwargs)
+        if op is aten.index.Tensor:
+            with self:
+                return aten.index.Tensor(args[0], _positions(args[1]))
+        if op is aten.masked_select.default:
+            with self:
+                x, mask = torch.broadcast_tensors(*args)
+                return aten.index.Tensor(x, _positions([mask]))
+        node = self.record(op, args, kwargs, None)
+        real = self.read(node, shape_only=True)
+        result = _map_tensors(real, self._fake_like)
+        self.graph.erase_node(node)
+        self.record(op, args, kwargs, result)
+        return result
+
+    def _refuse(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
+        name = forms.name_of(op)
+        if "dropout" in name and len(args) > 2 and args[2] and args[1]:
+            raise CaptureError(f"dropout in training mode at {self.current_line()}; call model.eval() first")
+        if name in ("batch_norm", "instance_norm") and args[3] is not None and args[5]:
+            raise CaptureError(f"{name} in training mode at {self.current_line()}; call model.eval() first")
+        if forms.is_random(op):
+            raise CaptureError(
+                f"{op} draws random numbers at {self.current_line()}: ranks would draw different ones; pass them in as an input"
+            )
+
+
+def _positions(index: Any) -> list[Any]:
+    """An index with each mask in it replaced by the positions where it is true."""
+    plain: list[Any] = []
+    for item in index:
+        if item is not None and item.dtype in (torch.bool, torch.uint8):
+            plain.extend(aten.unbind.int(aten.nonzero.default(item), 1))
+        else:
+            plain.append(item)
+    return plain
+
+
+@dataclass(frozen=True)
+class _Form:
+    data: tuple[Any, ...]
+
+
+def _form(value: Any) -> Any:
+    """What a fake result depends on, hashable; 1, 1.0 and True differ."""
+    if isinstance(value, Tensor):
+        return _Form((tuple(value.shape), value.stride(), value.dtype, value.device))
+    if isinstance(value, (tuple, list)):
+        return (type(value) if type(value) in (tuple, list) else tuple, *map(_form, value))
+    if isinstance(value, dict):
+        return tuple((k, _form(v)) for k, v in value.items())
+    return (type(value).__name__, value)
+
+
+def _map_tensors(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(v, change) for v in value) if type(value) in (tuple, list) else value
+    if isinstance(value, dict):
+        return {k: _map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+def _to_nodes(value: Any, recorder: Recorder) -> Any:
+    return _map_tensors(value, recorder.node)
+
+
+_SAME = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default}
+_RENAMED_VIEWS = frozenset(
+    "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ resize_ resize_as_ set_ as_strided_ unflatten_".split()
+)
