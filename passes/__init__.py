@@ -1,1 +1,94 @@
-"""The passes of the compiler, in the order in which they run."""
+"""The compiler's story in one ordered list.
+
+Each pass takes a `Build` and returns it further along; after each, the verifier checks the spec of the stage that
+was reached. Exact passes preserve the numbers to rounding; stale ones (to come, after `canonicalize`) are tested
+against their own definition.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from ..ir.layout import Layout
+from ..ir.program import Program
+from ..ir.verify import Stage, verify
+from .canonicalize import canonicalize
+from .cost import Target
+from .normalize import normalize
+from .partition import partition
+from .rules import RULES
+from .seed import seed
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the passes hand on: the program, and from `seed` on how it is cut."""
+
+    program: Program
+    world: int
+    target: Target
+    seeds: Mapping[str, Layout] = field(default_factory=dict)
+    graph: fx.Graph | None = None  #: the partitioned graph
+
+    @property
+    def current(self) -> fx.Graph:
+        """The graph as it is now."""
+        return self.program.graph if self.graph is None else self.graph
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named step; `ensures` is the stage whose spec the graph meets afterwards."""
+
+    name: str
+    run: Callable[[Build], Build]
+    ensures: Stage
+
+
+def _normalize(build: Build) -> Build:
+    return replace(build, program=normalize(build.program))
+
+
+def _seed(build: Build) -> Build:
+    return replace(build, seeds=seed(build.program.graph, build.program.inputs, build.world, build.target, RULES))
+
+
+def _partition(build: Build) -> Build:
+    return replace(build, graph=partition(build.program.graph, build.world, build.seeds, RULES))
+
+
+def _canonicalize(build: Build) -> Build:
+    return replace(build, graph=canonicalize(build.current))
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass("normalize", _normalize, "normal"),
+    Pass("seed", _seed, "normal"),
+    Pass("partition", _partition, "partitioned"),
+    Pass("canonicalize", _canonicalize, "partitioned"),
+)
+
+
+def build(program: Program, world: int, target: Target, *, after: str | None = None) -> Build:
+    """Run the passes, up to and including `after` (all if None) on a captured program.
+
+    Raises `ValueError` if no pass is called `after`, `CannotShare` if `world` ranks are too many.
+    """
+    names = [each.name for each in PASSES]
+    if after is not None and after not in names:
+        raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
+    verify(program.graph, "captured")
+    state = Build(program, world, target)
+    seconds = dict(program.seconds)
+    for each in PASSES:
+        started = time.perf_counter()
+        state = each.run(state)
+        verify(state.current, each.ensures, world)
+        seconds[each.name] = time.perf_counter() - started
+        if each.name == after:
+            break
+    return replace(state, program=replace(state.program, seconds=seconds))

@@ -1,0 +1,192 @@
+"""A plan: one program cut for n ranks, with what travels, what it costs and why."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx, nn
+
+from .capture import capture
+from .ir.exchange import Exchange
+from .ir.layout import Layout
+from .ir.program import Program, exchanges_of, fingerprint
+from .passes import Build, build
+from .passes.cost import TARGETS, Target, flops
+from .strategy import Strategy
+
+
+@dataclass(frozen=True)
+class PlannedExchange:
+    """One declared exchange in its place."""
+
+    node: str  #: the operator of the captured program that needs it
+    path: str  #: the module that operator is in, e.g. "mid_block.attentions.0"
+    declared: Exchange
+
+    @property
+    def role(self) -> str:
+        return self.declared.role
+
+    @property
+    def bytes(self) -> int:
+        """Bytes received by all ranks together."""
+        return self.declared.bytes
+
+    @property
+    def messages(self) -> int:
+        return self.declared.messages
+
+    @property
+    def reason(self) -> str:
+        return self.declared.reason
+
+    def __str__(self) -> str:
+        return f"{self.declared} {self.bytes} bytes for {self.node} in {self.path or 'the model'}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `world_size` ranks do. Every rank derives the same plan; equal plans have equal fingerprints."""
+
+    program: Program  #: the normalized program on whole tensors
+    graph: fx.Graph  #: the partitioned graph, for all ranks
+    world_size: int
+    strategy: Strategy
+    target: Target
+    seeds: dict[str, Layout]  #: what is split, by name of input or value
+    seconds: dict[str, float]  #: time spent per stage
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that the ranks must agree on."""
+        return fingerprint(self.graph)
+
+    @cached_property
+    def exchanges(self) -> tuple[PlannedExchange, ...]:
+        return tuple(
+            PlannedExchange(node.meta.get("origin", node.name), node.meta.get("path", ""), each)
+            for node, declared in exchanges_of(self.graph)
+            for each in declared
+        )
+
+    @property
+    def fallbacks(self) -> tuple[PlannedExchange, ...]:
+        """Exchanges that gather what no rule could split; each has a reason."""
+        return tuple(e for e in self.exchanges if e.role == "fallback")
+
+    @cached_property
+    def flops_total(self) -> int:
+        """Floating-point operations of the model: matrix products, convolutions, attention."""
+        return flops(self.program.graph)
+
+    @cached_property
+    def flops_per_rank(self) -> tuple[int, ...]:
+        """The same for each rank, replicated work included."""
+        return tuple(flops(self.graph, rank) for rank in range(self.world_size))
+
+    @property
+    def bound(self) -> float:
+        """The speed-up that the slowest rank's work allows."""
+        slowest = max(self.flops_per_rank)
+        return self.flops_total / slowest if slowest else float(self.world_size)
+
+    @cached_property
+    def bytes_by_role(self) -> dict[str, int]:
+        """Bytes received by all ranks together."""
+        total: Counter[str] = Counter()
+        for exchange in self.exchanges:
+            total[exchange.role] += exchange.bytes
+        return dict(total)
+
+    @cached_property
+    def bytes_received_per_rank(self) -> tuple[dict[str, int], ...]:
+        """Bytes that each rank receives in one call, by role."""
+        totals: list[Counter[str]] = [Counter() for _ in range(self.world_size)]
+        for exchange in self.exchanges:
+            for rank, total in enumerate(totals):
+                total[exchange.role] += exchange.declared.received(rank)
+        return tuple(map(dict, totals))
+
+    @property
+    def state_bytes_per_rank(self) -> tuple[int, ...]:
+        """Bytes kept from one call to the next: none while every exchange is exact."""
+        return (0,) * self.world_size
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as plain data, for JSON."""
+        return {
+            "ranks": self.world_size,
+            "strategy": self.strategy.name,
+            "target": self.target.name,
+            "fingerprint": self.fingerprint,
+            "seeds": {name: str(layout) for name, layout in self.seeds.items()},
+            "flops_total": self.flops_total,
+            "flops_per_rank": list(self.flops_per_rank),
+            "bound": self.bound,
+            "exchanges": [
+                {"role": e.role, "bytes": e.bytes, "messages": e.messages, "node": e.node, "path": e.path,
+                 "reason": e.reason, "text": str(e.declared)}
+                for e in self.exchanges
+            ],
+            "bytes_received_per_rank": list(self.bytes_received_per_rank),
+            "state_bytes_per_rank": list(self.state_bytes_per_rank),
+            "fallbacks": [{"node": e.node, "path": e.path, "bytes": e.bytes, "reason": e.reason} for e in self.fallbacks],
+            "seconds": self.seconds,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        roles = ", ".join(f"{role} {size / 1e6:.2f} MB" for role, size in self.bytes_by_role.items())
+        seeds = "; ".join(f"{name} {layout}" for name, layout in self.seeds.items()) or "nothing"
+        lines = [
+            f"plan for {self.world_size} ranks, strategy {self.strategy.name}",
+            f"  split      {seeds}",
+            f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest rank {max(self.flops_per_rank, default=0) / 1e9:.2f}"
+            f" (at most {self.bound:.2f} times as fast)",
+            f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
+        ]
+        lines += [f"  fallback   {e.node} in {e.path}: {e.reason}" for e in self.fallbacks]
+        return "\n".join(lines)
+
+
+def make_plan(program: Program, world_size: int, strategy: Strategy, target: str | Target = "auto") -> Plan:
+    """Cut a captured program for `world_size` ranks. Raises `CannotShare` if they are too many."""
+    result: Build = build(program, world_size, _target(target, program))
+    assert result.graph is not None
+    return Plan(
+        result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), result.program.seconds
+    )
+
+
+def plan(
+    model: nn.Module | Program,
+    *args: Any,
+    world_size: int,
+    strategy: str | Strategy = "sync",
+    target: str | Target = "auto",
+    **kwargs: Any,
+) -> Plan:
+    """Plan `model(*args, **kwargs)` on `world_size` ranks without running it. Weight-free (fake) models work.
+
+    Raises `CaptureError` if the model cannot be captured, `CannotShare` (a `ValueError`) if the ranks are too many.
+    """
+    started = time.perf_counter()
+    program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
+    result = make_plan(program, world_size, Strategy.of(strategy), target)
+    result.seconds["total"] = time.perf_counter() - started
+    return result
+
+
+def _target(target: str | Target, program: Program) -> Target:
+    if isinstance(target, Target):
+        return target
+    if target == "auto":
+        devices: Sequence[str] = [n.meta["val"].device.type for n in program.graph.nodes if "val" in n.meta and "shape" in n.meta]
+        return TARGETS["gpu" if "cuda" in devices else "cpu"]
+    if target not in TARGETS:
+        raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")
+    return TARGETS[target]

@@ -1,0 +1,73 @@
+"""canonicalize: exchanges that are ready together travel together (K and V; all outputs). Exact.
+
+Equal exchanges are one node already, and those that move nothing were never declared: `partition` emits each
+operator on each value once.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ..ir import ops
+
+
+@dataclass
+class _Group:
+    """Exchanges of one role that can be one message: all operands are ready before the first result is used."""
+
+    ready: int
+    needed: int
+    members: list[fx.Node] = field(default_factory=list)
+
+
+def canonicalize(graph: fx.Graph) -> fx.Graph:
+    """Merge exchanges of one role where none waits for another; each stands where its last operand is ready."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    due: dict[int, list[_Group]] = {}
+    for group in _groups(graph, position):
+        due.setdefault(group.ready, []).append(group)
+    result = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.target is not ops.exchange and node not in env:
+            env[node] = result.node_copy(node, env.__getitem__)
+        for group in due.get(position[node], ()):
+            _emit(result, group, env)
+    result.lint()
+    return result
+
+
+def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
+    groups: list[_Group] = []
+    last: dict[str, _Group] = {}
+    for node in graph.nodes:
+        if node.target is not ops.exchange:
+            continue
+        values, declared = node.args
+        ready = max(position[value] for value in values)  # type: ignore[union-attr,index]
+        needed = min(position[user] for item in node.users for user in item.users)
+        role = declared[0].role  # type: ignore[union-attr,index]
+        group = last.get(role)
+        if group is None or max(group.ready, ready) >= min(group.needed, needed):
+            group = last[role] = _Group(ready, needed)
+            groups.append(group)
+        group.ready, group.needed = max(group.ready, ready), min(group.needed, needed)
+        group.members.append(node)
+    return groups
+
+
+def _emit(result: fx.Graph, group: _Group, env: dict[fx.Node, fx.Node]) -> None:
+    values = [env[value] for node in group.members for value in node.args[0]]  # type: ignore[union-attr,index]
+    declared = [exchange for node in group.members for exchange in node.args[1]]  # type: ignore[union-attr]
+    merged = result.call_function(ops.exchange, (tuple(values), tuple(declared)))
+    merged.meta = dict(group.members[0].meta)
+    offset = 0
+    for node in group.members:
+        for item in node.users:
+            index = offset + item.args[1]  # type: ignore[operator]
+            env[item] = result.call_function(operator.getitem, (merged, index))
+            env[item].meta = dict(item.meta)
+        offset += len(node.args[1])  # type: ignore[arg-type]

@@ -1,0 +1,181 @@
+"""seed: which values are split, along which dim, where the cuts lie; searched by cost, never by name.
+
+    1. one input and dim (the picture's rows, the tokens), with cuts on multiples of 1, 2, 4 … rows
+    2. further inputs (the text stream), while they make the slowest rank faster
+    3. a value inside (the tokens after patch embedding), where rows cannot be shared out evenly
+
+Each candidate is partitioned and judged by the cost model; one whose exchanges alone cost more than the best plan
+so far is given up early.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ..ir.layout import Layout, even
+from ..ir.program import calls, layout_of, shape_of
+from .cost import Cost, Target, cost, flops, node_flops
+from .partition import Rule, partition
+
+Seeds = dict[str, Layout]
+GRAINS = (1, 2, 4, 8, 16, 32)
+NEAR = 0.97  #: of the ideal share of work: good enough to stop searching
+
+
+class CannotShare(ValueError):
+    """The model cannot be shared among so many ranks; the message says how many would do."""
+
+
+@dataclass
+class Search:
+    """The candidates tried so far and the best of them."""
+
+    graph: fx.Graph
+    world: int
+    target: Target
+    rules: Mapping[Any, Rule]
+    inputs: tuple[str, ...]
+    total: int = 0
+    best: tuple[float, Seeds, fx.Graph, Cost] | None = None
+    tried: set[tuple[tuple[str, Layout], ...]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.total = flops(self.graph)
+
+    def attempt(self, seeds: Seeds) -> bool:
+        """Judge one set of seeds; True if it is the best so far."""
+        key = tuple(sorted(seeds.items(), key=lambda item: item[0]))
+        if key in self.tried:
+            return False
+        self.tried.add(key)
+        graph = partition(self.graph, self.world, seeds, self.rules)
+        judged = cost(graph, self.world, self.target)
+        if self.best is not None and judged.seconds >= self.best[0]:
+            return False
+        self.best = judged.seconds, seeds, graph, judged
+        return True
+
+    @property
+    def seeds(self) -> Seeds:
+        return self.best[1] if self.best else {}
+
+    @property
+    def bound(self) -> float:
+        """Unsplit work over the slowest rank's."""
+        return self.total / max(self.best[3].flops_per_rank) if self.best and self.total else 0.0
+
+    @property
+    def good(self) -> bool:
+        return self.bound >= NEAR * self.world
+
+
+def seed(
+    graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, rules: Mapping[Any, Rule]
+) -> Seeds:
+    """The best seeds found.
+
+    Raises `CannotShare` if no input has enough rows for `world` ranks.
+    """
+    search = Search(graph, world, target, rules, inputs)
+    if world == 1:
+        return {}
+    candidates = list(_candidates(search))
+    for node, dim in candidates:
+        for rows in _cuts(shape_of(node)[dim], world):
+            search.attempt({node.name: Layout(dim, rows)})
+        if search.good:
+            break
+    for node, dim in candidates:
+        if search.good and _replicated(search) < 0.01:
+            break
+        if node.name not in search.seeds and search.best is not None:
+            search.attempt({**search.seeds, node.name: Layout(dim, even(shape_of(node)[dim], world))})
+    if not search.good:
+        for name, layout in list(_inner(search))[:4]:
+            search.attempt({**search.seeds, name: layout})
+    if search.best is None or search.total and search.bound < 1.2:
+        raise CannotShare(_advice(search))
+    return search.seeds
+
+
+def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
+    """(input, dim) pairs, those first that most of the work depends on, then the largest; dim 0 is the batch."""
+    weight = _downstream(search.graph)
+    nodes = [n for n in search.graph.nodes if n.op == "placeholder" and n.name in search.inputs and "shape" in n.meta]
+    nodes = [n for n in nodes if n.meta["dtype"].is_floating_point and len(shape_of(n)) >= 3]
+    largest = max((weight[n] for n in nodes), default=0)
+    nodes = [n for n in nodes if weight[n] > largest // 2]
+    size = {n: n.meta["val"].numel() for n in nodes}
+    for node in sorted(nodes, key=lambda n: (-size[n] * (weight[n] > 0.9 * largest), search.inputs.index(n.name))):
+        for dim in range(1, len(shape_of(node))):
+            if shape_of(node)[dim] >= search.world:
+                yield node, dim
+
+
+def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
+    """FLOPs of everything that depends on each input."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    reach: dict[fx.Node, int] = {n: 1 << i for i, n in enumerate(inputs)}
+    totals = dict.fromkeys(inputs, 0)
+    for node in calls(graph):
+        mask = 0
+        for operand in node.all_input_nodes:
+            mask |= reach[operand]
+        reach[node] = mask
+        work = node_flops(node)
+        if work:
+            for i, n in enumerate(inputs):
+                if mask >> i & 1:
+                    totals[n] += work
+    return totals
+
+
+def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:
+    """Even cuts on multiples of ever coarser grains, as long as every rank gets a row."""
+    found: list[tuple[Any, ...]] = []
+    for grain in GRAINS:
+        rows = even(size, world, grain)
+        if all(r.runs for r in rows) and rows not in found:
+            found.append(rows)
+    return found
+
+
+def _replicated(search: Search) -> float:
+    """The share of the slowest rank's work that an ideal split would not have."""
+    return 1 - search.bound / search.world
+
+
+def _inner(search: Search) -> Iterator[tuple[str, Layout]]:
+    """Values inside that are unevenly split, or whole, along a dim with rows enough to share out evenly."""
+    assert search.best is not None
+    seen: set[tuple[int, ...]] = set()
+    laid = {n.meta.get("origin"): layout_of(n) for n in search.best[2].nodes if n.target is not operator.getitem}
+    for node in calls(search.graph):
+        shape = node.meta.get("shape")
+        if node.name not in laid or shape is None or len(shape) < 3 or shape in seen:
+            continue
+        layout = laid[node.name]
+        dim = layout.dim if layout.dim is not None else max(range(1, len(shape) - 1), key=lambda d: shape[d])
+        if shape[dim] < 4 * search.world:
+            continue
+        rows = even(shape[dim], search.world)
+        if layout.dim is not None and max(layout.sizes) <= 1.02 * max(map(len, rows)):
+            continue
+        seen.add(shape)
+        yield node.name, Layout(dim, rows)
+
+
+def _advice(search: Search) -> str:
+    nodes = [n for n in search.graph.nodes if n.op == "placeholder" and n.name in search.inputs]
+    sizes = sorted({s for n in nodes if len(shape_of(n)) >= 3 for s in shape_of(n)[1:]}, reverse=True)
+    most = max((s for s in sizes if s < search.world), default=1)
+    gain = f" (the best cut found makes it {search.bound:.2f} times as fast)" if search.best else ""
+    return (
+        f"this model cannot be shared among {search.world} ranks{gain}: no input dim gives every rank work of its own; "
+        f"inputs have dims of {', '.join(map(str, sizes[:4]))} rows, so at most {most} ranks would do"
+    )
