@@ -1,0 +1,115 @@
+"""The front door: `fxpass.parallelize(model_or_pipeline)`."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .plan import make_plan
+from .runtime import distributed
+from .runtime.engine import Engine
+from .runtime.executor import Executor
+from .runtime.lockstep import LockstepExecutor
+from .runtime.module import ParallelModule
+from .runtime.spawn import SpawnExecutor
+from .strategy import Strategy
+
+T = TypeVar("T")
+EXECUTORS = ("auto", "distributed", "spawn", "lockstep")
+
+
+def parallelize(
+    model_or_pipeline: T,
+    world_size: int | None = None,
+    *,
+    strategy: Strategy | str = "sync",
+    warmup_steps: int | None = None,
+    executor: str = "auto",
+    compile: bool = False,  # noqa: A002 - the name that torch users expect
+    target: str = "auto",
+    timeout: float = 600.0,
+    group: Any = None,
+) -> T:
+    """Make a denoiser run on `world_size` ranks. The result is used exactly like what was given.
+
+    A model is captured at its first call, and again when it is called with other shapes or was changed (an adapter, a
+    scale). The model itself is left as it is. In a pipeline (anything with a denoiser among its attributes) the
+    denoiser is replaced, and the pipeline is returned.
+
+    Args:
+        model_or_pipeline: a model in eval mode, or a pipeline.
+        world_size: ranks; by default those of the process group, else the number of CUDA devices.
+        strategy: a preset's name or a `Strategy`. Only "sync" (exact) is built yet.
+        warmup_steps: exact steps before the first stale one; by default the strategy's.
+        executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
+            process is rank 0 and drives workers), "lockstep" (all ranks in this process, one after the other), or
+            "auto": distributed where there are several processes, else spawn.
+        compile: not built yet.
+        target: the machine to plan for.
+        timeout: seconds that a rank waits for another before it gives up.
+        group: the process group to use (default: all processes).
+
+    Raises:
+        ValueError: an argument is wrong; the message says which values there are.
+        NotImplementedError: the strategy or `compile=True` is not built yet.
+        TypeError: neither a module nor a pipeline with a denoiser.
+    """
+    chosen = Strategy.of(strategy)
+    if warmup_steps:
+        raise NotImplementedError("warmup_steps has no effect on an exact strategy, and stale ones are not built yet")
+    if compile:
+        raise NotImplementedError("compile=True is not built yet; leave it out")
+    if executor not in EXECUTORS:
+        near = difflib.get_close_matches(executor, EXECUTORS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(EXECUTORS)}"
+        raise ValueError(f"unknown executor {executor!r}; {hint}")
+    world = _world_size(world_size, executor, group)
+    if isinstance(model_or_pipeline, nn.Module):
+        return _wrapped(model_or_pipeline, world, chosen, executor, target, timeout, group)  # type: ignore[return-value]
+
+    from .models.pipelines import denoisers
+
+    names = denoisers(model_or_pipeline)
+    if not names:
+        raise TypeError(
+            f"{type(model_or_pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser; "
+            "give parallelize the model itself"
+        )
+    for name in names:
+        wrapped = _wrapped(getattr(model_or_pipeline, name), world, chosen, executor, target, timeout, group)
+        setattr(model_or_pipeline, name, wrapped)
+    return model_or_pipeline
+
+
+def _world_size(world_size: int | None, executor: str, group: Any) -> int:
+    if world_size is None:
+        if group is not None or (executor in ("auto", "distributed") and distributed.inside()):
+            return distributed.size_of_world(group)
+        if torch.cuda.device_count():
+            return torch.cuda.device_count()
+        raise ValueError(
+            "say on how many ranks to run, e.g. world_size=2: there is no process group and no CUDA device"
+        )
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size must be a whole number of at least 1, not {world_size!r}")
+    return world_size
+
+
+def _wrapped(
+    model: nn.Module, world: int, strategy: Strategy, executor: str, target: str, timeout: float, group: Any
+) -> ParallelModule:
+    if type(model) is ParallelModule:
+        raise ValueError("this module is parallel already; close it and call parallelize on its .unwrapped model")
+    runner = _executor(executor, world, timeout, group)
+    return ParallelModule(model, Engine(model, lambda program: make_plan(program, world, strategy, target), runner))
+
+
+def _executor(name: str, world: int, timeout: float, group: Any) -> Executor:
+    if name == "auto":
+        name = "distributed" if group is not None or distributed.inside() else "spawn" if world > 1 else "lockstep"
+    if name == "distributed":
+        return distributed.DistributedExecutor(world, group=group, timeout=timeout)
+    return SpawnExecutor(world, timeout=timeout) if name == "spawn" else LockstepExecutor(world)

@@ -1,0 +1,85 @@
+"""What may be stale, and by how much: presets by the names of their papers (DistriFusion, PCPP)."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+Freshness = Literal["sync", "stale", "corrected", "frozen", "local"]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How fresh each kind of exchange is.
+
+    `sync`: exact; `stale`: the others' part of the last step; `corrected`: stale plus the own change; `frozen`: of the
+    last exact step; `local`: the own part only.
+
+    Attributes:
+        halo: border rows of convolutions.
+        keys_values: keys and values of self-attention.
+        moments: mean and variance of group norms.
+        sums: other reductions over the split dim.
+        window: tokens of each neighbour that attention sees, as a fraction of the neighbour's; None: all of all.
+        warmup_steps: exact steps before the first stale one.
+    """
+
+    name: str = "sync"
+    halo: Freshness = "sync"
+    keys_values: Freshness = "sync"
+    moments: Freshness = "sync"
+    sums: Freshness = "sync"
+    window: float | None = None
+    warmup_steps: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result equals the unsplit model's, to rounding."""
+        kinds = (self.halo, self.keys_values, self.moments, self.sums)
+        return all(kind == "sync" for kind in kinds) and self.window is None
+
+    @staticmethod
+    def of(strategy: Strategy | str) -> Strategy:
+        """A preset by name, or the strategy itself.
+
+        Raises:
+            ValueError: no such preset; the message suggests the nearest.
+            NotImplementedError: it is not exact, and stale exchanges are not built yet.
+        """
+        if isinstance(strategy, str):
+            if strategy in PLANNED:
+                raise NotImplementedError(f"strategy {strategy!r} is not built yet; use 'sync'")
+            if strategy not in PRESETS:
+                near = difflib.get_close_matches(strategy, [*PRESETS, *PLANNED], n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}"
+                raise ValueError(f"unknown strategy {strategy!r}; {hint}")
+            strategy = PRESETS[strategy]
+        if not strategy.exact:
+            raise NotImplementedError(
+                f"strategy {strategy.name!r} has stale exchanges, which are not built yet; use 'sync'"
+            )
+        return strategy
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _stale(name: str, moments: Freshness, *, kept: Freshness = "stale", window: float | None = None) -> Strategy:
+    return Strategy(name, kept, kept, moments, moments, window, warmup_steps=5)
+
+
+PRESETS: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy(),
+        _stale("displaced", "corrected"),
+        _stale("stale_gn", "stale"),
+        _stale("sync_gn", "sync"),
+        _stale("separate_gn", "local"),
+        _stale("no_sync", "local", kept="frozen"),
+        _stale("pcpp", "corrected", window=0.3),
+    )
+}
+PRESETS |= {"full_sync": PRESETS["sync"], "corrected_async_gn": PRESETS["displaced"]}  # DistriFusion's names
+PLANNED = ("ulysses", "ring", "auto")  #: other ways to be exact, and the choice between them

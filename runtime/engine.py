@@ -1,0 +1,157 @@
+"""From a call to its program: capture once per signature, plan, run; the same for all executors."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..capture import Call, CaptureError, capture_call
+from ..ir.program import Guard, Program
+from .executor import Executor, Loaded, PlanLike
+from .structure import Structure, WeightTable
+
+SIGNATURES = 8  #: programs kept; the least recently used one goes first
+GUARDED = 4  #: programs of one signature that differ only in guarded values
+
+Planner = Callable[[Program], PlanLike]
+
+
+@dataclass(eq=False)
+class Entry:
+    """A program that is ready to run."""
+
+    plan: PlanLike
+    loaded: Loaded
+    weights: WeightTable
+    guards: list[tuple[int, Guard]]  #: (place among the call's tensors, what must hold)
+
+    def serves(self, tensors: Sequence[Tensor]) -> bool:
+        return all(_equal(tensors[place].tolist(), guard.value) for place, guard in self.guards)
+
+
+class Engine:
+    """Runs calls of `model` on the ranks of `executor`. Calls from several threads run one after the other."""
+
+    def __init__(self, model: nn.Module, planner: Planner, executor: Executor) -> None:
+        self.model = model
+        self.executor = executor
+        self.plan: PlanLike | None = None
+        self._planner = planner
+        self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
+        self._structure: Structure | None = None
+        self._lock = threading.Lock()
+        self._closed: str | None = None
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The model's output. Runs without autograd.
+
+        Raises:
+            RuntimeError: the model is in training mode, or the module was closed.
+            CaptureError: the model cannot be captured.
+            RankError: another rank failed.
+        """
+        with self._lock, torch.no_grad():
+            if self._closed:
+                raise RuntimeError(f"this parallel module was closed ({self._closed}); call fxpass.parallelize again")
+            if self.model.training:
+                raise RuntimeError("the model is in training mode; fxpass runs inference only: call model.eval() first")
+            self.executor.begin()
+            try:
+                call = Call.of(self.model, args, kwargs)
+                entry = self._entry(call)
+                self.plan = entry.plan
+                outputs = entry.loaded.run(entry.weights.tensors(), call.tensors)
+            except BaseException as error:
+                self.executor.failed(error)
+                raise
+            return _rebuilt(entry.plan.program, outputs)
+
+    def reset(self) -> None:
+        """Forget all programs: the next call captures anew."""
+        with self._lock:
+            self._forget()
+
+    def close(self, why: str = "close() was called") -> None:
+        """Release everything on all ranks; later calls raise."""
+        with self._lock:
+            if not self._closed:
+                self._closed = why
+                self._forget()
+                self.executor.close()
+
+    @property
+    def signatures(self) -> int:
+        """Programs that are kept."""
+        return sum(map(len, self._entries.values()))
+
+    def _entry(self, call: Call) -> Entry:
+        if self._structure is not None and not self._structure.untouched():
+            if self._structure.refresh():
+                for entry in self._all():
+                    entry.weights = WeightTable(self.model, list(entry.plan.program.weights.values()))
+            else:
+                self._forget()
+        entries = self._entries.setdefault(call.key, [])
+        self._entries.move_to_end(call.key)
+        for entry in entries:
+            if entry.serves(call.tensors):
+                return entry
+        try:
+            return self._captured(call, entries)
+        finally:
+            if entries:
+                self._entries[call.key] = entries
+            else:
+                self._entries.pop(call.key, None)
+
+    def _captured(self, call: Call, entries: list[Entry]) -> Entry:
+        if len(entries) >= GUARDED:
+            guard = entries[-1].guards[0][1]
+            raise CaptureError(
+                f"input `{guard.path}` is turned into a Python number at every call ({guard.line}): each value would "
+                "need a program of its own. Keep it a tensor in the model's forward."
+            )
+        with torch.inference_mode(False):
+            program = capture_call(self.model, call)
+        plan = self._planner(program)
+        table = WeightTable(self.model, list(plan.program.weights.values()))
+        while self.signatures >= SIGNATURES:
+            self._evict()
+        loaded = self.executor.load(plan, table.tensors(), call.tensors)
+        place = {path: i for i, path in enumerate(call.paths)}
+        entry = Entry(plan, loaded, table, [(place[guard.path], guard) for guard in plan.program.guards])
+        entries.append(entry)
+        self._structure = Structure(self.model)
+        return entry
+
+    def _all(self) -> list[Entry]:
+        return [entry for entries in self._entries.values() for entry in entries]
+
+    def _evict(self) -> None:
+        key = next(key for key, entries in self._entries.items() if entries)
+        self._entries[key].pop(0).loaded.release()
+        if not self._entries[key]:
+            del self._entries[key]
+
+    def _forget(self) -> None:
+        for entry in self._all():
+            entry.loaded.release()
+        self._entries.clear()
+        self._structure = None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a == b or (a != a and b != b)  # NaN is the same value
+
+
+def _rebuilt(program: Program, outputs: Sequence[Tensor]) -> Any:
+    supply = iter(outputs)
+    leaves = [next(supply) if leaf is ... else leaf for leaf in program.out_leaves]
+    return pytree.tree_unflatten(leaves, program.out_spec)

@@ -1,0 +1,141 @@
+"""The drop-in module that `fxpass.parallelize` returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from .engine import Engine
+from .executor import PlanLike
+
+_OWN = frozenset({"_engine", "_model", "forward"})
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class ParallelModule(nn.Module):
+    """The user's model, called on all ranks.
+
+    It has the model's forward signature, attributes and methods (`config`, `dtype`, `add_adapter`, `cache_context`, …),
+    and shares its tables of parameters, buffers and submodules: `state_dict`, `named_parameters`, `to` and so on act
+    on the model itself and name things as it does. Setting an attribute sets it on the model. `isinstance` sees both
+    classes. Nothing on the model is patched; it can still be called by itself.
+
+    Outputs carry no gradient, also outside `torch.no_grad()`.
+    """
+
+    _engine: Engine
+    _model: nn.Module
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        super().__init__()
+        own = self.__dict__
+        own["_engine"] = engine
+        own["_model"] = model
+        own["__module__"] = type(model).__module__  # libraries that save a model look where its class is from
+        own["forward"] = _forward(model, engine)
+        for name in _SHARED:
+            own[name] = vars(model)[name]
+
+    @property
+    def plan(self) -> PlanLike | None:
+        """The plan of the latest call; None before the first."""
+        return self._engine.plan
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The user's model."""
+        return self._model
+
+    @property
+    def traffic(self) -> Mapping[str, int]:
+        """Bytes that this process has received so far, by role of the exchange."""
+        return dict(self._engine.executor.traffic)
+
+    def reset(self) -> None:
+        """Forget all captured programs; the next call captures anew."""
+        self._engine.reset()
+
+    def close(self) -> None:
+        """End the worker processes, if there are any. Later calls raise `RuntimeError`."""
+        self._engine.close()
+
+    def __enter__(self) -> ParallelModule:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- everything else is the model's ---------------------------------------------------------------------
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self.__dict__["_model"]) if "_model" in self.__dict__ else ParallelModule
+
+    @property
+    def training(self) -> bool:
+        return self._model.training if "_model" in self.__dict__ else False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_model" in self.__dict__:
+            self._model.training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        if "_model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_model" not in self.__dict__ or name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._model, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._model)})
+
+    def __repr__(self) -> str:
+        return f"Parallel({self._model!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a parallel module cannot be copied or pickled; copy or save its .unwrapped model")
+
+
+def _forward(model: nn.Module, engine: Engine) -> Callable[..., Any]:
+    """A function with the signature of the model's forward. (It does not refer to the wrapper: no reference cycle.)"""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return engine(args, kwargs)
+
+    forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = model.forward.__doc__
+    return forward
+
+
+def _acting_on_the_model(name: str) -> Callable[..., Any]:
+    def method(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self._model, name)(*args, **kwargs)
+        return self if result is self._model else result
+
+    method.__name__ = name
+    method.__doc__ = getattr(nn.Module, name).__doc__
+    return method
+
+
+# The methods of nn.Module that a model may have overridden: `__getattr__` does not see those, for nn.Module has them.
+for _name in (
+    *("to", "cuda", "cpu", "half", "float", "double", "bfloat16", "type", "to_empty", "_apply", "apply"),
+    *("train", "eval", "requires_grad_", "zero_grad", "share_memory"),
+    *("state_dict", "load_state_dict", "get_extra_state", "set_extra_state", "extra_repr"),
+    *("add_module", "register_module", "register_parameter", "register_buffer"),
+):
+    setattr(ParallelModule, _name, _acting_on_the_model(_name))

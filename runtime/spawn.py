@@ -1,0 +1,292 @@
+"""Plain Python: this process is rank 0 and drives workers on the same machine.
+
+    this process                                   worker (rank k)
+    weights: moved to shared memory, in place ───▶ the same memory
+    plan: rank k's program, constants ───────────▶ loaded once per signature
+    call: inputs copied to shared memory, "run" ─▶ runs its program
+          exchanges  ◀──────────── gloo ─────────▶
+          outputs (rank 0's)        "done" ◀──────
+
+The user's model is never pickled and `__main__` never imported anew. Shared memory comes from /dev/shm (in a container
+see `--shm-size`). Each process computes with `max(1, cores // world_size)` threads, or fewer if torch is set to
+fewer; with OMP_NUM_THREADS set, with as many threads as torch is set to.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from ..ir.program import specialize
+from .board import GRACE, POLL
+from .collectives import Collectives
+from .errors import RankError
+from .executor import Bound, PlanLike
+from .interpreter import RankProgram, drive
+from .wire import Channel, ClosedError, allow_files, check_room
+from .worker import HOST, connect
+
+
+class SpawnExecutor:
+    """Drives `world_size - 1` worker processes, started at the first call.
+
+    They end with `close()`, with this object, and with this process, whichever comes first.
+
+    Args:
+        timeout: seconds that a rank waits for another.
+    """
+
+    def __init__(self, world_size: int, *, timeout: float = 600.0) -> None:
+        self.world_size = world_size
+        self.timeout = timeout
+        self.threads = _threads(world_size)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._channels: list[Channel] = []
+        self._links: Collectives | None = None
+        self._store: TCPStore | None = None
+        self._sent: dict[str, Tensor] = {}  # weights as the workers have them (kept: no address is used again)
+        self._plans: dict[int, SpawnPlan] = {}
+        self._numbers = 0
+        self._calls = 0
+        self._ended: str | None = None
+        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self._channels)
+
+    @property
+    def traffic(self) -> Counter[str]:
+        return self._links.traffic if self._links else Counter()
+
+    def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> SpawnPlan:
+        """Send every worker its program.
+
+        Raises:
+            NotImplementedError: the model is not on the CPU.
+            OSError: too little shared memory, or too low a limit of open files.
+            RankError: a worker did not start.
+        """
+        for tensor in (*weights, *inputs):
+            if tensor.device.type != "cpu":
+                raise NotImplementedError(
+                    f"executor='spawn' runs models on the CPU, this one is on {tensor.device}; start the script with "
+                    f"`torchrun --nproc-per-node {self.world_size} …` (executor='distributed')"
+                )
+        links = self._started()
+        names = list(plan.program.weights.values())
+        self._share(names, weights)
+        self._numbers += 1
+        code = RankProgram.of(specialize(plan.graph, 0), 0)
+        bound = Bound.of(code, plan.program, torch.device("cpu"))
+        shared = [torch.empty_like(tensor) for tensor in inputs]
+        tensors = [*bound.constants, *shared]
+        for rank, channel in enumerate(self._channels, 1):
+            code = RankProgram.of(specialize(plan.graph, rank), rank)
+            order = Bound.of(code, plan.program, torch.device("cpu")).order
+            sources = [names[i] if i < len(names) else i - len(names) for i in order]
+            channel.send(("load", self._numbers, code, sources, tensors))
+        loaded = SpawnPlan(self, self._numbers, bound, links, names, shared)
+        self._plans[self._numbers] = loaded
+        return loaded
+
+    def begin(self) -> None:
+        if self._ended:
+            raise RuntimeError(f"the worker processes have ended ({self._ended}); call fxpass.parallelize again")
+
+    def failed(self, error: BaseException) -> None:
+        pass  # what fails before the run is no concern of the workers; `run` sees to the rest
+
+    def close(self) -> None:
+        """End the workers and wait until they are gone."""
+        self._ended = self._ended or "they were closed"
+        self._finalizer()
+        self._plans.clear()
+        self._sent.clear()
+        self._links = self._store = None
+
+    def run(self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Rank 0's outputs, once all ranks are done. If a rank fails, all workers are ended.
+
+        Raises:
+            RankError: with the worker's own traceback.
+        """
+        try:
+            self._share(plan.names, weights)
+            for buffer, tensor in zip(plan.shared, inputs, strict=True):
+                buffer.copy_(tensor)
+            self._calls += 1
+            plan.links.board.call = self._calls
+            for channel in self._channels:
+                channel.send(("run", plan.number, self._calls))
+            with _computing_with(self.threads):
+                outputs = drive(plan.bound.code.run(plan.bound.values(weights, inputs)), plan.links.exchange)
+            for rank in range(1, self.world_size):
+                self._answer(rank)
+        except BaseException as error:
+            cause = self._cause(error) if isinstance(error, (RankError, ClosedError)) else error
+            self._ended = f"in an earlier call: {str(cause).partition(chr(10))[0]}"
+            self.close()
+            if cause is error:
+                raise
+            raise cause from None
+        return outputs
+
+    def release(self, plan: SpawnPlan) -> None:
+        """Let the workers forget a plan, and the weights that no other plan needs."""
+        if self._plans.pop(plan.number, None) is None:
+            return
+        needed = {name for other in self._plans.values() for name in other.names}
+        unused = [name for name in dict.fromkeys(plan.names) if name not in needed and name in self._sent]
+        for name in unused:
+            del self._sent[name]
+        plan.links.forget(plan.bound.code.sites)
+        for channel in self._channels:
+            channel.send(("release", plan.number, unused))
+
+    def _started(self) -> Collectives:
+        if self._links is not None:
+            return self._links
+        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
+        for rank in range(1, self.world_size):
+            ours, theirs = socket.socketpair()
+            arguments = (theirs.fileno(), rank, self.world_size, self._store.port, self.timeout, self.threads)
+            command = [sys.executable, "-P", "-m", "fxpass.runtime.worker", *map(str, arguments)]
+            with theirs:
+                self.processes.append(
+                    subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+                )
+            self._channels.append(Channel(ours))
+        try:
+            for rank in range(1, self.world_size):
+                self._answer(rank)
+            self._links = connect(self._store, 0, self.world_size, self.timeout)
+        except BaseException as error:
+            cause = self._cause(error) if isinstance(error, (RankError, ClosedError)) else error
+            self._ended = f"at their start: {str(cause).partition(chr(10))[0]}"
+            self.close()
+            raise cause from None
+        return self._links
+
+    def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+        """Send the weights whose memory the workers do not have: all at first, later the replaced ones."""
+        sent = self._sent
+        new = {
+            name: weight.detach()
+            for name, weight in zip(names, weights, strict=True)
+            if name not in sent or sent[name].data_ptr() != weight.data_ptr()
+        }
+        if not new or not self._channels:
+            return
+        storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in new.values()}
+        check_room(sum(storage.nbytes() for storage in storages.values() if not storage.is_shared()))
+        allow_files(len(storages))
+        for channel in self._channels:
+            channel.send(("weights", new))
+        sent.update(new)
+
+    def _answer(self, rank: int) -> None:
+        """Wait for the worker to say that it is ready or done."""
+        deadline = time.monotonic() + self.timeout
+        while not self._channels[rank - 1].ready(POLL):
+            if time.monotonic() > deadline:
+                raise RankError(rank, f"no answer within {self.timeout:g} s")
+        message = self._channels[rank - 1].receive()
+        if message[0] == "error":
+            raise RankError(rank, message[2])
+
+    def _cause(self, error: Exception) -> Exception:
+        """Who failed first: a worker that raised something of its own, or one that is gone; else `error`."""
+        followers: list[RankError] = []
+        deadline = time.monotonic() + GRACE
+        for rank, (channel, process) in enumerate(zip(self._channels, self.processes, strict=True), 1):
+            try:
+                while channel.ready(max(0.0, deadline - time.monotonic())):
+                    message = channel.receive()
+                    if message[0] == "error" and not message[1]:
+                        return RankError(rank, message[2])
+                    if message[0] == "error":
+                        followers.append(RankError(rank, message[2]))
+            except ClosedError:
+                process.wait(GRACE)
+        for rank, process in enumerate(self.processes, 1):
+            code = process.poll()
+            if code:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                return RankError(rank, f"its process ({process.pid}) {how}")
+        if isinstance(error, RankError):
+            return error
+        return followers[0] if followers else RankError(None, f"lost the connection to a worker ({error})")
+
+
+class SpawnPlan:
+    """A plan that all workers have."""
+
+    def __init__(
+        self,
+        executor: SpawnExecutor,
+        number: int,
+        bound: Bound,
+        links: Collectives,
+        names: list[str],
+        shared: list[Tensor],
+    ) -> None:
+        self.executor = executor
+        self.number = number
+        self.bound = bound
+        self.links = links
+        self.names = names
+        self.shared = shared  #: where the inputs of a call are put for the workers
+
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        return self.executor.run(self, weights, inputs)
+
+    def release(self) -> None:
+        self.executor.release(self)
+
+
+def _threads(world: int) -> int:
+    """Threads for each process."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // world))
+
+
+@contextmanager
+def _computing_with(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == threads:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stop(creator: int, processes: list[subprocess.Popen[bytes]], channels: list[Channel]) -> None:
+    """End the workers: they leave when their connection ends."""
+    if os.getpid() != creator:
+        return  # a forked child: they are not its own
+    for channel in channels:
+        channel.close()
+    for process in processes:
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,180 @@
+"""Messages between the driving process and its workers: plain data, and tensors by shared memory.
+
+A CPU tensor is sent as the file descriptor of its memory, which is moved to shared memory *in place*: the sender's
+tensor stays valid, and both see each other's writes. The files have no name (they are unlinked as they are made), so
+that nothing is left behind in /dev/shm however the processes end.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import resource
+import select
+import socket
+import struct
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HEADER = struct.Struct("<QQ")  # bytes of the message, file descriptors that come before it
+_AT_ONCE = 200  # file descriptors per system call; Linux takes 253
+
+
+class ClosedError(EOFError):
+    """The other side has closed the connection, or is gone."""
+
+
+class Channel:
+    """One end of a connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Any) -> None:
+        """Raises `ClosedError` if nobody is there to read it."""
+        buffer = io.BytesIO()
+        pickler = _Pickler(buffer)
+        pickler.dump(message)
+        payload = buffer.getbuffer()
+        descriptors = pickler.descriptors
+        try:
+            self._socket.sendall(_HEADER.pack(len(payload), len(descriptors)))
+            for i in range(0, len(descriptors), _AT_ONCE):
+                socket.send_fds(self._socket, [b"."], descriptors[i : i + _AT_ONCE])
+            self._socket.sendall(payload)
+        except OSError as error:
+            raise ClosedError(str(error)) from None
+
+    def receive(self) -> Any:
+        """The next message; waits for it. Raises `ClosedError` at the end."""
+        size, count = _HEADER.unpack(self._exactly(_HEADER.size))
+        descriptors: list[int] = []
+        while len(descriptors) < count:
+            expected = min(_AT_ONCE, count - len(descriptors))
+            try:
+                data, some, _, _ = socket.recv_fds(self._socket, 1, expected)
+            except OSError as error:
+                raise ClosedError(str(error)) from None
+            if not data:
+                raise ClosedError("the connection ended in the middle of a message")
+            if len(some) != expected:
+                raise OSError("file descriptors were lost on their way: the limit of open files is too low (ulimit -n)")
+            descriptors += some
+        try:
+            return _Unpickler(io.BytesIO(self._exactly(size)), descriptors).load()
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def ready(self, seconds: float) -> bool:
+        """Whether a message (or the end) arrives within the time."""
+        return bool(select.select([self._socket], [], [], seconds)[0])
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _exactly(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while len(view):
+            try:
+                count = self._socket.recv_into(view)
+            except OSError as error:
+                raise ClosedError(str(error)) from None
+            if not count:
+                raise ClosedError("the connection ended")
+            view = view[count:]
+        return data
+
+
+def allow_files(count: int) -> None:
+    """Raise the soft limit of open files, if it is too low for `count` more.
+
+    Raises:
+        OSError: the hard limit is lower than that.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = len(os.listdir("/proc/self/fd")) + count + 256
+    if soft == resource.RLIM_INFINITY or need <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and need > hard:
+        raise OSError(
+            f"sharing this model's weights needs {need} open files, the limit is {hard}; raise it (`ulimit -Hn`, or "
+            "`docker run --ulimit nofile=65536`)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+
+def check_room(size: int) -> None:
+    """Raises `OSError` if /dev/shm has not `size` bytes left: writing beyond would kill the process without a word."""
+    state = os.statvfs("/dev/shm")
+    free = state.f_bavail * state.f_frsize
+    if size > free:
+        raise OSError(
+            f"sharing this model's weights needs {size / 2**20:.0f} MiB of shared memory, /dev/shm has "
+            f"{free / 2**20:.0f} MiB left; make it larger (`mount -o remount,size=… /dev/shm`, `docker run --shm-size=…`)"
+        )
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.descriptors: list[int] = []
+        self._places: dict[int, int] = {}  # address of a storage -> its place in `descriptors`
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return None
+        tensor = obj.detach()
+        if tensor.device.type != "cpu":
+            raise TypeError(f"only tensors on the CPU are shared between processes, not {tensor.device}")
+        storage = tensor.untyped_storage()
+        if not storage.nbytes():
+            place = None
+        else:
+            descriptor, _ = storage._share_fd_cpu_()  # moves it to shared memory unless it is there
+            address = storage.data_ptr()
+            if address not in self._places:
+                self._places[address] = len(self.descriptors)
+                self.descriptors.append(descriptor)
+            place = self._places[address]
+        return (place, storage.nbytes(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch._ops.OpOverload):
+            return _operator, (str(obj),)
+        if is_dataclass(obj) and not isinstance(obj, type):
+            # without what its cached properties hold: hashes differ from process to process
+            return type(obj), tuple(getattr(obj, field.name) for field in fields(obj))
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, descriptors: list[int]) -> None:
+        super().__init__(file)
+        self._descriptors = descriptors
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        place, size, dtype, shape, stride, offset = pid
+        if place is None:
+            storage = torch.UntypedStorage(0)
+        else:
+            if place not in self._storages:
+                self._storages[place] = torch.UntypedStorage._new_shared_fd_cpu(self._descriptors[place], size)
+            storage = self._storages[place]
+        return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+
+
+def _operator(name: str) -> Any:
+    found: Any = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found

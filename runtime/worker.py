@@ -1,0 +1,113 @@
+"""A worker of the spawn executor: `python -m fxpass.runtime.worker DESCRIPTOR RANK WORLD PORT TIMEOUT THREADS`.
+
+It knows nothing of models: it is sent rank programs, weights and inputs, and runs what it is told, until the
+connection ends.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import traceback
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
+
+from .board import Board
+from .collectives import Collectives
+from .errors import RankError
+from .interpreter import RankProgram, drive
+from .wire import Channel, ClosedError
+
+HOST = "127.0.0.1"
+
+
+def connect(store: Store, rank: int, world: int, timeout: float) -> Collectives:
+    """A gloo group of its own on this machine; the default process group is left to the user."""
+    options = ProcessGroupGloo._Options()
+    options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
+    options._timeout = timedelta(seconds=timeout)
+    group = ProcessGroupGloo(PrefixStore("group", store), rank, world, options)
+    return Collectives(group, rank, world, Board(PrefixStore("board", store), rank, world, timeout), blocking=True)
+
+
+class Worker:
+    """The worker's state: plans by number, and the weights that they share."""
+
+    def __init__(self, links: Collectives) -> None:
+        self.links = links
+        self.weights: dict[str, Tensor] = {}
+        self.plans: dict[int, tuple[RankProgram, list[str | int], list[Tensor]]] = {}
+
+    def handle(self, message: tuple[Any, ...]) -> None:
+        match message:
+            case ("weights", tensors):
+                self.weights |= tensors
+            case ("load", number, code, sources, tensors):
+                # sources: for each placeholder the name of a weight, or a place among `tensors`
+                self.plans[number] = (code, sources, tensors)
+            case ("release", number, unused):
+                code, *_ = self.plans.pop(number)
+                self.links.forget(code.sites)
+                for name in unused:
+                    del self.weights[name]
+            case ("run", number, call):
+                self.links.board.call = call
+                code, sources, tensors = self.plans[number]
+                values = [self.weights[s] if isinstance(s, str) else tensors[s] for s in sources]
+                drive(code.run(values), self.links.exchange)
+
+
+def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driving process, which ends us
+    torch.set_num_threads(threads)
+    channel = Channel(socket.socket(fileno=descriptor))
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
+    store = TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=timeout))
+    channel.send(("ready", os.getpid()))
+    worker = Worker(connect(store, rank, world, timeout))
+    with torch.inference_mode():
+        while True:
+            message = inbox.get()
+            try:
+                if isinstance(message, BaseException):
+                    raise message
+                worker.handle(message)
+            except BaseException as error:
+                if not isinstance(error, RankError):
+                    worker.links.board.publish(error)
+                channel.send(("error", isinstance(error, RankError), "".join(traceback.format_exception(error))))
+                return
+            if message[0] == "run":
+                channel.send(("done", message[2]))
+
+
+def _read(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
+    """Hand on what arrives. When the driving process closes the connection, or dies, so does this one, at once."""
+    parent = os.getppid()
+    try:
+        while True:
+            while not channel.ready(2.0):
+                if os.getppid() != parent:
+                    raise ClosedError
+            inbox.put(channel.receive())
+    except ClosedError:
+        os._exit(0)
+    except BaseException as error:
+        inbox.put(error)
+
+
+if __name__ == "__main__":
+    _descriptor, _rank, _world, _port = map(int, sys.argv[1:5])
+    _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))  # each weight comes as an open file
+    main(_descriptor, _rank, _world, _port, float(sys.argv[5]), int(sys.argv[6]))
