@@ -1,1 +1,9 @@
 """Make any diffusion denoiser patch-parallel."""
+
+from .api import parallelize
+from .capture import CaptureError, capture
+from .plan import Plan, plan
+from .runtime.errors import DisagreementError, RankError
+from .strategy import Strategy
+
+__all__ = ["CaptureError", "DisagreementError", "Plan", "RankError", "Strategy", "capture", "parallelize", "plan"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import Call, CaptureError, capture_call
-from ..ir.program import Guard, Program
+from ..capture import Call, broken_guard, capture_call, guard_error
+from ..ir.program import Program
 from .executor import Executor, Loaded, PlanLike
 from .structure import Structure, WeightTable
 
@@ -27,13 +27,10 @@ Planner = Callable[[Program], PlanLike]
 class Entry:
     """A program that is ready to run."""
 
+    captured: Program
     plan: PlanLike
     loaded: Loaded
     weights: WeightTable
-    guards: list[tuple[int, Guard]]  #: (place among the call's tensors, what must hold)
-
-    def serves(self, tensors: Sequence[Tensor]) -> bool:
-        return all(_equal(tensors[place].tolist(), guard.value) for place, guard in self.guards)
 
 
 class Engine:
@@ -55,6 +52,7 @@ class Engine:
         Raises:
             RuntimeError: the model is in training mode, or the module was closed.
             CaptureError: the model cannot be captured.
+            GuardError: it turns an input that differs at every call into a Python number.
             RankError: another rank failed.
         """
         with self._lock, torch.no_grad():
@@ -100,9 +98,13 @@ class Engine:
                 self._forget()
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
+        broken = None
         for entry in entries:
-            if entry.serves(call.tensors):
+            broken = broken_guard(entry.captured, self.model, call.tensors)
+            if broken is None:
                 return entry
+        if broken is not None and len(entries) >= GUARDED:
+            raise guard_error(broken)
         try:
             return self._captured(call, entries)
         finally:
@@ -112,12 +114,6 @@ class Engine:
                 self._entries.pop(call.key, None)
 
     def _captured(self, call: Call, entries: list[Entry]) -> Entry:
-        if len(entries) >= GUARDED:
-            guard = entries[-1].guards[0][1]
-            raise CaptureError(
-                f"input `{guard.path}` is turned into a Python number at every call ({guard.line}): each value would "
-                "need a program of its own. Keep it a tensor in the model's forward."
-            )
         with torch.inference_mode(False):
             program = capture_call(self.model, call)
         plan = self._planner(program)
@@ -125,8 +121,7 @@ class Engine:
         while self.signatures >= SIGNATURES:
             self._evict()
         loaded = self.executor.load(plan, table.tensors(), call.tensors)
-        place = {path: i for i, path in enumerate(call.paths)}
-        entry = Entry(plan, loaded, table, [(place[guard.path], guard) for guard in plan.program.guards])
+        entry = Entry(program, plan, loaded, table)
         entries.append(entry)
         self._structure = Structure(self.model)
         return entry
@@ -145,10 +140,6 @@ class Engine:
             entry.loaded.release()
         self._entries.clear()
         self._structure = None
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a == b or (a != a and b != b)  # NaN is the same value
 
 
 def _rebuilt(program: Program, outputs: Sequence[Tensor]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -88,6 +88,6 @@ class Bound:
         return [pool[i] for i in self.order]
 
 
-def device_of(tensors: Sequence[Any]) -> torch.device:
-    """Where a call runs: where its first tensor is; the CPU if there is none."""
-    return tensors[0].device if tensors else torch.device("cpu")
+def device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """Where a call runs: on its tensors' device; numbers may be on the CPU beside it."""
+    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))

@@ -36,8 +36,8 @@ from .collectives import Collectives
 from .errors import RankError
 from .executor import Bound, PlanLike
 from .interpreter import RankProgram, drive
+from .local import HOST, connect
 from .wire import Channel, ClosedError, allow_files, check_room
-from .worker import HOST, connect
 
 
 class SpawnExecutor:

@@ -119,7 +119,7 @@ def check_room(size: int) -> None:
     if size > free:
         raise OSError(
             f"sharing this model's weights needs {size / 2**20:.0f} MiB of shared memory, /dev/shm has "
-            f"{free / 2**20:.0f} MiB left; make it larger (`mount -o remount,size=… /dev/shm`, `docker run --shm-size=…`)"
+            f"{free / 2**20:.0f} MiB left; make it larger (in a container: --shm-size)"
         )
 
 

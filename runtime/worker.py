@@ -19,24 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
+from torch.distributed import TCPStore
 
-from .board import Board
 from .collectives import Collectives
 from .errors import RankError
 from .interpreter import RankProgram, drive
+from .local import HOST, connect
 from .wire import Channel, ClosedError
-
-HOST = "127.0.0.1"
-
-
-def connect(store: Store, rank: int, world: int, timeout: float) -> Collectives:
-    """A gloo group of its own on this machine; the default process group is left to the user."""
-    options = ProcessGroupGloo._Options()
-    options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
-    options._timeout = timedelta(seconds=timeout)
-    group = ProcessGroupGloo(PrefixStore("group", store), rank, world, options)
-    return Collectives(group, rank, world, Board(PrefixStore("board", store), rank, world, timeout), blocking=True)
 
 
 class Worker:
