@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxpass.ir.layout import Layout, even
+from fxpass.ir.layout import Layout, PerRank, even
 from fxpass.ir.program import Program, fingerprint
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
+from fxpass.runtime.engine import Engine
+from fxpass.runtime.executor import Executor
+from fxpass.runtime.module import ParallelModule
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,3 +81,22 @@ def block(seed: int = 0) -> Block:
 def inputs(rows: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 4, rows, 8, generator=generator), torch.tensor([0.3])
+
+
+def parallel(model: nn.Module, executor: Executor) -> ParallelModule:
+    """`model` on the ranks of `executor`, cut along its rows."""
+    return ParallelModule(model, Engine(model, lambda program: cut_plan(program, executor.world_size), executor))
+
+
+def whole(model: nn.Module, *args: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(*args)["sample"]
+
+
+def broken_on_rank_1(plan: CutPlan) -> CutPlan:
+    """The last reshape gets a wrong shape on rank 1."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(plan.graph, {}))
+    node = [n for n in graph.nodes if n.target is torch.ops.aten.reshape.default][-1]
+    node.args = (node.args[0], PerRank((node.args[1], [7], *(node.args[1],) * (plan.world_size - 2))))
+    return CutPlan(plan.program, graph, plan.world_size, "broken")

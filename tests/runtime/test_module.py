@@ -1,0 +1,257 @@
+"""The drop-in module: looks like the model, follows its changes, never rewrites it."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from tests.runtime.plans import Block, block, inputs, parallel, whole
+from torch import Tensor, nn
+
+import fxpass
+from fxpass.capture import GuardError
+from fxpass.models.small import case
+from fxpass.runtime.engine import SIGNATURES
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.module import ParallelModule
+
+
+@pytest.fixture
+def model() -> Block:
+    return block()
+
+
+@pytest.fixture
+def module(model: Block) -> ParallelModule:
+    return parallel(model, LockstepExecutor(2))
+
+
+def check(module: ParallelModule, model: nn.Module, seed: int = 0, rows: int = 16) -> None:
+    torch.testing.assert_close(module(*inputs(rows, seed))["sample"], whole(model, *inputs(rows, seed)))
+
+
+def test_it_looks_like_the_model(module: ParallelModule, model: Block) -> None:
+    assert inspect.signature(module.forward) == inspect.signature(model.forward)
+    assert module.config is model.config
+    assert module.dtype is torch.float32
+    assert module.conv_in is model.conv_in
+    assert isinstance(module, Block)
+    assert isinstance(module, ParallelModule)
+    assert list(module.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in module.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert [n for n, _ in module.named_modules()] == [n for n, _ in model.named_modules()]
+    assert [n for n, _ in nn.Sequential(module).named_parameters()] == [f"0.{n}" for n, _ in model.named_parameters()]
+
+
+def test_setting_an_attribute_sets_it_on_the_model(module: ParallelModule, model: Block) -> None:
+    module.scale = 3.0
+    assert model.scale == 3.0
+    module.extra = nn.Linear(2, 2)
+    assert model.extra is module.extra
+    del module.extra
+    assert not hasattr(model, "extra")
+
+
+def test_moving_and_loading_act_on_the_model(module: ParallelModule, model: Block) -> None:
+    assert module.to(torch.float64) is module
+    assert model.conv_in.weight.dtype == torch.float64
+    module.load_state_dict(block(seed=3).state_dict())
+    assert torch.equal(model.conv_in.weight, block(seed=3).conv_in.weight.double())
+    assert module.float().eval() is module
+    check(module, model)
+
+
+def test_the_model_is_not_patched(module: ParallelModule, model: Block) -> None:
+    before = {name: dict(vars(m)) for name, m in model.named_modules()}
+    module(*inputs())
+    after = {name: dict(vars(m)) for name, m in model.named_modules()}
+    assert {n: list(d) for n, d in before.items()} == {n: list(d) for n, d in after.items()}
+    assert all(after[n][k] is v for n, d in before.items() for k, v in d.items())
+
+
+def test_outputs_keep_their_structure(module: ParallelModule) -> None:
+    sample, timestep = inputs()
+    as_tuple = module(sample=sample, timestep=timestep, return_dict=False)
+    assert type(as_tuple) is tuple
+    assert torch.equal(as_tuple[0], module(sample, timestep)["sample"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_grad_mode_serves(module: ParallelModule, model: Block, mode: Any) -> None:
+    with mode():
+        result = module(*inputs())["sample"]
+    assert not result.requires_grad
+    torch.testing.assert_close(result.clone(), whole(model, *inputs()))
+    check(module, model, seed=1)
+
+
+def test_changed_and_replaced_weights_are_seen_without_a_new_capture(module: ParallelModule, model: Block) -> None:
+    check(module, model)
+    plan = module.plan
+    with torch.no_grad():
+        model.conv_in.weight.mul_(2)
+    check(module, model)
+    model.conv_in.weight.data = torch.randn_like(model.conv_in.weight)
+    check(module, model)
+    model.norm.weight = nn.Parameter(torch.randn(16))
+    check(module, model)
+    model.conv_out = copy.deepcopy(model.conv_out)
+    nn.init.normal_(model.conv_out.weight)
+    check(module, model)
+    assert module.plan is plan
+
+
+def test_a_changed_structure_is_captured_anew(module: ParallelModule, model: Block) -> None:
+    check(module, model)
+    plan = module.plan
+    model.scale = 0.5
+    check(module, model)
+    assert module.plan is not plan
+    plan = module.plan
+    model.key = nn.Sequential(model.key, nn.Linear(16, 16))  # as an adapter does
+    check(module, model)
+    assert module.plan is not plan
+    assert module._engine.signatures == 1
+
+
+def test_a_number_inside_an_adapters_dict_is_part_of_the_structure(model: Block) -> None:
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.scaling = nn.Linear(16, 16), {"default": 1.0}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) * self.scaling["default"]
+
+    model.query = Adapter()
+    module = parallel(model, LockstepExecutor(2))
+    check(module, model)
+    model.query.scaling["default"] = 3.0
+    check(module, model)
+
+
+def test_programs_are_kept_per_signature_and_bounded(module: ParallelModule, model: Block) -> None:
+    check(module, model)
+    plan = module.plan
+    check(module, model, rows=18)
+    assert module.plan is not plan
+    check(module, model)
+    assert module.plan is plan
+    for rows in range(20, 20 + 2 * SIGNATURES, 2):
+        module(*inputs(rows))
+    assert module._engine.signatures == SIGNATURES
+    check(module, model)
+    assert module.plan is not plan
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, sample: Tensor, times: Tensor) -> Tensor:
+        for _ in range(int(times)):
+            sample = self.conv(sample)
+        return sample
+
+
+def test_an_input_that_became_a_number_is_guarded() -> None:
+    model = Counts().eval()
+    module = parallel(model, LockstepExecutor(2))
+    sample = inputs()[0]
+    with torch.no_grad():
+        for times in (1, 3, 1):
+            torch.testing.assert_close(module(sample, torch.tensor(times)), model(sample, torch.tensor(times)))
+    assert module._engine.signatures == 2
+    with pytest.raises(GuardError, match="test_module"):
+        for times in range(10):
+            module(sample, torch.tensor(times))
+
+
+def test_training_mode_is_refused(module: ParallelModule) -> None:
+    module.train()
+    with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
+        module(*inputs())
+
+
+def test_a_closed_module_says_so(module: ParallelModule) -> None:
+    with module:
+        module(*inputs())
+    with pytest.raises(RuntimeError, match="closed"):
+        module(*inputs())
+
+
+def test_wrong_arguments_fail_as_the_model_would(module: ParallelModule, model: Block) -> None:
+    with pytest.raises(TypeError, match="missing a required argument: 'timestep'"):
+        module(inputs()[0])
+    check(module, model)
+
+
+def test_it_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
+    with pytest.raises(TypeError, match="unwrapped"):
+        copy.deepcopy(module)
+
+
+# ------------------------------------------------------------------------------------------------ parallelize
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"world_size": 0}, ValueError, "at least 1"),
+        ({"world_size": True}, ValueError, "at least 1"),
+        ({"world_size": 2.0}, ValueError, "whole number"),
+        ({"world_size": 2, "strategy": "synk"}, ValueError, "did you mean 'sync'"),
+        ({"world_size": 2, "strategy": "displaced"}, NotImplementedError, "stale"),
+        ({"world_size": 2, "strategy": "ulysses"}, NotImplementedError, "not built yet"),
+        ({"world_size": 2, "executor": "spwan"}, ValueError, "did you mean 'spawn'"),
+        ({"world_size": 2, "executor": "distributed"}, RuntimeError, "torchrun"),
+        ({"world_size": 2, "compile": True}, NotImplementedError, "compile"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        fxpass.parallelize(block(), **options)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="pipeline"):
+        fxpass.parallelize("a model", 2)
+
+
+def test_a_parallel_module_is_not_wrapped_again() -> None:
+    with pytest.raises(ValueError, match="parallel already"):
+        fxpass.parallelize(fxpass.parallelize(block(), 1), 1)
+
+
+@pytest.fixture
+def pipeline() -> Iterator[diffusers.DDIMPipeline]:
+    pipe = diffusers.DDIMPipeline(case("unet_2d").build(), diffusers.DDIMScheduler(num_train_timesteps=10))
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe
+
+
+def test_a_pipeline_runs_with_its_denoiser_replaced(pipeline: diffusers.DDIMPipeline, tmp_path: Path) -> None:
+    def picture() -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(generator=generator, num_inference_steps=2, output_type="np").images
+
+    pipeline.unet.register_to_config(sample_size=16)
+    expected = picture()
+    original = pipeline.unet
+    assert fxpass.parallelize(pipeline, 1) is pipeline
+    assert type(pipeline.unet) is ParallelModule
+    assert pipeline.unet.unwrapped is original
+    assert pipeline.unet.dtype == torch.float32
+    assert pipeline.device.type == pipeline.unet.device.type == "cpu"
+    assert pipeline.unet.config.in_channels == 4
+    assert (picture() == expected).all()
+    assert pipeline.to(torch.float64).unet is not original
+    assert original.dtype == torch.float64
+    pipeline.to(torch.float32).save_pretrained(tmp_path)
+    loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.unet) is diffusers.UNet2DModel

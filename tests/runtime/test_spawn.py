@@ -1,0 +1,188 @@
+"""This process drives workers: exact, sharing memory, and leaving nothing behind."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.runtime.plans import Block, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
+from torch import nn
+
+from fxpass.runtime.engine import SIGNATURES, Engine
+from fxpass.runtime.errors import RankError
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.spawn import SpawnExecutor
+from fxpass.runtime.wire import check_room
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids: list[int], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def pids(module: ParallelModule) -> list[int]:
+    return [process.pid for process in module._engine.executor.processes]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Block, ParallelModule]]:
+    """A model and itself on two processes, used by many tests."""
+    model = block()
+    with parallel(model, SpawnExecutor(2, timeout=60)) as module:
+        yield model, module
+
+
+def same_as_lockstep(model: nn.Module, module: ParallelModule, rows: int = 16, seed: int = 0) -> bool:
+    lockstep = parallel(model, LockstepExecutor(module._engine.executor.world_size))
+    expected = lockstep(*inputs(rows, seed))["sample"]
+    torch.testing.assert_close(expected, whole(model, *inputs(rows, seed)))
+    return torch.equal(module(*inputs(rows, seed))["sample"], expected)
+
+
+def test_spawn_equals_lockstep_bit_for_bit(pair: tuple[Block, ParallelModule]) -> None:
+    for seed in (0, 1):
+        assert same_as_lockstep(*pair, seed=seed)
+
+
+def test_three_processes_with_uneven_parts() -> None:
+    model = block()
+    with parallel(model, SpawnExecutor(3, timeout=60)) as module:
+        assert same_as_lockstep(model, module, rows=22)
+        children = pids(module)
+        assert len(children) == 2
+        assert all(map(alive, children))
+    assert gone(children, 0.1)
+
+
+def test_weights_are_shared_and_their_changes_seen(pair: tuple[Block, ParallelModule]) -> None:
+    model, module = pair
+    alias = model.conv_in.weight.detach()
+    assert same_as_lockstep(model, module)
+    assert all(p.is_shared() for p in model.parameters())
+    assert alias.data_ptr() == model.conv_in.weight.data_ptr()  # in place: other views of the memory are still views
+    with torch.no_grad():
+        alias.mul_(1.5)
+    assert same_as_lockstep(model, module)
+    model.conv_in.weight.data = torch.randn_like(model.conv_in.weight)
+    assert same_as_lockstep(model, module)
+    assert same_as_lockstep(model, module)
+
+
+def test_a_changed_structure_reaches_the_workers(pair: tuple[Block, ParallelModule]) -> None:
+    model, module = pair
+    assert same_as_lockstep(model, module)
+    model.value = nn.Sequential(model.value, nn.Linear(16, 16))
+    assert same_as_lockstep(model, module)
+    sent = module._engine.executor._sent
+    assert "value.0.weight" in sent
+    assert "value.weight" not in sent
+
+
+def test_programs_in_the_workers_are_bounded(pair: tuple[Block, ParallelModule]) -> None:
+    model, module = pair
+    for rows in range(16, 16 + 2 * (SIGNATURES + 2), 2):
+        module(*inputs(rows))
+    assert len(module._engine.executor._plans) == SIGNATURES
+    assert same_as_lockstep(model, module)
+
+
+def test_not_a_number_passes_through(pair: tuple[Block, ParallelModule]) -> None:
+    _, module = pair
+    sample, timestep = inputs()
+    sample[0, 0, -1, 0] = float("nan")
+    sample[1, 0, 0, 0] = float("inf")
+    assert module(sample, timestep)["sample"].isnan().any(dim=(1, 2, 3)).all()
+
+
+def test_inference_mode_serves(pair: tuple[Block, ParallelModule]) -> None:
+    model, module = pair
+    with torch.inference_mode():
+        assert same_as_lockstep(model, module, rows=18)
+
+
+def test_no_file_is_left_in_shared_memory(pair: tuple[Block, ParallelModule]) -> None:
+    pair[1](*inputs())
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("torch")]
+
+
+def test_too_little_shared_memory_is_said_beforehand() -> None:
+    with pytest.raises(OSError, match="shm-size"):
+        check_room(1 << 60)
+
+
+def test_dropping_the_module_ends_the_workers() -> None:
+    module = parallel(block(), SpawnExecutor(2, timeout=60))
+    module(*inputs())
+    children = pids(module)
+    del module
+    gc.collect()
+    assert gone(children)
+
+
+def test_a_worker_that_raises_ends_the_call_with_its_traceback() -> None:
+    model = block()
+    engine = Engine(model, lambda program: broken_on_rank_1(cut_plan(program, 2)), SpawnExecutor(2, timeout=60))
+    module = ParallelModule(model, engine)
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"(?s)rank 1 failed.*in fxpass rank 1, at reshape.*invalid for input"):
+        module(*inputs())
+    assert time.monotonic() - start < 30
+    assert gone(pids(module), 0.1)
+    with pytest.raises(RuntimeError, match="parallelize again"):
+        module(*inputs())
+
+
+def test_a_worker_that_is_killed_or_hangs_ends_the_call() -> None:
+    model = block()
+    for kill, words in ((True, "killed by SIGKILL"), (False, "waited 2 s for exchange")):
+        module = parallel(model, SpawnExecutor(2, timeout=60 if kill else 2))
+        module(*inputs())
+        (child,) = pids(module)
+        os.kill(child, signal.SIGSTOP)
+        if kill:
+            threading.Timer(0.5, os.kill, (child, signal.SIGKILL)).start()
+        with pytest.raises(RankError, match=words):
+            module(*inputs())
+        assert gone([child], 0.1)
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from tests.runtime.plans import block, inputs, parallel
+from fxpass.runtime.spawn import SpawnExecutor
+module = parallel(block(), SpawnExecutor(2, timeout=60))
+module(*inputs())
+print([p.pid for p in module._engine.executor.processes][0], flush=True)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "killed"])
+def test_workers_end_with_this_process(how: str) -> None:
+    # no `if __name__ == "__main__"` guard: the script is never imported by the workers
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, how],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == (0 if how == "ends" else -signal.SIGKILL), result.stderr
+    assert gone([int(result.stdout)])
