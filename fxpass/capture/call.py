@@ -127,8 +127,8 @@ def _kind(path: str, leaf: Any) -> Any:
         return (type(leaf), (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf)
     if isinstance(leaf, np.ndarray) or _holds_tensors(leaf):
         raise CaptureError(
-            f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or lists, tuples, "
-            "dicts or dataclasses of them (other containers: torch.utils._pytree.register_pytree_node)"
+            f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or "
+            "lists, tuples, dicts or dataclasses of them (other containers: torch.utils._pytree.register_pytree_node)"
         )
     try:
         return (type(leaf), weakref.ref(leaf))  # equal while both live and are equal; never a reused address

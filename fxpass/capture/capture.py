@@ -26,8 +26,8 @@ from .recorder import Recorder
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     """Capture `model(*args, **kwargs)` as a `Program`. Weight-free (fake) models work.
 
-    The model runs once eagerly (some build tables at their first call; not if it is fake) and once on fake tensors; it is
-    left as it was.
+    The model runs once eagerly (some build tables at their first call; not if it is fake) and once on fake tensors;
+    it is left as it was.
 
     Raises `CaptureError` if it is in training mode where that matters, changes its own state, decides by the values of
     activations, or uses what cannot be traced.
@@ -103,9 +103,7 @@ def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool) 
     if not lift:
         guards += [_number_guard(str(inputs[i].target), call.paths[i], call.tensors[i]) for i in call.numbers]
     _refuse_carried(recorder, changed)
-    final = functionalize(recorder)
-    if final is not recorder:
-        results = [final.node(final.renamed(node)) for node in results]
+    final, results = functionalize(recorder, results)
     out_leaves = tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     return _program(final, results, [str(n.target) for n in inputs], call, spec, out_leaves, tuple(guards))
 
@@ -170,7 +168,7 @@ def _refuse_carried(recorder: Recorder, changed: dict[int, str]) -> None:
 
 @contextmanager
 def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Keep `recorder.path` at the module that runs. The hooks are torch's global ones: the model's own stay untouched."""
+    """Keep `recorder.path` at the module that runs, by torch's global hooks: the model's own stay untouched."""
     paths = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
 

@@ -17,8 +17,8 @@ from .recorder import Origin, Recorder
 class Reader:
     """Answers what the recorder cannot know of a fake tensor.
 
-    A value that came from inputs alone (or from weights alone) becomes a guard; one that mixes them is an activation, which
-    differs from call to call, and is refused.
+    A value that came from inputs alone (or from weights alone) becomes a guard; one that mixes them is an activation,
+    which differs from call to call, and is refused.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -49,8 +49,8 @@ class Reader:
         if {"input", "weight"} <= kinds:
             names = ", ".join(o.name for o in origins.values() if o.kind == "input")
             raise CaptureError(
-                f"{what} needs the value of an activation (computed from {names} and weights), so the model runs differently "
-                "at every call; keep it a tensor (torch.where) or pass the decision in as an argument"
+                f"{what} needs the value of an activation (computed from {names} and weights), so the model runs "
+                "differently at every call; keep it a tensor (torch.where) or pass the decision in as an argument"
             )
         missing = [origin.name or "a constant" for origin in origins.values() if origin.real is None]
         if missing:

@@ -1,13 +1,13 @@
 """Which operators a captured graph keeps whole, and which are taken apart into others.
 
-A composite operator (one that ATen itself writes in terms of others: linear, conv2d, attention, einsum) is kept if it is
-functional, so that a rule can treat it as one thing. One that may return a view of its operand (reshape, contiguous,
+A composite operator (one that ATen itself writes in terms of others: linear, conv2d, attention, einsum) is kept if it
+is functional, so that a rule can treat it as one thing. One that may return a view of its operand (reshape, contiguous,
 chunk, to) is taken apart, since what it does depends on strides.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch._C import _dispatch_has_kernel_for_dispatch_key as _has_kernel
@@ -15,10 +15,10 @@ from torch._ops import OpOverload
 
 aten = torch.ops.aten
 
-_METADATA = frozenset(
-    "is_contiguous is_strides_like_format is_non_overlapping_and_dense size sym_size stride sym_stride storage_offset "
-    "sym_storage_offset numel sym_numel dim is_same_size sym_is_contiguous".split()
-)
+_METADATA = {
+    *("size", "sym_size", "stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim"),
+    *("is_contiguous", "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "is_same_size"),
+}
 
 
 def name_of(op: OpOverload) -> str:
@@ -26,28 +26,28 @@ def name_of(op: OpOverload) -> str:
     return op.overloadpacket.__name__
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_composite(op: OpOverload) -> bool:
     return _has_kernel(op.name(), "CompositeImplicitAutograd")
 
 
-@lru_cache(maxsize=None)
+@cache
 def aliases(op: OpOverload) -> bool:
     """Whether a result may share memory with an operand, or an operand is written to."""
     return any(argument.alias_info is not None for argument in op._schema.arguments)
 
 
-@lru_cache(maxsize=None)
+@cache
 def mutates(op: OpOverload) -> bool:
     return op._schema.is_mutable
 
 
-@lru_cache(maxsize=None)
+@cache
 def returns_tensors(op: OpOverload) -> bool:
     return all("Tensor" in str(r.type) for r in op._schema.returns)
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_kept(op: OpOverload) -> bool:
     """Whether the operator becomes one node."""
     if not is_composite(op):
@@ -56,18 +56,18 @@ def is_kept(op: OpOverload) -> bool:
     return not maybe_aliases and not aliases(op) and returns_tensors(op)
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_cast_whole(op: OpOverload, device: str) -> bool:
     """Whether autocast treats a composite operator as one thing; otherwise it casts inside it."""
     return _has_kernel(op.name(), "Autocast" + device.upper())
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_metadata(op: OpOverload) -> bool:
     """Asks for a size or a device: answered at once, never part of the graph."""
     return op.namespace == "prim" or name_of(op) in _METADATA
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_random(op: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in op.tags and "attention" not in op.name() and "dropout" not in op.name()

@@ -1,13 +1,13 @@
 """In-place writes become new values: after this every node of the recorded graph is a pure function.
 
-Each tensor that shares written memory is known as a chain of views from a *base*. A write to one of them makes a new value
-for it and, backwards along its chain, a new base; a later read of any of them replays its chain on the newest base.
+Each tensor that shares written memory is known as a chain of views from a *base*. A write to one of them makes a new
+value for it and, backwards along its chain, a new base; a later read of any of them replays its chain on the newest.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,16 +35,15 @@ class _Alias:
     views: tuple[fx.Node, ...]  #: nodes of the old graph; each takes the one before (a getitem takes a list of views)
     read: Any = None
     version: int = -1
-    parents: list[Any] = field(default_factory=list)
 
 
-def functionalize(old: Recorder) -> Recorder:
-    """`old` itself if nothing writes in place, else a recorder with an equal graph of pure operators.
+def functionalize(old: Recorder, results: list[fx.Node]) -> tuple[Recorder, list[fx.Node]]:
+    """`old` itself if nothing writes in place, else a recorder with an equal graph of pure operators; and its results.
 
     Raises `CaptureError` where a weight, buffer, attribute or input is written to.
     """
     if not old.writes:
-        return old
+        return old, results
     written = {m for node in old.writes for m in memory_of(_target(node).meta["val"])}
     for node, origin in old.origins.items():
         if origin.kind != "fresh" and written & set(memory_of(node.meta["val"])):
@@ -56,7 +55,8 @@ def functionalize(old: Recorder) -> Recorder:
                 f"the model changes its {what} in place: {origin.name or 'a tensor'} at {write.meta['trace']}; "
                 "make a copy first, or return the new value"
             )
-    return _Rewriter(old, written).run()
+    with torch._C._AutoDispatchBelowAutograd():
+        return _Rewriter(old, written).run(results)
 
 
 def _target(write: fx.Node) -> fx.Node:
@@ -71,12 +71,10 @@ class _Rewriter:
         self._old = old
         self._written = written
         self._new = Recorder(old.fake_mode, {})
-        self._new.origins = dict[fx.Node, Any]()
         self._aliases: dict[fx.Node, _Alias] = {}
         self._values: dict[fx.Node, Any] = {}  #: old node -> fake value, of tensors that nobody writes to
-        self.outputs: dict[fx.Node, Any] = {}
 
-    def run(self) -> Recorder:
+    def run(self, results: list[fx.Node]) -> tuple[Recorder, list[fx.Node]]:
         for node in self._old.graph.nodes:
             self._new.path, self._new.line = node.meta["path"], node.meta["trace"]
             if node.op == "placeholder":
@@ -89,8 +87,7 @@ class _Rewriter:
                 self._write(node)
             else:
                 self._copy(node)
-        self._new.renamed = self._read  # type: ignore[attr-defined]
-        return self._new
+        return self._new, [self._new.node(self._read(node)) for node in results]
 
     def _copy(self, node: fx.Node) -> None:
         """Any operator that writes nothing: a view of written memory becomes an alias, all else is copied."""
@@ -100,11 +97,10 @@ class _Rewriter:
             alias = self._aliases[source]  # type: ignore[index]
             self._aliases[node] = _Alias(alias.base, (*alias.views, node))
             return
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
-        if node.target is operator.getitem:
-            value = args[0][args[1]]
-        else:
-            value = self._run(node.target, args, kwargs)
+        value = node.meta["val"]
+        copy = self._new.graph.node_copy(node, lambda n: self._new.node(self._read(n)))
+        copy.meta = dict(node.meta)
+        self._new.register(value, copy)
         if shared and isinstance(value, Tensor):
             self._aliases[node] = _Alias(_Base(value), ())
         else:
@@ -131,8 +127,8 @@ class _Rewriter:
             if view.target is operator.getitem:
                 values.append(values[-1][view.args[1]])
             else:
-                rest = fx.node.map_arg(view.args[1:], self._read)
-                values.append(self._run(view.target, (values[-1], *rest), view.kwargs))
+                op = aten.reshape.default if view.target is aten.view.default else view.target  # strides may differ
+                values.append(self._run(op, (values[-1], *view.args[1:]), view.kwargs))
         return values
 
     def _write(self, node: fx.Node) -> None:

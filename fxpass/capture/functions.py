@@ -1,4 +1,4 @@
-"""What a model does to tensors outside the dispatcher, seen while recording: `.data`, `tolist`, `numpy`, autocast regions."""
+"""What a model does to tensors outside the dispatcher: `.data`, `tolist`, `numpy`, autocast regions."""
 
 from __future__ import annotations
 

@@ -43,6 +43,6 @@ def broken_guard(program: Program, model: nn.Module, tensors: Sequence[Tensor]) 
 def guard_error(guard: Guard) -> GuardError:
     """What to raise when `guard` breaks at every call."""
     return GuardError(
-        f"the model turns the input {guard.path!r} into the Python value {guard.value!r} at {guard.line}, and it differs at "
-        "every call, so each call would need a new program; keep it a tensor there"
+        f"the model turns the input {guard.path!r} into the Python value {guard.value!r} at {guard.line}, "
+        "and it differs at every call, so each call would need a new program; keep it a tensor there"
     )

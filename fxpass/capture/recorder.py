@@ -247,7 +247,8 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(f"{name} in training mode at {self.current_line()}; call model.eval() first")
         if forms.is_random(op):
             raise CaptureError(
-                f"{op} draws random numbers at {self.current_line()}: ranks would draw different ones; pass them in as an input"
+                f"{op} draws random numbers at {self.current_line()}: each rank would draw its own; "
+                "pass them in as an input"
             )
 
 
@@ -293,6 +294,7 @@ def _to_nodes(value: Any, recorder: Recorder) -> Any:
 
 
 _SAME = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default}
-_RENAMED_VIEWS = frozenset(
-    "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ resize_ resize_as_ set_ as_strided_ unflatten_".split()
-)
+_RENAMED_VIEWS = {
+    *("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"),
+    *("resize_", "resize_as_", "set_", "as_strided_"),
+}
