@@ -185,7 +185,9 @@ def _target(target: str | Target, program: Program) -> Target:
     if isinstance(target, Target):
         return target
     if target == "auto":
-        devices: Sequence[str] = [n.meta["val"].device.type for n in program.graph.nodes if "val" in n.meta and "shape" in n.meta]
+        devices: Sequence[str] = [
+            n.meta["val"].device.type for n in program.graph.nodes if "val" in n.meta and "shape" in n.meta
+        ]
         return TARGETS["gpu" if "cuda" in devices else "cpu"]
     if target not in TARGETS:
         raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")

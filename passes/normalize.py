@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..ir.program import Program, shape_of
@@ -359,13 +360,13 @@ def normalize(program: Program) -> Program:
             if node.name in constants:
                 known[env[node]] = constants[node.name]
         elif node.op == "output":
-            b.graph.output(pytree.tree_map_only(fx.Node, env.__getitem__, node.args[0]))
+            b.graph.output(map_arg(node.args[0], env.__getitem__))
         elif node.target is operator.getitem:
             env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
         elif not node.users:
             continue
         else:
-            args, kwargs = pytree.tree_map_only(fx.Node, env.__getitem__, (node.args, node.kwargs))
+            args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
             form = FORMS.get(node.target)
             if form is not None:
                 env[node] = form(b, node, *args, **kwargs)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
+from torch.fx.node import map_arg
 
 from ..ir import ops
 from ..ir.exchange import Exchange, Fetch, Moments, Reduce, Role
@@ -67,7 +67,7 @@ class Partitioner:
                 new.meta = dict(node.meta) | {"layout": WHOLE}
                 env[node] = self._seeded(node, new)
             elif node.op == "output":
-                self._graph.output(pytree.tree_map_only(fx.Node, lambda n: self._output(env[n]), node.args[0]))
+                self._graph.output(map_arg(node.args[0], lambda n: self._output(env[n])))
             elif node.target is operator.getitem:
                 env[node] = self._seeded(node, env[node.args[0]][node.args[1]])
             else:
@@ -203,8 +203,14 @@ class Partitioner:
     # -- the walk -------------------------------------------------------------------------------------------
 
     def _operator(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = pytree.tree_map_only(fx.Node, lambda n: env[n], (node.args, node.kwargs))
-        if not any(layout_of(n).split for n in _nodes((args, kwargs))):
+        operands: list[fx.Node] = []
+
+        def mapped(n: fx.Node) -> fx.Node:
+            operands.append(env[n])
+            return env[n]
+
+        args, kwargs = map_arg(node.args, mapped), map_arg(node.kwargs, mapped)
+        if not any(layout_of(n).split for n in operands):
             return self._as_it_is(node, args, kwargs)
         rule = self._rules.get(node.target)
         reason = f"no rule for {node.target}"
@@ -213,9 +219,7 @@ class Partitioner:
                 return rule(self, Op(node, node.target), *args, **kwargs)
             except CannotSplit as cannot:
                 reason = f"{node.target}: {cannot}"
-        args, kwargs = pytree.tree_map_only(
-            fx.Node, lambda n: self.whole(n, "fallback", reason), (args, kwargs)
-        )
+        args, kwargs = map_arg((args, kwargs), lambda n: self.whole(n, "fallback", reason))
         return self._as_it_is(node, args, kwargs)
 
     def _as_it_is(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -245,10 +249,6 @@ class Partitioner:
             new.meta = meta | {"path": self._node.meta.get("path", ""), "origin": self._node.name}
             self._memo[key] = new
         return self._memo[key]
-
-
-def _nodes(tree: Any) -> list[fx.Node]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, fx.Node)]
 
 
 def _frozen(tree: Any) -> Any:

@@ -25,7 +25,8 @@ from .partition import Rule, partition
 
 Seeds = dict[str, Layout]
 GRAINS = (1, 2, 4, 8, 16, 32)
-NEAR = 0.97  #: of the ideal share of work: good enough to stop searching
+NEAR = 0.9  #: of the ideal speed-up: a first cut that is worth refining rather than replacing
+GOOD = 0.97  #: of the ideal speed-up: good enough to stop
 
 
 class CannotShare(ValueError):
@@ -78,8 +79,9 @@ class Search:
         return self.total / max(self.best[3].flops_per_rank) if self.best and self.total else 0.0
 
     @property
-    def good(self) -> bool:
-        return self.bound >= NEAR * self.world
+    def reached(self) -> float:
+        """The bound as a share of the ideal."""
+        return self.bound / self.world
 
 
 def seed(
@@ -96,14 +98,14 @@ def seed(
     for node, dim in candidates:
         for rows in _cuts(shape_of(node)[dim], world):
             search.attempt({node.name: Layout(dim, rows)})
-        if search.good:
+        if search.reached >= NEAR:
             break
     for node, dim in candidates:
-        if search.good and _replicated(search) < 0.01:
+        if search.reached >= GOOD:
             break
         if node.name not in search.seeds and search.best is not None:
             search.attempt({**search.seeds, node.name: Layout(dim, even(shape_of(node)[dim], world))})
-    if not search.good:
+    if search.reached < GOOD:
         for name, layout in list(_inner(search))[:4]:
             search.attempt({**search.seeds, name: layout})
     if search.best is None or search.total and search.bound < 1.2:
@@ -151,11 +153,6 @@ def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:
         if all(r.runs for r in rows) and rows not in found:
             found.append(rows)
     return found
-
-
-def _replicated(search: Search) -> float:
-    """The share of the slowest rank's work that an ideal split would not have."""
-    return 1 - search.bound / search.world
 
 
 def _inner(search: Search) -> Iterator[tuple[str, Layout]]:
