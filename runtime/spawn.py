@@ -39,6 +39,8 @@ from .interpreter import RankProgram, drive
 from .local import HOST, connect
 from .wire import Channel, ClosedError, allow_files, check_room
 
+START = 300.0  #: seconds that a worker may take to start, which is to import torch
+
 
 class SpawnExecutor:
     """Drives `world_size - 1` worker processes, started at the first call.
@@ -131,7 +133,7 @@ class SpawnExecutor:
             with _computing_with(self.threads):
                 outputs = drive(plan.bound.code.run(plan.bound.values(weights, inputs)), plan.links.exchange)
             for rank in range(1, self.world_size):
-                self._answer(rank)
+                self._answer(rank, self.timeout)
         except BaseException as error:
             cause = self._cause(error) if isinstance(error, (RankError, ClosedError)) else error
             self._ended = f"in an earlier call: {str(cause).partition(chr(10))[0]}"
@@ -172,7 +174,7 @@ class SpawnExecutor:
             self._channels.append(Channel(ours))
         try:
             for rank in range(1, self.world_size):
-                self._answer(rank)
+                self._answer(rank, START)
             self._links = connect(self._store, 0, self.world_size, self.timeout)
         except BaseException as error:
             cause = self._cause(error) if isinstance(error, (RankError, ClosedError)) else error
@@ -198,12 +200,12 @@ class SpawnExecutor:
             channel.send(("weights", new))
         sent.update(new)
 
-    def _answer(self, rank: int) -> None:
+    def _answer(self, rank: int, seconds: float) -> None:
         """Wait for the worker to say that it is ready or done."""
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + seconds
         while not self._channels[rank - 1].ready(POLL):
             if time.monotonic() > deadline:
-                raise RankError(rank, f"no answer within {self.timeout:g} s")
+                raise RankError(rank, f"no answer within {seconds:g} s")
         message = self._channels[rank - 1].receive()
         if message[0] == "error":
             raise RankError(rank, message[2])

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from tests.runtime.plans import CutPlan, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 from torch import Tensor
 
 from fxpass.capture import capture
@@ -14,6 +13,7 @@ from fxpass.ir.program import exchanges_of
 from fxpass.runtime.interpreter import RankProgram, drive
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.structure import WeightTable
+from tests.runtime.plans import CutPlan, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.runtime.plans import Block, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 from torch import nn
 
 from fxpass.runtime.engine import SIGNATURES, Engine
@@ -21,6 +20,7 @@ from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
 from fxpass.runtime.spawn import SpawnExecutor
 from fxpass.runtime.wire import check_room
+from tests.runtime.plans import Block, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +143,7 @@ def test_a_worker_that_raises_ends_the_call_with_its_traceback() -> None:
     engine = Engine(model, lambda program: broken_on_rank_1(cut_plan(program, 2)), SpawnExecutor(2, timeout=60))
     module = ParallelModule(model, engine)
     start = time.monotonic()
-    with pytest.raises(RankError, match=r"(?s)rank 1 failed.*in fxpass rank 1, at reshape.*invalid for input"):
+    with pytest.raises(RankError, match=r"(?s)rank 1 failed.*invalid for input.*in fxpass rank 1, at reshape"):
         module(*inputs())
     assert time.monotonic() - start < 30
     assert gone(pids(module), 0.1)
@@ -153,8 +153,8 @@ def test_a_worker_that_raises_ends_the_call_with_its_traceback() -> None:
 
 def test_a_worker_that_is_killed_or_hangs_ends_the_call() -> None:
     model = block()
-    for kill, words in ((True, "killed by SIGKILL"), (False, "waited 2 s for exchange")):
-        module = parallel(model, SpawnExecutor(2, timeout=60 if kill else 2))
+    for kill, words in ((True, "killed by SIGKILL"), (False, "waited 3 s for exchange")):
+        module = parallel(model, SpawnExecutor(2, timeout=60 if kill else 3))
         module(*inputs())
         (child,) = pids(module)
         os.kill(child, signal.SIGSTOP)
@@ -182,7 +182,8 @@ def test_workers_end_with_this_process(how: str) -> None:
     # no `if __name__ == "__main__"` guard: the script is never imported by the workers
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, how],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False, cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.returncode == (0 if how == "ends" else -signal.SIGKILL), result.stderr
     assert gone([int(result.stdout)])
