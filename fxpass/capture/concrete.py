@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ..ir.program import Guard
 from .errors import CaptureError
 from .evaluate import run_nodes
-from .guards import plain
+from .guards import plain, shapes
 from .recorder import Origin, Recorder
 
 
@@ -38,7 +37,7 @@ class Reader:
         result = values[node]
         sources = [origin.name for origin in origins.values() if origin.kind in ("input", "weight")]
         if sources:
-            value = tuple(result.shape) if shape_only else plain(result)
+            value = shapes(result) if shape_only else plain(result)
             self.guards.append(_guard(", ".join(sources), value, self._recorder, needed, node, origins, shape_only))
         return result
 
@@ -98,10 +97,3 @@ def _guard(
         str(n.target): o.real for n, o in origins.items() if o.kind in ("constant", "fresh") and o.real is not None
     }
     return Guard(path, value, recorder.current_line(), graph, weights, constants, shape_only)
-
-
-def whole(recorder: Recorder, reader: Reader, tensor: Tensor) -> Tensor:
-    """All values of a tensor at once (`tolist`, `numpy`)."""
-    node = recorder.node(recorder.fake(tensor))
-    value = reader(node, shape_only=False)
-    return torch.as_tensor(value)

@@ -177,15 +177,10 @@ class _Rewriter:
 def _functional(op: Any, node: fx.Node) -> Any:
     """The operator that returns what `op` would write."""
     packet = getattr(aten, forms.name_of(op).removesuffix("_"), None)
-    for overload in () if packet is None else (op._overloadname, op._overloadname.removesuffix("_out"), "default"):
-        candidate = getattr(packet, overload, None)
-        written = [a.name for a in op._schema.arguments if a.name != "out"]
-        if candidate and not forms.mutates(candidate) and [a.name for a in candidate._schema.arguments] == written:
-            return candidate
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
     for overload in () if packet is None else packet.overloads():
         candidate = getattr(packet, overload)
-        written = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
-        if not forms.mutates(candidate) and [(a.name, str(a.type)) for a in candidate._schema.arguments] == written:
+        if not forms.mutates(candidate) and [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
             return candidate
     raise CaptureError(f"{op} at {node.meta['trace']} writes in place and has no functional form")
 

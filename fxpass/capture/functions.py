@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 
-from .concrete import Reader, whole
+from .concrete import Reader
 from .errors import CaptureError, model_line
 from .recorder import Recorder
 
@@ -34,5 +35,7 @@ class Functions(TorchFunctionMode):
         if func is Tensor.data.__set__:  # type: ignore[attr-defined]
             raise CaptureError(f"the model assigns to .data at {model_line()}; use copy_ or a new tensor")
         if func in _VALUES:
-            return func(whole(self._recorder, self._reader, args[0]), *args[1:], **(kwargs or {}))
+            node = self._recorder.node(self._recorder.fake(args[0]))
+            with no_dispatch():
+                return func(self._reader(node, shape_only=False), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))

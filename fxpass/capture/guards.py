@@ -19,11 +19,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+def shapes(value: Any) -> Any:
+    """The shape of a tensor, or of each of several."""
+    return tuple(value.shape) if isinstance(value, Tensor) else tuple(map(shapes, value))
+
+
 def _holds(guard: Guard, program: Program, model: nn.Module, tensors: Sequence[Tensor]) -> bool:
     assert guard.graph is not None
     inputs = dict(zip(program.inputs, tensors, strict=True))
     result = run_nodes(guard.graph.nodes, bind(guard.graph, model, guard.weights, guard.constants, inputs))
-    found = tuple(result.shape) if guard.shape_only else plain(result)
+    found = shapes(result) if guard.shape_only else plain(result)
     return type(found) is type(guard.value) and (
         found == guard.value or (found != found and guard.value != guard.value)
     )

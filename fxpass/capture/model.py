@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import CaptureError
 
@@ -45,13 +46,20 @@ def names_of(model: nn.Module) -> dict[int, tuple[str, str]]:
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Give buffers back their values if capture fails: the eager warm-up of a model with state has changed them."""
-    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     except Exception:
-        for buffer, value in saved:
-            if buffer.shape == value.shape and not torch.equal(buffer, value):
-                buffer.copy_(value)
+        for module, name, buffer, value in saved:
+            if not isinstance(buffer, FakeTensor):
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
         raise
 
 

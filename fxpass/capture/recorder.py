@@ -230,7 +230,8 @@ class Recorder(TorchDispatchMode):
                 return aten.index.Tensor(args[0], _positions(args[1]))
         if op is aten.masked_select.default:
             with self:
-                x, mask = torch.broadcast_tensors(*args)
+                shape = list(torch.broadcast_shapes(args[0].shape, args[1].shape))
+                x, mask = (aten.expand.default(t, shape) for t in args)
                 return aten.index.Tensor(x, _positions([mask]))
         node = self.record(op, args, kwargs, None)
         real = self.read(node, shape_only=True)

@@ -1,0 +1,292 @@
+"""Small modules that do what real ones do, and what must be refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxpass.capture import Call, CaptureError, broken_guard, capture
+from fxpass.capture.call import flatten_output
+from fxpass.capture.evaluate import evaluate
+from fxpass.ir.program import Program, calls
+
+
+class Block(nn.Module):
+    """A linear layer around a function of (module, input)."""
+
+    def __init__(self, body: Callable[[Block, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.body = body
+        self.register_buffer("count", torch.zeros(6))
+        self.register_buffer("table", torch.arange(6.0), persistent=False)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.plain = torch.linspace(0, 1, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, self.linear(x))
+
+
+def same(model: nn.Module, program: Program, *args: Any, **kwargs: Any) -> Any:
+    call = Call.of(model, args, kwargs)
+    assert broken_guard(program, model, call.tensors) is None
+    with torch.no_grad():
+        expected, found = model(*args, **kwargs), evaluate(program, model, call.tensors)
+    (leaves, form), (wanted, wanted_form) = flatten_output(found), flatten_output(expected)
+    assert form == wanted_form
+    for leaf, other in zip(leaves, wanted, strict=True):
+        assert torch.equal(leaf, other) if isinstance(leaf, Tensor) else leaf == other
+    return found
+
+
+def captured(body: Callable[[Block, Tensor], Any]) -> Program:
+    """Capture on one input, compare on another; the program is pure, the model unchanged."""
+    model = Block(body).eval()
+    state = copy.deepcopy(model.state_dict())
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    program = capture(model, torch.randn(4, 6))
+    same(model, program, torch.randn(4, 6))
+    for node in calls(program.graph):
+        assert not getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    return program
+
+
+def filled(m: Block, x: Tensor) -> Tensor:
+    out = torch.zeros(4, 12)
+    out[:, :6] = x
+    out[:, 6:].copy_(x * 2)
+    out[0] += 1
+    out.view(2, 2, 12)[1].mul_(0.5)
+    out.t()[3] = 7
+    return out
+
+
+def parts(m: Block, x: Tensor) -> Tensor:
+    y = x * 1
+    a, b, c = y.chunk(3, dim=1)
+    a.add_(1)
+    b.zero_()
+    c[0] = a[1]
+    y.unbind(0)[2].fill_(3.0)
+    y.unsqueeze(0).permute(0, 2, 1)[:, 1].sub_(2)
+    return y + a.sum()
+
+
+def data(m: Block, x: Tensor) -> Tensor:
+    y = x * 1
+    y.data.mul_(3)
+    y.data[0] = 5
+    return y
+
+
+def masked(m: Block, x: Tensor) -> Tensor:
+    y = x * 1
+    y[y > 0] = -1.0
+    y.masked_fill_(y < -0.5, 4)
+    torch.add(y, 1, out=y)
+    y.clamp_(max=3).pow_(2)
+    return F.silu(y, inplace=True)
+
+
+def narrow_types(m: Block, x: Tensor) -> Tensor:
+    y = x.to(torch.bfloat16)
+    y.add_(x)
+    y[:2] = torch.arange(6)
+    return y
+
+
+@pytest.mark.parametrize("body", [filled, parts, data, masked, narrow_types], ids=lambda body: body.__name__)
+def test_in_place_operators_are_made_functional(body: Any) -> None:
+    captured(body)
+
+
+@dataclass
+class Output:
+    sample: Tensor
+    extra: tuple[Any, ...] | None = None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: Output(x, (x + 1, None, "text", 3)),
+        lambda m, x: {"a": x, "b": [x * 2, (x,)]},
+        lambda m, x: (x, x, x[0], None),
+        lambda m, x: [m.linear.weight, m.plain, m.table],
+        lambda m, x: x.sum(),
+    ],
+    ids=["dataclass", "dict", "aliases", "weights", "scalar"],
+)
+def test_outputs_keep_their_form(body: Any) -> None:
+    captured(body)
+
+
+def test_an_input_returned_as_it_is_stays_that_tensor() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x + y
+
+    model, x = Model(), torch.randn(3)
+    assert same(model, capture(model, torch.randn(3), torch.randn(3)), x, torch.randn(3))[0] is x
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: x * m.plain + m.table * m.scale + m.count,
+        lambda m, x: x * torch.tensor([1.0, 2, 3, 4, 5, 6]) + torch.tensor(3.0) + torch.from_numpy(np.arange(6.0)),
+        lambda m, x: F.linear(x, m.linear.weight.data * 2, m.linear.bias.detach()),
+        lambda m, x: x + (1 if m.scale.item() > 1 else 0) * m.scale.tolist(),
+        lambda m, x: torch.einsum("ab,cb->ac", x, x) @ x,
+        lambda m, x: torch.utils.checkpoint.checkpoint(m.linear, x, use_reentrant=False),
+    ],
+    ids=["buffers", "literals", "weight data", "buffer value", "products", "checkpoint"],
+)
+def test_constants_and_weights_are_seen(body: Any) -> None:
+    captured(body)
+
+
+def test_tied_weights_are_one_and_changes_in_place_are_seen() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    model = Tied()
+    program = capture(model, torch.randn(2, 5))
+    assert sorted(program.weights.values()) == ["a.bias", "a.weight", "b.bias"]
+    with torch.no_grad():
+        model.a.weight.mul_(2)
+    same(model, program, torch.randn(2, 5))
+
+
+def test_a_plain_attribute_that_is_assigned_anew_breaks_the_program() -> None:
+    model = Block(lambda m, x: x * m.plain)
+    program = capture(model, torch.randn(4, 6))
+    assert list(program.attributes.values()) == ["plain"]
+    model.plain = torch.ones(6)
+    broken = broken_guard(program, model, (torch.randn(4, 6),))
+    assert broken is not None
+    assert broken.path == "plain"
+
+
+def test_tables_built_at_the_first_call_become_constants() -> None:
+    class Lazy(nn.Module):
+        table: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(x.shape[-1]) * 1.0
+            return x + self.table
+
+    model = Lazy()
+    program = capture(model, torch.randn(2, 5))
+    assert [c.tolist() for c in program.constants.values()] == [[0, 1, 2, 3, 4]]
+    same(model, program, torch.randn(2, 5))
+    assert type(model.table) is Tensor
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_is_part_of_the_program_and_of_the_key(inside: bool) -> None:
+    def body(m: Block, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16 if inside else None, enabled=inside):
+            y = m.linear(x.float())
+        return torch.einsum("ab,cb->ac", m.linear(y.float()), x.float())
+
+    model, x = Block(body).eval(), torch.randn(4, 6)
+    key = Call.of(model, (x,), {}).key
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=not inside):  # nested dtypes share the cache
+        assert Call.of(model, (x,), {}).key != key
+        program = capture(model, x)
+        assert same(model, program, torch.randn(4, 6)).dtype == torch.bfloat16
+        model(x).sum().backward()  # nothing fake stayed in autocast's cache
+    assert same(model, capture(model, x), x).dtype == torch.float32
+
+
+def test_inference_tensors_hooks_and_replaced_forwards_are_no_obstacle() -> None:
+    with torch.inference_mode():
+        model = Block(lambda m, x: m.linear(x))
+        x = torch.randn(4, 6)
+    model.linear.register_forward_hook(lambda module, args, output: output * 2)
+    plain = model.linear.forward
+    model.linear.forward = lambda x: plain(x) + 1  # type: ignore[method-assign]
+    hooks = dict(model.linear._forward_hooks)
+    with torch.inference_mode():
+        same(model, capture(model, x), x + 1)
+    assert dict(model.linear._forward_hooks) == hooks
+
+
+def refused(model: nn.Module, *args: Any) -> str:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(CaptureError) as caught:
+        capture(model, *args)
+    torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda m, x: m.count.add_(x[0]), "its own state in place: count"),
+        (lambda m, x: (setattr(m, "count", m.count + 1), x + m.count)[1], "own state while it runs: count"),
+        (_carry, "plain is read, then replaced"),
+        (lambda m, x: x if x.sum() > 0 else -x, "needs the value of an activation"),
+        (lambda m, x: x[x > 0], "needs the value of an activation"),
+        (lambda m, x: x + torch.randn(6), "draws random numbers"),
+        (lambda m, x: F.dropout(x, 0.5, training=True), "training mode"),
+        (lambda m, x: F.batch_norm(x, m.count, m.table, training=True), "training mode"),
+        (lambda m, x: x.undefined_attribute if torch.compiler.is_compiling() else x, "AttributeError"),
+    ],
+    ids=["buffer", "reassigned", "carried", "branch", "mask", "random", "dropout", "batch norm", "other"],
+)
+def test_what_no_graph_can_hold_is_refused_with_the_line_of_the_model(body: Any, message: str) -> None:
+    text = refused(Block(body), torch.randn(4, 6))
+    assert message in text
+    assert "is read" in text or "test_soundness.py:" in text
+
+
+def _carry(m: Block, x: Tensor) -> Tensor:
+    y = x + m.plain
+    m.plain = y[0].detach()
+    return y
+
+
+def test_an_input_written_in_place_is_refused() -> None:
+    class Model(nn.Module):
+        def forward(self, sample: Tensor) -> Tensor:
+            return sample.mul_(2)
+
+    assert "input in place: sample" in refused(Model(), torch.ones(3))
+
+
+def test_weights_on_several_devices_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    assert "several devices" in refused(model, torch.ones(1, 2))
+
+
+def test_objects_that_hide_tensors_are_refused() -> None:
+    class Cache:
+        def __init__(self) -> None:
+            self.keys = torch.ones(2)
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor, cache: Any) -> Tensor:
+            return x
+
+    for hidden in (Cache(), np.ones(3)):
+        assert "cache" in refused(Model(), torch.ones(3), hidden)
