@@ -96,12 +96,12 @@ class Collectives:
         blocking: the group's `wait` blocks the host (gloo), so that it can be interrupted to look at the board.
     """
 
-    def __init__(self, group: Any, rank: int, world: int, board: Board, *, blocking: bool) -> None:
+    def __init__(self, group: Any, blocking: bool, board: Board) -> None:
         self.group = group
-        self.rank = rank
-        self.world = world
-        self.board = board
         self.blocking = blocking
+        self.board = board
+        self.rank = board.rank
+        self.world = board.world
         self.traffic: Counter[str] = Counter()
         self._routes: dict[Site, Route] = {}
 

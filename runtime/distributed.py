@@ -16,11 +16,11 @@ from ..ir.program import specialize
 from .agreement import agree
 from .board import Board
 from .collectives import Collectives
-from .errors import RankError
+from .errors import DisagreementError, RankError
 from .executor import Bound, PlanLike, device_of
 from .interpreter import RankProgram, drive
 
-_created = 0  # executors of this process; equal on all ranks, for all make them in the same order
+_created = 0  # executors made by this process; all ranks make theirs in the same order
 
 
 def inside() -> bool:
@@ -54,11 +54,16 @@ class DistributedExecutor:
                 f"world_size is {world_size}, but the process group has {size_of_world(group)} ranks; "
                 "leave world_size out, or start as many processes"
             )
+        global _created
+        _created += 1
         self.world_size = world_size
         self.timeout = timeout
+        self._number = _created
         self._group = group
+        self._board: Board | None = None
         self._links: Collectives | None = None
         self._plans = 0
+        self._calls = 0
         self._broken: str | None = None
 
     @property
@@ -67,21 +72,25 @@ class DistributedExecutor:
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> DistributedPlan:
         """Connect at the first plan, compare the ranks at every one."""
-        links = self._connect(device_of(inputs))
+        device = device_of(inputs)
+        board = self._met(device)
         self._plans += 1
-        agree(links.board, self._plans, plan, weights, inputs)
-        code = RankProgram.of(specialize(plan.graph, links.rank), links.rank)
-        return DistributedPlan(self, links, Bound.of(code, plan.program, device_of(inputs)))
+        agree(board, self._plans, plan, weights, inputs)
+        if self._links is None:
+            self._links = Collectives(*self._connected(device, board), board)
+        code = RankProgram.of(specialize(plan.graph, board.rank), board.rank)
+        return DistributedPlan(self, self._links, Bound.of(code, plan.program, device))
 
     def begin(self) -> None:
         if self._broken:
             raise RuntimeError(f"the ranks lost step in an earlier call and cannot go on: {self._broken}")
-        if self._links:
-            self._links.board.call += 1
+        self._calls += 1
+        if self._board:
+            self._board.call = self._calls
 
     def failed(self, error: BaseException) -> None:
-        if self._links and not isinstance(error, RankError):
-            self._links.board.publish(error)
+        if self._board and not isinstance(error, RankError | DisagreementError):
+            self._board.publish(error)
 
     def broke(self, error: BaseException) -> None:
         """A call failed between its first and its last exchange: what other ranks have in flight is unknown."""
@@ -91,22 +100,32 @@ class DistributedExecutor:
         self._links = None
         self._broken = self._broken or "it was closed"
 
-    def _connect(self, device: torch.device) -> Collectives:
-        global _created
-        if self._links is None:
-            timeout = timedelta(seconds=self.timeout)
-            backend = "nccl" if device.type == "cuda" else "gloo"
+    def _met(self, device: torch.device) -> Board:
+        """The board that all ranks share, once there is a process group."""
+        if self._board is None:
             if not dist.is_initialized():
-                dist.init_process_group(backend, timeout=timeout)
-            _created += 1
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
             ranks = dist.get_process_group_ranks(self._group or dist.group.WORLD)
-            group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-            rank = dist.get_rank(group)
-            name = f"fxpass/{'.'.join(map(str, ranks))}/{_created}"
-            store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-            board = Board(store, rank, self.world_size, self.timeout)
-            self._links = Collectives(group, rank, self.world_size, board, blocking=backend == "gloo")
-        return self._links
+            store = dist.distributed_c10d._get_default_store()
+            name = f"fxpass/{self._number}/{'.'.join(map(str, ranks))}"
+            rank = dist.get_rank(self._group)
+            self._board = Board(dist.PrefixStore(name, store), rank, self.world_size, self.timeout)
+            self._board.call = self._calls
+        return self._board
+
+    def _connected(self, device: torch.device, board: Board) -> tuple[Any, bool]:
+        """A process group of our own, made when all ranks are known to be there; whether its waits block the host.
+
+        It is not registered with `torch.distributed`, whose group names count what each process has made.
+        """
+        timeout = timedelta(seconds=self.timeout)
+        store = dist.PrefixStore("group", board.store)
+        if device.type == "cuda" and "nccl" in str(dist.get_backend_config(self._group)):
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            return dist.ProcessGroupNCCL(store, board.rank, board.world, options), False
+        return dist.ProcessGroupGloo(store, board.rank, board.world, timeout), True
 
 
 class DistributedPlan:

@@ -18,4 +18,4 @@ def connect(store: Store, rank: int, world: int, timeout: float) -> Collectives:
     options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
     options._timeout = timedelta(seconds=timeout)
     group = ProcessGroupGloo(PrefixStore("group", store), rank, world, options)
-    return Collectives(group, rank, world, Board(PrefixStore("board", store), rank, world, timeout), blocking=True)
+    return Collectives(group, True, Board(PrefixStore("board", store), rank, world, timeout))

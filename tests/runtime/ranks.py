@@ -1,0 +1,95 @@
+"""What each rank of test_distributed.py runs: `python -m tests.runtime.ranks SCENARIO FOLDER`.
+
+Writes what it saw to FOLDER/<rank>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fxpass
+from fxpass.runtime.distributed import DistributedExecutor
+from fxpass.runtime.lockstep import LockstepExecutor
+from tests.runtime.plans import block, inputs, parallel
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def attempt(action: Callable[[], Any]) -> str:
+    """The error that an action raises, and how long it took."""
+    start = time.monotonic()
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__} after {'<30 s' if time.monotonic() - start < 30 else 'long'}: {error}"
+    return "nothing"
+
+
+def everything() -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    seen["other world"] = attempt(lambda: fxpass.parallelize(block(), WORLD + 1))
+
+    model = block()
+    module = parallel(model, DistributedExecutor(WORLD, timeout=60))
+    expected = parallel(model, LockstepExecutor(WORLD))
+    seen["equal"] = [
+        torch.equal(module(*inputs(rows, seed))["sample"], expected(*inputs(rows, seed))["sample"])
+        for rows in (16, 22)
+        for seed in (0, 1)
+    ]
+    seen["backend"] = dist.get_backend()
+    seen["traffic"] = dict(module.traffic)
+    sample, timestep = inputs()
+    sample[:, 0, -1, 0] = float("nan")
+    seen["nan"] = bool(module(sample, timestep)["sample"].isnan().any())
+
+    # a group that is not the default one
+    group = dist.new_group(list(range(WORLD)), timeout=timedelta(seconds=60))
+    grouped = parallel(model, DistributedExecutor(WORLD, group=group, timeout=60))
+    seen["group"] = torch.equal(grouped(*inputs())["sample"], expected(*inputs())["sample"])
+
+    other = block()
+    if RANK == 1:
+        with torch.no_grad():
+            other.key.weight[3, 3] += 1
+    seen["weights"] = attempt(lambda: parallel(other, DistributedExecutor(WORLD, timeout=60))(*inputs()))
+    seen["inputs"] = attempt(lambda: parallel(model, DistributedExecutor(WORLD, timeout=60))(*inputs(seed=RANK)))
+    seen["shapes"] = attempt(lambda: parallel(model, DistributedExecutor(WORLD, timeout=60))(*inputs(16 + 2 * RANK)))
+    lonely = parallel(model, DistributedExecutor(WORLD, timeout=2))
+    seen["absent"] = attempt(lambda: RANK == 0 and lonely(*inputs()))
+
+    # one rank fails while it captures, the others are in the middle of a call
+    failing = parallel(block(), DistributedExecutor(WORLD, timeout=60))
+    failing(*inputs())
+    if RANK == 1:
+        failing.key = torch.nn.Linear(3, 3)
+    seen["raises"] = attempt(lambda: failing(*inputs()))
+    seen["after"] = attempt(lambda: failing(*inputs()))
+    return seen
+
+
+def killed() -> dict[str, Any]:
+    module = parallel(block(), DistributedExecutor(WORLD, timeout=60))
+    module(*inputs())
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"error": attempt(lambda: module(*inputs()))}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = {"everything": everything, "killed": killed}[sys.argv[1]]()
+    Path(sys.argv[2], f"{RANK}.json").write_text(json.dumps(result))
+    if dist.is_initialized() and sys.argv[1] != "killed":
+        dist.barrier()  # rank 0 keeps the store

@@ -1,0 +1,82 @@
+"""Every rank runs a script: exact, and every disagreement and failure is named on every rank."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two ranks of one torchrun saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "tests.runtime.ranks", "everything", str(folder)]
+    result = subprocess.run(
+        command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_torchrun_equals_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["backend"] == "gloo"
+        assert rank["equal"] == [True] * 4
+        assert rank["group"]
+        assert {"halo", "moments", "keys_values", "output"} <= rank["traffic"].keys()
+
+
+def test_not_a_number_is_no_disagreement(seen: list[dict[str, Any]]) -> None:
+    assert all(rank["nan"] for rank in seen)
+
+
+def test_another_world_size_is_refused_at_once(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert "world_size is 3, but the process group has 2 ranks" in rank["other world"]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("weights", "rank 1 differs from rank 0 in the weight key.weight"),
+        ("inputs", "rank 1 was called with another value of `sample` than rank 0"),
+        ("shapes", "rank 1 differs from rank 0 in the input sample: (2, 4, 18, 8)"),
+    ],
+)
+def test_what_differs_is_named_on_every_rank(seen: list[dict[str, Any]], what: str, words: str) -> None:
+    for rank in seen:
+        assert rank[what].startswith("DisagreementError after <30 s")
+        assert words in rank[what]
+
+
+def test_a_rank_that_does_not_call_is_missed(seen: list[dict[str, Any]]) -> None:
+    assert "RankError after <30 s: rank 0 waited 2 s for the other ranks" in seen[0]["absent"]
+
+
+def test_a_rank_that_raises_is_heard_on_the_others(seen: list[dict[str, Any]]) -> None:
+    assert "mat1 and mat2" in seen[1]["raises"]
+    assert seen[0]["raises"].startswith("RankError after <30 s: rank 1 failed: Traceback")
+    assert "mat1 and mat2" in seen[0]["raises"]
+    assert "cannot go on" in seen[0]["after"]
+
+
+def test_a_killed_rank_is_missed_on_the_others(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tests.runtime.ranks", "killed", str(tmp_path)]
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank)}) for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, -signal.SIGKILL]
+    error = json.loads((tmp_path / "0.json").read_text())["error"]
+    assert error.startswith("RankError after <30 s: rank 0 lost its connection to another rank")
