@@ -19,7 +19,7 @@ from .concrete import Reader
 from .errors import CaptureError, raised_line
 from .functional import functionalize
 from .functions import Functions
-from .model import check_model, kept_as_it_is, names_of, restored_on_error
+from .model import Changes, check_model, kept_as_it_is, names_of, restored_on_error
 from .recorder import Recorder
 
 
@@ -41,18 +41,18 @@ def capture_call(model: nn.Module, call: Call) -> Program:
     check_model(model)
     fake_mode = detect_fake_mode([*model.parameters(), *model.buffers(), *call.tensors])
     is_fake = any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *call.tensors))
-    with torch.no_grad(), _autocast_cache_off(), restored_on_error(model):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _autocast_cache_off(), restored_on_error(model):
         lift = bool(call.numbers)
         if not is_fake:
             lift = _warm_up(model, call) and lift
         warm = time.perf_counter()
         mode = fake_mode if is_fake and fake_mode is not None else FakeTensorMode()
         try:
-            program = _trace(model, call, mode, lift)
+            program = _trace(model, call, mode, lift, is_fake)
         except CaptureError:
             if not lift:
                 raise
-            program = _trace(model, call, mode, lift=False)
+            program = _trace(model, call, mode, False, is_fake)
     program.seconds |= {"warm up": warm - started, "capture": time.perf_counter() - warm}
     return program
 
@@ -74,7 +74,7 @@ def _warm_up(model: nn.Module, call: Call) -> bool:
     return True
 
 
-def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool) -> Program:
+def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, is_fake: bool) -> Program:
     names = names_of(model)
     recorder = Recorder(fake_mode, names)
     reader = Reader(recorder)
@@ -84,7 +84,7 @@ def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool) 
     device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
     args, kwargs = call.rebuild(fakes if lift else call.with_numbers(fakes))
     with ExitStack() as stack:
-        changed = stack.enter_context(kept_as_it_is(model))
+        changes = stack.enter_context(kept_as_it_is(model))
         stack.enter_context(_compiling())
         stack.enter_context(_module_paths(model, recorder))
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
@@ -102,7 +102,8 @@ def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool) 
     guards = list(reader.guards)
     if not lift:
         guards += [_number_guard(str(inputs[i].target), call.paths[i], call.tensors[i]) for i in call.numbers]
-    _refuse_carried(recorder, changed)
+    if not is_fake:
+        _refuse_carried(recorder, changes)
     final, results = functionalize(recorder, results)
     out_leaves = tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     return _program(final, results, [str(n.target) for n in inputs], call, spec, out_leaves, tuple(guards))
@@ -157,13 +158,14 @@ def _number_guard(placeholder: str, path: str, value: Tensor) -> Guard:
     return Guard(path, value.item(), "the call: the model does not take a tensor there", graph)
 
 
-def _refuse_carried(recorder: Recorder, changed: dict[int, str]) -> None:
+def _refuse_carried(recorder: Recorder, changes: Changes) -> None:
     """An attribute that was read and then assigned anew carries a value from one call to the next."""
+    if changes.grown:
+        raise CaptureError(f"the model keeps values from call to call in {', '.join(changes.grown)}")
     for origin in recorder.origins.values():
-        if origin.real is not None and id(origin.real) in changed:
-            raise CaptureError(
-                f"the model changes its own state while it runs: {changed[id(origin.real)]} is read, then replaced"
-            )
+        if origin.real is not None and id(origin.real) in changes.replaced:
+            name = changes.replaced[id(origin.real)]
+            raise CaptureError(f"the model changes its own state while it runs: {name} is read, then replaced")
 
 
 @contextmanager
@@ -191,17 +193,16 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Models skip checks of values when they are traced; parts that are compiled run eagerly."""
+    """Models skip checks of values when they are traced."""
     flags = [name for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, name)]
     before = {name: getattr(torch.compiler, name) for name in flags}
-    with torch.compiler.set_stance("force_eager"):
-        for name in flags:
-            setattr(torch.compiler, name, True)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(torch.compiler, name, value)
+    for name in flags:
+        setattr(torch.compiler, name, True)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(torch.compiler, name, value)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..ir.program import Guard
+from ..ir.program import Guard, fingerprint
 from .errors import CaptureError
 from .evaluate import run_nodes
 from .guards import plain, shapes
@@ -23,6 +23,7 @@ class Reader:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.guards: list[Guard] = []
+        self._known: set[str] = set()
 
     def __call__(self, node: fx.Node, shape_only: bool) -> Any:
         """The real value of `node`; with `shape_only` the caller promises to use nothing but its shape.
@@ -38,8 +39,16 @@ class Reader:
         sources = [origin.name for origin in origins.values() if origin.kind in ("input", "weight")]
         if sources:
             value = shapes(result) if shape_only else plain(result)
-            self.guards.append(_guard(", ".join(sources), value, self._recorder, needed, node, origins, shape_only))
+            self._add(_guard(", ".join(sources), value, self._recorder, needed, node, origins, shape_only))
         return result
+
+    def _add(self, guard: Guard) -> None:
+        """Every block of a model may ask the same question."""
+        assert guard.graph is not None
+        key = fingerprint(guard.graph)
+        if key not in self._known:
+            self._known.add(key)
+            self.guards.append(guard)
 
     def _check(self, node: fx.Node, origins: dict[fx.Node, Origin]) -> None:
         line = self._recorder.current_line()

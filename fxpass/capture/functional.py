@@ -93,8 +93,8 @@ class _Rewriter:
         """Any operator that writes nothing: a view of written memory becomes an alias, all else is copied."""
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         shared = bool(self._written & set(memory_of(node.meta["val"])))
-        if shared and source in self._aliases and (node.target is operator.getitem or forms.aliases(node.target)):  # type: ignore[arg-type]
-            alias = self._aliases[source]  # type: ignore[index]
+        if shared and source in self._aliases and (node.target is operator.getitem or forms.aliases(node.target)):
+            alias = self._aliases[source]
             self._aliases[node] = _Alias(alias.base, (*alias.views, node))
             return
         value = node.meta["val"]
@@ -215,7 +215,7 @@ def _undo_part(view: fx.Node, index: int, before: Tensor, new: Tensor) -> tuple[
         dim = view.args[1] if len(view.args) > 1 else view.kwargs.get("dim", 0)
         return aten.select_scatter.default, (before, new, dim, index), {}
     if name in ("split", "split_with_sizes"):
-        sizes = [part.shape[dim] for part in view.meta["val"]]  # type: ignore[index]
+        sizes = [part.shape[dim] for part in view.meta["val"]]
         start = sum(sizes[:index])
         return aten.slice_scatter.default, (before, new, dim, start, start + sizes[index]), {}
     raise CaptureError(

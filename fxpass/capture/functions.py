@@ -30,9 +30,9 @@ class Functions(TorchFunctionMode):
         if self._has_autocast:
             active = torch.is_autocast_enabled(self._device)
             self._recorder.autocast = (self._device, torch.get_autocast_dtype(self._device)) if active else None
-        if func is Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func is Tensor.data.__get__:
             return args[0].detach()  # shares memory, so that what is written there is seen
-        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+        if func is Tensor.data.__set__:
             raise CaptureError(f"the model assigns to .data at {model_line()}; use copy_ or a new tensor")
         if func in _VALUES:
             node = self._recorder.node(self._recorder.fake(args[0]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 
@@ -63,28 +65,49 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def kept_as_it_is(model: nn.Module) -> Iterator[dict[int, str]]:
-    """Undo what the recorded run assigns to modules (its tensors are fake).
+@dataclass
+class Changes:
+    """What a recorded run did to the model's attributes, before it was undone."""
 
-    Yields a dict that afterwards holds the replaced tensors: id -> qualified name.
-    """
-    tables = ("_parameters", "_buffers", "_modules")
-    before: list[tuple[str, nn.Module, dict[str, Any], dict[str, dict[str, Any]]]] = [
-        (path, module, dict(vars(module)), {table: dict(vars(module)[table]) for table in tables})
-        for path, module in model.named_modules()
-    ]
-    replaced: dict[int, str] = {}
+    replaced: dict[int, str] = field(default_factory=dict)  #: id of a tensor that was assigned over -> qualified name
+    grown: list[str] = field(default_factory=list)  #: lists and dicts that took up tensors of the run
+
+
+@contextmanager
+def kept_as_it_is(model: nn.Module) -> Iterator[Changes]:
+    """Undo what the recorded run assigns to modules (its tensors are fake); the changes are known afterwards."""
+    before: list[tuple[str, Any, Any]] = []  # (qualified name, a dict or list, its contents)
+    for path, module in model.named_modules():
+        prefix = path + "." if path else ""
+        before.append((prefix, vars(module), dict(vars(module))))
+        before += [(prefix, vars(module)[table], dict(vars(module)[table])) for table in ("_parameters", "_buffers")]
+        for name, value in vars(module).items():
+            if type(value) in (dict, list) and not name.startswith("_"):
+                before.append((prefix + name, value, value.copy()))
+    changes = Changes()
     try:
-        yield replaced
+        yield changes
     finally:
-        for path, module, attributes, contents in before:
-            prefix = path + "." if path else ""
-            for table, saved in (("", attributes), *contents.items()):
-                now = vars(module)[table] if table else vars(module)
-                for name, value in saved.items():
-                    if now.get(name) is not value and isinstance(value, Tensor):
-                        replaced[id(value)] = prefix + name
-                if now.keys() != saved.keys() or any(now[name] is not value for name, value in saved.items()):
-                    now.clear()
-                    now.update(saved)
+        for name, now, saved in before:
+            _undo(name, now, saved, changes)
+
+
+def _undo(name: str, now: Any, saved: Any, changes: Changes) -> None:
+    if isinstance(saved, dict):
+        same = now.keys() == saved.keys() and all(now[key] is value for key, value in saved.items())
+        dropped = {key: value for key, value in saved.items() if now.get(key) is not value}
+        values = list(now.values())
+    else:
+        same = len(now) == len(saved) and all(a is b for a, b in zip(now, saved, strict=True))
+        dropped, values = {}, now
+    if same:
+        return
+    changes.replaced |= {id(value): f"{name}{key}" for key, value in dropped.items() if isinstance(value, Tensor)}
+    if (
+        name
+        and not name.endswith(".")
+        and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(list(values)))
+    ):
+        changes.grown.append(name)
+    now.clear()
+    now.update(saved) if isinstance(saved, dict) else now.extend(saved)

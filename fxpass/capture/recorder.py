@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
 
     # --------------------------------------------------------------------------------------------- dispatch
 
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not isinstance(op, OpOverload):
             raise CaptureError(f"the higher-order operator {op} at {self.current_line()} cannot be captured")
         if forms.is_metadata(op):
