@@ -1,0 +1,353 @@
+"""Train the demo pipeline, a text-to-image `StableDiffusionPipeline` of 7 million parameters, from nothing on a CPU.
+
+    python -m fxpass.tools.train_demo              everything: the four stages below, one after the other
+    python -m fxpass.tools.train_demo vae          the autoencoder's decoder, on crops of rendered scenes
+    python -m fxpass.tools.train_demo latents      shards of encoded, captioned scenes
+    python -m fxpass.tools.train_demo unet         denoiser and text encoder together (may be stopped and started again)
+    python -m fxpass.tools.train_demo export       writes the averaged weights to models/demo
+    python -m fxpass.tools.train_demo sheet FILE   a sheet of labelled samples from the exported folder
+
+Checkpoints go to out/demo (ignored by git). Every random choice comes from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .demo_scenes import draw_scene, render
+from .demo_vae import code, make_vae
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "demo"
+FOLDER = ROOT / "models" / "demo"
+TEXT_LENGTH = 32
+GUIDANCE = 4.0
+VAE_STEPS, SHARDS, STEPS = 1500, 2, 4000
+BATCH = {(64, 64): 48, (128, 128): 16, (128, 192): 10, (192, 128): 10, (256, 256): 4}  # by (height, width)
+POOL = {(64, 64): 6000, (128, 128): 3000, (128, 192): 400, (192, 128): 400, (256, 256): 400}  # scenes per shard
+SMALL_FIRST = 0.45  # share of the steps spent mostly on 64x64, where a scene costs a quarter
+SHARES = (  # how often each size is drawn, before and after
+    {(64, 64): 0.9, (128, 128): 0.1},
+    {(64, 64): 0.08, (128, 128): 0.62, (128, 192): 0.08, (192, 128): 0.08, (256, 256): 0.14},
+)
+
+
+def make_unet() -> UNet2DConditionModel:
+    """Three levels; self- and cross-attention on the lower two and in the middle."""
+    return UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(32, 64, 160),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=(1, 2, 5),  # by an old quirk of the class, the number of heads per level
+        norm_num_groups=8,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def make_scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR, so that white and black backgrounds come out right."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the grammar is one token and any other text is spelled out in bytes."""
+    rng = np.random.default_rng(0)
+    words = sorted({w for _ in range(5000) for w in draw_scene(rng).paraphrase(rng).replace(",", " ,").split()})
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    learner.train_from_iterator([" ".join(words)] * 2, trainer)
+    merges = json.loads(learner.to_str())["model"]["merges"]
+    units = letters + [f"{u}</w>" for u in letters] + ["".join(m) for m in merges]
+    units += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({u: i for i, u in enumerate(dict.fromkeys(units))}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TEXT_LENGTH)
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids [B, TEXT_LENGTH]."""
+    found = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    return found.input_ids
+
+
+def as_tensor(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures [H, W, 3] in 0..1 as one tensor [B, 3, H, W] in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2 - 1
+
+
+def rate(step: int, steps: int, peak: float, decay: float = 0.3) -> float:
+    """Learning rate: 100 steps up, level, and a linear descent over the last `decay` of the steps."""
+    return peak * min(1, (step + 1) / 100, (steps - step) / (decay * steps))
+
+
+def train_vae(steps: int) -> None:
+    """Trains the decoder alone, on crops, with an average over the steps; the encoder is fixed by construction."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(1)
+    sides = {64: 1000, 128: 1500, 256: 200}
+    pool = {s: torch.cat([as_tensor([render(draw_scene(rng), s, s, rng)]) for _ in range(n)]) for s, n in sides.items()}
+    vae, average = make_vae(), make_vae()
+    average.load_state_dict(vae.state_dict())
+    vae.encoder.requires_grad_(False)
+    weights = list(vae.decoder.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    began, errors = time.time(), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps, 2e-4, decay=0.5)
+        side = (64, 128, 128, 256)[step % 4]
+        crops = []
+        for k in rng.integers(len(pool[side]), size=6):
+            y, x = 4 * rng.integers(0, (side - 64) // 4 + 1, size=2)
+            crops.append(pool[side][k, :, y : y + 64, x : x + 64])
+        x0 = torch.stack(crops)
+        z = code(x0)
+        x1 = vae.decode(z + 0.02 * torch.randn_like(z)).sample
+        edges = sum((x1.diff(dim=d) - x0.diff(dim=d)).abs().mean() for d in (2, 3))
+        error = (x1 - x0).abs().mean()
+        optimizer.zero_grad()
+        (error + edges + (x1 - x0).square().mean()).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            keep = min(0.995, (step + 1) / (step + 20))
+            torch._foreach_lerp_(list(average.decoder.parameters()), weights, 1 - keep)
+        errors.append(error.item())
+        if step % 50 == 49:
+            with torch.no_grad():
+                check = pool[128][:24]
+                final = (average.decode(code(check)).sample - check).abs().mean().item()
+            print(
+                f"vae {step + 1} L1 {np.mean(errors[-50:]):.4f} averaged {final:.4f} {time.time() - began:.0f} s",
+                flush=True,
+            )
+            average.save_pretrained(OUT / "vae")
+            note("vae", {"steps": step + 1, "seconds": round(time.time() - began), "L1 at 128x128": final})
+
+
+def make_latents(first: int, shards: int) -> None:
+    """Each shard: per picture size, scaled latents, and token ids of four phrasings of each caption."""
+    scale = make_vae().config.scaling_factor
+    tokenizer = make_tokenizer(OUT / "tokenizer")
+    began = time.time()
+    for shard in range(first, shards):
+        rng = np.random.default_rng(1000 + shard)
+        entries = {}
+        for (height, width), count in POOL.items():
+            scenes = [draw_scene(rng) for _ in range(count)]
+            latents = [code(as_tensor([render(s, height, width, rng)])).half() * scale for s in scenes]
+            ids = tokens(tokenizer, [s.paraphrase(rng) for s in scenes for _ in range(4)]).view(count, 4, -1)
+            entries[height, width] = (torch.cat(latents), ids.short())
+        path = OUT / f"latents_{shard:03}.pt"
+        torch.save(entries, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+        print(f"latents {path.name} {time.time() - began:.0f} s", flush=True)
+
+
+def load_latents() -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+    shards = [torch.load(p) for p in sorted(OUT.glob("latents_*.pt"))]
+    return {size: (torch.cat([s[size][0] for s in shards]), torch.cat([s[size][1] for s in shards])) for size in POOL}
+
+
+def train_unet(steps: int, save_every: int) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(OUT / "tokenizer")
+    empty = tokens(tokenizer, [""])
+    scheduler = make_scheduler()
+    alphas = scheduler.alphas_cumprod
+    model = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    model["unet"].set_attn_processor(AttnProcessor())  # plain matmuls: on CPUs their backward is twice as fast
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    start, seconds, rng = 0, 0.0, np.random.default_rng(2)
+    if (OUT / "unet.pt").exists():
+        state = torch.load(OUT / "unet.pt", weights_only=False)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start, seconds, rng = state["average"], state["step"], state["seconds"], state["rng"]
+        torch.manual_seed(start)
+    pool = load_latents()
+    print({size: len(entry[0]) for size, entry in pool.items()}, flush=True)
+    began, losses = time.time() - seconds, []
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps, 1e-3)
+        shares = SHARES[step >= SMALL_FIRST * steps]
+        size = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
+        latents, captions = pool[size]
+        batch = BATCH[size]
+        picks = torch.from_numpy(rng.integers(len(latents), size=batch))
+        phrasing = torch.from_numpy(rng.integers(captions.shape[1], size=batch))
+        x0, ids = latents[picks].float(), captions[picks, phrasing].long()
+        ids[torch.from_numpy(rng.random(batch) < 0.1)] = empty
+        at = ((torch.randperm(batch) + torch.rand(batch)) / batch * len(alphas)).long()  # stratified timesteps
+        a = alphas[at].view(-1, 1, 1, 1)
+        noise = torch.randn_like(x0)
+        with torch.autocast("cpu", torch.bfloat16):
+            text = model["text_encoder"](ids)[0]
+            guess = model["unet"](a.sqrt() * x0 + (1 - a).sqrt() * noise, at, text).sample.float()
+        loss = F.mse_loss(guess, a.sqrt() * noise - (1 - a).sqrt() * x0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            keep = min(0.998, (step + 1) / (step + 20))
+            fresh = model.state_dict()
+            floats = [k for k, v in average.items() if v.is_floating_point()]
+            torch._foreach_lerp_([average[k] for k in floats], [fresh[k] for k in floats], 1 - keep)
+        losses.append(loss.item())
+        if step % 50 == 49:
+            print(f"unet {step + 1} loss {np.mean(losses[-50:]):.4f} {time.time() - began:.0f} s", flush=True)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            state |= {"step": step + 1, "seconds": time.time() - began, "rng": rng}
+            torch.save(state, OUT / "unet.tmp")
+            (OUT / "unet.tmp").rename(OUT / "unet.pt")
+            note(
+                "unet",
+                {"steps": step + 1, "seconds": round(time.time() - began), "loss": float(np.mean(losses[-500:]))},
+            )
+
+
+def export(folder: Path) -> None:
+    """Writes the averaged weights as a pipeline folder, stored in half precision (they load as float32)."""
+    tokenizer = make_tokenizer(OUT / "tokenizer")
+    average = torch.load(OUT / "unet.pt", weights_only=False)["average"]
+    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+    for name, part in (("unet", unet), ("text_encoder", text_encoder)):
+        part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in average.items() if k.startswith(f"{name}.")})
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(OUT / "vae"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    for path in folder.glob("*/*.safetensors"):
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+
+
+def sheet(folder: Path, file: Path) -> None:
+    """A picture of labelled samples: three rows of 128x128 and one of 256x256."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    rng = np.random.default_rng(5)
+    prompts = [draw_scene(rng, held_out=True).caption for _ in range(28)]
+    canvas = Image.new("RGB", (8 * 140 + 4, 3 * 176 + 306), "white")
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(10)
+    for side, some, left, top, columns in ((128, prompts[:24], 4, 4, 8), (256, prompts[24:], 4, 532, 4)):
+        for k, prompt in enumerate(some):
+            generator = torch.Generator().manual_seed(k)
+            options = {"height": side, "width": side, "num_inference_steps": 25, "guidance_scale": GUIDANCE}
+            picture = pipeline(prompt, generator=generator, **options).images[0]
+            x, y = left + k % columns * (side + 12 if side == 128 else 280), top + k // columns * 176
+            canvas.paste(picture, (x, y))
+            lines = textwrap.wrap(prompt, side // 5)
+            pen.multiline_text((x, y + side + 1), "\n".join(lines), fill="black", font=font, spacing=0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(file, optimize=True)
+
+
+def note(part: str, facts: dict[str, Any]) -> None:
+    """Adds facts to the record of how the weights came about."""
+    path = OUT / "record.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record[part] = facts
+    path.write_text(json.dumps(record, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    stages = parser.add_subparsers(dest="stage")
+    stage = stages.add_parser("vae")
+    stage.add_argument("--steps", type=int, default=VAE_STEPS)
+    stage = stages.add_parser("latents")
+    stage.add_argument("--first", type=int, default=0)
+    stage.add_argument("--shards", type=int, default=SHARDS)
+    stage = stages.add_parser("unet")
+    stage.add_argument("--steps", type=int, default=STEPS)
+    stage.add_argument("--save-every", type=int, default=250)
+    stage = stages.add_parser("export")
+    stage.add_argument("--folder", type=Path, default=FOLDER)
+    stage = stages.add_parser("sheet")
+    stage.add_argument("file", type=Path)
+    stage.add_argument("--folder", type=Path, default=FOLDER)
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    OUT.mkdir(parents=True, exist_ok=True)
+    chosen = options.pop("stage")
+    if chosen is None:
+        train_vae(VAE_STEPS)
+        make_latents(0, SHARDS)
+        train_unet(STEPS, 250)
+        export(FOLDER)
+    else:
+        run = {"vae": train_vae, "latents": make_latents, "unet": train_unet, "export": export, "sheet": sheet}
+        run[chosen](**options)
+
+
+if __name__ == "__main__":
+    main()
