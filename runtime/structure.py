@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 DEPTH = 3
+_IRRELEVANT = ("_backward", "_state_dict", "_load_state", "_is_full_backward", "_non_persistent")  # to a forward call
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 _OPAQUE = (nn.Module, Tensor, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 
@@ -47,7 +48,12 @@ class Structure:
         seen: set[int] = set()
         self._live: list[Any] = []
         for module in self.model.modules():
-            _collect(vars(module), DEPTH, seen, self._live)
+            state = vars(module)
+            self._live.append(state)
+            for name, value in state.items():
+                inner = None if name.startswith(_IRRELEVANT) else _inside(value)
+                if inner is not None:
+                    _collect(inner, DEPTH - 1, seen, self._live)
         self._copies = [dict(live) if isinstance(live, dict) else type(live)(live) for live in self._live]
 
 
