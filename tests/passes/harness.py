@@ -1,0 +1,308 @@
+"""What every test of the passes does: split a small function on some cuts and hold it against law 1.
+
+`split` captures, normalizes, partitions and canonicalizes a function; runs the ranks in lockstep; and compares, on
+every rank, *each value of the whole program* with the part of it that its layout promises.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from fxpass.capture import capture
+from fxpass.capture.evaluate import bind, run_nodes
+from fxpass.ir import ops
+from fxpass.ir.exchange import Exchange
+from fxpass.ir.layout import Layout, Rows, even
+from fxpass.ir.program import Program, exchanges_of, fingerprint, layout_of, specialize
+from fxpass.ir.verify import verify
+from fxpass.passes.canonicalize import canonicalize
+from fxpass.passes.normalize import normalize
+from fxpass.passes.partition import Partitioner
+from fxpass.passes.rules import RULES
+
+
+class Function(nn.Module):
+    """A function as a module, so that it can be captured."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+class Recording(Partitioner):
+    """Remembers what each node of the whole program became."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.became: dict[str, fx.Node] = {}
+
+    def _seeded(self, node: fx.Node, value: Any) -> Any:
+        result = super()._seeded(node, value)
+        if isinstance(result, fx.Node):
+            self.became[node.name] = result
+        return result
+
+
+@dataclass
+class Split:
+    """A program that was split and found right."""
+
+    program: Program
+    graph: fx.Graph  #: partitioned and canonical
+    layouts: list[Layout]  #: of the outputs, before they are gathered
+    exchanges: list[Exchange]
+    outputs: list[Tensor]
+    error: float = 0.0
+    roles: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """The reason of each fallback."""
+        return [e.reason for e in self.exchanges if e.role == "fallback"]
+
+
+def split(
+    model: Callable[..., Any], inputs: Sequence[Any], cuts: Mapping[int, Layout], world: int, *, exact: bool = True
+) -> Split:
+    """Cut tensor input i as `cuts[i]` says, on `world` ranks; raises `AssertionError` where law 1 does not hold.
+
+    Every input gets fresh values after the capture. `exact` asserts that there is no fallback and that each output
+    is split.
+    """
+    module = model if isinstance(model, nn.Module) else Function(model)
+    program = capture(module.eval(), *inputs)
+    verify(program.graph, "captured")
+    tensors = [refreshed(x) for x in inputs if isinstance(x, Tensor)]
+    program = normalize(program)
+    verify(program.graph, "normal")
+    seeds = {program.inputs[i]: layout for i, layout in cuts.items()}
+    with torch.no_grad():
+        expected = _tensors(module(*_replaced(inputs, tensors)))
+    whole = bind(
+        program.graph, module, program.weights, program.constants, dict(zip(program.inputs, tensors, strict=True))
+    )
+    values = {str(node.target): value for node, value in whole.items()}
+    computed = run_nodes(program.graph.nodes, whole)
+    assert_equal(list(computed), expected, "normalized program")
+
+    partitioner = Recording(program.graph, world, seeds, RULES)
+    graph = partitioner.run()
+    verify(graph, "partitioned", world)
+    envs = lockstep(graph, world, values)
+    check_layouts(graph, envs)
+    for node in program.graph.nodes:
+        if (local := partitioner.became.get(node.name)) in envs[0]:
+            for rank, env in enumerate(envs):
+                check_part(env[local], whole[node], layout_of(local), rank, node)
+
+    canonical = canonicalize(graph)
+    verify(canonical, "partitioned", world)
+    error = 0.0
+    for outputs in (list(env[output_of(canonical)]) for env in lockstep(canonical, world, values)):
+        error = max(error, assert_equal(outputs, expected, "outputs"))
+    (output,) = program.graph.find_nodes(op="output")
+    exchanges = [each for _, declared in exchanges_of(canonical) for each in declared]
+    result = Split(
+        program,
+        canonical,
+        [layout_of(partitioner.became[node.name]) for node in output.args[0]],
+        exchanges,
+        expected,
+        error,
+        Counter(each.role for each in exchanges),
+    )
+    assert len(fingerprint(canonical)) == 64
+    if exact:
+        assert not result.fallbacks, result.fallbacks
+    return result
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def lockstep(graph: fx.Graph, world: int, values: Mapping[str, Tensor]) -> list[dict[fx.Node, Any]]:
+    """Every rank's value of every node of a partitioned graph."""
+    locals_ = [specialize(graph, rank) for rank in range(world)]
+    envs: list[dict[fx.Node, Any]] = [{} for _ in range(world)]
+    own: list[dict[fx.Node, Any]] = [{} for _ in range(world)]
+    with torch.no_grad():
+        for node, *parts in zip(graph.nodes, *(local.nodes for local in locals_), strict=True):
+            args = [fx.node.map_arg((n.args, n.kwargs), env.__getitem__) for n, env in zip(parts, own, strict=True)]
+            if node.op == "placeholder":
+                results = [values[str(node.target)]] * world
+            elif node.op == "output":
+                results = [a[0][0] for a in args]
+            elif node.target is ops.exchange:
+                results = exchanged(node.args[1], [a[0][0] for a in args])
+            else:
+                results = [n.target(*a[0], **a[1]) for n, a in zip(parts, args, strict=True)]
+            for rank in range(world):
+                envs[rank][node] = own[rank][parts[rank]] = results[rank]
+                if "shape" in parts[rank].meta:
+                    assert tuple(results[rank].shape) == parts[rank].meta["local_shape"], (
+                        f"rank {rank}: {node.format_node()}"
+                    )
+    return envs
+
+
+def exchanged(declared: Sequence[Exchange], operands: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    """`operands[rank][i]` through exchange i: `result[rank][i]`."""
+    world = len(operands)
+    columns = []
+    for i, exchange in enumerate(declared):
+        xs = [values[i] for values in operands]
+        sent = [exchange.pack(rank, x) for rank, x in enumerate(xs)]
+        for src in range(world):
+            for dst in range(world):
+                payload = sent[src][dst]
+                assert (0 if payload is None or src == dst else payload.numel()) == exchange.numel(src, dst)
+                assert payload is None or tuple(payload.shape) == exchange.payload_shape(src, dst)
+        columns.append(
+            [
+                exchange.unpack(dst, xs[dst], [None if src == dst else sent[src][dst] for src in range(world)])
+                for dst in range(world)
+            ]
+        )
+    return [tuple(column[rank] for column in columns) for rank in range(world)]
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    (node,) = graph.find_nodes(op="output")
+    return node
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of max |difference| / max |value|."""
+    return 1e-12 if dtype in (torch.float64, torch.complex128) else 1e-5
+
+
+def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> float:
+    error = 0.0
+    assert len(found) == len(expected), what
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+        assert a.dtype == b.dtype, f"{what}: {a.dtype}, expected {b.dtype}"
+        if a.numel() == 0 or torch.equal(a, b):
+            continue
+        finite = torch.isfinite(b)
+        assert torch.equal(a[~finite], b[~finite]) or torch.equal(a[~finite].isnan(), b[~finite].isnan()), what
+        worst = (a[finite] - b[finite]).abs().max().item() / max(b[finite].abs().max().item(), 1e-30)
+        assert worst <= tolerance(a.dtype), f"{what}: differs by {worst:.1e}"
+        error = max(error, worst)
+    return error
+
+
+def check_part(local: Any, whole: Any, layout: Layout, rank: int, node: fx.Node) -> None:
+    """Law 1: rank k holds `whole.index_select(dim, rows[k])`."""
+    if not isinstance(whole, Tensor):
+        return
+    part = whole
+    if layout.split:
+        part = whole.index_select(layout.axis, torch.from_numpy(layout.rows[rank].array.copy()))
+    worst = (whole if whole.is_complex() else whole.double()).abs()
+    scale = worst[torch.isfinite(worst)].max().item() if worst.numel() and torch.isfinite(worst).any() else 0.0
+    assert local.shape == part.shape, (
+        f"rank {rank}: {node.format_node()}: {tuple(local.shape)}, law 1 says {tuple(part.shape)}"
+    )
+    assert local.dtype == part.dtype, f"rank {rank}: {node.format_node()}: {local.dtype}, the whole is {part.dtype}"
+    if part.numel() and not torch.equal(local, part):
+        finite = torch.isfinite(part)
+        error = (local[finite] - part[finite]).abs().max().item() if finite.any() else 0.0
+        assert error <= tolerance(part.dtype) * max(scale, 1e-30), (
+            f"rank {rank}: {node.format_node()} differs by {error:.1e} of {scale:.1e}"
+        )
+
+
+def check_layouts(graph: fx.Graph, envs: Sequence[Mapping[fx.Node, Any]]) -> None:
+    """Sets of rows lie in the dim; a whole value is the same on every rank, as far as rounding allows."""
+    for node in graph.nodes:
+        if "shape" not in node.meta:
+            continue
+        layout = layout_of(node)
+        if layout.split:
+            assert all(r.runs and r.start >= 0 and r.stop <= node.meta["shape"][layout.axis] for r in layout.rows) or (
+                node.target is ops.take  # each rank's own rows, on the way to a partial result
+            ), f"{node.format_node()}: {layout}"
+        for env in envs:
+            assert env[node].dtype == node.meta["dtype"], (
+                f"{node.format_node()}: {env[node].dtype} {node.meta['dtype']}"
+            )
+
+
+# -- cuts ------------------------------------------------------------------------------------------------------------
+
+
+def refreshed(x: Tensor) -> Tensor:
+    """Other values of the same kind: what was captured may not be in the program. Integers and booleans are kept."""
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        return torch.randn(x.shape, dtype=x.dtype)
+    return x
+
+
+def _replaced(inputs: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    supply = iter(tensors)
+    return [next(supply) if isinstance(x, Tensor) else x for x in inputs]
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [x for x in result if isinstance(x, Tensor)]
+
+
+def cut(dim: int, *parts: Any) -> Layout:
+    """A layout from interval bounds (a, b) or lists of positions."""
+    return Layout(dim, tuple(Rows.interval(*p) if isinstance(p, tuple) else Rows.of(p) for p in parts))
+
+
+def evenly(dim: int, size: int, world: int) -> Layout:
+    return Layout(dim, even(size, world))
+
+
+@st.composite
+def rows(draw: st.DrawFn, size: int, world: int, *, kinds: str = "uneven overlapping strided any") -> tuple[Rows, ...]:
+    """Non-empty sets that cover 0 … size-1, of `world` ranks; `size` must not be less."""
+    kind = draw(st.sampled_from(kinds.split()))
+    if kind in ("uneven", "overlapping"):
+        cuts = (
+            sorted(draw(st.sets(st.integers(1, size - 1), min_size=world - 1, max_size=world - 1))) if world > 1 else []
+        )
+        bounds = [*zip([0, *cuts], [*cuts, size], strict=True)]
+        if kind == "overlapping":
+            more = st.integers(0, 3)
+            bounds = [(max(0, a - draw(more)), min(size, b + draw(more))) for a, b in bounds]
+        return tuple(Rows.interval(a, b) for a, b in bounds)
+    if kind == "strided":
+        return tuple(Rows.of(range(k, size, world)) for k in range(world))
+    owner = draw(st.lists(st.integers(0, world - 1), min_size=size, max_size=size))
+    sets = [{i for i, o in enumerate(owner) if o == k} for k in range(world)]
+    for k, mine in enumerate(sets):
+        if not mine:
+            mine.add(k)
+    return tuple(Rows.of(sorted(mine)) for mine in sets)
+
+
+@st.composite
+def layouts(
+    draw: st.DrawFn,
+    shape: Sequence[int],
+    world: int,
+    *,
+    dims: Sequence[int] | None = None,
+    kinds: str = "uneven overlapping strided any",
+) -> Layout:
+    """A cut of one of the dims (of `dims`) that have enough rows."""
+    can = [d for d in (range(len(shape)) if dims is None else dims) if shape[d] >= world]
+    dim = draw(st.sampled_from(can))
+    return Layout(dim, draw(rows(shape[dim], world, kinds=kinds)))
