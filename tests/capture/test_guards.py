@@ -106,3 +106,34 @@ def test_a_bool_is_part_of_the_key() -> None:
     model, x = Model(lambda x, flag: x if flag else -x), torch.randn(5, 4)
     assert Call.of(model, (x, True), {}).key != Call.of(model, (x, False), {}).key
     assert Call.of(model, (x, True), {}).key != Call.of(model, (x, 1), {}).key
+
+
+def test_a_value_read_from_a_weight_is_guarded_too() -> None:
+    model, x = Model(lambda x, other: x), torch.randn(5, 4)
+    model.body = lambda x, other: x if model.linear.weight.sum() > 0 else -x
+    program = capture(model, x)
+    assert [guard.path for guard in program.guards] == ["linear.weight"]
+    assert broken_guard(program, model, (x,)) is None
+    with torch.no_grad():
+        model.linear.weight.neg_()
+    assert broken_guard(program, model, (x,)) is not None
+
+
+def test_the_same_question_in_every_block_is_one_guard() -> None:
+    def body(x: Tensor, mask: Tensor) -> Tensor:
+        for _ in range(4):
+            x = x * 2 if mask.all() else x
+        return x
+
+    assert len(capture(Model(body), torch.randn(5, 4), MASK.bool()).guards) == 1
+
+
+def test_complex_numbers_are_captured() -> None:
+    def body(x: Tensor, angle: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x.reshape(5, 2, 2)) * torch.polar(torch.ones(2), angle)
+        return torch.view_as_real(turned).flatten(1)
+
+    model, x = Model(body), torch.randn(5, 4)
+    program = capture(model, x, torch.rand(2))
+    angle = torch.rand(2)
+    torch.testing.assert_close(evaluate(program, model, (x, angle)), model(x, angle).detach())

@@ -221,7 +221,7 @@ def test_autocast_is_part_of_the_program_and_of_the_key(inside: bool) -> None:
 
 def test_inference_tensors_hooks_and_replaced_forwards_are_no_obstacle() -> None:
     with torch.inference_mode():
-        model: Any = Block(lambda m, x: m.compiled(m.linear(x)))
+        model: Any = Block(lambda m, x: m.get_submodule("compiled")(m.linear(x)))
         x = torch.randn(4, 6)
     model.linear.register_forward_hook(lambda module, args, output: output * 2)
     plain = model.linear.forward
