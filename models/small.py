@@ -182,7 +182,12 @@ def _unet_motion() -> nn.Module:
 
 
 def _controlnet() -> nn.Module:
-    return diffusers.ControlNetModel(**_sd_config, conditioning_embedding_out_channels=(8, 8, 8, 16))
+    model = diffusers.ControlNetModel(**_sd_config, conditioning_embedding_out_channels=(8, 8, 8, 16))
+    with torch.no_grad():
+        for name, parameter in model.controlnet_cond_embedding.named_parameters():
+            if name.endswith("weight"):
+                parameter.mul_(3)  # torch's initialisation shrinks the signal at each of its eight layers
+    return model
 
 
 def _controlnet_residuals(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
