@@ -32,12 +32,17 @@ def canonicalize(graph: fx.Graph) -> fx.Graph:
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.target is not ops.exchange and node not in env:
+        if node.target is not ops.exchange and not _is_result(node):
             env[node] = result.node_copy(node, env.__getitem__)
         for group in due.get(position[node], ()):
             _emit(result, group, env)
     result.lint()
     return result
+
+
+def _is_result(node: fx.Node) -> bool:
+    """Whether the node picks a result of an exchange."""
+    return node.target is operator.getitem and node.args[0].target is ops.exchange  # type: ignore[union-attr]
 
 
 def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
@@ -48,7 +53,10 @@ def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
             continue
         values, declared = node.args
         ready = max(position[value] for value in values)  # type: ignore[union-attr,index]
-        needed = min(position[user] for item in node.users for user in item.users)
+        # an exchange of the result counts as a use where its operand is: the result itself
+        needed = min(
+            position[item if user.target is ops.exchange else user] for item in node.users for user in item.users
+        )
         role = declared[0].role  # type: ignore[union-attr,index]
         group = last.get(role)
         if group is None or max(group.ready, ready) >= min(group.needed, needed):
