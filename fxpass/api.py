@@ -68,7 +68,7 @@ def parallelize(
         raise ValueError(f"unknown executor {executor!r}; {hint}")
     world = _world_size(world_size, executor, group)
     if isinstance(model_or_pipeline, nn.Module):
-        return _wrapped(model_or_pipeline, world, chosen, executor, target, timeout, group)  # type: ignore[return-value]
+        return _wrapped(model_or_pipeline, world, chosen, executor, target, timeout, group)
 
     from .models.pipelines import denoisers
 

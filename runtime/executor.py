@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ class PlanLike(Protocol):
     @property
     def world_size(self) -> int: ...
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> Any: ...  # a str; type checkers do not take a cached property for one
 
 
 class Loaded(Protocol):
@@ -47,7 +47,11 @@ class Executor(Protocol):
     """Runs plans on `world_size` ranks."""
 
     world_size: int
-    traffic: dict[str, int]  #: bytes that this process received so far, by role of the exchange
+
+    @property
+    def traffic(self) -> Mapping[str, int]:
+        """Bytes that this process received so far, by role of the exchange."""
+        ...
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Loaded: ...
 

@@ -74,7 +74,7 @@ class ParallelModule(nn.Module):
     # -- everything else is the model's ---------------------------------------------------------------------
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         return type(self.__dict__["_model"]) if "_model" in self.__dict__ else ParallelModule
 
     @property
@@ -116,7 +116,7 @@ def _forward(model: nn.Module, engine: Engine) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return engine(args, kwargs)
 
-    forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(model.forward)
     forward.__doc__ = model.forward.__doc__
     return forward
 

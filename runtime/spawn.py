@@ -23,7 +23,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -86,6 +86,12 @@ class SpawnExecutor:
                 )
         links = self._started()
         names = list(plan.program.weights.values())
+        with self._ending("in an earlier call"):
+            return self._load(plan, links, names, weights, inputs)
+
+    def _load(
+        self, plan: PlanLike, links: Collectives, names: list[str], weights: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> SpawnPlan:
         self._share(names, weights)
         self._numbers += 1
         code = RankProgram.of(specialize(plan.graph, 0), 0)
@@ -122,7 +128,7 @@ class SpawnExecutor:
         Raises:
             RankError: with the worker's own traceback.
         """
-        try:
+        with self._ending("in an earlier call"):
             self._share(plan.names, weights)
             for buffer, tensor in zip(plan.shared, inputs, strict=True):
                 buffer.copy_(tensor)
@@ -134,13 +140,6 @@ class SpawnExecutor:
                 outputs = drive(plan.bound.code.run(plan.bound.values(weights, inputs)), plan.links.exchange)
             for rank in range(1, self.world_size):
                 self._answer(rank, self.timeout)
-        except BaseException as error:
-            cause = self._cause(error) if isinstance(error, (RankError, ClosedError)) else error
-            self._ended = f"in an earlier call: {str(cause).partition(chr(10))[0]}"
-            self.close()
-            if cause is error:
-                raise
-            raise cause from None
         return outputs
 
     def release(self, plan: SpawnPlan) -> None:
@@ -153,7 +152,8 @@ class SpawnExecutor:
             del self._sent[name]
         plan.links.forget(plan.bound.code.sites)
         for channel in self._channels:
-            channel.send(("release", plan.number, unused))
+            with suppress(ClosedError):  # the next call will find out, and say why
+                channel.send(("release", plan.number, unused))
 
     def _started(self) -> Collectives:
         if self._links is not None:
@@ -172,15 +172,10 @@ class SpawnExecutor:
                     subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
                 )
             self._channels.append(Channel(ours))
-        try:
+        with self._ending("at their start"):
             for rank in range(1, self.world_size):
                 self._answer(rank, START)
             self._links = connect(self._store, 0, self.world_size, self.timeout)
-        except BaseException as error:
-            cause = self._cause(error) if isinstance(error, (RankError, ClosedError)) else error
-            self._ended = f"at their start: {str(cause).partition(chr(10))[0]}"
-            self.close()
-            raise cause from None
         return self._links
 
     def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
@@ -209,6 +204,19 @@ class SpawnExecutor:
         message = self._channels[rank - 1].receive()
         if message[0] == "error":
             raise RankError(rank, message[2])
+
+    @contextmanager
+    def _ending(self, when: str) -> Iterator[None]:
+        """What fails in here ends the workers, and is raised as what caused it."""
+        try:
+            yield
+        except BaseException as error:
+            cause = self._cause(error) if isinstance(error, RankError | ClosedError) else error
+            self._ended = f"{when}: {str(cause).partition(chr(10))[0]}"
+            self.close()
+            if cause is error:
+                raise
+            raise cause from None
 
     def _cause(self, error: Exception) -> Exception:
         """Who failed first: a worker that raised something of its own, or one that is gone; else `error`."""

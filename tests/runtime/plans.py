@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,9 +58,7 @@ class Block(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.conv_in.weight.dtype
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor, *, gain: float = 1.0, return_dict: bool = True
-    ) -> dict[str, Tensor]:
+    def forward(self, sample: Tensor, timestep: Tensor, *, gain: float = 1.0, return_dict: bool = True) -> Any:
         h = self.conv_in(sample) + timestep.view(-1, 1, 1, 1)
         h = self.down(nn.functional.silu(self.norm(h)))
         tokens = h.flatten(2).transpose(1, 2)

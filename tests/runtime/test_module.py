@@ -126,10 +126,10 @@ def test_a_number_inside_an_adapters_dict_is_part_of_the_structure(model: Block)
         def forward(self, x: Tensor) -> Tensor:
             return self.base(x) * self.scaling["default"]
 
-    model.query = Adapter()
+    adapter = model.query = Adapter()
     module = parallel(model, LockstepExecutor(2))
     check(module, model)
-    model.query.scaling["default"] = 3.0
+    adapter.scaling["default"] = 3.0
     check(module, model)
 
 
@@ -230,7 +230,8 @@ def test_a_parallel_module_is_not_wrapped_again() -> None:
 
 @pytest.fixture
 def pipeline() -> diffusers.DDIMPipeline:
-    pipe = diffusers.DDIMPipeline(case("unet_2d").build(), diffusers.DDIMScheduler(num_train_timesteps=10))
+    unet: Any = case("unet_2d").build()
+    pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(num_train_timesteps=10))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+import fxpass
+from fxpass.models.small import case
 from fxpass.runtime.engine import SIGNATURES, Engine
 from fxpass.runtime.errors import RankError
 from fxpass.runtime.lockstep import LockstepExecutor
@@ -103,6 +106,28 @@ def test_programs_in_the_workers_are_bounded(pair: tuple[Block, ParallelModule])
         module(*inputs(rows))
     assert len(module._engine.executor._plans) == SIGNATURES
     assert same_as_lockstep(model, module)
+
+
+def test_a_real_denoiser_in_half_precision() -> None:
+    model = case("unet_sdxl").build()
+    example = case("unet_sdxl").inputs(32, module=model)
+    model.to(torch.bfloat16)
+    example = pytree.tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, example)
+    with fxpass.parallelize(model, 2, executor="spawn", timeout=60) as module:
+        found = module(**example).sample
+        expected = fxpass.parallelize(model, 2, executor="lockstep")(**example).sample
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, expected)
+
+
+def test_a_worker_that_died_between_calls_is_named() -> None:
+    module = parallel(block(), SpawnExecutor(2, timeout=60))
+    module(*inputs())
+    (child,) = pids(module)
+    os.kill(child, signal.SIGKILL)
+    assert gone([child])
+    with pytest.raises(RankError, match=rf"rank 1 failed: its process \({child}\) was killed by SIGKILL"):
+        module(*inputs(18))
 
 
 def test_not_a_number_passes_through(pair: tuple[Block, ParallelModule]) -> None:
