@@ -71,8 +71,8 @@ def roll(p: Partitioner, op: Op, x: fx.Node, shifts: list[int], dims: list[int] 
 def cat(p: Partitioner, op: Op, tensors: list[fx.Node], dim: int = 0) -> fx.Node:
     dim = dim % len(op.shape)
     layouts = [layout_of(x) for x in tensors]
-    other = next((layout for layout in layouts if layout.dim not in (None, dim)), None)
-    if other is not None:
+    if any(layout.dim not in (None, dim) for layout in layouts):
+        tensors = [p.whole(x, "realign", "cut along the joint") if layout_of(x).dim == dim else x for x in tensors]
         shape = tuple(1 if d == dim else s for d, s in enumerate(op.shape))
         layout, tensors = align(p, shape, tensors)
         return p.same(op, (tensors, dim), layout=layout)
@@ -120,8 +120,8 @@ def mirrored_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], mode: str, 
         size = shape_of(x)[dim]
         _, _, rows = _padded(layout, size, before, after)
         rest[place] = rest[place + 1] = 0
-        spread = np.arange(size, dtype=np.float64)[None]
-        sources = torch.nn.functional.pad(torch.from_numpy(spread), (before, after), mode=mode)[0].long().numpy()
+        spread = torch.arange(size, dtype=torch.float64)[None, None]
+        sources = torch.nn.functional.pad(spread, (before, after), mode=mode)[0, 0].long().numpy()
         x = p.fetch(x, dim, tuple(Rows.of(sources[r.array]) for r in rows), "halo")
         local = [
             ops.Index(np.searchsorted(have.array, sources[r.array]))
@@ -130,11 +130,10 @@ def mirrored_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], mode: str, 
         shape = (*shape_of(x)[:dim], op.shape[dim], *shape_of(x)[dim + 1 :])
         layout = Layout(dim, rows)
         x = p.emit(ops.select, (x, dim, per_rank(local)), shape=shape, dtype=op.dtype, layout=layout)
-    while rest and rest[-1] == 0:
-        rest.pop()
-    if not rest:
+    if not any(rest):
         return x
-    return p.same(op, (x, rest + [0] * (len(rest) % 2), mode, value), layout=layout)
+    # these modes pad as many dims as `pad` names, those of width zero included
+    return p.same(op, (x, rest, mode, value), layout=layout)
 
 
 def slice_scatter(
