@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import floor, log
 from typing import Any
 
@@ -26,6 +26,7 @@ from .partition import Rule, partition
 Seeds = dict[str, Layout]
 GRAINS = (1, 2, 4, 8, 16, 32)
 NEAR = 0.9  #: of the ideal speed-up: a first cut that is worth refining rather than replacing
+WORTHWHILE = 1.2  #: times as fast: less is replication, not a split
 GOOD = 0.97  #: of the ideal speed-up: good enough to stop
 
 
@@ -69,6 +70,24 @@ class Search:
             return 0
         return max(0, floor(log(self.world * max(judged.flops_per_rank) / self.total) / log(1.25)))
 
+    def run(self) -> bool:
+        """Search; whether something was found that makes the slowest rank faster."""
+        candidates = list(_candidates(self))
+        for node, dim in candidates:
+            for rows in _cuts(shape_of(node)[dim], self.world):
+                self.attempt({node.name: Layout(dim, rows)})
+            if self.reached >= NEAR:
+                break
+        for node, dim in candidates:
+            if self.reached >= GOOD:
+                break
+            if self.best is not None and node.name not in self.seeds:
+                self.attempt({**self.seeds, node.name: Layout(dim, even(shape_of(node)[dim], self.world))})
+        if self.best is not None and self.reached < GOOD:
+            for name, layout in list(_inner(self))[:4]:
+                self.attempt({**self.seeds, name: layout})
+        return self.best is not None and (not self.total or self.bound >= WORTHWHILE)
+
     @property
     def seeds(self) -> Seeds:
         return self.best[1] if self.best else {}
@@ -89,28 +108,19 @@ def seed(
 ) -> Seeds:
     """The best seeds found.
 
-    Raises `CannotShare` if no input has enough rows for `world` ranks.
+    Raises `CannotShare` if no input has enough rows for `world` ranks; the message says how many ranks would do.
     """
-    search = Search(graph, world, target, rules, inputs)
     if world == 1:
         return {}
-    candidates = list(_candidates(search))
-    for node, dim in candidates:
-        for rows in _cuts(shape_of(node)[dim], world):
-            search.attempt({node.name: Layout(dim, rows)})
-        if search.reached >= NEAR:
-            break
-    for node, dim in candidates:
-        if search.reached >= GOOD:
-            break
-        if node.name not in search.seeds and search.best is not None:
-            search.attempt({**search.seeds, node.name: Layout(dim, even(shape_of(node)[dim], world))})
-    if search.reached < GOOD:
-        for name, layout in list(_inner(search))[:4]:
-            search.attempt({**search.seeds, name: layout})
-    if search.best is None or search.total and search.bound < 1.2:
-        raise CannotShare(_advice(search))
-    return search.seeds
+    search = Search(graph, world, target, rules, inputs)
+    if search.run():
+        return search.seeds
+    sizes = sorted({shape_of(node)[dim] for node, dim in _candidates(replace(search, world=2))}, reverse=True)
+    fewer = [size for size in sizes if size < world][:4]
+    most = next((n for n in fewer if Search(graph, n, target, rules, inputs).run()), None)
+    advice = f"at most {most} ranks would do" if most else "it has to run on one"
+    gain = f"; the best cut found makes it {search.bound:.2f} times as fast" if search.best else ""
+    raise CannotShare(f"this model cannot be shared among {world} ranks: its inputs have too few rows ({advice}){gain}")
 
 
 def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
@@ -173,14 +183,3 @@ def _inner(search: Search) -> Iterator[tuple[str, Layout]]:
             continue
         seen.add(shape)
         yield node.name, Layout(dim, rows)
-
-
-def _advice(search: Search) -> str:
-    nodes = [n for n in search.graph.nodes if n.op == "placeholder" and n.name in search.inputs]
-    sizes = sorted({s for n in nodes if len(shape_of(n)) >= 3 for s in shape_of(n)[1:]}, reverse=True)
-    most = max((s for s in sizes if s < search.world), default=1)
-    gain = f" (the best cut found makes it {search.bound:.2f} times as fast)" if search.best else ""
-    return (
-        f"this model cannot be shared among {search.world} ranks{gain}: no input dim gives every rank work of its own; "
-        f"inputs have dims of {', '.join(map(str, sizes[:4]))} rows, so at most {most} ranks would do"
-    )

@@ -117,7 +117,8 @@ def _noise_like(payload: Tensor) -> Tensor:
     return torch.randn_like(payload) * payload.std() + payload.mean()
 
 
-def test_a_rank_with_nothing_to_do_is_refused_with_the_number_that_would_do() -> None:
+def test_more_ranks_than_rows_are_refused_with_the_number_that_would_do() -> None:
     _, program, _, _ = captured("unet_sd", 16, 16, 1)
-    with pytest.raises(ValueError, match="at most 16 ranks would do"):
+    with pytest.raises(ValueError, match="cannot be shared among 40 ranks.*at most 16 ranks would do"):
         make_plan(program, 40, Strategy.of("sync"))
+    assert make_plan(program, 16, Strategy.of("sync")).bound > 1.2
