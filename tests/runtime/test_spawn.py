@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_programs_in_the_workers_are_bounded(pair: tuple[Block, ParallelModule])
 
 
 def test_a_real_denoiser_in_half_precision() -> None:
-    model = case("unet_sdxl").build()
+    model: Any = case("unet_sdxl").build()
     example = case("unet_sdxl").inputs(32, module=model)
     model.to(torch.bfloat16)
     example = pytree.tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, example)
