@@ -205,6 +205,24 @@ def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx
     return _to_copy(b, node, _expand(b, node, source), dtype=x.meta["dtype"])
 
 
+# -- look-ups ---------------------------------------------------------------------------------------------------
+
+
+def _take_along_dim(b: Builder, node: fx.Node, x: fx.Node, indices: fx.Node, dim: int | None = None) -> fx.Node:
+    if dim is None:
+        x, indices = (b.reshape(t, [prod(shape_of(t))]) for t in (x, indices))
+    shapes = [list(shape_of(t)) for t in (x, indices)]
+    dim = (dim or 0) % len(shapes[0])
+    for d, sizes in enumerate(zip(*shapes, strict=True)):
+        if d != dim:
+            shapes[0][d] = shapes[1][d] = max(sizes)
+    wide = [
+        t if list(shape_of(t)) == shape else b.emit(aten.expand.default, t, shape)
+        for t, shape in zip((x, indices), shapes, strict=True)
+    ]
+    return b.emit(aten.gather.default, wide[0], dim, wide[1])
+
+
 # -- padding and products -----------------------------------------------------------------------------------------
 
 
@@ -314,6 +332,7 @@ FORMS: dict[Any, Form] = {
     aten._to_copy.default: _to_copy,
     aten.type_as.default: _type_as,
     aten.copy.default: _copy,
+    aten.take_along_dim.default: _take_along_dim,
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: lambda b, node, x, pad, value=0: _pad(b, node, x, pad, "constant", value),
     **{getattr(aten, f"reflection_pad{n}d").default: _mirrored("reflect") for n in (1, 2, 3)},

@@ -61,6 +61,8 @@ def gather(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node, **kwa
         if shape_of(x)[layout.axis] != op.shape[layout.axis]:
             raise CannotSplit("index and source differ in size along the split dim")
         x = p.lay(x, layout)
+    else:
+        x = p.whole(x, "realign", "looked up by split indices")
     return p.same(op, (x, dim, p.lay(indices, layout)), kwargs, layout=layout)
 
 

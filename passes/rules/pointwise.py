@@ -57,10 +57,14 @@ NAMES = """
     logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish mul nan_to_num ne neg ones_like
     polar pow real reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus
     softshrink sqrt square sub tan tanh threshold trunc where xlogy zeros_like _to_copy
+    absolute arccos arctan arctan2 clip divide fix float_power greater greater_equal hypot less less_equal multiply
+    negative not_equal signbit subtract true_divide __and__ __lshift__ __or__ __rshift__ __xor__
 """.split()
+#: names that are pointwise in some overloads only
+OVERLOADS = (aten.max.other, aten.min.other)
 TABLE = {
     getattr(packet, overload): pointwise
     for packet in (getattr(aten, name) for name in NAMES)
     for overload in packet.overloads()
-    if "out" not in overload
-}
+    if "out" not in overload and getattr(packet, overload) is not aten.where.default  # that one is nonzero
+} | dict.fromkeys(OVERLOADS, pointwise)
