@@ -189,6 +189,13 @@ def _itself(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Nod
     return x
 
 
+def _clone(b: Builder, node: fx.Node, x: fx.Node, *, memory_format: Any = None, **_: Any) -> fx.Node:
+    """Kept where it changes the order in memory: a convolution would else do it for its weights, at every call."""
+    if memory_format in (None, torch.preserve_format) or x.meta["val"].is_contiguous(memory_format=memory_format):
+        return x
+    return b.emit(aten.clone.default, x, memory_format=memory_format)
+
+
 def _to_copy(b: Builder, node: fx.Node, x: fx.Node, **kwargs: Any) -> fx.Node:
     dtype, device = kwargs.get("dtype"), kwargs.get("device")
     if dtype in (None, x.meta["dtype"]) and device in (None, x.meta["val"].device):
@@ -245,6 +252,51 @@ def _einsum(b: Builder, node: fx.Node, equation: str, operands: Sequence[fx.Node
     if len(operands) == 1 and sorted(source) == sorted(target) and len(set(source)) == len(source):
         return b.permute(operands[0], [source.index(letter) for letter in target])
     return b.emit(aten.einsum.default, equation, list(operands))
+
+
+# -- statistics -------------------------------------------------------------------------------------------------
+
+
+def _variance(root: bool, mean: bool) -> Form:
+    """Every form of var, std, var_mean and std_mean is one of `var.correction` and `var_mean.correction`."""
+
+    def form(b: Builder, node: fx.Node, x: fx.Node, *args: Any, **named: Any) -> Any:
+        if node.target._overloadname == "correction":  # type: ignore[union-attr]
+            dims, correction = args[0] if args else named.get("dim"), named.get("correction")
+        else:  # (dims, unbiased, keepdim) or (unbiased)
+            flags = list(args)
+            dims = flags.pop(0) if node.target._overloadname == "dim" else None  # type: ignore[union-attr]
+            correction = int(flags.pop(0) if flags else named.get("unbiased", True))
+            named = {"keepdim": flags[0]} if flags else named
+        target = aten.var_mean.correction if mean else aten.var.correction
+        keepdim = named.get("keepdim", False)
+        kwargs = {"correction": 1 if correction is None else correction, "keepdim": keepdim}
+        results = _unpacked(b, b.emit(target, x, dims, **kwargs))
+        first, *rest = results if mean else (results,)
+        first = b.emit(aten.sqrt.default, first) if root else first
+        return (first, *rest) if mean else first
+
+    return form
+
+
+def _batch_norm(
+    b: Builder, node: fx.Node, x: fx.Node, weight: Any, bias: Any, mean: Any, variance: Any, training: bool,
+    momentum: float, eps: float,
+) -> Any:  # fmt: skip
+    args = (x, weight, bias, mean, variance, training, momentum, eps)
+    if training:
+        return _unpacked(b, b.copy(node.target, args, {}, node.meta["val"]))
+    return b.emit(aten.batch_norm.default, *args, False), None, None
+
+
+def _instance_norm(
+    b: Builder, node: fx.Node, x: fx.Node, weight: Any, bias: Any, mean: Any, variance: Any, own: bool,
+    momentum: float, eps: float, cudnn: bool,
+) -> Any:  # fmt: skip
+    """A group norm of one channel each, or with given statistics a batch norm."""
+    if not own:
+        return b.emit(aten.batch_norm.default, x, weight, bias, mean, variance, False, momentum, eps, cudnn)
+    return b.emit(aten.group_norm.default, x, shape_of(x)[1], weight, bias, eps, cudnn)
 
 
 # -- windows ----------------------------------------------------------------------------------------------------
@@ -322,11 +374,11 @@ FORMS: dict[Any, Form] = {
     aten.cat.default: _cat,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
-    aten.clone.default: _itself,
+    aten.clone.default: _clone,
     aten.alias.default: _itself,
     aten.detach.default: _itself,
     aten.detach_.default: _itself,
-    aten.contiguous.default: _itself,
+    aten.contiguous.default: lambda b, node, x, **_: _clone(b, node, x, memory_format=torch.contiguous_format),
     aten.lift_fresh_copy.default: _itself,
     aten.lift_fresh.default: _itself,
     aten._to_copy.default: _to_copy,
@@ -338,6 +390,13 @@ FORMS: dict[Any, Form] = {
     **{getattr(aten, f"reflection_pad{n}d").default: _mirrored("reflect") for n in (1, 2, 3)},
     **{getattr(aten, f"replication_pad{n}d").default: _mirrored("replicate") for n in (1, 2, 3)},
     aten.einsum.default: _einsum,
+    **{
+        getattr(getattr(aten, name), overload): _variance("std" in name, "mean" in name)
+        for name in ("var", "std", "var_mean", "std_mean")
+        for overload in ("default", "dim", "correction")
+    },
+    aten.native_batch_norm.default: _batch_norm,
+    aten.instance_norm.default: _instance_norm,
     aten.conv1d.default: _convolution(False),
     aten.conv2d.default: _convolution(False),
     aten.conv3d.default: _convolution(False),

@@ -138,7 +138,8 @@ class Fetch(Exchange):
             return x
         rows = before + len(want) + after
         shape = (*x.shape[: self.dim], rows, *x.shape[self.dim + 1 :])
-        result = x.new_empty(shape)
+        order = sorted(range(x.ndim), key=x.stride, reverse=True)  # as in memory: channels-last stays so
+        result = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
         if before:
             result.narrow(self.dim, 0, before).fill_(self.fill)
         if after:

@@ -87,7 +87,7 @@ def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
 
 def group_moments(x: Tensor, groups: int) -> Tensor:
     """`moments` of each (sample, group) of `x` [B, C, …]: [2, B, groups]."""
-    return moments(x.reshape(x.shape[0], groups, -1), [2]).squeeze(-1)
+    return moments(x.reshape(x.shape[0], groups, x[0].numel() // groups), [2]).squeeze(-1)
 
 
 def group_normalize(

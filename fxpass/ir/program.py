@@ -126,6 +126,8 @@ def fingerprint(graph: fx.Graph) -> str:
             return "(" + ",".join(map(text, value)) + ")"
         if isinstance(value, dict):
             return "{" + ",".join(f"{k}:{text(value[k])}" for k in sorted(value)) + "}"
+        if isinstance(value, torch.device):
+            return value.type  # each rank has a device of its own
         if isinstance(value, ops.Index):
             return hashlib.sha256(value.array.tobytes()).hexdigest()
         return repr(value)

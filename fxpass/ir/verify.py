@@ -26,7 +26,7 @@ LOCAL = {getattr(ops, name) for name in ("take", "select", "resample", "moments"
 #: operators that normal form has a simpler word for
 ABNORMAL = {
     aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.t.default,
-    aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.stack.default, aten.clone.default,
+    aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.stack.default,
     aten.alias.default, aten.detach.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
 }  # fmt: skip
 

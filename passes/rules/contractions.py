@@ -53,6 +53,9 @@ def contract(
 def linear(p: Partitioner, op: Op, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
     if layout_of(weight).split:
         raise CannotSplit("the weight of a linear layer is split")
+    bias = p.whole(bias, "realign", "the bias of a linear layer is used whole") if bias is not None else None
+    if not layout_of(x).split:
+        return p.same(op, (x, weight, bias), layout=layout_of(x))
     ndim = len(shape_of(x))
     lead = string.ascii_lowercase[: ndim - 1]
     summed = layout_of(x).dim == ndim - 1

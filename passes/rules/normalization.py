@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from ...ir import ops
 from ...ir.layout import Layout, own
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner
+from ..partition import CannotSplit, Op, Partitioner, Rule
 
 aten = torch.ops.aten
 
@@ -21,6 +23,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def norm(function: Rule) -> Rule:
+    """Weights and other statistics are used whole; a whole value is normalized as it is."""
+
+    def rule(p: Partitioner, op: Op, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+        args, kwargs = map_arg((args, kwargs), lambda w: p.whole(w, "realign", "weights of a norm are used whole"))
+        if not layout_of(x).split:
+            return p.same(op, (x, *args), kwargs, layout=Layout())
+        return function(p, op, x, *args, **kwargs)
+
+    return rule
+
+
+@norm
 def group_norm(
     p: Partitioner,
     op: Op,
@@ -58,6 +73,7 @@ def moments(p: Partitioner, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, f
     return mean, variance
 
 
+@norm
 def layer_norm(
     p: Partitioner,
     op: Op,
@@ -89,6 +105,7 @@ def layer_norm(
     return p.emit(aten._to_copy.default, (y,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype, layout=layout)
 
 
+@norm
 def rms_norm(
     p: Partitioner, op: Op, x: fx.Node, normalized: list[int], weight: fx.Node | None = None, eps: float | None = None
 ) -> fx.Node:
@@ -98,6 +115,7 @@ def rms_norm(
     return p.same(op, (x, normalized, weight, eps), layout=layout)
 
 
+@norm
 def batch_norm(
     p: Partitioner,
     op: Op,

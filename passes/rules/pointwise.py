@@ -51,7 +51,7 @@ def pointwise(p: Partitioner, op: Op, *args: Any, **kwargs: Any) -> fx.Node:
 
 NAMES = """
     abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
-    bitwise_xor ceil celu clamp clamp_max clamp_min conj conj_physical _conj complex copysign cos cosh div elu empty_like eq erf erfc erfinv exp exp2
+    bitwise_xor ceil celu clamp clamp_max clamp_min clone conj conj_physical _conj complex copysign cos cosh div elu empty_like eq erf erfc erfinv exp exp2
     expm1 floor floor_divide fmax fmin fmod frac full_like ge gelu gt hardshrink hardsigmoid hardswish hardtanh
     imag isfinite isinf isnan ldexp le leaky_relu lerp log log10 log1p log2 log_sigmoid logaddexp logical_and
     logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish mul nan_to_num ne neg ones_like

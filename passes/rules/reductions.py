@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 from ...ir.layout import Layout
 from ...ir.program import layout_of, shape_of
 from ..partition import CannotSplit, Op, Partitioner, Rule
-from .normalization import moments
+from .normalization import moments, wide
 
 aten = torch.ops.aten
 
@@ -36,13 +37,14 @@ def reduction(partial: str) -> Rule:
         if layout.axis not in inside:
             return p.same(op, (x, dims, keepdim), kwargs, layout=_without(layout, inside, keepdim))
         if partial == "mean":
-            total = p.emit(aten.sum.dim_IntList, (p.own(x), inside, keepdim), kwargs, shape=op.shape, dtype=op.dtype)
-            count = 1
-            for d in inside:
-                count *= shape[d]
-            return p.emit(aten.div.Scalar, (p.reduce(total), count), shape=op.shape, dtype=op.dtype)
-        part = p.same(op, (p.own(x), inside, keepdim), kwargs, layout=Layout())
-        return p.reduce(part, partial)
+            dtype = op.dtype if op.dtype.is_complex else wide(op.dtype)  # a sum overflows where a mean does not
+            count = prod(shape[d] for d in inside)
+            part = p.emit(aten.sum.dim_IntList, (p.own(x), inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype)
+            mean = p.emit(aten.div.Scalar, (p.reduce(part), count), shape=op.shape, dtype=dtype)
+            return p.emit(aten._to_copy.default, (mean,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
+        # a rank may own nothing: of that there is a sum, but no maximum; maxima may count a row twice
+        x = p.own(x) if partial == "sum" else x
+        return p.reduce(p.same(op, (x, inside, keepdim), kwargs, layout=Layout()), partial)
 
     return rule
 
@@ -87,6 +89,23 @@ def variance(
     return tuple(values) if both else values[0]
 
 
+def vector_norm(
+    p: Partitioner, op: Op, x: fx.Node, order: float = 2, dims: Any = None, keepdim: bool = False, **kwargs: Any
+) -> fx.Node:
+    """The Euclidean norm over ranks is that of the ranks' norms."""
+    layout, shape = layout_of(x), shape_of(x)
+    inside = _dims(dims, len(shape))
+    if layout.axis not in inside:
+        return p.same(op, (x, order, dims, keepdim), kwargs, layout=_without(layout, inside, keepdim))
+    if order != 2 or x.meta["dtype"].is_complex:
+        raise CannotSplit(f"a norm of order {order} over the split dim")
+    dtype = wide(op.dtype)
+    part = p.emit(op.target, (p.own(x), order, inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype)
+    total = p.reduce(p.emit(aten.square.default, (part,), shape=op.shape, dtype=dtype))
+    root = p.emit(aten.sqrt.default, (total,), shape=op.shape, dtype=dtype)
+    return p.emit(aten._to_copy.default, (root,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
+
+
 def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[..., Any]:
     """A rule for an operator that works along the dim given at argument `place` and keeps the others apart."""
 
@@ -116,6 +135,7 @@ TABLE = {
     aten.amin.default: reduction("amin"),
     aten.var.correction: variance,
     aten.var_mean.correction: variance,
+    aten.linalg_vector_norm.default: vector_norm,
     aten.softmax.int: along(1),
     aten._softmax.default: along(1),
     aten.log_softmax.int: along(1),

@@ -24,11 +24,16 @@ aten = torch.ops.aten
 
 @lru_cache(maxsize=256)
 def response(target: Any, size: int, i: int, spatial: int, args: tuple[Any, ...]) -> np.ndarray:
-    """[outputs, size]: the weights of the operator along spatial dim `i`, in float64."""
+    """[outputs, size]: the weights of the operator along spatial dim `i`, in float64.
+
+    The other dims have size 2: torch's antialiased kernels are wrong on a single column.
+    """
     shape = [1, size] + [size if j == i else 1 for j in range(spatial)]
     x = torch.eye(size, dtype=torch.float64).view(shape)
-    y = target(x, *args)
-    return y.reshape(size, -1).T.numpy()
+    y = target(x.expand([1, size] + [size if j == i else 2 for j in range(spatial)]).contiguous(), *args)
+    for j in reversed(range(spatial)):
+        y = y if j == i else y.select(2 + j, 0)
+    return y[0].T.numpy()
 
 
 def _only(values: Any, i: int, other: Any) -> Any:
@@ -39,21 +44,29 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
     """`rest` is (align_corners, scales…) for smooth kinds, (scales…) for nearest, nothing for adaptive pooling."""
     layout = layout_of(x)
     spatial = len(output_size)
-    i = layout.axis - 2
+    i = layout.axis - (len(op.shape) - spatial)
     if i < 0:
         return p.same(op, (x, output_size, *rest), layout=layout)
     flags, scales = rest[: len(rest) - spatial], rest[len(rest) - spatial :] if len(rest) >= spatial else ()
-    one = (_only(output_size, i, 1), *flags, *(s if j == i else None for j, s in enumerate(scales)))
+    one = (_only(output_size, i, 2), *flags, *(s if j == i else None for j, s in enumerate(scales)))
     dim, size, outputs = layout.axis, shape_of(x)[layout.axis], op.shape[layout.axis]
+    if outputs < p.world:
+        x = p.whole(x, "small", f"fewer rows than ranks along dim {dim}")
+        return p.same(op, (x, output_size, *rest), layout=Layout())
     weights = response(op.target, size, i, spatial, _hashable(one))
     shape = (*shape_of(x)[:dim], outputs, *shape_of(x)[dim + 1 :])
     if (np.count_nonzero(weights, axis=1) == 1).all() and (weights.sum(axis=1) == 1).all():
         x = remap(p, _Shaped(op.node, op.target, shape, op.dtype), x, dim, weights.argmax(axis=1))
     else:
         x = _weighted(p, x, dim, weights, shape, op.dtype)
-    if shape == op.shape:
+    if all(
+        j == i or (op.shape[j - spatial] == shape[j - spatial] and (not scales or scales[j] in (None, 1.0)))
+        for j in range(spatial)
+    ):
         return x
-    sizes = p.local(op.shape, layout_of(x))[2:]
+    if op.target in ANTIALIASED and dim == len(shape) - 1 and 1 in layout_of(x).sizes:
+        raise CannotSplit("torch's antialiased kernels are wrong on a single column")
+    sizes = p.local(op.shape, layout_of(x))[-spatial:]
     kept = tuple(None if j == i else s for j, s in enumerate(scales))
     return p.same(op, (x, sizes, *flags, *kept), layout=layout_of(x))
 
@@ -82,8 +95,7 @@ def _weighted(
     first, last = (weights != 0).argmax(axis=1), size - 1 - (weights != 0)[:, ::-1].argmax(axis=1)
     centres = (first + last) // 2
     rows = p.spread(tuple(Rows.of(np.flatnonzero(np.isin(centres, r.array))) for r in layout.rows), outputs)
-    if rows is None:
-        raise CannotSplit("fewer rows than ranks")
+    assert rows is not None, "fewer rows than ranks"
     width = int((last - first).max()) + 1
     first = np.minimum(first, size - width)
     taps = first[:, None] + np.arange(width)
@@ -99,6 +111,7 @@ def _weighted(
     )
 
 
+ANTIALIASED = (aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default)
 NAMES = """
     upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
     _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
