@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -137,5 +138,3 @@ def fingerprint(graph: fx.Graph) -> str:
         meta = (node.meta.get("shape"), str(node.meta.get("dtype")), layout_of(node))
         digest.update(f"{node.op} {name} {text(node.args)} {text(node.kwargs)} {meta}\n".encode())
     return digest.hexdigest()
-
-
