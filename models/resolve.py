@@ -1,4 +1,4 @@
-"""What the command line calls a model: a catalog name, a diffusers folder, or `package.module:factory`."""
+"""What the command line calls a model: a catalog name, `small:NAME`, a folder, or `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from .catalog import Entry, cast, catalog, load
 from .inputs import example_inputs, takes_inputs
+from .small import cases
 from .wrappers import Decode
 
 
@@ -60,6 +61,7 @@ class Resolved:
 def resolve(model: str, options: Options = Options()) -> Resolved:
     """The module and example inputs that `model` names: a catalog name, a folder, or `package.module:factory`.
 
+    `small:NAME` is a tiny model of the small zoo, always with values; its heights and widths are those of the latent.
     A folder is a diffusers pipeline (its denoiser is taken) or a single model. A factory is called without arguments
     and returns a module, `(module, kwargs)` or `(module, args, kwargs)`; it decides sizes and precision itself.
 
@@ -78,6 +80,8 @@ def resolve(model: str, options: Options = Options()) -> Resolved:
             fake=options.fake,
         )
         return Resolved(model, module, (), kwargs)
+    if model.startswith("small:"):
+        return _from_small(model, options)
     if Path(model).is_dir():
         return _from_folder(Path(model), options)
     if ":" in model and not Path(model).exists():
@@ -100,6 +104,22 @@ def _why_not(model: str) -> str:
 def _suggest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _from_small(model: str, options: Options) -> Resolved:
+    names = {case.name: case for case in cases}
+    name = model.removeprefix("small:")
+    if name not in names:
+        hint = _suggest(name, names) or f"; they are {', '.join(names)}"
+        raise ResolveError(f"no small model is called {name!r}{hint}")
+    case = names[name]
+    if options.frames is not None:
+        raise ResolveError(f"{model} has a fixed number of frames: {case.frames}")
+    module = case.build()
+    if options.dtype is not None:
+        module = cast(module, options.dtype, torch.device("cpu"))
+    rows, cols = options.height or options.width or 32, options.width or options.height or 16
+    return Resolved(model, module, (), case.inputs(rows, options.batch or 1, cols=cols, module=module))
 
 
 # -------------------------------------------------------------------------------------------------- folders
