@@ -1,0 +1,17 @@
+"""Runs `fxpass …` in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.testing import CliRunner
+
+from fxpass.tools.cli import app
+
+
+def fxpass(*arguments: Any) -> Any:
+    """The result: `.exit_code`, `.stdout`, `.stderr`. Raises what the command does not expect."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result

@@ -1,0 +1,90 @@
+"""`fxpass check` says yes and no, with figures."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxpass.runtime import lockstep
+from fxpass.tools.check import differences, fresh, named_tensors, randomised
+from tests.runtime.plans import block, inputs
+from tests.tools.command import fxpass
+
+
+def test_check_says_yes_with_figures_for_every_world_size() -> None:
+    result = fxpass("check", "tests.tools.models:good", "-n", 2, "-n", 3)
+    assert result.exit_code == 0
+    assert len(re.findall(r"^[23] +sample +2x4x16x8 +\S+e-0\d +yes", result.stdout, re.M)) == 2
+    assert "yes: tests.tools.models:good is exact on 2, 3 ranks" in result.stdout
+    assert "yes: small:unet_sd is exact on 2 ranks" in fxpass("check", "small:unet_sd", "-n", 2).stdout
+
+
+def test_check_randomises_constant_parameters_and_says_so() -> None:
+    said = "constant parameters were given random values"
+    assert said in fxpass("check", "tests.tools.models:good", "-n", 2).stdout
+    assert said not in fxpass("check", "tests.tools.models:good", "-n", 2, "--keep-weights").stdout
+    model = block()
+    assert randomised(model) == 2  # the group norm's
+    assert randomised(model) == 0
+
+
+def test_check_says_no_where_an_exchange_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    carry = lockstep.LockstepPlan._carry
+
+    def wrong(
+        self: object, site: object, exchange: object, src: int, dst: int, payload: Tensor | None
+    ) -> Tensor | None:
+        return None if payload is None else payload * 1.01
+
+    monkeypatch.setattr(lockstep.LockstepPlan, "_carry", wrong)
+    result = fxpass("check", "tests.tools.models:good", "-n", 2)
+    assert result.exit_code == 1
+    assert "no: tests.tools.models:good is NOT exact on 2 ranks" in result.stdout
+    monkeypatch.setattr(lockstep.LockstepPlan, "_carry", carry)
+
+
+def test_not_a_number_is_no_small_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        lockstep.LockstepPlan, "_carry", lambda *args: None if args[-1] is None else args[-1] * torch.nan
+    )
+    assert differences(block(), inputs(), {}, [2])[0].value == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sdxl",), "check its small sibling instead: fxpass check small:unet_sdxl"),
+        (("flux-dev",), "small:flux"),
+        (("tests.tools.models:infinite",), "is not finite"),
+        (("tests.tools.models:good", "-n", 64), "cannot be shared among 64 ranks"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(arguments: tuple[object, ...], message: str) -> None:
+    result = fxpass("check", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_fresh_inputs_are_others_in_the_same_range_and_masks_stay() -> None:
+    mask = torch.tensor([1.0, 1.0, 0.0])
+    given = {
+        "x": torch.randn(4, 4),
+        "t": torch.tensor([500]),
+        "mask": mask,
+        "flag": True,
+        "labels": torch.tensor([0, 1]),
+    }
+    _, other = fresh((), given)
+    assert not torch.equal(other["x"], given["x"])
+    assert torch.equal(other["x"].flatten().sort().values, given["x"].flatten().sort().values)
+    assert other["t"].item() == 250
+    assert torch.equal(other["mask"], mask)
+    assert torch.equal(other["labels"], given["labels"])
+    assert other["flag"] is True
+
+
+def test_outputs_are_named_as_the_caller_names_them() -> None:
+    x = torch.zeros(1)
+    assert list(named_tensors({"sample": x, "more": (x, [x], None)})) == ["sample", "more.0", "more.1.0"]
+    assert list(named_tensors(x)) == [""]

@@ -1,0 +1,124 @@
+"""`fxpass plan`, `fxpass dump` and `fxpass models`, on text."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tools.command import fxpass
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+GOOD = "tests.tools.models:good"
+KEYS = {"ranks", "flops_total", "flops_per_rank", "exchanges", "fallbacks", "seconds"}
+KEYS |= {"bytes_received_per_rank", "state_bytes_per_rank"}
+
+
+def test_plan_says_what_is_split_what_it_costs_and_what_travels() -> None:
+    text = fxpass("plan", "small:unet_sd", "-n", 2).stdout
+    assert "small:unet_sd on 2 ranks, strategy sync" in text
+    assert "32 rows, cut at 16" in text
+    assert "at most 2.00 times as fast" in text
+    for word in ("halo", "keys_values", "moments", "received", "no fallbacks", "captured in"):
+        assert word in text
+
+
+def test_plan_as_json_has_all_keys_and_nothing_else_on_the_output() -> None:
+    data = json.loads(fxpass("plan", GOOD, "-n", 3, "--json", "-").stdout)
+    assert data.keys() >= KEYS
+    assert data["ranks"] == len(data["flops_per_rank"]) == len(data["bytes_received_per_rank"]) == 3
+    assert {"role", "bytes", "messages", "node", "reason"} <= data["exchanges"][0].keys()
+    assert data["seconds"].keys() >= {"capture", "plan"}
+    assert data["fallbacks"] == []
+
+
+def test_plan_json_goes_to_a_file_beside_the_table(tmp_path: Path) -> None:
+    result = fxpass("plan", GOOD, "--json", tmp_path / "plan.json")
+    assert "written to" in result.stdout
+    received = json.loads((tmp_path / "plan.json").read_text())["bytes_received_per_rank"][0]
+    assert set(received) >= {"halo", "moments"}
+
+
+def test_plan_takes_sizes() -> None:
+    text = fxpass("plan", "small:unet_sd", "--height", 64, "--width", 16, "--batch", 2).stdout
+    assert "64 rows, cut at 32" in text
+
+
+@pytest.mark.parametrize(
+    ("after", "has", "lacks"),
+    [
+        ("captured", "view(", "exchanges"),
+        ("normalize", "reshape(", "split:"),
+        ("seed", "split: sample [B, C, H/2, W], 16 rows, cut at 8", "halo("),
+        ("partition", "for keys_values", "one message of"),
+        ("canonicalize", "one message of 2 values", "view("),
+    ],
+)
+def test_dump_stops_after_any_pass(after: str, has: str, lacks: str) -> None:
+    text = fxpass("dump", GOOD, "-n", 2, "--after", after).stdout
+    assert text.startswith(f"{GOOD}, rank 0 of 2, after {after}\n")
+    assert has in text
+    assert lacks not in text
+
+
+def test_dump_shows_the_rank_that_is_asked_for() -> None:
+    first, last = (fxpass("dump", GOOD, "-n", 3, "--rank", rank).stdout for rank in (0, 2))
+    assert "halo(H: 1 down, 1 zero up)" in first
+    assert "halo(H: 1 up, 1 zero down)" in last
+    assert "\nconv_out\n" in first
+
+
+def test_diff_shows_what_a_pass_changed() -> None:
+    text = fxpass("dump", GOOD, "--after", "normalize", "--diff").stdout
+    assert text.startswith("--- after captured\n+++ after normalize\n")
+    assert "\n-  view_default" in text
+    seeds = fxpass("dump", GOOD, "--after", "seed", "--diff").stdout
+    assert "+split: sample" in seeds
+
+
+def test_models_lists_the_catalog_and_the_small_ones() -> None:
+    text = fxpass("models").stdout
+    assert "2,567 M" in text
+    assert "small:unet_sd" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "sdx"), "did you mean sdxl"),
+        (("plan", "small:unet_s"), "did you mean unet_sd"),
+        (("plan", "small:unet_sd", "--strategy", "displced"), "did you mean 'displaced'?"),
+        (("plan", "small:unet_sd", "--strategy", "ring"), "not built yet"),
+        (("plan", "small:unet_sd", "--target", "tpu"), "the targets are auto, cpu, gpu"),
+        (("plan", GOOD, "-n", 17), "cannot be shared among 17 ranks"),
+        (("plan", "tests.tools.models:uncapturable"), "models.py:"),
+        (("dump", "small:unet_sd", "--after", "normalise"), "did you mean 'normalize'?"),
+        (("dump", "small:unet_sd", "--rank", 2), "counted from 0 to 1"),
+        (("dump", "small:unet_sd", "--after", "captured", "--diff"), "nothing comes before"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(arguments: tuple[object, ...], message: str) -> None:
+    result = fxpass(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not result.stdout
+
+
+def test_the_traceback_is_shown_where_it_is_asked_for_or_of_use() -> None:
+    with pytest.raises(ValueError, match="no model"):
+        fxpass("--traceback", "plan", "sdx")
+    with pytest.raises(KeyError, match="a bug of the user's"):
+        fxpass("plan", "tests.tools.models:faulty")
+
+
+def test_the_commands_import_what_is_slow_only_when_they_run() -> None:
+    light = {"cli", "console", "generate", "plan", "dump", "check", "models", "pictures", "demo"}
+    for name in light:
+        for node in ast.parse((TOOLS / f"{name}.py").read_text()).body:
+            if isinstance(node, ast.Import):
+                assert not {alias.name.split(".")[0] for alias in node.names} & {"torch", "diffusers", "numpy", "PIL"}
+            elif isinstance(node, ast.ImportFrom):
+                inside = node.level == 1 and (node.module or "") in light
+                assert inside or (node.level == 0 and node.module not in ("torch", "rich.table")), ast.unparse(node)

@@ -1,0 +1,127 @@
+"""Graphs, layouts and exchanges as text."""
+
+import re
+
+import pytest
+import torch
+
+from fxpass.capture import capture
+from fxpass.ir.exchange import Fetch, Moments
+from fxpass.ir.layout import WHOLE, Layout, Rows, even
+from fxpass.plan import Plan, plan
+from fxpass.tools.printer import (
+    bytes_text,
+    cuts_text,
+    exchange_text,
+    flops_text,
+    graph_text,
+    layout_text,
+    seeds_text,
+    sizes_text,
+)
+from tests.runtime.plans import block, inputs
+
+
+def halo(size: int, world: int, width: int) -> Fetch:
+    have = even(size, world)
+    want = tuple(Rows.interval(max(r.start - width, 0), min(r.stop + width, size)) for r in have)
+    before, after = (width, *(0,) * (world - 1)), (*(0,) * (world - 1), width)
+    return Fetch("halo", (1, 4, size, 8), torch.float32, world, dim=2, have=have, want=want, before=before, after=after)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "text"),
+    [
+        ((2, 4, 64, 32), 2, "[B, C, H/4, W]"),
+        ((2, 4, 64, 32), None, "[B, C, H, W]"),
+        ((2, 4, 9, 64, 32), 3, "[B, C, F, H/4, W]"),
+        ((2, 64, 8), 1, "[B, L/4, C]"),
+        ((64, 2), 0, "[D0/4, D1]"),
+        ((), None, "[]"),
+    ],
+)
+def test_a_layout_names_the_dims_and_where_it_is_split(shape: tuple[int, ...], dim: int | None, text: str) -> None:
+    layout = WHOLE if dim is None else Layout(dim, even(64, 4))
+    assert layout_text(shape, layout) == text
+
+
+def test_sizes_are_those_of_the_rank() -> None:
+    layout = Layout(2, even(50, 4))
+    assert [sizes_text((1, 4, 50, 8), layout, rank) for rank in (0, 2)] == [
+        "1x4x12x8 (H: 12 of 50)",
+        "1x4x13x8 (H: 13 of 50)",
+    ]
+    assert sizes_text((), WHOLE, 0) == "scalar"
+
+
+def test_cuts_are_listed_and_overlaps_spelled_out() -> None:
+    assert cuts_text(even(64, 4), 64) == "64 rows, cut at 16, 32, 48"
+    assert cuts_text((Rows.interval(0, 5), Rows.interval(3, 8)), 8) == "8 rows: {0:5} {3:8}"
+
+
+@pytest.mark.parametrize(
+    ("rank", "text"),
+    [(0, "halo(H: 1 down, 1 zero up)"), (1, "halo(H: 1 up, 1 down)"), (2, "halo(H: 1 up, 1 zero down)")],
+)
+def test_a_halo_says_what_comes_from_where(rank: int, text: str) -> None:
+    assert exchange_text(halo(24, 3, 1), rank) == text
+
+
+def test_a_gather_says_how_many_rows_there_were_and_are() -> None:
+    everything = (Rows.interval(0, 4096),) * 8
+    gather = Fetch("keys_values", (2, 4096, 64), torch.float16, 8, dim=1, have=even(4096, 8), want=everything)
+    assert exchange_text(gather, 3) == "gather(L: 512 -> 4096)"
+    moved = Fetch("realign", (2, 50, 64), torch.float16, 2, dim=1, have=even(50, 2), want=even(50, 2, 10))
+    assert exchange_text(moved, 0) == "move(L: 25 -> 20)"
+
+
+def test_moments_say_of_how_many_elements() -> None:
+    text = exchange_text(Moments("moments", (2, 1, 8), torch.float32, 2, counts=(512, 512)), 0)
+    assert text == "moments(1x8 of 1024 elements)"
+
+
+def test_quantities_are_rounded_to_what_a_person_reads() -> None:
+    assert [bytes_text(n) for n in (0, 999, 1500, 20_000_000, 3_140_000_000)] == [
+        "0 B", "999 B", "1.5 kB", "20.0 MB", "3.1 GB",
+    ]  # fmt: skip
+    assert [flops_text(n) for n in (12, 1_780_000_000, 3e18)] == ["12 FLOP", "1.78 GFLOP", "3000000.00 TFLOP"]
+
+
+@pytest.fixture(scope="module")
+def made() -> Plan:
+    return plan(capture(block(), *inputs()), world_size=2)
+
+
+def test_a_rank_s_graph_has_a_line_per_operator_under_its_module(made: Plan) -> None:
+    lines = graph_text(made.program, made.graph, rank=1).splitlines()
+    at = lines.index("down")
+    halo, convolution = lines[at + 1 : at + 3]
+    assert re.fullmatch(
+        r"  getitem\w*  \[B, C, H/2, W\]  2x16x\d+x8 \(H: \d+ of \d+\)  float32  "
+        r"halo\(H: 1 up\) of silu_default; 1\.0 kB",
+        halo,
+    )
+    assert re.fullmatch(
+        r"  convolution_default_1  \[B, C, H/2, W\]  2x16x4x4 \(H: 4 of 8\)  float32  "
+        r"convolution\(getitem\w*, \.weight, \.bias, \[2, 2\], .*\)",
+        convolution,
+    )
+
+
+def test_inputs_weights_and_outputs_are_named_as_the_caller_does(made: Plan) -> None:
+    text = graph_text(made.program, made.graph)
+    assert text.startswith("inputs\n  sample  [B, C, H, W]  2x4x16x8  float32\n  timestep  [D0]  1  float32\nweights: ")
+    assert text.splitlines()[-2] == "outputs"
+
+
+def test_keys_and_values_that_travel_together_are_one_message(made: Plan) -> None:
+    text = graph_text(made.program, made.graph)
+    assert re.search(
+        r"exchange_\d+  one message of 2 values; (\d\.\d kB)\n.* for keys_values; .*\n.* for keys_values", text
+    )
+
+
+def test_the_seeds_are_named_as_the_caller_names_inputs(made: Plan) -> None:
+    assert seeds_text(made.program, made.program.graph, made.seeds) == [
+        ("sample", "[B, C, H/2, W]", "16 rows, cut at 8")
+    ]

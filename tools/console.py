@@ -1,0 +1,72 @@
+"""What the commands share: their options, the console, and errors as one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+MODEL = "a catalog name (see `fxpass models`), small:NAME, a diffusers folder, or package.module:factory"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+World = Annotated[int, typer.Option("--world-size", "-n", min=1, help="Ranks.")]
+StrategyName = Annotated[str, typer.Option("--strategy", help="How fresh the exchanges are.")]
+TargetName = Annotated[str, typer.Option("--target", help="The machine to plan for: auto, cpu or gpu.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Pixels of the output (small:NAME: rows of the latent).")]
+Width = Annotated[int | None, typer.Option(min=1, help="Pixels of the output (small:NAME: columns of the latent).")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of video.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Samples per call, guidance branches counted.")]
+
+
+def rank() -> int:
+    """The rank of this process: of torchrun's, or 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def console() -> Console:
+    """Where results go: the terminal at its width, or a file or pipe at 160 columns; nowhere on other ranks than 0."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    return Console(width=width, highlight=False, markup=False, emoji=False, quiet=rank() > 0)
+
+
+class Commands(TyperGroup):
+    """Says in one red line what was wrong and what to do, without a traceback, and exits with 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            text = None if ctx.params.get("traceback") else message(error)
+            if text is None:
+                raise
+        who = f"rank {rank()}: " if "RANK" in os.environ else ""
+        typer.secho(f"error: {who}{text}", fg="red", err=True)
+        raise typer.Exit(2)
+
+
+def message(error: Exception) -> str | None:
+    """What to say of an error that the caller can mend; None for any other, whose traceback is of use."""
+    from ..capture import CaptureError, GuardError
+    from ..runtime.errors import DisagreementError, RankError
+
+    if isinstance(error, RankError):
+        last = error.message.strip().splitlines()[-1]
+        return f"rank {error.rank} failed: {last}" if error.rank is not None else last
+    if isinstance(error, (CaptureError, GuardError, DisagreementError)):
+        return str(error)
+    if isinstance(error, (ValueError, NotImplementedError, OSError)) or type(error) is LookupError:
+        module = _raised_in(error)
+        if module.startswith("fxpass."):
+            return str(error)
+        return f"{type(error).__name__} in {module}: {error} (fxpass --traceback … shows where)"
+    return None
+
+
+def _raised_in(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__", "?") if trace else "?"

@@ -1,0 +1,57 @@
+"""The newcomer's demo, `make demo`: a picture from a prompt on two processes, and once more on one device.
+
+It writes both pictures and one image of the two and their amplified difference, and prints seconds, PSNR and the
+bytes exchanged. The pipeline was trained for this and comes with the package.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import Commands
+
+PROMPT = "a red circle at the top left and a blue star at the bottom right, sunset background"
+app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="Shapes, colours, positions and a background.")] = PROMPT,
+    world_size: Annotated[int, typer.Option("--world-size", "-n", min=1, help="Processes.")] = 2,
+    size: Annotated[int, typer.Option(min=32, help="Height and width in pixels.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Of the noise that the picture starts from.")] = 0,
+    output_dir: Annotated[Path, typer.Option(help="Where the three images go.")] = Path("out"),
+    pipeline: Annotated[Path | None, typer.Option(help="Another pipeline's folder.", show_default=False)] = None,
+) -> None:
+    """Make a picture from a prompt on several processes and on one device, and compare."""
+    from .console import console
+    from .generate import Request, load, make, report, write
+
+    out = console()
+    out.print(f'"{prompt}"', style="bold")
+    folder = pipeline or bundled()
+    request = Request(prompt, None, steps, guidance, size, size, seed)
+    label = f"{world_size} process{'es' if world_size > 1 else ''}"
+    out.print("the first step takes longest: the model is captured and split, and the processes start", style="dim")
+    split, alone = make(load(str(folder)), request, world_size, "sync", "spawn", label, compare=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    written = write(split, alone, output_dir / "picture.png", (label, "one device"), prompt)
+    report(out, split, alone, label, written)
+
+
+def bundled() -> Path:
+    """The folder of the trained demo pipeline. Raises `ValueError` if the package was installed without it."""
+    folder = Path(str(files("fxpass.models"))) / "demo"
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"the demo pipeline is not in {folder}; train it with `make train-demo`, or give --pipeline")
+    return folder
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,98 @@
+"""`fxpass dump MODEL`: the text of one rank's graph, after any pass, or what a pass changed."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import Batch, Frames, Height, Model, TargetName, Width, World
+
+if TYPE_CHECKING:
+    from ..ir.program import Program
+    from ..passes import Build
+
+CAPTURED = "captured"  #: what is there before the first pass
+
+
+def dump(
+    model: Model,
+    world_size: World = 2,
+    rank: Annotated[int, typer.Option(min=0, help="Whose graph.")] = 0,
+    after: Annotated[
+        str | None, typer.Option(metavar="PASS", help=f"Stop after this pass ({CAPTURED}: before the first).")
+    ] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Show what the pass changed instead.")] = False,
+    target: TargetName = "auto",
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    batch: Batch = None,
+) -> None:
+    """Print one rank's graph: operators with their layouts, exchanges with role and bytes, by module."""
+    from ..capture import capture
+    from ..models.resolve import Options, resolve
+    from .plan import check_target
+
+    names = stages()
+    if after is not None and after not in names:
+        near = difflib.get_close_matches(after, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no pass is called {after!r}; {hint}The passes are {', '.join(names)}")
+    if rank >= world_size:
+        raise ValueError(f"there is no rank {rank}: ranks are counted from 0 to {world_size - 1}")
+    check_target(target)
+    stage = after or names[-1]
+    resolved = resolve(model, Options(height, width, frames, batch))
+    program = capture(resolved.module, *resolved.args, **resolved.kwargs)
+    if diff:
+        typer.echo(difference(program, world_size, rank, stage, target))
+        return
+    typer.echo(f"{model}, rank {rank} of {world_size}, after {stage}")
+    typer.echo(text(program, world_size, rank, stage, target))
+
+
+def stages() -> list[str]:
+    """What `--after` takes, in order."""
+    from ..passes import PASSES
+
+    return [CAPTURED, *(each.name for each in PASSES)]
+
+
+def text(program: Program, world_size: int, rank: int, stage: str, target: str = "auto") -> str:
+    """The graph of a captured program after `stage`, with a heading of what is split and how much is exchanged."""
+    from ..ir.program import calls, exchanges_of
+    from .printer import bytes_text, graph_text, seeds_text
+
+    state = built(program, world_size, stage, target)
+    declared = [each for _, some in exchanges_of(state.current) for each in some]
+    seeds = seeds_text(state.program, state.program.graph, state.seeds)
+    lines = [f"split: {name} {layout}, {cuts}" for name, layout, cuts in seeds]
+    count = f"{sum(1 for _ in calls(state.current))} operators"
+    if state.graph is not None:
+        received = sum(each.received(rank) for each in declared)
+        count += f", {len(declared)} exchanges, {bytes_text(received)} received in one call"
+    return "\n".join([*lines, count, "", graph_text(state.program, state.current, rank)])
+
+
+def difference(program: Program, world_size: int, rank: int, stage: str, target: str = "auto") -> str:
+    """A unified diff of the texts before and after the pass `stage`."""
+    names = stages()
+    if stage == CAPTURED:
+        raise ValueError(f"--diff shows what a pass changed, and nothing comes before {CAPTURED!r}")
+    before = names[names.index(stage) - 1]
+    old, new = (text(program, world_size, rank, each, target).splitlines() for each in (before, stage))
+    lines = difflib.unified_diff(old, new, f"after {before}", f"after {stage}", lineterm="")
+    return "\n".join(lines) or f"{stage} changed nothing"
+
+
+def built(program: Program, world_size: int, stage: str, target: str) -> Build:
+    """The passes' state after `stage`."""
+    from ..passes import Build, build
+    from ..plan import _target
+
+    machine = _target(target, program)
+    if stage == CAPTURED:
+        return Build(program, world_size, machine)
+    return build(program, world_size, machine, after=stage)

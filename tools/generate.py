@@ -1,0 +1,273 @@
+"""`fxpass generate PIPELINE`: a picture from a prompt, made on several ranks, and on request on one device too.
+
+Under torchrun every process is a rank, and only rank 0 writes and prints.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import StrategyName, rank
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make; `None` leaves it to the pipeline."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture and what it took."""
+
+    picture: np.ndarray  #: [H, W, 3] in 0..1
+    seconds: float
+    step_seconds: float | None  #: median of all steps but the first, in which the model is captured
+    traffic: dict[str, int]  #: bytes that this rank received, by role
+
+    def __str__(self) -> str:
+        step = "" if self.step_seconds is None else f", {self.step_seconds:.3f} s for a step once it runs"
+        return f"{self.seconds:.1f} s in all{step}"
+
+
+Pipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="A diffusers folder or hub id.", show_default=False)]
+
+
+def generate(
+    pipeline: Pipeline,
+    prompt: Annotated[str, typer.Option(help="What to draw.", show_default=False)],
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", "-n", min=1, help="Ranks; 2 by default, under torchrun all of its.")
+    ] = None,
+    strategy: StrategyName = "sync",
+    executor: Annotated[str, typer.Option(help="auto, spawn, distributed or lockstep.")] = "auto",
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise that the picture starts from.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    output: Annotated[Path, typer.Option("--output", "-o", help="A PNG file.")] = Path("picture.png"),
+    compare: Annotated[bool, typer.Option("--compare", help="Make it on one device too, and compare.")] = False,
+) -> None:
+    """Make a picture from a prompt on several ranks."""
+    import torch.distributed as dist
+
+    from .console import console
+
+    check_arguments(strategy, executor, output)
+    out = console()
+    pipe = load(pipeline, dtype, device_for(executor, world_size))
+    request = Request(prompt, negative_prompt, steps, guidance, height, width, seed)
+    world = world_size or int(os.environ.get("WORLD_SIZE", "2"))
+    label = f"{world} rank{'s' if world > 1 else ''}"
+    split, alone = make(pipe, request, world, strategy, executor, label, compare=compare)
+    if rank() == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        written = write(split, alone, output, (f"{label}, {strategy}", "one device"), prompt)
+        report(out, split, alone, label, written)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_arguments(strategy: str, executor: str, output: Path) -> None:
+    """Refuse what cannot work before anything is loaded. Raises `ValueError` or `NotImplementedError`."""
+    from ..api import EXECUTORS
+    from ..strategy import Strategy
+
+    Strategy.of(strategy)
+    if executor not in EXECUTORS:
+        near = difflib.get_close_matches(executor, EXECUTORS, n=1)
+        raise ValueError(f"unknown executor {executor!r}; {_hint(near) or 'choose one of ' + ', '.join(EXECUTORS)}")
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output names a PNG file, not {output}; did you mean {output.with_suffix('.png')}?")
+
+
+def device_for(executor: str, world_size: int | None) -> str:
+    """A GPU where one process has one to itself; the CPU for `spawn`, whose workers share memory."""
+    import torch
+
+    from ..runtime import distributed
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if executor == "spawn" or (executor == "auto" and not distributed.inside() and world_size != 1):
+        return "cpu"
+    return f"cuda:{local}" if local < torch.cuda.device_count() else "cpu"
+
+
+def load(pipeline: str, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The pipeline of a folder or hub id, quiet.
+
+    Raises:
+        ValueError: there is none, or no such dtype; the message suggests the nearest.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise ValueError(f"no dtype {dtype!r}; {_hint(difflib.get_close_matches(dtype, dtypes, n=1))}")
+    path = Path(pipeline)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ValueError(f"{path} is no pipeline: it has no model_index.json")
+    elif path.exists():
+        raise ValueError(f"{path} is a file; give the diffusers folder that holds model_index.json")
+    elif pipeline.startswith((".", "/", "~")) or path.parent == Path() or path.parent.is_dir():
+        siblings = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+        near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=1)]
+        raise ValueError(f"there is no folder {pipeline}; {_hint(near) or 'a hub id looks like owner/name'}")
+    try:
+        with _quiet():
+            loaded = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=dtypes[dtype])
+    except OSError as error:
+        raise ValueError(f"cannot load {pipeline}: {str(error).strip().splitlines()[0]}") from error
+    return loaded.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars, notes and warnings that loading a pipeline prints; errors are raised all the same."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, verbosity in zip(libraries, before, strict=True):
+                library.set_verbosity(verbosity)
+                library.enable_progress_bar()
+
+
+def make(
+    pipe: Any, request: Request, world: int, strategy: str, executor: str, label: str, *, compare: bool
+) -> tuple[Made, Made | None]:
+    """The picture on `world` ranks, and (on rank 0, if `compare`) on one device. The pipeline is left as it was."""
+    from .. import parallelize
+    from ..models.pipelines import denoisers
+
+    originals = {name: getattr(pipe, name) for name in denoisers(pipe)}
+    parallelize(pipe, world, strategy=strategy, executor=executor)
+    modules = [getattr(pipe, name) for name in originals]
+    try:
+        split = run(pipe, request, label, modules)
+    finally:
+        for module in modules:
+            module.close()
+        for name, original in originals.items():
+            setattr(pipe, name, original)
+    return split, run(pipe, request, "one device") if compare and rank() == 0 else None
+
+
+def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) -> Made:
+    """One picture, with a progress bar. Raises `ValueError` if the pipeline does not take what is asked for."""
+    import torch
+
+    takes = inspect.signature(pipe.__call__).parameters
+    wanted = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "height": request.height,
+        "width": request.width,
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
+    unknown = [name for name in given if name not in takes]
+    if unknown:
+        raise ValueError(f"{type(pipe).__name__} takes no {' and no '.join(unknown)}")
+    steps: list[float] = []
+
+    def stepped(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        steps.append(time.perf_counter())
+        return values
+
+    if "callback_on_step_end" in takes:
+        given["callback_on_step_end"] = stepped
+    if "output_type" in takes:
+        given["output_type"] = "np"
+    pipe.set_progress_bar_config(desc=label, disable=rank() > 0)
+    began = time.perf_counter()
+    made = pipe(**given, generator=torch.Generator("cpu").manual_seed(request.seed))
+    seconds = time.perf_counter() - began
+    gaps = [b - a for a, b in pairwise(steps)]
+    traffic: Counter[str] = Counter()
+    for module in modules:
+        traffic.update(module.traffic)
+    return Made(_picture(pipe, made), seconds, statistics.median(gaps) if gaps else None, dict(traffic))
+
+
+def _picture(pipe: Any, made: Any) -> np.ndarray:
+    import numpy as np
+
+    if not hasattr(made, "images"):
+        raise NotImplementedError(f"generate writes pictures, and {type(pipe).__name__} makes {', '.join(vars(made))}")
+    picture = np.asarray(made.images[0])
+    return picture / 255 if picture.dtype == np.uint8 else picture.astype(np.float32)
+
+
+def write(split: Made, alone: Made | None, output: Path, labels: tuple[str, str], heading: str) -> list[Path]:
+    """Write FILE.png, and with a picture to compare FILE-one-device.png and FILE-comparison.png."""
+    from .pictures import comparison, image
+
+    images = {output: image(split.picture)}
+    if alone is not None:
+        images[output.with_stem(f"{output.stem}-one-device")] = image(alone.picture)
+        both = comparison(alone.picture, split.picture, (labels[1], labels[0]), heading)
+        images[output.with_stem(f"{output.stem}-comparison")] = both
+    for path, each in images.items():
+        each.save(path)
+    return list(images)
+
+
+def report(out: Console, split: Made, alone: Made | None, label: str, written: list[Path]) -> None:
+    """Print seconds, bytes by role, PSNR, and the files."""
+    from .pictures import psnr, psnr_text
+    from .printer import bytes_text
+
+    if alone is not None:
+        out.print(f"one device  {alone}")
+    out.print(f"{label:<11} {split}")
+    roles = ", ".join(f"{role} {bytes_text(n)}" for role, n in sorted(split.traffic.items(), key=lambda i: -i[1]) if n)
+    out.print(f"exchanged   rank 0 received {bytes_text(sum(split.traffic.values()))}: {roles or 'nothing'}")
+    if alone is not None:
+        value = psnr(alone.picture, split.picture)
+        out.print(f"difference  {psnr_text(value)}", style="bold")
+    out.print(f"written     {', '.join(map(str, written))}", soft_wrap=True)
+
+
+def _hint(near: list[str]) -> str:
+    return f"did you mean {near[0]}?" if near else ""

@@ -1,0 +1,145 @@
+"""`fxpass plan MODEL`: what is split, what each rank computes and receives, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from ..plan import Plan
+
+
+def plan(
+    model: Model,
+    world_size: World = 2,
+    strategy: StrategyName = "sync",
+    target: TargetName = "auto",
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    batch: Batch = None,
+    to: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the plan as JSON; '-' is standard output.")
+    ] = None,
+) -> None:
+    """Show how a model is split over ranks. Takes seconds and no memory for weights."""
+    from ..models.resolve import Options
+    from .console import console
+
+    made = make(model, world_size, strategy, target, Options(height, width, frames, batch))
+    text = json.dumps(described(made), indent=2)
+    if to == Path("-"):
+        typer.echo(text)
+        return
+    out = console()
+    show(out, model, made)
+    if to is not None:
+        to.write_text(text + "\n")
+        out.print(f"\nwritten to {to}")
+
+
+def make(model: str, world_size: int, strategy: str, target: str, options: Any) -> Plan:
+    """The plan of what `model` names; arguments that mean nothing are refused before anything is built."""
+    from ..capture import capture
+    from ..models.resolve import resolve
+    from ..plan import plan as make_plan
+    from ..strategy import Strategy
+
+    chosen = Strategy.of(strategy)
+    check_target(target)
+    resolved = resolve(model, options)
+    program = capture(resolved.module, *resolved.args, **resolved.kwargs)
+    return make_plan(program, world_size=world_size, strategy=chosen, target=target)
+
+
+def check_target(target: str) -> None:
+    from ..passes.cost import TARGETS
+
+    if target not in ("auto", *TARGETS):
+        raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """`Plan.describe()`, with the seconds of all passes together as `plan`."""
+    description = plan.describe()
+    seconds = description["seconds"]
+    stages = sum(value for name, value in seconds.items() if name not in ("warm up", "capture", "plan", "total"))
+    description["seconds"] = {"plan": stages, **seconds}
+    return description
+
+
+def show(out: Console, model: str, plan: Plan) -> None:
+    """Print a plan for people."""
+    from .printer import flops_text
+
+    out.print(
+        f"{model} on {plan.world_size} ranks, strategy {plan.strategy.name}, target {plan.target.name}", style="bold"
+    )
+    out.print(_seeds(plan))
+    out.print(
+        f"\nwork {flops_text(plan.flops_total)}, slowest rank {flops_text(max(plan.flops_per_rank))}: "
+        f"at most {plan.bound:.2f} times as fast\n"
+    )
+    out.print(_ranks(plan))
+    seconds = described(plan)["seconds"]
+    if plan.fallbacks:
+        out.print("\nfallbacks: gathered whole, for no rule could split them", style="bold yellow")
+        out.print(_fallbacks(plan))
+    else:
+        out.print("\nno fallbacks: everything that could be split is split")
+    out.print(f"captured in {seconds['capture']:.1f} s, planned in {seconds['plan']:.1f} s")
+
+
+def _seeds(plan: Plan) -> RenderableType:
+    from .printer import seeds_text
+
+    table = _table("split", "layout", "cuts")
+    for row in seeds_text(plan.program, plan.program.graph, plan.seeds):
+        table.add_row(*row)
+    return table if plan.seeds else "nothing is split"
+
+
+def _ranks(plan: Plan) -> RenderableType:
+    """One row per rank: its work, and what it receives by role."""
+    from collections import Counter
+
+    from .printer import bytes_text, flops_text
+
+    roles = sorted(plan.bytes_by_role, key=lambda role: -plan.bytes_by_role[role])
+    table = _table("rank", "work", *roles, "received", right=True)
+    for rank, received in enumerate(plan.bytes_received_per_rank):
+        sizes = [received.get(role, 0) for role in roles]
+        work = flops_text(plan.flops_per_rank[rank])
+        table.add_row(str(rank), work, *map(bytes_text, sizes), bytes_text(sum(sizes)))
+    total = [plan.bytes_by_role[role] for role in roles]
+    table.add_section()
+    table.add_row("all", flops_text(sum(plan.flops_per_rank)), *map(bytes_text, total), bytes_text(sum(total)))
+    number = Counter(exchange.role for exchange in plan.exchanges)
+    table.add_row("exchanges", "", *(str(number[role]) for role in roles), str(sum(number.values())))
+    return table
+
+
+def _fallbacks(plan: Plan) -> RenderableType:
+    from .printer import bytes_text
+
+    table = _table("operator", "module", "bytes", "reason")
+    for each in plan.fallbacks:
+        table.add_row(each.node, each.path or "(the model itself)", bytes_text(each.bytes), each.reason)
+    return table
+
+
+def _table(*headings: str, right: bool = False) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if right and i else "left")
+    return table
