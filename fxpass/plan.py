@@ -135,17 +135,20 @@ class Plan:
             ],
             "bytes_received_per_rank": list(self.bytes_received_per_rank),
             "state_bytes_per_rank": list(self.state_bytes_per_rank),
-            "fallbacks": [{"node": e.node, "path": e.path, "bytes": e.bytes, "reason": e.reason} for e in self.fallbacks],
+            "fallbacks": [
+                {"node": e.node, "path": e.path, "bytes": e.bytes, "reason": e.reason} for e in self.fallbacks
+            ],
             "seconds": self.seconds,
         }  # fmt: skip
 
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {size / 1e6:.2f} MB" for role, size in self.bytes_by_role.items())
         seeds = "; ".join(f"{name} {layout}" for name, layout in self.seeds.items()) or "nothing"
+        slowest = max(self.flops_per_rank, default=0)
         lines = [
             f"plan for {self.world_size} ranks, strategy {self.strategy.name}",
             f"  split      {seeds}",
-            f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest rank {max(self.flops_per_rank, default=0) / 1e9:.2f}"
+            f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest rank {slowest / 1e9:.2f}"
             f" (at most {self.bound:.2f} times as fast)",
             f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
         ]
@@ -154,7 +157,7 @@ class Plan:
 
 
 def make_plan(program: Program, world_size: int, strategy: Strategy, target: str | Target = "auto") -> Plan:
-    """Cut a captured program for `world_size` ranks. Raises `CannotShare` if they are too many."""
+    """Cut a captured program for `world_size` ranks. Raises `WorldSizeError` if they are too many."""
     result: Build = build(program, world_size, _target(target, program))
     assert result.graph is not None
     return Plan(
@@ -172,7 +175,7 @@ def plan(
 ) -> Plan:
     """Plan `model(*args, **kwargs)` on `world_size` ranks without running it. Weight-free (fake) models work.
 
-    Raises `CaptureError` if the model cannot be captured, `CannotShare` (a `ValueError`) if the ranks are too many.
+    Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if the ranks are too many.
     """
     started = time.perf_counter()
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)

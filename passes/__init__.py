@@ -76,7 +76,7 @@ PASSES: tuple[Pass, ...] = (
 def build(program: Program, world: int, target: Target, *, after: str | None = None) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
-    Raises `ValueError` if no pass is called `after`, `CannotShare` if `world` ranks are too many.
+    Raises `ValueError` if no pass is called `after`, `WorldSizeError` if `world` ranks are too many.
     """
     names = [each.name for each in PASSES]
     if after is not None and after not in names:

@@ -54,7 +54,9 @@ def _product_plus(out: Shape, added: Shape, a: Shape, b: Shape, *_: Any) -> int:
 
 def _einsum(out: Shape, equation: str, operands: Sequence[Shape], *_: Any) -> int:
     words = equation.replace(" ", "").split("->")[0].split(",")
-    sizes = {letter: n for word, shape in zip(words, operands, strict=True) for letter, n in zip(word, shape, strict=True)}
+    sizes = {
+        letter: n for word, shape in zip(words, operands, strict=True) for letter, n in zip(word, shape, strict=True)
+    }
     return 2 * prod(sizes.values()) if len(words) > 1 else 0
 
 
@@ -132,13 +134,10 @@ def cost(graph: fx.Graph, world: int, target: Target) -> Cost:
     work, traffic = [0] * world, [0] * world
     for node in calls(graph):
         alike = all(layout_of(n).uniform for n in (node, *node.all_input_nodes))
+        each = [(node_flops(node, rank), node_bytes(node, rank)) for rank in range(1 if alike else world)]
         for rank in range(world):
-            if rank and alike:
-                work[rank] += added[0]
-                traffic[rank] += added[1]
-            else:
-                added = node_flops(node, rank), node_bytes(node, rank)
-                work[rank] += added[0]
-                traffic[rank] += added[1]
+            added, written = each[0 if alike else rank]
+            work[rank] += added
+            traffic[rank] += written
     compute = max(w / target.flops + 2 * t / target.memory for w, t in zip(work, traffic, strict=True))
     return Cost(compute, exchange_seconds(graph, world, target), tuple(work))

@@ -165,8 +165,15 @@ def _cat(b: Builder, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) ->
 
 
 def _slice_scatter(
-    b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> fx.Node:  # fmt: skip
+    b: Builder,
+    node: fx.Node,
+    x: fx.Node,
+    source: fx.Node,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> fx.Node:
     dim = dim % len(shape_of(x))
     start, end, step = slice(start, end, step).indices(shape_of(x)[dim])
     if step != 1:
@@ -306,7 +313,9 @@ def _convolution(transposed: bool) -> Form:
     def form(
         b: Builder, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, *rest: Any, **named: Any
     ) -> fx.Node:
-        order = ["stride", "padding"] + (["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"])
+        order = ["stride", "padding"] + (
+            ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
+        )
         given = dict(zip(order, rest, strict=False)) | named
         spatial = len(shape_of(weight)) - 2
 
@@ -351,7 +360,15 @@ def _upsample(names: tuple[str, ...]) -> Form:
 FORMS: dict[Any, Form] = {
     **{
         target: _to_result_shape
-        for packet in (aten.view, aten._unsafe_view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten)
+        for packet in (
+            aten.view,
+            aten._unsafe_view,
+            aten.reshape,
+            aten.unsqueeze,
+            aten.squeeze,
+            aten.flatten,
+            aten.unflatten,
+        )
         for target in (getattr(packet, o) for o in packet.overloads() if "out" not in o and o != "dtype")
     },
     aten.view_as.default: _to_result_shape,

@@ -23,7 +23,7 @@ from ..ir.layout import WHOLE, Layout, Rows, even, full, own, per_rank
 from ..ir.program import layout_of, shape_of
 
 
-class CannotSplit(Exception):
+class SplitError(Exception):
     """Raised by a rule that has no exact local form for these operands; the message is the reason."""
 
 
@@ -217,7 +217,7 @@ class Partitioner:
         if rule is not None:
             try:
                 return rule(self, Op(node, node.target), *args, **kwargs)
-            except CannotSplit as cannot:
+            except SplitError as cannot:
                 reason = f"{node.target}: {cannot}"
         args, kwargs = map_arg((args, kwargs), lambda n: self.whole(n, "fallback", reason))
         return self._as_it_is(node, args, kwargs)

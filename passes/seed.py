@@ -30,7 +30,7 @@ WORTHWHILE = 1.2  #: times as fast: less is replication, not a split
 GOOD = 0.97  #: of the ideal speed-up: good enough to stop
 
 
-class CannotShare(ValueError):
+class WorldSizeError(ValueError):
     """The model cannot be shared among so many ranks; the message says how many would do."""
 
 
@@ -103,12 +103,10 @@ class Search:
         return self.bound / self.world
 
 
-def seed(
-    graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, rules: Mapping[Any, Rule]
-) -> Seeds:
+def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, rules: Mapping[Any, Rule]) -> Seeds:
     """The best seeds found.
 
-    Raises `CannotShare` if no input has enough rows for `world` ranks; the message says how many ranks would do.
+    Raises `WorldSizeError` if no input has enough rows for `world` ranks; the message says how many ranks would do.
     """
     if world == 1:
         return {}
@@ -120,7 +118,9 @@ def seed(
     most = next((n for n in fewer if Search(graph, n, target, rules, inputs).run()), None)
     advice = f"at most {most} ranks would do" if most else "it has to run on one"
     gain = f"; the best cut found makes it {search.bound:.2f} times as fast" if search.best else ""
-    raise CannotShare(f"this model cannot be shared among {world} ranks: its inputs have too few rows ({advice}){gain}")
+    raise WorldSizeError(
+        f"this model cannot be shared among {world} ranks: its inputs have too few rows ({advice}){gain}"
+    )
 
 
 def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:

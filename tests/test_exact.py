@@ -57,7 +57,9 @@ def _sizes(each: Case, rows: int) -> tuple[int, int]:
 
 def _cases(*rows_batch_worlds: tuple[int, int, int]) -> list[Any]:
     return [
-        pytest.param(each.name, *_sizes(each, rows), batch, world, id=f"{each.name}-{rows}rows-batch{batch}-{world}ranks")
+        pytest.param(
+            each.name, *_sizes(each, rows), batch, world, id=f"{each.name}-{rows}rows-batch{batch}-{world}ranks"
+        )
         for each in cases
         for rows, batch, world in rows_batch_worlds
     ]  # fmt: skip
@@ -119,6 +121,6 @@ def _noise_like(payload: Tensor) -> Tensor:
 
 def test_more_ranks_than_rows_are_refused_with_the_number_that_would_do() -> None:
     _, program, _, _ = captured("unet_sd", 16, 16, 1)
-    with pytest.raises(ValueError, match="cannot be shared among 40 ranks.*at most 16 ranks would do"):
+    with pytest.raises(ValueError, match=r"cannot be shared among 40 ranks.*at most 16 ranks would do"):
         make_plan(program, 40, Strategy.of("sync"))
     assert make_plan(program, 16, Strategy.of("sync")).bound > 1.2

@@ -64,9 +64,7 @@ class Exchange:
     @cached_property
     def _numels(self) -> tuple[tuple[int, ...], ...]:
         ranks = range(self.world)
-        return tuple(
-            tuple(0 if src == dst else prod(self.payload_shape(src, dst)) for src in ranks) for dst in ranks
-        )
+        return tuple(tuple(0 if src == dst else prod(self.payload_shape(src, dst)) for src in ranks) for dst in ranks)
 
     def numel(self, src: int, dst: int) -> int:
         """Elements sent from `src` to `dst`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,7 @@ def even(size: int, world: int, grain: int = 1) -> tuple[Rows, ...]:
     """Contiguous, as equal as cuts on multiples of `grain` allow; the last rank takes the remainder."""
     units = size // grain
     cuts = [round(k * units / world) * grain for k in range(world)] + [size]
-    return tuple(Rows.interval(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+    return tuple(Rows.interval(a, b) for a, b in pairwise(cuts))
 
 
 def own(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:

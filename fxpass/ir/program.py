@@ -82,7 +82,7 @@ def layout_of(node: fx.Node) -> Layout:
 
 def exchanges_of(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[Exchange, ...]]]:
     """The exchange nodes of a partitioned graph with what is declared on each."""
-    return ((node, node.args[1]) for node in graph.nodes if node.target is ops.exchange)  # type: ignore[misc]
+    return ((node, node.args[1]) for node in graph.nodes if node.target is ops.exchange)
 
 
 def specialize(graph: fx.Graph, rank: int) -> fx.Graph:

@@ -25,8 +25,8 @@ LOCAL = {getattr(ops, name) for name in ("take", "select", "resample", "moments"
                                          "causal_mask", "exchange")}  # fmt: skip
 #: operators that normal form has a simpler word for
 ABNORMAL = {
-    aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.t.default,
-    aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.stack.default,
+    aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,
+    aten.t.default, aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.stack.default,
     aten.alias.default, aten.detach.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
 }  # fmt: skip
 
@@ -50,9 +50,8 @@ def _functional(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 def _shaped(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
     for node in graph.nodes:
-        if node.op in ("placeholder", "call_function") and ("shape" in node.meta) != ("dtype" in node.meta):
-            yield node
-        elif any(not isinstance(n, int) for n in node.meta.get("shape", ())):
+        described = ("shape" in node.meta) == ("dtype" in node.meta)
+        if not described or not all(isinstance(n, int) for n in node.meta.get("shape", ())):
             yield node
 
 

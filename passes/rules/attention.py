@@ -12,7 +12,7 @@ from torch import fx
 from ...ir import ops
 from ...ir.layout import Layout, per_rank
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner
+from ..partition import Op, Partitioner, SplitError
 from .pointwise import broadcast_to
 
 aten = torch.ops.aten
@@ -45,13 +45,13 @@ def attention(
     )
     if batch is not None:
         if enable_gqa and batch.dim == ndim - 3:
-            raise CannotSplit("grouped heads are split")
+            raise SplitError("grouped heads are split")
         query, key, value = (broadcast_to(p, x, batch, ndim) for x in (query, key, value))
         mask = broadcast_to(p, attn_mask, batch, ndim) if attn_mask is not None else None
         return p.same(op, (query, key, value, mask, dropout_p, is_causal), kwargs, layout=batch)
 
     if layout_of(query).dim == len(shape_of(query)) - 1:
-        raise CannotSplit("the channels of a head are split")
+        raise SplitError("the channels of a head are split")
     key = p.whole(key, "keys_values")
     value = p.whole(value, "keys_values")
     layout = layout_of(query)

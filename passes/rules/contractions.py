@@ -15,7 +15,7 @@ from torch import fx
 
 from ...ir.layout import Layout, own
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner
+from ..partition import Op, Partitioner, SplitError
 from .pointwise import broadcast_to
 
 aten = torch.ops.aten
@@ -31,9 +31,7 @@ def contract(
 ) -> fx.Node:
     """The product of `operands` with dims named by `letters`; `rebuild` gives the operator's arguments."""
     split = [
-        (word[layout.axis], layout)
-        for x, word in zip(operands, letters, strict=True)
-        if (layout := layout_of(x)).split
+        (word[layout.axis], layout) for x, word in zip(operands, letters, strict=True) if (layout := layout_of(x)).split
     ]
     # the first split letter of the output leads: of queries and keys, the queries stay
     lead, layout = next(((s, at) for s, at in split if s in output), split[0])
@@ -52,7 +50,7 @@ def contract(
 
 def linear(p: Partitioner, op: Op, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
     if layout_of(weight).split:
-        raise CannotSplit("the weight of a linear layer is split")
+        raise SplitError("the weight of a linear layer is split")
     bias = p.whole(bias, "realign", "the bias of a linear layer is used whole") if bias is not None else None
     if not layout_of(x).split:
         return p.same(op, (x, weight, bias), layout=layout_of(x))
@@ -70,7 +68,7 @@ def linear(p: Partitioner, op: Op, x: fx.Node, weight: fx.Node, bias: fx.Node | 
 def product(p: Partitioner, op: Op, a: fx.Node, b: fx.Node) -> fx.Node:
     """`mm`, `bmm` and `matmul` of [..., M, K] and [..., K, N], batch dims broadcast."""
     if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
-        raise CannotSplit("a product with a vector")
+        raise SplitError("a product with a vector")
     batch = string.ascii_lowercase[: len(op.shape) - 2]
     words = []
     for x, ends in ((a, "MK"), (b, "KN")):
@@ -100,11 +98,11 @@ def product_plus(p: Partitioner, op: Op, added: fx.Node, a: fx.Node, b: fx.Node,
 def einsum(p: Partitioner, op: Op, equation: str, operands: Sequence[fx.Node], **_: Any) -> fx.Node:
     equation = equation.replace(" ", "")
     if "..." in equation or "->" not in equation:
-        raise CannotSplit(f"einsum {equation!r} without explicit letters")
+        raise SplitError(f"einsum {equation!r} without explicit letters")
     inputs, output = equation.split("->")
     words = inputs.split(",")
     if any(len(set(word)) < len(word) for word in words):
-        raise CannotSplit(f"einsum {equation!r} takes a diagonal")
+        raise SplitError(f"einsum {equation!r} takes a diagonal")
     return contract(p, op, operands, words, output, lambda xs: (equation, xs))
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from ...ir.layout import Layout
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner
+from ..partition import Op, Partitioner, SplitError
 from .pointwise import align
 
 aten = torch.ops.aten
@@ -16,14 +16,14 @@ aten = torch.ops.aten
 
 def embedding(p: Partitioner, op: Op, table: fx.Node, indices: fx.Node, *rest: object) -> fx.Node:
     if layout_of(table).split:
-        raise CannotSplit("the table is split")
+        raise SplitError("the table is split")
     return p.same(op, (table, indices, *rest), layout=layout_of(indices))
 
 
 def index_select(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node) -> fx.Node:
     layout, at = layout_of(x), layout_of(indices)
     if layout.dim == dim % len(op.shape):
-        raise CannotSplit("looks up along the split dim")
+        raise SplitError("looks up along the split dim")
     if layout.split:
         return p.same(op, (x, dim, p.whole(indices, "realign")), layout=layout)
     return p.same(op, (x, dim, indices), layout=at.at(dim % len(op.shape)))
@@ -34,10 +34,10 @@ def index(p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None]) -> 
     used = [d for d, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     if any(i.meta["dtype"] == torch.bool for i in given):
-        raise CannotSplit("a boolean index")
+        raise SplitError("a boolean index")
     layout = layout_of(x)
     if layout.dim in used:
-        raise CannotSplit("looks up along the split dim")
+        raise SplitError("looks up along the split dim")
     adjacent = used == list(range(used[0], used[-1] + 1))
     broadcast = torch.broadcast_shapes(*(shape_of(i) for i in given))
     start = used[0] if adjacent else 0
@@ -56,10 +56,10 @@ def gather(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node, **kwa
     dim = dim % len(op.shape)
     layout = layout_of(indices) if layout_of(indices).split else layout_of(x)
     if layout_of(x).dim == dim:
-        raise CannotSplit("looks up along the split dim")
+        raise SplitError("looks up along the split dim")
     if layout.dim != dim:
         if shape_of(x)[layout.axis] != op.shape[layout.axis]:
-            raise CannotSplit("index and source differ in size along the split dim")
+            raise SplitError("index and source differ in size along the split dim")
         x = p.lay(x, layout)
     else:
         x = p.whole(x, "realign", "looked up by split indices")

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from ...ir import ops
 from ...ir.layout import Layout, own
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner, Rule
+from ..partition import Op, Partitioner, Rule, SplitError
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def group_norm(
     if layout.dim == 0:
         return p.same(op, (x, groups, weight, bias, eps, cudnn), layout=layout)
     if layout.dim == 1:
-        raise CannotSplit("the channels are split")
+        raise SplitError("the channels are split")
     row = prod(shape[1:]) // groups // shape[layout.axis]
     local = p.emit(ops.group_moments, (p.own(x), groups), shape=(2, shape[0], groups), dtype=wide(op.dtype))
     merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)])
@@ -67,9 +67,7 @@ def moments(p: Partitioner, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, f
     row = prod(shape[d] for d in dims) // shape[layout.axis]
     local = p.emit(ops.moments, (p.own(x), list(dims)), shape=(2, *kept), dtype=dtype)
     merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)])
-    mean, variance = (
-        p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1)
-    )
+    mean, variance = (p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1))
     return mean, variance
 
 
@@ -111,7 +109,7 @@ def rms_norm(
 ) -> fx.Node:
     layout = layout_of(x)
     if layout.axis >= len(op.shape) - len(normalized):
-        raise CannotSplit("the normalized dims are split")
+        raise SplitError("the normalized dims are split")
     return p.same(op, (x, normalized, weight, eps), layout=layout)
 
 
@@ -129,7 +127,7 @@ def batch_norm(
 ) -> fx.Node:
     layout = layout_of(x)
     if training or layout.dim == 1:
-        raise CannotSplit("batch statistics, or split channels")
+        raise SplitError("batch statistics, or split channels")
     return p.same(op, (x, weight, bias, mean, variance, training, *rest), layout=layout)
 
 

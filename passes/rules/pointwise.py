@@ -49,22 +49,23 @@ def pointwise(p: Partitioner, op: Op, *args: Any, **kwargs: Any) -> fx.Node:
     return p.same(op, args, kwargs, layout=layout)
 
 
-NAMES = """
-    abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
-    bitwise_xor ceil celu clamp clamp_max clamp_min clone conj conj_physical _conj complex copysign cos cosh div elu empty_like eq erf erfc erfinv exp exp2
-    expm1 floor floor_divide fmax fmin fmod frac full_like ge gelu gt hardshrink hardsigmoid hardswish hardtanh
-    imag isfinite isinf isnan ldexp le leaky_relu lerp log log10 log1p log2 log_sigmoid logaddexp logical_and
-    logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish mul nan_to_num ne neg ones_like
-    polar pow real reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus
-    softshrink sqrt square sub tan tanh threshold trunc where xlogy zeros_like _to_copy
-    absolute arccos arctan arctan2 clip divide fix float_power greater greater_equal hypot less less_equal multiply
-    negative not_equal signbit subtract true_divide __and__ __lshift__ __or__ __rshift__ __xor__
-""".split()
+_NAMES = """
+    abs absolute acos acosh add addcdiv addcmul __and__ angle arccos arctan arctan2 asin asinh atan atan2 atanh
+    bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip clone complex _conj
+    conj conj_physical copysign cos cosh div divide elu empty_like eq erf erfc erfinv exp exp2 expm1 fix
+    float_power floor floor_divide fmax fmin fmod frac full_like ge gelu greater greater_equal gt hardshrink
+    hardsigmoid hardswish hardtanh hypot imag isfinite isinf isnan ldexp le leaky_relu lerp less less_equal log
+    log10 log1p log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit __lshift__ lt
+    masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative not_equal ones_like __or__ polar
+    pow real reciprocal relu relu6 remainder round __rshift__ rsqrt rsub selu sgn sigmoid sign signbit silu sin
+    sinc sinh softplus softshrink sqrt square sub subtract tan tanh threshold _to_copy true_divide trunc where
+    xlogy __xor__ zeros_like
+"""
 #: names that are pointwise in some overloads only
 OVERLOADS = (aten.max.other, aten.min.other)
 TABLE = {
     getattr(packet, overload): pointwise
-    for packet in (getattr(aten, name) for name in NAMES)
+    for packet in (getattr(aten, name) for name in _NAMES.split())
     for overload in packet.overloads()
     if "out" not in overload and getattr(packet, overload) is not aten.where.default  # that one is nonzero
 } | dict.fromkeys(OVERLOADS, pointwise)

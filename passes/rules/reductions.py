@@ -11,7 +11,7 @@ from torch import fx
 
 from ...ir.layout import Layout
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner, Rule
+from ..partition import Op, Partitioner, Rule, SplitError
 from .normalization import moments, wide
 
 aten = torch.ops.aten
@@ -39,7 +39,9 @@ def reduction(partial: str) -> Rule:
         if partial == "mean":
             dtype = op.dtype if op.dtype.is_complex else wide(op.dtype)  # a sum overflows where a mean does not
             count = prod(shape[d] for d in inside)
-            part = p.emit(aten.sum.dim_IntList, (p.own(x), inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype)
+            part = p.emit(
+                aten.sum.dim_IntList, (p.own(x), inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype
+            )
             mean = p.emit(aten.div.Scalar, (p.reduce(part), count), shape=op.shape, dtype=dtype)
             return p.emit(aten._to_copy.default, (mean,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
         # a rank may own nothing: of that there is a sum, but no maximum; maxima may count a row twice
@@ -98,7 +100,7 @@ def vector_norm(
     if layout.axis not in inside:
         return p.same(op, (x, order, dims, keepdim), kwargs, layout=_without(layout, inside, keepdim))
     if order != 2 or x.meta["dtype"].is_complex:
-        raise CannotSplit(f"a norm of order {order} over the split dim")
+        raise SplitError(f"a norm of order {order} over the split dim")
     dtype = wide(op.dtype)
     part = p.emit(op.target, (p.own(x), order, inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype)
     total = p.reduce(p.emit(aten.square.default, (part,), shape=op.shape, dtype=dtype))
@@ -114,9 +116,9 @@ def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[
         layout, ndim = layout_of(x), len(shape_of(x))
         dim = kwargs.get("dim", args[place] if len(args) > place else default)
         if dim is None:
-            raise CannotSplit("works on the flattened tensor")
+            raise SplitError("works on the flattened tensor")
         if dim % ndim == layout.dim:
-            raise CannotSplit(f"works along the split dim {layout.dim}")
+            raise SplitError(f"works along the split dim {layout.dim}")
         others = [p.lay(a, layout) if isinstance(a, fx.Node) and a is not x else a for a in args]
         others[0] = x
         if outputs == 1:

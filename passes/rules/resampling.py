@@ -16,7 +16,7 @@ from torch import fx
 from ...ir import ops
 from ...ir.layout import Layout, Rows, per_rank
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner
+from ..partition import Op, Partitioner, SplitError
 from .slicing import remap
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
     ):
         return x
     if op.target in ANTIALIASED and dim == len(shape) - 1 and 1 in layout_of(x).sizes:
-        raise CannotSplit("torch's antialiased kernels are wrong on a single column")
+        raise SplitError("torch's antialiased kernels are wrong on a single column")
     sizes = p.local(op.shape, layout_of(x))[-spatial:]
     kept = tuple(None if j == i else s for j, s in enumerate(scales))
     return p.same(op, (x, sizes, *flags, *kept), layout=layout_of(x))
@@ -112,11 +112,11 @@ def _weighted(
 
 
 ANTIALIASED = (aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default)
-NAMES = """
+_NAMES = """
     upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
     _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     _adaptive_avg_pool2d _adaptive_avg_pool3d
-""".split()
+"""
 
-TABLE = {getattr(aten, name).default: resample for name in NAMES}
+TABLE = {getattr(aten, name).default: resample for name in _NAMES.split()}

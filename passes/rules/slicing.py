@@ -11,7 +11,7 @@ from torch import fx
 from ...ir import ops
 from ...ir.layout import Layout, Rows, full, per_rank
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner
+from ..partition import Op, Partitioner, SplitError
 from .pointwise import align
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ def flip(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:
 
 def roll(p: Partitioner, op: Op, x: fx.Node, shifts: list[int], dims: list[int] | None = None) -> fx.Node:
     if not dims:
-        raise CannotSplit("roll of the flattened tensor")
+        raise SplitError("roll of the flattened tensor")
     layout = layout_of(x)
     others = []
     for shift, dim in zip(shifts, dims, strict=True):
@@ -95,12 +95,10 @@ def constant_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], value: floa
     return p.same(op, (x, amounts, value), layout=Layout(layout.dim, rows))
 
 
-def _padded(
-    layout: Layout, size: int, before: int, after: int
-) -> tuple[list[int], list[int], tuple[Rows, ...]]:
+def _padded(layout: Layout, size: int, before: int, after: int) -> tuple[list[int], list[int], tuple[Rows, ...]]:
     """The rows of padding that each rank adds before and after, and its rows of the padded value."""
     if before < 0 or after < 0:
-        raise CannotSplit(f"negative padding along the split dim {layout.dim}")
+        raise SplitError(f"negative padding along the split dim {layout.dim}")
     first = [before if 0 in r.array[:1] else 0 for r in layout.rows]
     last = [after if size - 1 in r.array[-1:] else 0 for r in layout.rows]
     rows = tuple(
@@ -136,12 +134,10 @@ def mirrored_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], mode: str, 
     return p.same(op, (x, rest, mode, value), layout=layout)
 
 
-def slice_scatter(
-    p: Partitioner, op: Op, x: fx.Node, source: fx.Node, dim: int = 0, *span: int
-) -> fx.Node:
+def slice_scatter(p: Partitioner, op: Op, x: fx.Node, source: fx.Node, dim: int = 0, *span: int) -> fx.Node:
     """Every step-th row along a dim that is not split; others are slices and a concatenation."""
     if dim in (layout_of(x).dim, layout_of(source).dim):
-        raise CannotSplit("scatters strided rows along the split dim")
+        raise SplitError("scatters strided rows along the split dim")
     shape = tuple(1 if d == dim else s for d, s in enumerate(op.shape))
     layout, (x, source) = align(p, shape, [x, source])
     return p.same(op, (x, source, dim, *span), layout=layout)

@@ -17,7 +17,7 @@ from torch import fx
 
 from ...ir.layout import Layout, Rows, even
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner
+from ..partition import Op, Partitioner, SplitError
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ def groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[range
             elif a == b:
                 break
             else:
-                raise CannotSplit(f"reshape {list(source)} -> {list(target)} of different sizes")
+                raise SplitError(f"reshape {list(source)} -> {list(target)} of different sizes")
         result.append((range(first_i, i), range(first_j, j)))
     return result
 
@@ -101,7 +101,7 @@ def _realign(p: Partitioner, x: fx.Node, target: tuple[int, ...]) -> tuple[fx.No
         if back is not None and back.dim == layout.dim:
             reason = f"cuts of {list(source)} do not go through to {list(target)}"
             return p.lay(x, back, "realign", reason), wanted
-    raise CannotSplit(f"{list(source)} -> {list(target)} mixes the split dim {layout.dim} with others")
+    raise SplitError(f"{list(source)} -> {list(target)} mixes the split dim {layout.dim} with others")
 
 
 def permute(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:
@@ -119,7 +119,7 @@ def last_dim_pair(p: Partitioner, op: Op, x: fx.Node) -> fx.Node:
     """`view_as_complex` and `view_as_real`: the last dim is consumed or made."""
     layout = layout_of(x)
     if op.target is aten.view_as_complex.default and layout.axis == len(shape_of(x)) - 1:
-        raise CannotSplit("the (real, imaginary) dim is split")
+        raise SplitError("the (real, imaginary) dim is split")
     return p.same(op, (x,), layout=layout)
 
 

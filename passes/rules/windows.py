@@ -19,7 +19,7 @@ from torch import fx
 from ...ir import ops
 from ...ir.layout import Layout, Rows, per_rank
 from ...ir.program import layout_of, shape_of
-from ..partition import CannotSplit, Op, Partitioner
+from ..partition import Op, Partitioner, SplitError
 
 aten = torch.ops.aten
 
@@ -57,7 +57,8 @@ class Transposed(Window):
         span = (self.size - 1) * self.dilation
         lo = -((span - rows.start - self.padding) // self.stride)
         hi = (rows.stop - 1 + self.padding) // self.stride + 1
-        return lo, hi + (span < self.stride - 1)
+        # kernels shorter than the stride leave gaps, which the rows on both sides span
+        return min(lo, (rows.start + self.padding) // self.stride), hi + (span < self.stride - 1)
 
 
 def halo(
@@ -78,7 +79,7 @@ def halo(
     reach = [window.reach(r) for r in rows]
     want = tuple(Rows.interval(max(lo, 0), min(hi, size)) for lo, hi in reach)
     if not all(w.runs for w in want):
-        raise CannotSplit("a rank's windows would see nothing but padding")
+        raise SplitError("a rank's windows would see nothing but padding")
     x = p.fetch(
         x,
         dim,
@@ -110,14 +111,14 @@ def convolution(
 ) -> fx.Node:
     layout = layout_of(x)
     if layout.dim is None:
-        raise CannotSplit("the weight of a convolution is split")
+        raise SplitError("the weight of a convolution is split")
     weight = p.whole(weight, "realign", "convolution weights are used whole")
     bias = p.whole(bias, "realign", "convolution weights are used whole") if bias is not None else None
     geometry = (stride, padding, dilation, transposed, output_padding, channel_groups)
     if layout.dim == 0:
         return p.same(op, (x, weight, bias, *geometry), layout=layout)
     if layout.dim == 1:
-        raise CannotSplit("the channels are split")
+        raise SplitError("the channels are split")
     dim, i = layout.axis, layout.axis - 2
     kind = Transposed if transposed else Window
     window = kind(shape_of(weight)[dim], stride[i], padding[i], dilation[i])
@@ -128,7 +129,17 @@ def convolution(
         x = p.whole(x, "small", f"fewer rows than ranks along dim {dim}")
         return p.same(op, (x, weight, bias, *geometry), layout=Layout())
     x, rows, first = found
-    args = (x, weight, bias, stride, _at(padding, i, 0), dilation, transposed, _at(output_padding, i, 0), channel_groups)
+    args = (
+        x,
+        weight,
+        bias,
+        stride,
+        _at(padding, i, 0),
+        dilation,
+        transposed,
+        _at(output_padding, i, 0),
+        channel_groups,
+    )
     if not transposed:
         return p.same(op, args, layout=Layout(dim, rows))
     # the local result is longer than needed: cut it to the rank's rows
@@ -192,7 +203,7 @@ def avg_pool(
     paddings = _each(padding, spatial, 0)
     i = layout_of(x).axis - (len(op.shape) - spatial)
     if i >= 0 and divisor_override is None and (ceil_mode or (paddings[i] and not count_include_pad)):
-        raise CannotSplit("windows of different size at the border are averaged")
+        raise SplitError("windows of different size at the border are averaged")
     rest = (divisor_override,) if spatial > 1 else ()
     return _pool(
         p, op, x, sizes, strides, paddings, [1] * spatial, 0.0,
