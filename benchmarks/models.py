@@ -12,16 +12,19 @@ def unet() -> tuple[nn.Module, dict[str, Any]]:
     """About 90 M parameters, 128x128 latent, batch 1; attention at the two lower levels."""
     from diffusers import UNet2DConditionModel
 
+    levels: Any = {
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (4, 4, 8),
+    }
     model = UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(128, 256, 512),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(4, 4, 8),
         cross_attention_dim=768,
         use_linear_projection=True,
+        **levels,
     )
     inputs = {
         "sample": torch.randn(1, 4, 128, 128),

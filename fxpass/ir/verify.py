@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from . import ops
 from .exchange import Fetch
@@ -26,8 +27,9 @@ LOCAL = {getattr(ops, name) for name in ("take", "select", "resample", "moments"
 #: operators that normal form has a simpler word for
 ABNORMAL = {
     aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,
-    aten.t.default, aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.stack.default,
-    aten.alias.default, aten.detach.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.t.default, aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.stack.default, aten.alias.default, aten.detach.default, aten.conv1d.default, aten.conv2d.default,
+    aten.conv3d.default,
 }  # fmt: skip
 
 
@@ -37,14 +39,14 @@ class VerificationError(AssertionError):
 
 def _operators(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
     for node in graph.nodes:
-        known = node.target is operator.getitem or isinstance(node.target, torch._ops.OpOverload)
+        known = node.target is operator.getitem or isinstance(node.target, OpOverload)
         if node.op not in ("placeholder", "output") and not (node.op == "call_function" and known):
             yield node
 
 
 def _functional(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
     for node in calls(graph):
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:  # pyright: ignore[reportPrivateUsage]
             yield node
 
 
@@ -60,7 +62,7 @@ def _normal(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 
 def _local(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    known = (torch._ops.OpOverload,)
+    known = (OpOverload,)
     for node in calls(graph):
         if not (isinstance(node.target, known) or node.target is operator.getitem or node.target in LOCAL):
             yield node
