@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,9 +67,9 @@ def comparison(left: Picture, right: Picture, labels: tuple[str, str], heading: 
     return canvas
 
 
-def _fitted(text: str, font: object, width: int) -> str:
+def _fitted(text: str, font: Any, width: int) -> str:
     """As much of a text as fits into `width` pixels."""
     shown = text
-    while shown and font.getlength(shown) > width:  # type: ignore[attr-defined]
+    while shown and font.getlength(shown) > width:
         shown = shown[:-2].rstrip("…") + "…" if len(shown) > 2 else ""
     return shown
