@@ -103,6 +103,10 @@ def einsum(p: Partitioner, op: Op, equation: str, operands: Sequence[fx.Node], *
     words = inputs.split(",")
     if any(len(set(word)) < len(word) for word in words):
         raise SplitError(f"einsum {equation!r} takes a diagonal")
+    words = [
+        "".join("_" if n == 1 else c for c, n in zip(word, shape_of(x), strict=True))  # as above
+        for word, x in zip(words, operands, strict=True)
+    ]
     return contract(p, op, operands, words, output, lambda xs: (equation, xs))
 
 

@@ -122,7 +122,7 @@ def convolution(
     dim, i = layout.axis, layout.axis - 2
     kind = Transposed if transposed else Window
     window = kind(shape_of(weight)[dim], stride[i], padding[i], dilation[i])
-    if window.trivial:
+    if window.trivial and op.shape[dim] == shape_of(x)[dim]:
         return p.same(op, (x, weight, bias, *geometry), layout=layout)
     found = halo(p, x, window, op.shape[dim])
     if found is None:
@@ -148,7 +148,7 @@ def convolution(
     shape = _at(list(op.shape), dim, length)
     spans = tuple(
         Rows.interval(o, o + (n - 1) * window.stride + (window.size - 1) * window.dilation + 1)
-        for o, n in zip(offsets, layout_of(x).sizes, strict=True)
+        for o, n in zip(offsets, map(len, p.rows(x, dim)), strict=True)
     )
     lowest = min(span.start for span in spans)
     local = p.emit(
