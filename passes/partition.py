@@ -87,7 +87,12 @@ class Partitioner:
         dtype: torch.dtype,
         layout: Layout = WHOLE,
     ) -> fx.Node:
-        """A local operator; the same operator on the same values is emitted once."""
+        """A local operator; the same operator on the same values is emitted once.
+
+        What every rank holds all of is whole: only so may it meet a broader value.
+        """
+        if layout.dim is not None and min(layout.sizes) == shape[layout.dim]:
+            layout = WHOLE
         return self._emit(target, args, kwargs or {}, {"shape": tuple(shape), "dtype": dtype, "layout": layout})
 
     def same(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, layout: Layout) -> fx.Node:
