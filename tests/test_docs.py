@@ -75,6 +75,12 @@ def test_names_in_the_readme_are_public() -> None:
     assert all(f'"{name}"' in public.group(1) for name in named)
 
 
+def test_the_readme_names_every_class_that_is_tested_for_exactness() -> None:
+    classes = set(re.findall(r"diffusers\.([A-Z]\w+)\(", text_of("models/small.py")))
+    assert len(classes) > 10
+    assert classes <= set(re.findall(r"`(\w+)`", text_of("README.md")))
+
+
 def test_contributing_quotes_a_rule_and_a_pass() -> None:
     files = {file for file, _ in quotations()}
     assert any(file.startswith("passes/rules/") for file in files)
