@@ -99,7 +99,7 @@ def _weighted(
     width = int((last - first).max()) + 1
     first = np.minimum(first, size - width)
     taps = first[:, None] + np.arange(width)
-    want = tuple(Rows.of(taps[r.array]) for r in rows)
+    want = tuple(Rows.of(taps[r.array].reshape(-1)) for r in rows)
     x = p.fetch(x, dim, want, "halo")
     indices, values = [], []
     for mine, have in zip(rows, p.rows(x, dim), strict=True):
