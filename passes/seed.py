@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from ..ir.layout import Layout, even
-from ..ir.program import calls, layout_of, shape_of
+from ..ir.program import calls, exchanges_of, layout_of, shape_of
 from .cost import Cost, Target, cost, flops, node_flops
 from .partition import Rule, partition
 
@@ -50,19 +50,18 @@ class Search:
     def __post_init__(self) -> None:
         self.total = flops(self.graph)
 
-    def attempt(self, seeds: Seeds) -> bool:
-        """Judge one set of seeds; True if it is the best so far."""
+    def attempt(self, seeds: Seeds) -> fx.Graph | None:
+        """Partition by one set of seeds and judge the result; None if that was done before."""
         key = tuple(sorted(seeds.items(), key=lambda item: item[0]))
         if key in self.tried:
-            return False
+            return None
         self.tried.add(key)
         graph = partition(self.graph, self.world, seeds, self.rules)
         judged = cost(graph, self.world, self.target)
         rank = self._unevenness(judged), judged.seconds
-        if self.best is not None and rank >= self.best[0]:
-            return False
-        self.best = rank, seeds, graph, judged
-        return True
+        if self.best is None or rank < self.best[0]:
+            self.best = rank, seeds, graph, judged
+        return graph
 
     def _unevenness(self, judged: Cost) -> int:
         """0 where the slowest rank has at most a quarter more than its share, 1 for a quarter more than that, …"""
@@ -75,7 +74,9 @@ class Search:
         candidates = list(_candidates(self))
         for node, dim in candidates:
             for rows in _cuts(shape_of(node)[dim], self.world):
-                self.attempt({node.name: Layout(dim, rows)})
+                graph = self.attempt({node.name: Layout(dim, rows)})
+                if graph is not None and not _moves_cuts(graph):
+                    break  # coarser cuts would only be less even
             if self.reached >= NEAR:
                 break
         for node, dim in candidates:
@@ -153,6 +154,13 @@ def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
                 if mask >> i & 1:
                     totals[n] += work
     return totals
+
+
+def _moves_cuts(graph: fx.Graph) -> bool:
+    """Whether values have to be cut elsewhere on the way, as coarser cuts might spare."""
+    return any(
+        each.role in ("realign", "rebalance", "small") for _, declared in exchanges_of(graph) for each in declared
+    )
 
 
 def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:

@@ -50,23 +50,30 @@ class Rows:
     @staticmethod
     def of(positions: Iterable[int] | np.ndarray) -> Rows:
         """Compress a set of positions; equal sets give equal `Rows`."""
-        array = np.unique(np.asarray(positions, dtype=np.int64))
+        array = np.asarray(positions, dtype=np.int64)
         if array.size == 0:
             return Rows(())
+        if (np.diff(array) <= 0).any():
+            array = np.unique(array)
         breaks = np.flatnonzero(np.diff(array) != 1)
-        starts = array[np.concatenate(([0], breaks + 1))]
-        lengths = np.diff(np.concatenate(([-1], breaks, [array.size - 1])))
+        return Rows.blocks(
+            array[np.concatenate(([0], breaks + 1))], array[np.concatenate((breaks, [array.size - 1]))] + 1
+        )
+
+    @staticmethod
+    def blocks(starts: np.ndarray, stops: np.ndarray) -> Rows:
+        """The union of ascending, disjoint intervals [start, stop); those that touch become one."""
+        apart = np.flatnonzero(starts[1:] != stops[:-1])
+        first = starts[np.concatenate(([0], apart + 1))].tolist() if len(starts) else []
+        last = stops[np.concatenate((apart, [len(stops) - 1]))].tolist() if len(starts) else []
         runs: list[Run] = []
         i = 0
-        while i < len(starts):
-            j = i + 1
-            if j < len(starts) and lengths[j] == lengths[i]:
-                stride = starts[j] - starts[i]
-                while j < len(starts) and lengths[j] == lengths[i] and starts[j] - starts[j - 1] == stride:
-                    j += 1
-                runs.append(Run(int(starts[i]), int(lengths[i]), int(stride), j - i))
-            else:
-                runs.append(Run(int(starts[i]), int(lengths[i])))
+        while i < len(first):
+            length, j = last[i] - first[i], i + 1
+            stride = first[j] - first[i] if j < len(first) and last[j] - first[j] == length else 0
+            while stride and j < len(first) and last[j] - first[j] == length and first[j] - first[j - 1] == stride:
+                j += 1
+            runs.append(Run(first[i], length, stride, j - i))
             i = j
         return Rows(tuple(runs))
 
@@ -133,13 +140,31 @@ class Rows:
 
 
 @lru_cache(maxsize=4096)
+def _bounds(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """The intervals of the set: where they start and stop."""
+    starts = [r.start + r.stride * np.arange(r.count, dtype=np.int64) for r in rows.runs]
+    stops = [first + r.length for first, r in zip(starts, rows.runs, strict=True)]
+    return (np.concatenate(starts), np.concatenate(stops)) if starts else (_NOTHING, _NOTHING)
+
+
+_NOTHING = np.zeros(0, dtype=np.int64)
+
+
+@lru_cache(maxsize=4096)
 def _positions(rows: Rows) -> np.ndarray:
-    parts = [
-        (r.start + r.stride * np.arange(r.count)[:, None] + np.arange(r.length)[None, :]).reshape(-1) for r in rows.runs
-    ]
-    array = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    starts, stops = _bounds(rows)
+    lengths = stops - starts
+    shift = np.repeat(starts - np.concatenate(([0], np.cumsum(lengths)[:-1])), lengths) if len(starts) else _NOTHING
+    array = np.arange(len(rows)) + shift
     array.setflags(write=False)
     return array
+
+
+def _inside(points: np.ndarray, rows: Rows) -> np.ndarray:
+    """For each point, whether the set has it."""
+    starts, stops = _bounds(rows)
+    block = np.searchsorted(starts, points, side="right") - 1
+    return (block >= 0) & (points < stops[block])
 
 
 @lru_cache(maxsize=1 << 16)
@@ -152,8 +177,12 @@ def _combine(how: str, a: Rows, b: Rows) -> Rows:
         return Rows.interval(max(a.start, b.start), min(a.stop, b.stop))
     if how == "sub" and (a.stop <= b.start or b.stop <= a.start):
         return a
-    function = {"and": np.intersect1d, "or": np.union1d, "sub": np.setdiff1d}[how]
-    return Rows.of(function(a.array, b.array))
+    # between neighbouring bounds of either set, membership does not change
+    bounds = np.unique(np.concatenate((*_bounds(a), *_bounds(b))))
+    points = bounds[:-1]
+    in_a, in_b = _inside(points, a), _inside(points, b)
+    kept = {"and": in_a & in_b, "or": in_a | in_b, "sub": in_a & ~in_b}[how]
+    return Rows.blocks(points[kept], bounds[1:][kept])
 
 
 @lru_cache(maxsize=1 << 16)
@@ -168,7 +197,16 @@ def _index(rows: Rows, subset: Rows) -> np.ndarray:
 
 @lru_cache(maxsize=1 << 16)
 def _locate(rows: Rows, subset: Rows) -> Rows:
-    return subset.shift(-rows.start) if rows.contiguous else Rows.of(_index(rows, subset))
+    if rows.contiguous:
+        return subset.shift(-rows.start)
+    if not subset.runs:
+        return subset
+    starts, stops = _bounds(rows)
+    before = np.concatenate(([0], np.cumsum(stops - starts)[:-1]))
+    first, last = _bounds(subset)
+    block = np.searchsorted(starts, first, side="right") - 1
+    shift = before[block] - starts[block]
+    return Rows.blocks(first + shift, last + shift)
 
 
 @dataclass(frozen=True)

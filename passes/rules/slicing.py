@@ -21,7 +21,11 @@ def slice_(p: Partitioner, op: Op, x: fx.Node, dim: int, start: int, end: int, s
     layout = layout_of(x)
     if layout.dim != dim:
         return p.same(op, (x, dim, start, end, step), layout=layout)
-    return remap(p, op, x, dim, np.arange(start, end, step))
+    if step != 1:
+        return remap(p, op, x, dim, np.arange(start, end, step))
+    kept = [have & Rows.interval(start, end) for have in layout.rows]
+    local = [have.locate(rows) for have, rows in zip(layout.rows, kept, strict=True)]
+    return _moved(p, op, x, dim, [rows.shift(-start) for rows in kept], ops.take, local)
 
 
 def remap(p: Partitioner, op: Op, x: fx.Node, dim: int, sources: np.ndarray) -> fx.Node:
@@ -39,8 +43,11 @@ def remap(p: Partitioner, op: Op, x: fx.Node, dim: int, sources: np.ndarray) -> 
     else:
         target = ops.select
         local = [ops.Index(index.array) for index in local]
-    size = len(sources)
-    result = Layout() if tuple(rows) == full(size, p.world) else Layout(dim, tuple(rows))
+    return _moved(p, op, x, dim, rows, target, local)
+
+
+def _moved(p: Partitioner, op: Op, x: fx.Node, dim: int, rows: list[Rows], target: Any, local: list[Any]) -> fx.Node:
+    result = Layout() if tuple(rows) == full(op.shape[dim], p.world) else Layout(dim, tuple(rows))
     return p.settle(p.emit(target, (x, dim, per_rank(local)), shape=op.shape, dtype=op.dtype, layout=result))
 
 
