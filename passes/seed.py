@@ -86,7 +86,8 @@ class Search:
                 self.attempt({**self.seeds, node.name: Layout(dim, even(shape_of(node)[dim], self.world))})
         if self.best is not None and self.reached < GOOD:
             for name, layout in list(_inner(self))[:4]:
-                self.attempt({**self.seeds, name: layout})
+                if self.reached < GOOD:
+                    self.attempt({**self.seeds, name: layout})
         return self.best is not None and (not self.total or self.bound >= WORTHWHILE)
 
     @property
@@ -174,13 +175,14 @@ def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:
 
 
 def _inner(search: Search) -> Iterator[tuple[str, Layout]]:
-    """Values inside that are unevenly split, or whole, along a dim with rows enough to share out evenly."""
+    """Values that most of the work depends on, unevenly split or whole, along a dim that could be shared out evenly."""
     assert search.best is not None
     seen: set[tuple[int, ...]] = set()
     laid = {n.meta.get("origin"): layout_of(n) for n in search.best[2].nodes if n.target is not operator.getitem}
+    after = _after([n for n in search.graph.nodes if n.name in search.seeds])
     for node in calls(search.graph):
         shape = node.meta.get("shape")
-        if node.name not in laid or shape is None or len(shape) < 3 or shape in seen:
+        if node not in after or node.name not in laid or shape is None or len(shape) < 3 or shape in seen:
             continue
         layout = laid[node.name]
         dim = layout.dim if layout.dim is not None else max(range(1, len(shape) - 1), key=lambda d: shape[d])
@@ -190,4 +192,15 @@ def _inner(search: Search) -> Iterator[tuple[str, Layout]]:
         if layout.dim is not None and max(layout.sizes) <= 1.02 * max(map(len, rows)):
             continue
         seen.add(shape)
-        yield node.name, Layout(dim, rows)
+        if sum(map(node_flops, _after([node]))) > search.total // 2:
+            yield node.name, Layout(dim, rows)
+
+
+def _after(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Everything that depends on one of `nodes`."""
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        users = [user for user in waiting.pop().users if user not in found]
+        found.update(users)
+        waiting += users
+    return found
