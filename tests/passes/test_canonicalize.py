@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -21,6 +21,7 @@ from fxpass.passes.canonicalize import canonicalize
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
+from tests.passes.examples import examples
 from tests.passes.harness import cut, evenly, lockstep, output_of
 
 aten = torch.ops.aten
@@ -136,7 +137,7 @@ class Mixed(nn.Module):
         return (x.flatten(2).transpose(1, 2) @ x.flatten(2)).mean(-1).unflatten(1, x.shape[2:])[:, None] + x
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.data())
 def test_numbers_are_kept_and_messages_are_fewer(data: st.DataObject) -> None:
     kinds = data.draw(st.lists(st.sampled_from(["conv", "norm", "mean", "shuffle"]), min_size=1, max_size=5))

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.passes.examples import examples
 from tests.passes.harness import layouts, split
 
 CHANNELS = 4
@@ -210,14 +211,14 @@ def check(data: st.DataObject, kinds: str) -> None:
     split(network, inputs, cuts, world, exact=False)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.data())
 def test_a_random_network_on_random_cuts_equals_the_whole(data: st.DataObject) -> None:
     check(data, "uneven overlapping")
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@examples(300)
 @given(st.data())
 def test_many_random_networks_on_cuts_of_any_kind_equal_the_whole(data: st.DataObject) -> None:
     check(data, "uneven overlapping strided any")

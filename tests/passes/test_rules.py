@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.passes.examples import Example, randn, split_anywhere, split_where_promised
+from tests.passes.examples import Example, examples, randn, split_anywhere, split_where_promised
 from tests.passes.harness import cut, evenly, layouts, split
 
-few = settings(max_examples=8)
-some = settings(max_examples=25)
+few = examples(8)
+some = examples(25)
 
 # -- pointwise -------------------------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ def broadcasts(draw: st.DrawFn) -> Example:
     return Example(function, [randn(*s) for s in shapes], {i: range(len(s)) for i, s in enumerate(shapes)})
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(broadcasts(), st.data())
 def test_operands_that_broadcast_are_brought_to_one_layout(example: Example, data: st.DataObject) -> None:
     assert not split_anywhere(data, example).fallbacks
@@ -178,7 +178,7 @@ def reshapes(draw: st.DrawFn) -> Example:
     return Example(lambda x: (x * 2).reshape(target) + 1, [randn(*source)], {}, title=f"{source} -> {target}")
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(reshapes(), st.data())
 def test_any_reshape_of_any_cut_is_right(example: Example, data: st.DataObject) -> None:
     split_anywhere(data, example)
@@ -317,13 +317,13 @@ def convolutions(draw: st.DrawFn, transposed: bool = False) -> Example:
     return Example(module, [randn(*batch, 2, *lengths)], {0: [*range(len(batch)), *dims]})
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(convolutions(), st.data())
 def test_convolutions_are_split_along_space(example: Example, data: st.DataObject) -> None:
     split_where_promised(data, example)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(convolutions(transposed=True), st.data())
 def test_transposed_convolutions_are_split_along_space(example: Example, data: st.DataObject) -> None:
     split_where_promised(data, example)
@@ -384,13 +384,13 @@ def poolings(draw: st.DrawFn, mean: bool, plain: bool) -> Example:
     return Example(module, [randn(*batch, 2, *lengths)], {0: range(len(batch) + 1 + spatial)})
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(poolings(mean=False, plain=False) | poolings(mean=True, plain=True), st.data())
 def test_pooling_is_split_along_any_dim(example: Example, data: st.DataObject) -> None:
     split_where_promised(data, example)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(poolings(mean=True, plain=False), st.data())
 def test_averages_of_windows_of_unequal_size_are_right(example: Example, data: st.DataObject) -> None:
     split_anywhere(data, example)
@@ -420,7 +420,7 @@ def interpolations(draw: st.DrawFn) -> Example:
     return Example(lambda x: F.interpolate(x, **named), [randn(2, 3, *lengths)], {0: dims}, str(named))
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(interpolations(), st.data())
 def test_every_mode_of_interpolation_is_split(example: Example, data: st.DataObject) -> None:
     split_where_promised(data, example)
@@ -544,7 +544,7 @@ REDUCTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-@settings(max_examples=15)
+@examples(15)
 @given(data=st.data(), keep=st.booleans())
 def test_reductions_are_split(name: str, data: st.DataObject, keep: bool) -> None:
     dims = data.draw(st.sampled_from([(0,), (1,), (2,), (0, 2), (1, 2), (-1, -2), (0, 1, 2)]), label="dims")
@@ -626,7 +626,7 @@ PRODUCTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, tuple[int, ...]]
 
 
 @pytest.mark.parametrize("name", [name for name, case in PRODUCTS.items() if case[2]])
-@settings(max_examples=12)
+@examples(12)
 @given(data=st.data())
 def test_products_are_split_along_every_dim_of_every_operand(name: str, data: st.DataObject) -> None:
     function, shapes, promised = PRODUCTS[name]
@@ -682,19 +682,19 @@ def attentions(draw: st.DrawFn) -> Example:
     return Example(function, inputs, promised, title=f"{kind} {named}")
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(attentions(), st.data())
 def test_attention_is_split_along_samples_heads_and_tokens(example: Example, data: st.DataObject) -> None:
     split_where_promised(data, example)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(attentions(), st.data())
 def test_attention_is_right_on_any_cut(example: Example, data: st.DataObject) -> None:
     split_anywhere(data, example)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(attentions(), st.data())
 def test_queries_and_keys_may_be_cut_differently(example: Example, data: st.DataObject) -> None:
     world = data.draw(st.integers(2, 4))
@@ -764,3 +764,18 @@ def test_a_join_of_overlapping_parts_that_is_whole_everywhere_is_known_to_be() -
     everywhere = {0: cut(1, (0, 4), (2, 4)), 1: cut(1, (0, 3), (0, 3))}
     result = split(lambda x, y: torch.cat([x, y], 1).flatten(1), [randn(2, 4, 3), randn(2, 3, 3)], everywhere, 2)
     assert result.roles["fallback"] == 0
+
+
+NOTHING_OF_ITS_OWN = cut(1, (0, 5), (2, 4), (0, 5))  # what ranks 1 and 2 hold, rank 0 holds too
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_row_that_several_ranks_hold_counts_once_in_a_reduction(name: str) -> None:
+    split(lambda x: REDUCTIONS[name](x, (1,), False), [randn(3, 5, 6)], {0: NOTHING_OF_ITS_OWN}, 3)
+
+
+def test_a_row_that_several_ranks_hold_counts_once_in_statistics_and_products() -> None:
+    x = randn(3, 5, 6)
+    split(nn.LayerNorm((5, 6)).double(), [x], {0: NOTHING_OF_ITS_OWN}, 3)
+    split(lambda x: F.group_norm(x.transpose(1, 2), 2), [x], {0: NOTHING_OF_ITS_OWN}, 3)
+    split(lambda x: x.transpose(1, 2) @ x, [x], {0: NOTHING_OF_ITS_OWN}, 3)
