@@ -59,7 +59,7 @@ class Plan:
     strategy: Strategy
     target: Target
     seeds: dict[str, Layout]  #: what is split, by name of input or value
-    seconds: dict[str, float]  #: time spent per stage
+    seconds: dict[str, float]  #: wall time of `capture`, of `plan`, and of each pass of the latter
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,11 +158,11 @@ class Plan:
 
 def make_plan(program: Program, world_size: int, strategy: Strategy, target: str | Target = "auto") -> Plan:
     """Cut a captured program for `world_size` ranks. Raises `WorldSizeError` if they are too many."""
-    result: Build = build(program, world_size, _target(target, program))
+    started = time.perf_counter()
+    result: Build = build(program, world_size, target_of(target, program))
     assert result.graph is not None
-    return Plan(
-        result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), result.program.seconds
-    )
+    seconds = result.program.seconds | {"plan": time.perf_counter() - started}
+    return Plan(result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), seconds)
 
 
 def plan(
@@ -177,14 +177,15 @@ def plan(
 
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if the ranks are too many.
     """
-    started = time.perf_counter()
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
-    result = make_plan(program, world_size, Strategy.of(strategy), target)
-    result.seconds["total"] = time.perf_counter() - started
-    return result
+    return make_plan(program, world_size, Strategy.of(strategy), target)
 
 
-def _target(target: str | Target, program: Program) -> Target:
+def target_of(target: str | Target, program: Program) -> Target:
+    """A target by name; "auto" is the kind of device that the program's tensors are on.
+
+    Raises `ValueError` for an unknown name.
+    """
     if isinstance(target, Target):
         return target
     if target == "auto":

@@ -90,9 +90,9 @@ def difference(program: Program, world_size: int, rank: int, stage: str, target:
 def built(program: Program, world_size: int, stage: str, target: str) -> Build:
     """The passes' state after `stage`."""
     from ..passes import Build, build
-    from ..plan import _target
+    from ..plan import target_of
 
-    machine = _target(target, program)
+    machine = target_of(target, program)
     if stage == CAPTURED:
         return Build(program, world_size, machine)
     return build(program, world_size, machine, after=stage)

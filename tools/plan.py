@@ -35,7 +35,7 @@ def plan(
     from .console import console
 
     made = make(model, world_size, strategy, target, Options(height, width, frames, batch))
-    text = json.dumps(described(made), indent=2)
+    text = json.dumps(made.describe(), indent=2)
     if to == Path("-"):
         typer.echo(text)
         return
@@ -67,15 +67,6 @@ def check_target(target: str) -> None:
         raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")
 
 
-def described(plan: Plan) -> dict[str, Any]:
-    """`Plan.describe()`, with the seconds of all passes together as `plan`."""
-    description = plan.describe()
-    seconds = description["seconds"]
-    stages = sum(value for name, value in seconds.items() if name not in ("warm up", "capture", "plan", "total"))
-    description["seconds"] = {"plan": stages, **seconds}
-    return description
-
-
 def show(out: Console, model: str, plan: Plan) -> None:
     """Print a plan for people."""
     from .printer import flops_text
@@ -89,7 +80,7 @@ def show(out: Console, model: str, plan: Plan) -> None:
         f"at most {plan.bound:.2f} times as fast\n"
     )
     out.print(_ranks(plan))
-    seconds = described(plan)["seconds"]
+    seconds = plan.seconds
     if plan.fallbacks:
         out.print("\nfallbacks: gathered whole, for no rule could split them", style="bold yellow")
         out.print(_fallbacks(plan))

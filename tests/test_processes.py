@@ -1,0 +1,47 @@
+"""Real models on real processes, torchrun's and spawned ones, give what lockstep gives, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxpass
+from fxpass.models.small import case, output_tensors
+
+NAMES = ("unet_sdxl", "sana", "wan", "vae_decode")  # every kind of exchange: halos, K and V, moments, sums
+
+
+@lru_cache
+def lockstep(name: str, world: int) -> list[Tensor]:
+    model = case(name).build()
+    parallel = fxpass.parallelize(model, world, executor="lockstep")
+    return output_tensors(parallel(**case(name).inputs(rows=24, seed=2, module=model)))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_torchrun_gives_what_lockstep_gives_on_every_rank(world: int, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [*torchrun, "-m", "tests.real_ranks", str(tmp_path), *NAMES]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    for name in NAMES:
+        for rank in range(world):
+            found = torch.load(tmp_path / f"{name}-{rank}.pt")
+            for a, b in zip(found, lockstep(name, world), strict=True):
+                assert torch.equal(a, b), f"{name} on rank {rank}"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_spawned_workers_give_what_lockstep_gives(world: int) -> None:
+    for name in NAMES[:2]:
+        model = case(name).build()
+        with fxpass.parallelize(model, world, executor="spawn", timeout=120) as parallel:
+            found = output_tensors(parallel(**case(name).inputs(rows=24, seed=2, module=model)))
+        for a, b in zip(found, lockstep(name, world), strict=True):
+            assert torch.equal(a, b), name
