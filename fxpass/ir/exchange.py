@@ -171,14 +171,8 @@ class Fetch(Exchange):
 
 
 @dataclass(frozen=True)
-class Moments(Exchange):
-    """Merge `stack([mean, M2])` of each rank's `counts[k]` elements into `stack([mean, biased variance])` of all.
-
-    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979);
-    merged in rank order on every rank, so that all ranks get the same bits.
-    """
-
-    counts: tuple[int, ...] = ()
+class Merged(Exchange):
+    """Every rank has a small result of its own, sends it to all others, and merges all of them in rank order."""
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         return self.shape
@@ -189,6 +183,17 @@ class Moments(Exchange):
 
     def pack(self, rank: int, x: Tensor) -> Payloads:
         return [None if dst == rank else x for dst in range(self.world)]
+
+
+@dataclass(frozen=True)
+class Moments(Merged):
+    """Merge `stack([mean, M2])` of each rank's `counts[k]` elements into `stack([mean, biased variance])` of all.
+
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979);
+    merged in rank order on every rank, so that all ranks get the same bits.
+    """
+
+    counts: tuple[int, ...] = ()
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         total = 0
@@ -207,20 +212,10 @@ class Moments(Exchange):
 
 
 @dataclass(frozen=True)
-class Reduce(Exchange):
+class Reduce(Merged):
     """Partial results of the ranks, reduced in rank order (sums in float32 at least)."""
 
     op: Literal["sum", "amax", "amin"] = "sum"
-
-    def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
-        return self.shape
-
-    @cached_property
-    def broadcast(self) -> bool:
-        return True
-
-    def pack(self, rank: int, x: Tensor) -> Payloads:
-        return [None if dst == rank else x for dst in range(self.world)]
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         parts = in_rank_order(rank, x, received)

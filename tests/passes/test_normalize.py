@@ -14,7 +14,8 @@ from fxpass.capture import capture
 from fxpass.capture.evaluate import evaluate
 from fxpass.ir.program import calls
 from fxpass.ir.verify import ABNORMAL, verify
-from fxpass.passes.normalize import FORMS, normalize
+from fxpass.passes.forms import FORMS
+from fxpass.passes.normalize import normalize
 from tests.passes.harness import Function, assert_equal
 
 aten = torch.ops.aten

@@ -1,0 +1,66 @@
+"""What normal forms are written with: emits operators whose fake results tell shapes and dtypes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..ir.program import shape_of
+
+aten = torch.ops.aten
+
+
+class Builder:
+    """Emits operators into the new graph; their fake results tell shapes and dtypes."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.source: fx.Node | None = None
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        fake = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
+        return self.copy(target, args, kwargs, _run(target, fake))
+
+    def copy(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        assert self.source is not None
+        node = self.graph.call_function(target, tuple(args), dict(kwargs))
+        node.meta = {k: v for k, v in self.source.meta.items() if k in ("path", "trace")} | {"val": value}
+        if isinstance(value, Tensor):
+            node.meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
+        return node
+
+    def reshape(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        return x if tuple(shape) == shape_of(x) else self.emit(aten.reshape.default, x, list(shape))
+
+    def permute(self, x: fx.Node, dims: Sequence[int]) -> fx.Node:
+        dims = [d % len(dims) for d in dims]
+        return x if dims == sorted(dims) else self.emit(aten.permute.default, x, dims)
+
+    def slice(self, x: fx.Node, dim: int, start: int, end: int, step: int = 1) -> fx.Node:
+        size = shape_of(x)[dim]
+        return x if (start, end, step) == (0, size, 1) else self.emit(aten.slice.Tensor, x, dim, start, end, step)
+
+    def cat(self, tensors: Sequence[fx.Node], dim: int) -> fx.Node:
+        tensors = [x for x in tensors if shape_of(x)[dim] != 0] or list(tensors[:1])
+        return tensors[0] if len(tensors) == 1 else self.emit(aten.cat.default, tensors, dim)
+
+
+def _run(target: Any, args_kwargs: Any) -> Any:
+    args, kwargs = args_kwargs
+    fakes = [leaf for leaf in pytree.tree_leaves(args_kwargs) if isinstance(leaf, torch._subclasses.FakeTensor)]
+    if not fakes:
+        return target(*args, **kwargs)
+    with fakes[0].fake_mode:
+        return target(*args, **kwargs)
+
+
+def unpacked(b: Builder, node: fx.Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, (tuple, list)):
+        return node
+    return tuple(b.copy(operator.getitem, (node, i), {}, v) for i, v in enumerate(value))
