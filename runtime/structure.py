@@ -107,11 +107,14 @@ class _Same:
 
 def _describe(model: nn.Module) -> list[Any]:
     description: list[Any] = []
+    first: dict[int, int] = {}  # a tensor that has two names is a weight of one name in a program
     for name, module in model.named_modules():
         state = dict(vars(module))
         tensors = [state.pop("_parameters"), state.pop("_buffers")]
         children = list(state.pop("_modules"))
-        shapes = [(k, *_kind(t)) for table in tensors for k, t in table.items()]
+        shapes = [
+            (k, *_kind(t), first.setdefault(id(t), len(first))) for table in tensors for k, t in table.items()
+        ]
         description.append((name, type(module), children, shapes, _plain(state, DEPTH)))
     return description
 

@@ -244,6 +244,15 @@ class Recorder(TorchDispatchMode):
         name = forms.name_of(op)
         if "dropout" in name and len(args) > 2 and args[2] and args[1]:
             raise CaptureError(f"dropout in training mode at {self.current_line()}; call model.eval() first")
+        if "attention" in name and _dropout(op, args, kwargs):
+            raise CaptureError(
+                f"attention with dropout at {self.current_line()}; pass dropout_p=0.0 when the model is in eval mode"
+            )
+        if name == "as_strided":
+            raise CaptureError(
+                f"as_strided at {self.current_line()} depends on the order in memory, which a split does not keep; "
+                "use unfold, reshape or an index"
+            )
         if name in ("batch_norm", "instance_norm") and args[3] is not None and args[5]:
             raise CaptureError(f"{name} in training mode at {self.current_line()}; call model.eval() first")
         if forms.is_random(op):
@@ -251,6 +260,12 @@ class Recorder(TorchDispatchMode):
                 f"{op} draws random numbers at {self.current_line()}: each rank would draw its own; "
                 "pass them in as an input"
             )
+
+
+def _dropout(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> float:
+    """The probability that an attention operator is given."""
+    place = next((i for i, a in enumerate(op._schema.arguments) if a.name == "dropout_p"), len(args))
+    return args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
 
 
 def _positions(index: Any) -> list[Any]:

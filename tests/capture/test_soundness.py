@@ -265,10 +265,15 @@ def refused(model: nn.Module, *args: Any) -> str:
         (lambda m, x: x[x > 0], "needs the value of an activation"),
         (lambda m, x: x + torch.randn(6), "draws random numbers"),
         (lambda m, x: F.dropout(x, 0.5, training=True), "training mode"),
+        (lambda m, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5), "attention with dropout"),
         (lambda m, x: F.batch_norm(x, m.count, m.table, training=True), "training mode"),
+        (lambda m, x: x.as_strided((3, 2), x.stride()), "depends on the order in memory"),
         (lambda m, x: x.undefined_attribute if torch.compiler.is_compiling() else x, "AttributeError"),
     ],
-    ids=["buffer", "reassigned", "carried", "kept", "branch", "mask", "random", "dropout", "batch norm", "other"],
+    ids=[
+        *("buffer", "reassigned", "carried", "kept", "branch", "mask", "random", "dropout", "attention dropout"),
+        *("batch norm", "strides", "other"),
+    ],
 )
 def test_what_no_graph_can_hold_is_refused_with_the_line_of_the_model(body: Any, message: str) -> None:
     text = refused(Block(body), torch.randn(4, 6))

@@ -117,6 +117,15 @@ def test_a_changed_structure_is_captured_anew(module: ParallelModule, model: Blo
     assert module._engine.signatures == 1
 
 
+def test_weights_that_are_tied_or_untied_are_captured_anew(module: ParallelModule, model: Block) -> None:
+    model.query.weight = model.key.weight
+    check(module, model)
+    model.query.weight = nn.Parameter(torch.randn_like(model.key.weight))
+    check(module, model)
+    model.query.weight = model.key.weight
+    check(module, model)
+
+
 def test_a_number_inside_an_adapters_dict_is_part_of_the_structure(model: Block) -> None:
     class Adapter(nn.Module):
         def __init__(self) -> None:
