@@ -47,9 +47,8 @@ def fetched(**changes: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:
     declared |= {"have": HALVES.rows, "want": full(4, 2)} | changes
 
     def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
-        node = graph.call_function(
-            operator.getitem, (graph.call_function(ops.exchange, ((x,), (Fetch(**declared),))), 0)
-        )
+        args: Any = ((x,), (Fetch(**declared),))
+        node = graph.call_function(operator.getitem, (graph.call_function(ops.exchange, args), 0))
         node.meta = meta()
         return node
 
@@ -113,7 +112,8 @@ def test_an_exchange_that_is_declared_for_another_operand_is_refused(
 
 def test_a_reduction_of_a_split_value_is_refused() -> None:
     def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
-        return graph.call_function(ops.exchange, ((x,), (Reduce("sum", (4, 3), torch.float32, 2),)))
+        args: Any = ((x,), (Reduce("sum", (4, 3), torch.float32, 2),))
+        return graph.call_function(ops.exchange, args)
 
     with pytest.raises(VerificationError, match="exchanges are declared"):
         verify(graph_of(build, HALVES), "partitioned", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 from fxpass.capture import capture
 from fxpass.ir import ops
 from fxpass.ir.exchange import Fetch
-from fxpass.ir.layout import Layout, full
+from fxpass.ir.layout import Layout, PerRank, full
 from fxpass.ir.program import exchanges_of
 from fxpass.ir.verify import verify
 from fxpass.passes.canonicalize import canonicalize
@@ -62,16 +63,16 @@ def test_what_depends_on_another_exchange_waits_for_it() -> None:
 def gather_of(graph: fx.Graph, x: fx.Node, shape: tuple[int, ...] = (4, 3)) -> fx.Node:
     halves = cut(0, (0, 2), (2, 4)).rows
     declared = Fetch("realign", shape, torch.float32, 2, dim=0, have=halves, want=full(4, 2))
-    node = graph.call_function(operator.getitem, (graph.call_function(ops.exchange, ((x,), (declared,))), 0))
+    args: Any = ((x,), (declared,))
+    node = graph.call_function(operator.getitem, (graph.call_function(ops.exchange, args), 0))
     node.meta = {"shape": shape, "dtype": torch.float32}
     return node
 
 
 def half_of(graph: fx.Graph, x: fx.Node) -> fx.Node:
-    from fxpass.ir.layout import PerRank
-
     layout = cut(0, (0, 2), (2, 4))
-    node = graph.call_function(ops.take, (x, 0, PerRank(layout.rows)))
+    args: Any = (x, 0, PerRank(layout.rows))
+    node = graph.call_function(ops.take, args)
     node.meta = {"shape": (4, 3), "dtype": torch.float32, "layout": layout}
     return node
 

@@ -29,14 +29,12 @@ class Residual(nn.Module):
 class Conv(nn.Module):
     """Norm, activation, convolution of any kernel and dilation, scaled and shifted by the timestep."""
 
-    def __init__(self, kernel: int, dilation: int, groups: int, padding_mode: str) -> None:
+    def __init__(self, kernel: int, dilation: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, CHANNELS)
         self.time = nn.Linear(3, 2 * CHANNELS)
         padding = dilation * (kernel - 1) // 2
-        self.conv = nn.Conv2d(
-            CHANNELS, CHANNELS, kernel, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode
-        )
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, kernel, padding=padding, dilation=dilation, groups=groups)
 
     def forward(self, x: Tensor, text: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)
@@ -173,7 +171,7 @@ def blocks(draw: st.DrawFn, height: int, width: int, depth: int) -> nn.Module:
     if kind == "conv":
         modes = st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])
         block: nn.Module = Conv(
-            draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 4])), "zeros"
+            draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 4]))
         )
         if min(height, width) > 4:
             block.conv.padding_mode = draw(modes)

@@ -53,8 +53,8 @@ def test_pointwise_operators_keep_any_cut(name: str, data: st.DataObject) -> Non
 @st.composite
 def broadcasts(draw: st.DrawFn) -> Example:
     """Two or three operands of shapes that broadcast to [2, 5, 6], one of them of the full shape."""
-    target = (2, 5, 6)
-    shapes = [target]
+    target: tuple[int, ...] = (2, 5, 6)
+    shapes: list[tuple[int, ...]] = [target]
     for _ in range(draw(st.integers(1, 2))):
         ndim = draw(st.integers(0, 3))
         shapes.append(tuple(n if draw(st.booleans()) else 1 for n in target[3 - ndim :]))
@@ -478,7 +478,7 @@ def norms() -> dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]]:  #
         "group of tokens": (nn.GroupNorm(4, 4), (2, 4, 9), (0, 2)),
         "group without weights": (nn.GroupNorm(1, 4, affine=False), (2, 4, 3, 5, 2), (0, 2, 3, 4)),
         "layer": (nn.LayerNorm(6), (2, 7, 6), (0, 1, 2)),
-        "layer of two dims": (nn.LayerNorm((7, 6)), (2, 7, 6), (0, 1, 2)),
+        "layer of two dims": (nn.LayerNorm([7, 6]), (2, 7, 6), (0, 1, 2)),
         "layer without weights": (nn.LayerNorm(6, elementwise_affine=False), (2, 7, 6), (0, 1, 2)),
         "layer without bias": (nn.LayerNorm(6, bias=False), (2, 7, 6), (0, 1, 2)),
         "rms": (nn.RMSNorm(6), (2, 7, 6), (0, 1)),
@@ -595,7 +595,7 @@ def test_what_works_along_one_dim_is_right_on_any_cut(name: str, data: st.DataOb
 
 # -- products --------------------------------------------------------------------------------------------------------
 
-PRODUCTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, tuple[int, ...]]]] = {
+PRODUCTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, Any]]] = {
     "linear": (F.linear, [(2, 5, 6), (4, 6), (4,)], {0: (0, 1, 2)}),
     "linear without bias": (F.linear, [(5, 6), (4, 6)], {0: (0, 1)}),
     "linear of a vector": (F.linear, [(6,), (4, 6), (4,)], {0: (0,)}),
@@ -776,6 +776,6 @@ def test_a_row_that_several_ranks_hold_counts_once_in_a_reduction(name: str) -> 
 
 def test_a_row_that_several_ranks_hold_counts_once_in_statistics_and_products() -> None:
     x = randn(3, 5, 6)
-    split(nn.LayerNorm((5, 6)).double(), [x], {0: NOTHING_OF_ITS_OWN}, 3)
+    split(nn.LayerNorm([5, 6]).double(), [x], {0: NOTHING_OF_ITS_OWN}, 3)
     split(lambda x: F.group_norm(x.transpose(1, 2), 2), [x], {0: NOTHING_OF_ITS_OWN}, 3)
     split(lambda x: x.transpose(1, 2) @ x, [x], {0: NOTHING_OF_ITS_OWN}, 3)
