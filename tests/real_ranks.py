@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
         model = case(name).build()
-        parallel = fxpass.parallelize(model, timeout=120)
+        parallel: Any = fxpass.parallelize(model, timeout=120)
         parallel(**case(name).inputs(rows=24, seed=1, module=model))
         found = output_tensors(parallel(**case(name).inputs(rows=24, seed=2, module=model)))
         torch.save(found, folder / f"{name}-{os.environ['RANK']}.pt")

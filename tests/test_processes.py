@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ NAMES = ("unet_sdxl", "sana", "wan", "vae_decode")  # every kind of exchange: ha
 @lru_cache
 def lockstep(name: str, world: int) -> list[Tensor]:
     model = case(name).build()
-    parallel = fxpass.parallelize(model, world, executor="lockstep")
+    parallel: Any = fxpass.parallelize(model, world, executor="lockstep")
     return output_tensors(parallel(**case(name).inputs(rows=24, seed=2, module=model)))
 
 
@@ -40,7 +41,7 @@ def test_torchrun_gives_what_lockstep_gives_on_every_rank(world: int, tmp_path: 
 @pytest.mark.parametrize("world", [2, 3])
 def test_spawned_workers_give_what_lockstep_gives(world: int) -> None:
     for name in NAMES[:2]:
-        model = case(name).build()
+        model: Any = case(name).build()
         with fxpass.parallelize(model, world, executor="spawn", timeout=120) as parallel:
             found = output_tensors(parallel(**case(name).inputs(rows=24, seed=2, module=model)))
         for a, b in zip(found, lockstep(name, world), strict=True):
