@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -46,8 +47,12 @@ class Builder:
         return x if (start, end, step) == (0, size, 1) else self.emit(aten.slice.Tensor, x, dim, start, end, step)
 
     def cat(self, tensors: Sequence[fx.Node], dim: int) -> fx.Node:
-        tensors = [x for x in tensors if shape_of(x)[dim] != 0] or list(tensors[:1])
-        return tensors[0] if len(tensors) == 1 else self.emit(aten.cat.default, tensors, dim)
+        """The join of what is not empty; the dtypes of empty tensors count as well."""
+        dtype = reduce(torch.promote_types, (x.meta["dtype"] for x in tensors))
+        shaped = [x for x in tensors if shape_of(x) != (0,)] or list(tensors)  # torch skips these, whatever the dim
+        kept = [x for x in shaped if shape_of(x)[dim] != 0] or shaped[:1]
+        joined = kept[0] if len(kept) == 1 else self.emit(aten.cat.default, kept, dim)
+        return joined if joined.meta["dtype"] == dtype else self.emit(aten._to_copy.default, joined, dtype=dtype)
 
 
 def _run(target: Any, args_kwargs: Any) -> Any:

@@ -110,7 +110,6 @@ def _stack(b: Builder, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) 
 
 
 def _cat(b: Builder, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> fx.Node:
-    tensors = [x for x in tensors if shape_of(x) != (0,)] or list(tensors)  # torch skips these, whatever the dim
     return b.cat(tensors, dim % len(shape_of(node)))
 
 

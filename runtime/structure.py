@@ -112,9 +112,7 @@ def _describe(model: nn.Module) -> list[Any]:
         state = dict(vars(module))
         tensors = [state.pop("_parameters"), state.pop("_buffers")]
         children = list(state.pop("_modules"))
-        shapes = [
-            (k, *_kind(t), first.setdefault(id(t), len(first))) for table in tensors for k, t in table.items()
-        ]
+        shapes = [(k, *_kind(t), first.setdefault(id(t), len(first))) for table in tensors for k, t in table.items()]
         description.append((name, type(module), children, shapes, _plain(state, DEPTH)))
     return description
 

@@ -71,6 +71,8 @@ def variance(
         return (
             p.several(op, (x, dims), kwargs, [result, result]) if both else p.same(op, (x, dims), kwargs, layout=result)
         )
+    if x.meta["dtype"].is_complex:
+        raise SplitError("moments of complex numbers")
     mean, biased = moments(p, x, inside)
     count = 1
     for d in inside:

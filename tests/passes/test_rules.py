@@ -558,6 +558,11 @@ def test_reductions_of_everything_are_split(data: st.DataObject) -> None:
     split_where_promised(data, Example(function, [randn(3, 5, 6)], {0: (0, 1, 2)}))
 
 
+def test_the_variance_of_complex_numbers_is_right() -> None:
+    found = split(lambda x: torch.view_as_complex(x).var(1), [randn(3, 8, 2)], {0: evenly(1, 8, 2)}, 2, exact=False)
+    assert len(found.fallbacks) == 1 and "complex" in found.fallbacks[0]
+
+
 def test_a_mean_in_half_precision_does_not_overflow() -> None:
     def function(x: Tensor) -> Tensor:
         return (x * 0 + 3e4).to(torch.float16).mean((1, 2)).double()
