@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .plan import make_plan
+from .plan import check_target, check_world_size, make_plan
 from .runtime import distributed
 from .runtime.engine import Engine
 from .runtime.executor import Executor
@@ -63,9 +63,12 @@ def parallelize(
     if compile:
         raise NotImplementedError("compile=True is not built yet; leave it out")
     if executor not in EXECUTORS:
-        near = difflib.get_close_matches(executor, EXECUTORS, n=1)
+        near = difflib.get_close_matches(str(executor), EXECUTORS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(EXECUTORS)}"
         raise ValueError(f"unknown executor {executor!r}; {hint}")
+    check_target(target)
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(world_size, executor, group)
     if isinstance(model_or_pipeline, nn.Module):
         return _wrapped(model_or_pipeline, world, chosen, executor, target, timeout, group)
@@ -78,9 +81,11 @@ def parallelize(
             f"{type(model_or_pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser; "
             "give parallelize the model itself"
         )
-    for name in names:
-        wrapped = _wrapped(getattr(model_or_pipeline, name), world, chosen, executor, target, timeout, group)
-        setattr(model_or_pipeline, name, wrapped)
+    models = {name: getattr(model_or_pipeline, name) for name in names}
+    for model in models.values():
+        _refuse_parallel(model)  # before anything is replaced
+    for name, model in models.items():
+        setattr(model_or_pipeline, name, _wrapped(model, world, chosen, executor, target, timeout, group))
     return model_or_pipeline
 
 
@@ -93,18 +98,20 @@ def _world_size(world_size: int | None, executor: str, group: Any) -> int:
         raise ValueError(
             "say on how many ranks to run, e.g. world_size=2: there is no process group and no CUDA device"
         )
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise ValueError(f"world_size must be a whole number of at least 1, not {world_size!r}")
-    return world_size
+    return check_world_size(world_size)
 
 
 def _wrapped(
     model: nn.Module, world: int, strategy: Strategy, executor: str, target: str, timeout: float, group: Any
 ) -> ParallelModule:
-    if type(model) is ParallelModule:
-        raise ValueError("this module is parallel already; close it and call parallelize on its .unwrapped model")
+    _refuse_parallel(model)
     runner = _executor(executor, world, timeout, group)
     return ParallelModule(model, Engine(model, lambda program: make_plan(program, world, strategy, target), runner))
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    if type(model) is ParallelModule:
+        raise ValueError("this module is parallel already; close it and call parallelize on its .unwrapped model")
 
 
 def _executor(name: str, world: int, timeout: float, group: Any) -> Executor:

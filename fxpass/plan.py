@@ -158,6 +158,7 @@ class Plan:
 
 def make_plan(program: Program, world_size: int, strategy: Strategy, target: str | Target = "auto") -> Plan:
     """Cut a captured program for `world_size` ranks. Raises `WorldSizeError` if they are too many."""
+    check_world_size(world_size)
     started = time.perf_counter()
     result: Build = build(program, world_size, target_of(target, program))
     assert result.graph is not None
@@ -177,8 +178,24 @@ def plan(
 
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if the ranks are too many.
     """
+    check_world_size(world_size)
+    check_target(target)
+    chosen = Strategy.of(strategy)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
-    return make_plan(program, world_size, Strategy.of(strategy), target)
+    return make_plan(program, world_size, chosen, target)
+
+
+def check_world_size(world_size: Any) -> int:
+    """Raises `ValueError` for what is no number of ranks."""
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size must be a whole number of at least 1, not {world_size!r}")
+    return world_size
+
+
+def check_target(target: Any) -> None:
+    """Raises `ValueError` for what is no target."""
+    if not isinstance(target, Target) and target not in ("auto", *TARGETS):
+        raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")
 
 
 def target_of(target: str | Target, program: Program) -> Target:
@@ -186,6 +203,7 @@ def target_of(target: str | Target, program: Program) -> Target:
 
     Raises `ValueError` for an unknown name.
     """
+    check_target(target)
     if isinstance(target, Target):
         return target
     if target == "auto":
@@ -193,6 +211,4 @@ def target_of(target: str | Target, program: Program) -> Target:
             n.meta["val"].device.type for n in program.graph.nodes if "val" in n.meta and "shape" in n.meta
         ]
         return TARGETS["gpu" if "cuda" in devices else "cpu"]
-    if target not in TARGETS:
-        raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")
     return TARGETS[target]

@@ -55,6 +55,8 @@ class Strategy:
                 hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}"
                 raise ValueError(f"unknown strategy {strategy!r}; {hint}")
             strategy = PRESETS[strategy]
+        if not isinstance(strategy, Strategy):
+            raise ValueError(f"a strategy is a name ({', '.join(PRESETS)}) or a Strategy, not {strategy!r}")
         if not strategy.exact:
             raise NotImplementedError(
                 f"strategy {strategy.name!r} has stale exchanges, which are not built yet; use 'sync'"

@@ -560,7 +560,8 @@ def test_reductions_of_everything_are_split(data: st.DataObject) -> None:
 
 def test_the_variance_of_complex_numbers_is_right() -> None:
     found = split(lambda x: torch.view_as_complex(x).var(1), [randn(3, 8, 2)], {0: evenly(1, 8, 2)}, 2, exact=False)
-    assert len(found.fallbacks) == 1 and "complex" in found.fallbacks[0]
+    (reason,) = found.fallbacks
+    assert "complex" in reason
 
 
 def test_a_mean_in_half_precision_does_not_overflow() -> None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -220,6 +221,10 @@ def test_it_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
         ({"world_size": 2, "executor": "spwan"}, ValueError, "did you mean 'spawn'"),
         ({"world_size": 2, "executor": "distributed"}, RuntimeError, "torchrun"),
         ({"world_size": 2, "compile": True}, NotImplementedError, "compile"),
+        ({"world_size": 2, "strategy": None}, ValueError, "not None"),
+        ({"world_size": 2, "executor": None}, ValueError, "choose one of"),
+        ({"world_size": 2, "target": "tpu"}, ValueError, "targets are"),
+        ({"world_size": 2, "timeout": 0}, ValueError, "above 0"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -235,6 +240,19 @@ def test_what_is_no_model_is_refused() -> None:
 def test_a_parallel_module_is_not_wrapped_again() -> None:
     with pytest.raises(ValueError, match="parallel already"):
         fxpass.parallelize(fxpass.parallelize(block(), 1), 1)
+
+
+def test_a_pipeline_is_replaced_as_a_whole_or_not_at_all() -> None:
+    pipe = SimpleNamespace(transformer=block(), transformer_2=fxpass.parallelize(block(), 1))
+    with pytest.raises(ValueError, match="parallel already"):
+        fxpass.parallelize(pipe, 1)
+    assert type(pipe.transformer) is Block
+
+
+@pytest.mark.parametrize("world_size", [0, -1, "2", True, None, 1.5])
+def test_a_plan_is_for_a_whole_number_of_ranks(world_size: Any) -> None:
+    with pytest.raises(ValueError, match="whole number of at least 1"):
+        fxpass.plan(block(), *inputs(), world_size=world_size)
 
 
 @pytest.fixture
