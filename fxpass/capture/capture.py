@@ -159,7 +159,14 @@ def _number_guard(placeholder: str, path: str, value: Tensor) -> Guard:
 
 
 def _refuse_carried(recorder: Recorder, changes: Changes) -> None:
-    """An attribute that was read and then assigned anew carries a value from one call to the next."""
+    """An attribute that was read and then assigned anew carries a value from one call to the next.
+
+    So does a number that the recorded run changed, though the warm-up had just run the same call.
+    """
+    if changes.counted:
+        raise CaptureError(
+            f"the model counts from call to call: {', '.join(changes.counted)}; pass the number in as an argument"
+        )
     if changes.grown:
         raise CaptureError(f"the model keeps values from call to call in {', '.join(changes.grown)}")
     for origin in recorder.origins.values():

@@ -71,6 +71,7 @@ class Changes:
 
     replaced: dict[int, str] = field(default_factory=dict)  #: id of a tensor that was assigned over -> qualified name
     grown: list[str] = field(default_factory=list)  #: lists and dicts that took up tensors of the run
+    counted: list[str] = field(default_factory=list)  #: numbers that the same call changes each time
 
 
 @contextmanager
@@ -102,6 +103,11 @@ def _undo(name: str, now: Any, saved: Any, changes: Changes) -> None:
         dropped, values = {}, now
     if same:
         return
+    changes.counted += [
+        f"{name}{key} ({value} before, {now[key]} after)"
+        for key, value in dropped.items()
+        if isinstance(value, (int, float)) and isinstance(now.get(key), (int, float)) and now[key] != value
+    ]
     changes.replaced |= {id(value): f"{name}{key}" for key, value in dropped.items() if isinstance(value, Tensor)}
     if (
         name

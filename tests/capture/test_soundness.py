@@ -246,6 +246,11 @@ def hoard(m: Block, x: Tensor) -> Tensor:
     return x + m.kept[0]
 
 
+def step(m: Block, x: Tensor) -> Tensor:
+    m.steps = getattr(m, "steps", 0) + 1
+    return x * m.steps
+
+
 def refused(model: nn.Module, *args: Any) -> str:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with pytest.raises(CaptureError) as caught:
@@ -261,6 +266,7 @@ def refused(model: nn.Module, *args: Any) -> str:
         (lambda m, x: (setattr(m, "count", m.count + 1), x + m.count)[1], "own state while it runs: count"),
         (carry, "plain is read, then replaced"),
         (hoard, "from call to call in kept"),
+        (step, "counts from call to call: steps (1 before, 2 after)"),
         (lambda m, x: x if x.sum() > 0 else -x, "needs the value of an activation"),
         (lambda m, x: x[x > 0], "needs the value of an activation"),
         (lambda m, x: x + torch.randn(6), "draws random numbers"),
@@ -271,7 +277,18 @@ def refused(model: nn.Module, *args: Any) -> str:
         (lambda m, x: x.undefined_attribute if torch.compiler.is_compiling() else x, "AttributeError"),
     ],
     ids=[
-        *("buffer", "reassigned", "carried", "kept", "branch", "mask", "random", "dropout", "attention dropout"),
+        *(
+            "buffer",
+            "reassigned",
+            "carried",
+            "kept",
+            "counted",
+            "branch",
+            "mask",
+            "random",
+            "dropout",
+            "attention dropout",
+        ),
         *("batch norm", "strides", "other"),
     ],
 )
