@@ -130,10 +130,38 @@ def _kind(path: str, leaf: Any) -> Any:
             f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or "
             "lists, tuples, dicts or dataclasses of them (other containers: torch.utils._pytree.register_pytree_node)"
         )
+    state = _state(leaf)
     try:
-        return (type(leaf), weakref.ref(leaf))  # equal while both live and are equal; never a reused address
+        hash(leaf)
+    except TypeError:
+        if state is None:
+            raise CaptureError(
+                f"the argument {path!r} is a {type(leaf).__name__}, and nothing shows whether it changes from call to "
+                "call; pass tensors, numbers, strings, or lists, tuples and dicts of them"
+            ) from None
+        return (type(leaf), state)
+    try:
+        return (type(leaf), weakref.ref(leaf), state)  # equal while both live and are equal; never a reused address
     except TypeError:
         return (type(leaf), leaf)
+
+
+def _state(value: Any, depth: int = 3) -> Any:
+    """What of an object a program has baked in, hashable, so many levels deep; None where nothing can be seen."""
+    if isinstance(value, slice):
+        return repr(value)
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    if not depth or isinstance(value, nn.Module):
+        return None
+    if isinstance(value, dict):
+        return tuple((key, _state(item, depth - 1)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_state(item, depth - 1) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return frozenset(_state(item, depth - 1) for item in value)
+    inner = getattr(value, "__dict__", None)
+    return None if inner is None else (type(value), _state(dict(inner), depth - 1))
 
 
 def _holds_tensors(leaf: Any) -> bool:

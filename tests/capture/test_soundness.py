@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -309,6 +310,36 @@ def test_an_input_written_in_place_is_refused() -> None:
 def test_weights_on_several_devices_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     assert "several devices" in refused(model, torch.ones(1, 2))
+
+
+class Options(SimpleNamespace):
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+@pytest.mark.parametrize("kind", [Options, SimpleNamespace])
+def test_an_object_that_was_changed_is_another_call(kind: Any) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, options: Any) -> Tensor:
+            return x * options.scale if "skip" not in options.flags else x
+
+    options = kind(scale=2.0, flags={"fast"})
+    keys = [Call.of(Model(), (torch.ones(2), options), {}).key]
+    keys.append(Call.of(Model(), (torch.zeros(2), options), {}).key)
+    assert keys[0] == keys[1]
+    options.scale = 3.0
+    keys.append(Call.of(Model(), (torch.ones(2), options), {}).key)
+    options.flags.add("skip")
+    keys.append(Call.of(Model(), (torch.ones(2), options), {}).key)
+    assert len(set(keys)) == 3
+
+
+def test_an_argument_of_which_nothing_can_be_seen_is_refused() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, data: bytearray) -> Tensor:
+            return x * len(data)
+
+    assert "'data' is a bytearray" in refused(Model(), torch.ones(2), bytearray(3))
 
 
 def test_objects_that_hide_tensors_are_refused() -> None:
