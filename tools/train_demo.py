@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import textwrap
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -42,28 +45,35 @@ from .demo_vae import code, make_vae
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo"
 FOLDER = ROOT / "models" / "demo"
-TEXT_LENGTH = 32
+TEXT_LENGTH = 16
 GUIDANCE = 4.0
 VAE_STEPS, SHARDS, STEPS = 1500, 2, 4000
-BATCH = {(64, 64): 48, (128, 128): 16, (128, 192): 10, (192, 128): 10, (256, 256): 4}  # by (height, width)
-POOL = {(64, 64): 6000, (128, 128): 3000, (128, 192): 400, (192, 128): 400, (256, 256): 400}  # scenes per shard
-SMALL_FIRST = 0.45  # share of the steps spent mostly on 64x64, where a scene costs a quarter
-SHARES = (  # how often each size is drawn, before and after
-    {(64, 64): 0.9, (128, 128): 0.1},
-    {(64, 64): 0.08, (128, 128): 0.62, (128, 192): 0.08, (192, 128): 0.08, (256, 256): 0.14},
+BATCH = {(32, 32): 64, (64, 64): 32, (128, 128): 12, (128, 192): 8, (192, 128): 8, (256, 256): 3}  # per process
+POOL = {
+    (32, 32): 4000,
+    (64, 64): 4000,
+    (128, 128): 2000,
+    (128, 192): 250,
+    (192, 128): 250,
+    (256, 256): 300,
+}  # per shard
+PHASES = (  # until which part of the steps each picture size (height, width) is drawn how often
+    (0.64, {(32, 32): 1.0}),  # what the words mean is learned where pictures are cheap
+    (0.75, {(32, 32): 0.25, (64, 64): 0.65, (128, 128): 0.1}),
+    (1.00, {(64, 64): 0.08, (128, 128): 0.62, (128, 192): 0.08, (192, 128): 0.08, (256, 256): 0.14}),
 )
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Three levels; self- and cross-attention on the lower two and in the middle."""
+    """Three levels; self- and cross-attention on the lowest and in the middle."""
     return UNet2DConditionModel(
         sample_size=32,
-        block_out_channels=(32, 64, 160),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(24, 48, 128),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=(1, 2, 5),  # by an old quirk of the class, the number of heads per level
+        attention_head_dim=(1, 2, 4),  # by an old quirk of the class, the number of heads per level
         norm_num_groups=8,
     )
 
@@ -73,7 +83,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=512,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
         projection_dim=128,
@@ -81,7 +91,12 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    model = CLIPTextModel(config)
+    words, places = (getattr(model.get_submodule("embeddings"), f"{n}_embedding").weight for n in ("token", "position"))
+    with torch.no_grad():  # the usual 0.02 drowns the words in what the layers add: all tokens become one
+        words.normal_(0, 1.0)
+        places.normal_(0, 0.3)
+    return model
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -116,6 +131,10 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({u: i for i, u in enumerate(dict.fromkeys(units))}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TEXT_LENGTH)
 
 
@@ -130,7 +149,7 @@ def as_tensor(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
-def rate(step: int, steps: int, peak: float, decay: float = 0.3) -> float:
+def rate(step: int, steps: int, peak: float, decay: float = 0.2) -> float:
     """Learning rate: 100 steps up, level, and a linear descent over the last `decay` of the steps."""
     return peak * min(1, (step + 1) / 100, (steps - step) / (decay * steps))
 
@@ -142,6 +161,8 @@ def train_vae(steps: int) -> None:
     sides = {64: 1000, 128: 1500, 256: 200}
     pool = {s: torch.cat([as_tensor([render(draw_scene(rng), s, s, rng)]) for _ in range(n)]) for s, n in sides.items()}
     vae, average = make_vae(), make_vae()
+    if (OUT / "vae").exists():  # another round
+        vae = AutoencoderKL.from_pretrained(OUT / "vae").train()
     average.load_state_dict(vae.state_dict())
     vae.encoder.requires_grad_(False)
     weights = list(vae.decoder.parameters())
@@ -205,37 +226,47 @@ def load_latents() -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
 
 
 def train_unet(steps: int, save_every: int) -> None:
+    """Trains denoiser and text encoder together; under torchrun every process adds its own part of the batch."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        dist.init_process_group("gloo")
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(OUT / "tokenizer")
+    tokenizer = load_tokenizer(OUT / "tokenizer")
     empty = tokens(tokenizer, [""])
-    scheduler = make_scheduler()
-    alphas = scheduler.alphas_cumprod
+    alphas = make_scheduler().alphas_cumprod
     model = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     model["unet"].set_attn_processor(AttnProcessor())  # plain matmuls: on CPUs their backward is twice as fast
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    start, seconds, rng = 0, 0.0, np.random.default_rng(2)
+    model["text_encoder"].set_attn_implementation("eager")
+    weights = list(model.parameters())
+    groups = [{"params": list(model[n].parameters()), "scale": k} for n, k in (("unet", 1.0), ("text_encoder", 0.2))]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    start, seconds = 0, 0.0
     if (OUT / "unet.pt").exists():
-        state = torch.load(OUT / "unet.pt", weights_only=False)
+        state = torch.load(OUT / "unet.pt")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average, start, seconds, rng = state["average"], state["step"], state["seconds"], state["rng"]
-        torch.manual_seed(start)
-    pool = load_latents()
-    print({size: len(entry[0]) for size, entry in pool.items()}, flush=True)
+        average, start, seconds = state["average"], state["step"], state["seconds"]
+    pool: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     began, losses = time.time() - seconds, []
     for step in range(start, steps):
+        if step % 100 == 0 or not pool:
+            pool = load_latents()  # shards may have been added
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, 1e-3)
-        shares = SHARES[step >= SMALL_FIRST * steps]
-        size = list(shares)[int(rng.choice(len(shares), p=list(shares.values())))]
+            group["lr"] = rate(step, steps, 1e-3) * group["scale"]
+        shares = next(shares for end, shares in PHASES if step < end * steps)
+        size = list(shares)[int(np.random.default_rng((2, step)).choice(len(shares), p=list(shares.values())))]
+        rng = np.random.default_rng((3, step, rank))
+        torch.manual_seed(step * world + rank)
         latents, captions = pool[size]
         batch = BATCH[size]
         picks = torch.from_numpy(rng.integers(len(latents), size=batch))
         phrasing = torch.from_numpy(rng.integers(captions.shape[1], size=batch))
         x0, ids = latents[picks].float(), captions[picks, phrasing].long()
         ids[torch.from_numpy(rng.random(batch) < 0.1)] = empty
-        at = ((torch.randperm(batch) + torch.rand(batch)) / batch * len(alphas)).long()  # stratified timesteps
+        even = (torch.randperm(batch) + torch.rand(batch)) / batch  # stratified, then pushed to the noisy end, where
+        even = even / 10 if size == (32, 32) else even**3  # the prompt decides the picture
+        at = ((1 - even) * len(alphas)).long().clamp(max=len(alphas) - 1)
         a = alphas[at].view(-1, 1, 1, 1)
         noise = torch.randn_like(x0)
         with torch.autocast("cpu", torch.bfloat16):
@@ -244,31 +275,40 @@ def train_unet(steps: int, save_every: int) -> None:
         loss = F.mse_loss(guess, a.sqrt() * noise - (1 - a).sqrt() * x0)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if world > 1:
+            add_gradients([w.grad for w in weights if w.grad is not None], world)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
+        losses.append(loss.item())
+        if rank:
+            continue
         with torch.no_grad():
             keep = min(0.998, (step + 1) / (step + 20))
             fresh = model.state_dict()
-            floats = [k for k, v in average.items() if v.is_floating_point()]
-            torch._foreach_lerp_([average[k] for k in floats], [fresh[k] for k in floats], 1 - keep)
-        losses.append(loss.item())
+            torch._foreach_lerp_([average[k] for k in fresh], list(fresh.values()), 1 - keep)
         if step % 50 == 49:
             print(f"unet {step + 1} loss {np.mean(losses[-50:]):.4f} {time.time() - began:.0f} s", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            state |= {"step": step + 1, "seconds": time.time() - began, "rng": rng}
+            state |= {"step": step + 1, "seconds": time.time() - began}
             torch.save(state, OUT / "unet.tmp")
             (OUT / "unet.tmp").rename(OUT / "unet.pt")
-            note(
-                "unet",
-                {"steps": step + 1, "seconds": round(time.time() - began), "loss": float(np.mean(losses[-500:]))},
-            )
+            loss_now = float(np.mean(losses[-500:]))
+            note("unet", {"steps": step + 1, "seconds": round(time.time() - began), "loss": round(loss_now, 4)})
+
+
+def add_gradients(gradients: list[Tensor], world: int) -> None:
+    """The mean over the processes, in place, in one message."""
+    whole = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(whole)
+    for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient)).div_(world)
 
 
 def export(folder: Path) -> None:
     """Writes the averaged weights as a pipeline folder, stored in half precision (they load as float32)."""
     tokenizer = make_tokenizer(OUT / "tokenizer")
-    average = torch.load(OUT / "unet.pt", weights_only=False)["average"]
+    average = torch.load(OUT / "unet.pt")["average"]
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     for name, part in (("unet", unet), ("text_encoder", text_encoder)):
         part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in average.items() if k.startswith(f"{name}.")})
@@ -283,6 +323,8 @@ def export(folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):  # older releases of transformers read these
+        shutil.copy(OUT / "tokenizer" / name, folder / "tokenizer" / name)
     for path in folder.glob("*/*.safetensors"):
         weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
