@@ -261,7 +261,7 @@ def _frozen(tree: Any) -> Any:
         return tuple(_frozen(t) for t in tree)
     if isinstance(tree, dict):
         return tuple((k, _frozen(v)) for k, v in sorted(tree.items()))
-    return (type(tree), tree) if isinstance(tree, (bool, int, float)) else tree
+    return (type(tree), repr(tree)) if isinstance(tree, (bool, int, float)) else tree  # 0.0 == -0.0
 
 
 def partition(graph: fx.Graph, world: int, seeds: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> fx.Graph:

@@ -32,6 +32,8 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     Raises `CaptureError` if it is in training mode where that matters, changes its own state, decides by the values of
     activations, or uses what cannot be traced.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is an nn.Module, not {type(model).__name__}: put the function into one's forward")
     return capture_call(model, Call.of(model, args, kwargs))
 
 

@@ -564,6 +564,14 @@ def test_the_variance_of_complex_numbers_is_right() -> None:
     assert "complex" in reason
 
 
+def test_a_product_with_negative_zero_is_another_value() -> None:
+    def function(x: Tensor) -> Tensor:
+        x = x.abs() + 1
+        return (x * 0.0).reciprocal().sign() * 2 + (x * -0.0).reciprocal().sign()
+
+    split(function, [randn(2, 8, 4)], {0: evenly(1, 8, 2)}, 2)
+
+
 def test_a_mean_in_half_precision_does_not_overflow() -> None:
     def function(x: Tensor) -> Tensor:
         return (x * 0 + 3e4).to(torch.float16).mean((1, 2)).double()

@@ -249,6 +249,11 @@ def test_a_pipeline_is_replaced_as_a_whole_or_not_at_all() -> None:
     assert type(pipe.transformer) is Block
 
 
+def test_a_function_is_not_a_model() -> None:
+    with pytest.raises(TypeError, match=r"nn\.Module, not function"):
+        fxpass.plan(lambda x: x, torch.ones(2), world_size=2)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("world_size", [0, -1, "2", True, None, 1.5])
 def test_a_plan_is_for_a_whole_number_of_ranks(world_size: Any) -> None:
     with pytest.raises(ValueError, match="whole number of at least 1"):
