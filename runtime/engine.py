@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import Call, broken_guard, capture_call, guard_error
+from ..capture import Call, broken_guard, capture_call, guard_error, outdated
 from ..ir.program import Program
 from .executor import Executor, Loaded, PlanLike
 from .structure import Structure, WeightTable
@@ -98,6 +98,9 @@ class Engine:
                 self._forget()
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
+        for entry in [entry for entry in entries if outdated(entry.captured, self.model)]:
+            entries.remove(entry)
+            entry.loaded.release()
         broken = None
         for entry in entries:
             broken = broken_guard(entry.captured, self.model, call.tensors)

@@ -3,6 +3,6 @@
 from .call import Call
 from .capture import capture, capture_call
 from .errors import CaptureError, GuardError
-from .guards import broken_guard, guard_error
+from .guards import broken_guard, guard_error, outdated
 
-__all__ = ["Call", "CaptureError", "GuardError", "broken_guard", "capture", "capture_call", "guard_error"]
+__all__ = ["Call", "CaptureError", "GuardError", "broken_guard", "capture", "capture_call", "guard_error", "outdated"]

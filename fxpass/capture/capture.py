@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from .concrete import Reader
 from .errors import CaptureError, raised_line
 from .functional import functionalize
 from .functions import Functions
+from .guards import version
 from .model import Changes, check_model, kept_as_it_is, names_of, restored_on_error
 from .recorder import Recorder
 
@@ -60,20 +61,35 @@ def capture_call(model: nn.Module, call: Call) -> Program:
 
 
 def _warm_up(model: nn.Module, call: Call) -> bool:
-    """Run the model eagerly; whether it does the same with its number arguments as tensors."""
+    """Run the model eagerly; whether it does the same with its number arguments as tensors, and with other numbers."""
 
-    def run(tensors: list[Any]) -> list[Any]:
+    def run(tensors: Sequence[Any]) -> list[Any]:
         args, kwargs = call.rebuild(tensors)
         return flatten_output(model(*args, **kwargs))[0]
 
+    def alike(tensors: Sequence[Any], expected: list[Any]) -> bool:
+        try:
+            torch.testing.assert_close(run(tensors), expected)
+        except Exception:
+            return False  # whatever a model that wants a number does with a tensor
+        return True
+
     expected = run(call.with_numbers(call.tensors))
-    if not call.numbers:
+    if not call.numbers or not alike(call.tensors, expected):
         return False
+    # a neutral number (a scale of 1) would hide that its tensor is ignored
+    numbers = list(call.with_numbers(call.tensors))
+    for i, number in call.numbers.items():
+        numbers[i] = number / 2 + 0.25 if isinstance(number, float) else number + (-1 if number > 0 else 1)
     try:
-        torch.testing.assert_close(run(list(call.tensors)), expected)
+        expected = run(numbers)
     except Exception:
-        return False  # whatever a model that wants a number does with a tensor
-    return True
+        return True  # the model does not take the other number
+    tensors = [
+        torch.as_tensor(new).to(t) if i in call.numbers else t
+        for i, (t, new) in enumerate(zip(call.tensors, numbers, strict=True))
+    ]
+    return alike(tensors, expected)
 
 
 def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, is_fake: bool) -> Program:
@@ -148,9 +164,11 @@ def _program(
         if origin.kind in ("constant", "fresh")
     }
     attributes = {name: origin.name for name, origin in kept.items() if origin.kind == "constant" and origin.name}
+    versions = {name: version(constants[name]) for name in attributes}
     return Program(
-        graph, weights, constants, tuple(inputs), call.paths, spec, leaves, guards=guards, attributes=attributes
-    )
+        graph, weights, constants, tuple(inputs), call.paths, spec, leaves,
+        guards=guards, attributes=attributes, versions=versions,
+    )  # fmt: skip
 
 
 def _number_guard(placeholder: str, path: str, value: Tensor) -> Guard:

@@ -35,14 +35,22 @@ def _holds(guard: Guard, program: Program, model: nn.Module, tensors: Sequence[T
 
 
 def broken_guard(program: Program, model: nn.Module, tensors: Sequence[Tensor]) -> Guard | None:
-    """The first value that differs from capture: then the call needs another program. `None` if the program fits.
-
-    Also sees plain tensor attributes of the model that were replaced since.
-    """
-    for placeholder, name in program.attributes.items():
-        if lookup(model, name) is not program.constants[placeholder]:
-            return Guard(name, None, "an attribute of the model that was assigned anew")
+    """The first value that differs from capture: then the call needs another program. `None` if the program fits."""
     return next((guard for guard in program.guards if not _holds(guard, program, model, tensors)), None)
+
+
+def outdated(program: Program, model: nn.Module) -> bool:
+    """Whether a plain tensor attribute was replaced or changed in place since capture: the program is of no use."""
+    for placeholder, name in program.attributes.items():
+        value = lookup(model, name)
+        if value is not program.constants[placeholder] or version(value) != program.versions[placeholder]:
+            return True
+    return False
+
+
+def version(tensor: Tensor) -> int:
+    """Counts in-place changes; inference tensors have no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def guard_error(guard: Guard) -> GuardError:

@@ -42,6 +42,7 @@ class Program:
     guards: tuple[Guard, ...] = ()  #: values that inputs must have for this program to be theirs
     seconds: dict[str, float] = field(default_factory=dict)  #: time spent per stage
     attributes: dict[str, str] = field(default_factory=dict)  #: constant -> the plain attribute of the model that it is
+    versions: dict[str, int] = field(default_factory=dict)  #: of each of them, how often it had been changed in place
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)

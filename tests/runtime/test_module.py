@@ -288,3 +288,34 @@ def test_a_pipeline_runs_with_its_denoiser_replaced(pipeline: diffusers.DDIMPipe
     pipeline.to(torch.float32).save_pretrained(tmp_path)
     loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path)
     assert type(loaded.unet) is diffusers.UNet2DModel
+
+
+class Scaled(nn.Module):
+    """A number that is ignored where it is a tensor, and a plain tensor that is folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.k = torch.ones(1)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        y = self.conv(x) * (self.k * 2)
+        return y * scale if isinstance(scale, int | float) else y
+
+
+def test_a_number_that_is_ignored_as_a_tensor_stays_a_number() -> None:
+    model, x = Scaled().eval(), torch.randn(1, 2, 8, 8)
+    module: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    for scale in (1.0, 0.5):
+        torch.testing.assert_close(module(x, scale), model(x, scale).detach())
+
+
+def test_a_plain_tensor_attribute_may_change_as_often_as_it_likes() -> None:
+    model, x = Scaled().eval(), torch.randn(1, 2, 8, 8)
+    module: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    for step in range(7):
+        if step % 2:
+            model.k.fill_(step)
+        else:
+            model.k = torch.full((1,), float(step + 1))
+        torch.testing.assert_close(module(x), model(x).detach())
