@@ -1,8 +1,8 @@
 """Captioned scenes of the trained demo: a tiny grammar, an exact renderer, and a reader that names what it sees.
 
-A scene is one or two *things* (shape, colour, texture, position) on a background. `draw_scene` samples one, `caption`
-says it in words, `render` draws it at any size, and `read_things` recovers the things from a picture, so that pictures
-made by a model can be scored without a second model. Everything is a function of its seed.
+A scene is a shape of some colour and texture somewhere on a background. `draw_scene` samples one, `caption` says it in
+words, `render` draws it at any size, and `read_things` names what a picture shows, so that what a model makes can be
+scored without a second model. Everything is a function of its seed.
 """
 
 from __future__ import annotations
@@ -55,37 +55,29 @@ POSITIONS: dict[str, tuple[float, float]] = {  # words -> (x, y) as fractions of
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One drawn shape; all fields are words of the grammar."""
+class Scene:
+    """A shape on a background; all fields are words of the grammar."""
 
     shape: str
     colour: str
     texture: str
     position: str
-
-    def words(self, *, place: bool = True) -> str:
-        article = "an" if self.colour[0] in "aeiou" else "a"
-        texture = "" if self.texture == "plain" else f" {self.texture}"
-        return f"{article} {self.colour}{texture} {self.shape}" + (f" {self.position}" if place else "")
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One or two things on a background."""
-
-    things: tuple[Thing, ...]
     background: str
 
     @property
     def caption(self) -> str:
-        """The canonical caption: every fact, in reading order of the things."""
-        return f"{' and '.join(t.words() for t in self.things)}, {self.background} background"
+        """The canonical caption: every fact."""
+        return f"{self.thing} {self.position}, {self.background} background"
+
+    @property
+    def thing(self) -> str:
+        article = "an" if self.colour[0] in "aeiou" else "a"
+        texture = "" if self.texture == "plain" else f" {self.texture}"
+        return f"{article} {self.colour}{texture} {self.shape}"
 
     def paraphrase(self, rng: np.random.Generator) -> str:
-        """A caption in other words; now and then it leaves out the background or a single thing's place."""
-        joint = (" and ", ", ")[int(rng.integers(2))]
-        place = len(self.things) > 1 or rng.random() > 0.1
-        text = joint.join(t.words(place=place) for t in self.things)
+        """A caption in other words; one in ten leaves out the place, and one in ten the background."""
+        text = self.thing + (f" {self.position}" if rng.random() > 0.1 else "")
         kind = rng.random()
         if kind < 0.55:
             return f"{text}, {self.background} background"
@@ -100,13 +92,12 @@ class Scene:
 def draw_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
     """A random scene of the training part of the grammar (or of its held-out part)."""
     while True:
-        places = [str(rng.choice(list(POSITIONS)))]
-        things = []
-        for place in places:
-            texture = "plain" if rng.random() < 0.5 else str(rng.choice(TEXTURES[1:]))
-            things.append(Thing(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), texture, place))
-        scene = Scene(tuple(things), str(rng.choice(list(BACKGROUNDS))))
-        if len({t.colour for t in things}) == len(things) and scene.held_out == held_out:
+        texture = "plain" if rng.random() < 0.5 else str(rng.choice(TEXTURES[1:]))
+        shape, colour, position, background = (
+            str(rng.choice(list(words))) for words in (SHAPES, COLOURS, POSITIONS, BACKGROUNDS)
+        )
+        scene = Scene(shape, colour, texture, position, background)
+        if scene.held_out == held_out:
             return scene
 
 
@@ -128,7 +119,7 @@ def _star(x: Array, y: Array) -> Array:
     return ((px * nx + (py - 1) * ny) / np.hypot(nx, ny)).astype(np.float32)
 
 
-_OUTLINES: dict[str, Callable[[Array, Array], Array]] = {  # signed distance to the outline, for a thing of radius 1
+_OUTLINES: dict[str, Callable[[Array, Array], Array]] = {  # signed distance to the outline, for a shape of radius 1
     "circle": lambda x, y: np.hypot(x, y) - np.float32(0.95),
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - np.float32(0.84),
     "triangle": lambda x, y: _polygon(x, y - np.float32(0.22), 3, 0.6),
@@ -142,35 +133,34 @@ _OUTLINES: dict[str, Callable[[Array, Array], Array]] = {  # signed distance to 
 
 
 def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> Array:
-    """The scene as a picture [height, width, 3] in 0..1; `rng` jitters places, sizes and colours a little."""
+    """The scene as a picture [height, width, 3] in 0..1; `rng` jitters place, size and colour a little."""
     side = min(height, width)
     top, bottom = (np.array(c, np.float32) for c in BACKGROUNDS[scene.background])
     fade = ((np.arange(height, dtype=np.float32) + np.float32(0.5)) / np.float32(height))[:, None, None]
     picture = np.broadcast_to(top * (1 - fade) + bottom * fade, (height, width, 3)).copy()
-    for thing in scene.things:
-        fx, fy = POSITIONS[thing.position]
-        radius = side * rng.uniform(0.20, 0.25)
-        cx = width * fx + side * rng.uniform(-0.02, 0.02)
-        cy = height * fy + side * rng.uniform(-0.02, 0.02)
-        tint = np.clip(np.array(COLOURS[thing.colour]) + rng.uniform(-0.03, 0.03, 3), 0, 1).astype(np.float32)
-        reach = 1.2 * radius + 1
-        y0, y1 = max(int(cy - reach), 0), min(int(cy + reach) + 1, height)
-        x0, x1 = max(int(cx - reach), 0), min(int(cx + reach) + 1, width)
-        y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32) + np.float32(0.5)
-        colour, alpha = _paint(thing, (x - cx) / radius, (y - cy) / radius, tint, radius)
-        picture[y0:y1, x0:x1] += (colour - picture[y0:y1, x0:x1]) * alpha
+    fx, fy = POSITIONS[scene.position]
+    radius = side * rng.uniform(0.20, 0.25)
+    cx = width * fx + side * rng.uniform(-0.02, 0.02)
+    cy = height * fy + side * rng.uniform(-0.02, 0.02)
+    tint = np.clip(np.array(COLOURS[scene.colour]) + rng.uniform(-0.03, 0.03, 3), 0, 1).astype(np.float32)
+    reach = 1.2 * radius + 1
+    y0, y1 = max(int(cy - reach), 0), min(int(cy + reach) + 1, height)
+    x0, x1 = max(int(cx - reach), 0), min(int(cx + reach) + 1, width)
+    y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32) + np.float32(0.5)
+    colour, alpha = _paint(scene, (x - cx) / radius, (y - cy) / radius, tint, radius)
+    picture[y0:y1, x0:x1] += (colour - picture[y0:y1, x0:x1]) * alpha
     return picture
 
 
-def _paint(thing: Thing, u: Array, v: Array, tint: Array, radius: float) -> tuple[Array, Array]:
-    """Colour [h, w, 3] and coverage [h, w, 1] of a thing, in its own coordinates (its radius is 1)."""
+def _paint(scene: Scene, u: Array, v: Array, tint: Array, radius: float) -> tuple[Array, Array]:
+    """Colour [h, w, 3] and coverage [h, w, 1] of the shape, in its own coordinates (its radius is 1)."""
     light = 1 - np.float32(0.10) * np.clip(np.hypot(u + 0.4, v + 0.5), 0, 2)
-    if thing.texture == "striped":
+    if scene.texture == "striped":
         light *= 1 - np.float32(0.42) * _step((np.abs((u * 1.7 + 0.25) % 1 - 0.5) - 0.22) * (radius / 1.7))
-    elif thing.texture == "dotted":
+    elif scene.texture == "dotted":
         du, dv = ((w * 1.7 + 0.5) % 1 - 0.5 for w in (u, v))
         light *= 1 - np.float32(0.42) * _step((np.hypot(du, dv) - 0.27) * (radius / 1.7))
-    return tint * light[..., None], _step(_OUTLINES[thing.shape](u, v) * radius)[..., None]
+    return tint * light[..., None], _step(_OUTLINES[scene.shape](u, v) * radius)[..., None]
 
 
 def _step(distance: Array) -> Array:

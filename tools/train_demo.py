@@ -1,8 +1,9 @@
 """Train the demo pipeline, a text-to-image `StableDiffusionPipeline` of 7 million parameters, from nothing on a CPU.
 
-    python -m fxpass.tools.train_demo              everything: the four stages below, one after the other
+    python -m fxpass.tools.train_demo              everything: the stages below, one after the other
     python -m fxpass.tools.train_demo vae          the autoencoder's decoder, on crops of rendered scenes
     python -m fxpass.tools.train_demo latents      shards of encoded, captioned scenes
+    python -m fxpass.tools.train_demo text         the text encoder's first lesson
     python -m fxpass.tools.train_demo unet         denoiser and text encoder together (may be stopped and started again)
     python -m fxpass.tools.train_demo export       writes the averaged weights to models/demo
     python -m fxpass.tools.train_demo sheet FILE   a sheet of labelled samples from the exported folder
@@ -34,20 +35,18 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .demo_scenes import draw_scene, render
+from .demo_text import load_tokenizer, make_text_encoder, make_tokenizer, tokens, train_text_encoder
 from .demo_vae import code, make_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo"
 FOLDER = ROOT / "models" / "demo"
-TEXT_LENGTH = 16
 GUIDANCE = 4.0
-VAE_STEPS, SHARDS, STEPS = 1500, 2, 4000
+VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 5, 2000, 5600
 BATCH = {(32, 32): 64, (64, 64): 32, (128, 128): 12, (128, 192): 8, (192, 128): 8, (256, 256): 3}  # per process
 POOL = {
     (32, 32): 4000,
@@ -58,8 +57,8 @@ POOL = {
     (256, 256): 300,
 }  # per shard
 PHASES = (  # until which part of the steps each picture size (height, width) is drawn how often
-    (0.64, {(32, 32): 1.0}),  # what the words mean is learned where pictures are cheap
-    (0.75, {(32, 32): 0.25, (64, 64): 0.65, (128, 128): 0.1}),
+    (0.55, {(32, 32): 0.75, (64, 64): 0.25}),  # what the words mean is learned where pictures are cheap
+    (0.68, {(32, 32): 0.2, (64, 64): 0.6, (128, 128): 0.2}),
     (1.00, {(64, 64): 0.08, (128, 128): 0.62, (128, 192): 0.08, (192, 128): 0.08, (256, 256): 0.14}),
 )
 
@@ -78,27 +77,6 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH,
-        projection_dim=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = CLIPTextModel(config)
-    words, places = (getattr(model.get_submodule("embeddings"), f"{n}_embedding").weight for n in ("token", "position"))
-    with torch.no_grad():  # the usual 0.02 drowns the words in what the layers add: all tokens become one
-        words.normal_(0, 1.0)
-        places.normal_(0, 0.3)
-    return model
-
-
 def make_scheduler() -> DDIMScheduler:
     """v-prediction with zero terminal SNR, so that white and black backgrounds come out right."""
     return DDIMScheduler(
@@ -112,36 +90,6 @@ def make_scheduler() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
-
-
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the grammar is one token and any other text is spelled out in bytes."""
-    rng = np.random.default_rng(0)
-    words = sorted({w for _ in range(5000) for w in draw_scene(rng).paraphrase(rng).replace(",", " ,").split()})
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    learner.train_from_iterator([" ".join(words)] * 2, trainer)
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    units = letters + [f"{u}</w>" for u in letters] + ["".join(m) for m in merges]
-    units += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({u: i for i, u in enumerate(dict.fromkeys(units))}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
-    return load_tokenizer(folder)
-
-
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TEXT_LENGTH)
-
-
-def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Token ids [B, TEXT_LENGTH]."""
-    found = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-    return found.input_ids
 
 
 def as_tensor(pictures: list[np.ndarray]) -> Tensor:
@@ -225,6 +173,12 @@ def load_latents() -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
     return {size: (torch.cat([s[size][0] for s in shards]), torch.cat([s[size][1] for s in shards])) for size in POOL}
 
 
+def train_text(steps: int) -> None:
+    model = make_text_encoder(load_tokenizer(OUT / "tokenizer"))
+    train_text_encoder(model, *load_latents()[32, 32], steps)
+    torch.save(model.state_dict(), OUT / "text.pt")
+
+
 def train_unet(steps: int, save_every: int) -> None:
     """Trains denoiser and text encoder together; under torchrun every process adds its own part of the batch."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -235,6 +189,7 @@ def train_unet(steps: int, save_every: int) -> None:
     empty = tokens(tokenizer, [""])
     alphas = make_scheduler().alphas_cumprod
     model = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
+    model["text_encoder"].load_state_dict(torch.load(OUT / "text.pt"))
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     model["unet"].set_attn_processor(AttnProcessor())  # plain matmuls: on CPUs their backward is twice as fast
     model["text_encoder"].set_attn_implementation("eager")
@@ -369,6 +324,8 @@ def main() -> None:
     stage = stages.add_parser("latents")
     stage.add_argument("--first", type=int, default=0)
     stage.add_argument("--shards", type=int, default=SHARDS)
+    stage = stages.add_parser("text")
+    stage.add_argument("--steps", type=int, default=TEXT_STEPS)
     stage = stages.add_parser("unet")
     stage.add_argument("--steps", type=int, default=STEPS)
     stage.add_argument("--save-every", type=int, default=250)
@@ -384,11 +341,12 @@ def main() -> None:
     if chosen is None:
         train_vae(VAE_STEPS)
         make_latents(0, SHARDS)
+        train_text(TEXT_STEPS)
         train_unet(STEPS, 250)
         export(FOLDER)
     else:
-        run = {"vae": train_vae, "latents": make_latents, "unet": train_unet, "export": export, "sheet": sheet}
-        run[chosen](**options)
+        run = {"vae": train_vae, "latents": make_latents, "text": train_text, "unet": train_unet}
+        (run | {"export": export, "sheet": sheet})[chosen](**options)
 
 
 if __name__ == "__main__":
