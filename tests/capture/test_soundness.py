@@ -251,7 +251,7 @@ def hoard(m: Block, x: Tensor) -> Tensor:
 
 
 def step(m: Block, x: Tensor) -> Tensor:
-    m.steps = getattr(m, "steps", 0) + 1
+    m.steps = getattr(m, "steps", 0) + 1  # pyright: ignore[reportArgumentType]
     return x * m.steps
 
 
@@ -316,7 +316,7 @@ def test_weights_on_several_devices_are_refused() -> None:
 
 
 class Options(SimpleNamespace):
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
     __eq__ = object.__eq__
 
 

@@ -1,0 +1,82 @@
+"""The trained demo pipeline draws what a prompt says, and the scenes it learned from are a function of their seed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import fxpass.models
+from fxpass.tools.demo_scenes import COLOURS, SHAPES, Scene, draw_scene, read_things, render
+from fxpass.tools.measure_demo import fact
+
+FOLDER = Path(fxpass.models.__file__).resolve().parent / "demo"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_folder_loads_in_single_precision_and_is_small(pipeline: DiffusionPipeline) -> None:
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 20e6
+
+
+def test_every_word_of_the_grammar_is_one_token(pipeline: DiffusionPipeline) -> None:
+    words = [*draw_scene(np.random.default_rng(0)).caption.replace(",", " ,").split(), *COLOURS, *SHAPES]
+    assert [len(pipeline.tokenizer.tokenize(word)) for word in words] == [1] * len(words)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bright", "side"),
+    [
+        ("a red circle on the left, white background", True, "left"),
+        ("a blue square at the bottom right on a black background", False, "right"),
+    ],
+)
+def test_a_picture_has_the_background_and_the_side_of_the_prompt(
+    pipeline: Any, prompt: str, bright: bool, side: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 15, "guidance_scale": 4.0, "output_type": "np"}
+    picture = pipeline(prompt, generator=generator, **options).images[0]
+    assert picture.shape == (128, 128, 3)
+    background = np.median(picture, axis=(0, 1))
+    assert (background > 0.8).all() if bright else (background < 0.2).all()
+    away = np.abs(picture - background).sum(-1).mean(0)
+    assert side == ("left" if away[:64].sum() > away[64:].sum() else "right")
+
+
+def test_the_same_seed_gives_the_same_scene() -> None:
+    def one(seed: int) -> tuple[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        scene = draw_scene(rng)
+        return scene.paraphrase(rng), render(scene, 64, 96, rng)
+
+    assert one(3)[0] == one(3)[0] != one(4)[0]
+    np.testing.assert_array_equal(one(3)[1], one(3)[1])
+
+
+@pytest.mark.parametrize("size", [(128, 128), (256, 256), (128, 192)])
+def test_the_reader_sees_what_was_drawn(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(8):
+        scene = draw_scene(rng, held_out=True)
+        assert read_things(render(scene, *size, rng)) == [fact(scene)], scene.caption
+
+
+def test_held_out_scenes_are_never_drawn_for_training() -> None:
+    rng = np.random.default_rng(2)
+    assert not any(draw_scene(rng).held_out for _ in range(200))
+    assert all(draw_scene(rng, held_out=True).held_out for _ in range(20))
+
+
+def test_a_scene_is_named_with_its_article() -> None:
+    scene = Scene("star", "orange", "striped", "at the top", "night")
+    assert scene.caption == "an orange striped star at the top, night background"
