@@ -14,7 +14,7 @@ import typer
 
 from .console import Commands
 
-PROMPT = "a red circle at the top left and a blue star at the bottom right, sunset background"
+PROMPT = "a blue circle on the right, white background"
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
 
 
