@@ -278,6 +278,9 @@ def export(folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    config = folder / "vae" / "config.json"  # names the folder that it was loaded from
+    kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):  # older releases of transformers read these
         shutil.copy(OUT / "tokenizer" / name, folder / "tokenizer" / name)
     for path in folder.glob("*/*.safetensors"):
