@@ -46,34 +46,33 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo"
 FOLDER = ROOT / "models" / "demo"
 GUIDANCE = 4.0
-VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 5, 2000, 5600
-BATCH = {(32, 32): 64, (64, 64): 32, (128, 128): 12, (128, 192): 8, (192, 128): 8, (256, 256): 3}  # per process
-POOL = {
-    (32, 32): 4000,
-    (64, 64): 4000,
-    (128, 128): 2000,
-    (128, 192): 250,
-    (192, 128): 250,
-    (256, 256): 300,
-}  # per shard
+VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 12, 4000, 6500
+BATCH = {(64, 64): 80, (128, 128): 24, (128, 192): 16, (192, 128): 16, (256, 256): 6}  # per process
+POOL = {(64, 64): 4000, (128, 128): 3000, (128, 192): 300, (192, 128): 300, (256, 256): 300}  # per shard
 PHASES = (  # until which part of the steps each picture size (height, width) is drawn how often
-    (0.55, {(32, 32): 0.75, (64, 64): 0.25}),  # what the words mean is learned where pictures are cheap
-    (0.68, {(32, 32): 0.2, (64, 64): 0.6, (128, 128): 0.2}),
-    (1.00, {(64, 64): 0.08, (128, 128): 0.62, (128, 192): 0.08, (192, 128): 0.08, (256, 256): 0.14}),
+    (0.30, {(64, 64): 1.0}),  # what the words mean is learned where pictures are cheap
+    (0.50, {(64, 64): 0.3, (128, 128): 0.7}),
+    (1.00, {(128, 128): 0.76, (128, 192): 0.06, (192, 128): 0.06, (256, 256): 0.12}),
 )
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Three levels; self- and cross-attention on the lowest and in the middle."""
+    """Three levels; self- and cross-attention on the lowest and in the middle; the pooled text joins the timestep.
+
+    Cross-attention alone learns slowly what words mean; scale and shift by the pooled text is learned at once."""
     return UNet2DConditionModel(
         sample_size=32,
-        block_out_channels=(24, 48, 128),
+        block_out_channels=(32, 64, 128),
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=(1, 2, 4),  # by an old quirk of the class, the number of heads per level
         norm_num_groups=8,
+        time_embedding_dim=256,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 
@@ -97,7 +96,7 @@ def as_tensor(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
-def rate(step: int, steps: int, peak: float, decay: float = 0.2) -> float:
+def rate(step: int, steps: int, peak: float, decay: float = 0.4) -> float:
     """Learning rate: 100 steps up, level, and a linear descent over the last `decay` of the steps."""
     return peak * min(1, (step + 1) / 100, (steps - step) / (decay * steps))
 
@@ -175,7 +174,7 @@ def load_latents() -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
 
 def train_text(steps: int) -> None:
     model = make_text_encoder(load_tokenizer(OUT / "tokenizer"))
-    train_text_encoder(model, *load_latents()[32, 32], steps)
+    train_text_encoder(model, *load_latents()[64, 64], steps)
     torch.save(model.state_dict(), OUT / "text.pt")
 
 
@@ -202,11 +201,9 @@ def train_unet(steps: int, save_every: int) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
-    pool: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    pool = load_latents()
     began, losses = time.time() - seconds, []
     for step in range(start, steps):
-        if step % 100 == 0 or not pool:
-            pool = load_latents()  # shards may have been added
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, 1e-3) * group["scale"]
         shares = next(shares for end, shares in PHASES if step < end * steps)
@@ -219,9 +216,9 @@ def train_unet(steps: int, save_every: int) -> None:
         phrasing = torch.from_numpy(rng.integers(captions.shape[1], size=batch))
         x0, ids = latents[picks].float(), captions[picks, phrasing].long()
         ids[torch.from_numpy(rng.random(batch) < 0.1)] = empty
-        even = (torch.randperm(batch) + torch.rand(batch)) / batch  # stratified, then pushed to the noisy end, where
-        even = even / 10 if size == (32, 32) else even**3  # the prompt decides the picture
-        at = ((1 - even) * len(alphas)).long().clamp(max=len(alphas) - 1)
+        even = (torch.randperm(batch) + torch.rand(batch)) / batch  # stratified, then pushed to the noisy end, where the
+        # prompt decides the picture
+        at = ((1 - even**2) * len(alphas)).long().clamp(max=len(alphas) - 1)
         a = alphas[at].view(-1, 1, 1, 1)
         noise = torch.randn_like(x0)
         with torch.autocast("cpu", torch.bfloat16):
