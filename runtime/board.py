@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import traceback
-from datetime import timedelta
 
 from torch.distributed import Store
 
@@ -34,19 +33,15 @@ class Board:
 
     def check(self) -> None:
         """Raises `RankError` if another rank has failed in this call."""
-        try:
-            if not self.store.check([f"error/{self.call}"]):
-                return
-            said = self.store.get(f"error/{self.call}").decode()
-        except RuntimeError as error:
-            raise RankError(
-                None, f"the store of the process group is gone, with the rank that kept it ({error})"
-            ) from None
+        key = f"error/{self.call}"
+        if not self._has(key):
+            return
+        said = self.store.get(key).decode()
         rank, _, message = said.partition(" ")
         if int(rank) != self.rank:
             raise RankError(int(rank), message)
 
-    def lost(self, error: Exception) -> RankError:
+    def lost(self, error: object) -> RankError:
         """What to raise when a collective failed with `error`: the reason that another rank left, if it left one."""
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
@@ -68,12 +63,21 @@ class Board:
 
         Raises `RankError` if a rank fails meanwhile or the timeout passes.
         """
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                self.store.wait([key], timedelta(seconds=POLL))
-                return self.store.get(key)
-            except RuntimeError:
+        began = looked = now = time.monotonic()
+        while not self._has(key):
+            time.sleep(min(0.05, (now - began) / 10))
+            now = time.monotonic()
+            if now - looked > POLL:
+                looked = now
                 self.check()
-            if time.monotonic() > deadline:
+            if now - began > self.timeout:
                 raise self.overdue(what)
+        return self.store.get(key)
+
+    def _has(self, key: str) -> bool:
+        try:
+            return self.store.check([key])
+        except RuntimeError as error:
+            raise RankError(
+                None, f"the store of the process group is gone, with the rank that kept it ({error})"
+            ) from None

@@ -79,6 +79,7 @@ class DistributedExecutor:
         if self._links is None:
             self._links = Collectives(*self._connected(device, board), board)
         code = RankProgram.of(specialize(plan.graph, board.rank), board.rank)
+        self._links.open(code.sites, device)
         return DistributedPlan(self, self._links, Bound.of(code, plan.program, device))
 
     def begin(self) -> None:

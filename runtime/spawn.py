@@ -4,7 +4,7 @@
     weights: moved to shared memory, in place ───▶ the same memory
     plan: rank k's program, constants ───────────▶ loaded once per signature
     call: inputs copied to shared memory, "run" ─▶ runs its program
-          exchanges  ◀──────────── gloo ─────────▶
+          exchanges  ◀─────── shared memory ─────▶
           outputs (rank 0's)        "done" ◀──────
 
 The user's model is never pickled and `__main__` never imported anew. Shared memory comes from /dev/shm (in a container
@@ -103,6 +103,7 @@ class SpawnExecutor:
             order = Bound.of(code, plan.program, torch.device("cpu")).order
             sources = [names[i] if i < len(names) else i - len(names) for i in order]
             channel.send(("load", self._numbers, code, sources, tensors))
+        links.open(bound.code.sites, torch.device("cpu"))
         loaded = SpawnPlan(self, self._numbers, bound, links, names, shared)
         self._plans[self._numbers] = loaded
         return loaded

@@ -42,6 +42,7 @@ class Worker:
                 self.weights |= tensors
             case ("load", number, code, sources, tensors):
                 # sources: for each placeholder the name of a weight, or a place among `tensors`
+                self.links.open(code.sites, torch.device("cpu"))
                 self.plans[number] = (code, sources, tensors)
             case ("release", number, unused):
                 code, *_ = self.plans.pop(number)

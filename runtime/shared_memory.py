@@ -1,0 +1,232 @@
+"""Messages between ranks on one machine, through memory that all of them see: a write, a flag, a read.
+
+gloo takes 0.5 to 1 ms for the smallest message and copies large ones through sockets twice. Here a payload is packed
+straight into memory that its readers have mapped, and they unpack it from there.
+
+Each rank owns one file per plan, which the others map. The file has no name (a memfd, opened through its owner's /proc
+entry), so that nothing is left behind however the processes end::
+
+    token | per node: `sent`, `read` | node 0: two buffers | node 1: two buffers | …
+
+`sent` counts the runs whose messages are complete, `read` those whose messages to this rank have been used. Two
+buffers take turns, so that a rank may send run t+1 while another still reads run t.
+
+The owner holds a lock on its file, which the kernel releases with the process: that is how the others learn of its end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..ir.exchange import Payloads
+from .board import POLL, Board
+from .interpreter import Site
+from .messages import Message, Route
+
+TOKEN = 16  #: bytes that tell an owner's file from another process's of the same number
+FLAG = 64  #: bytes per flag: a cache line, so that ranks that poll do not slow those that write
+BRIEF = 200  #: looks at a flag before the processor is offered to others
+YIELDING = 2e-3  #: seconds for which it is only offered; then the wait sleeps
+NAP = 1e-4  #: seconds
+DISABLE = "FXPASS_SHM_DISABLE"  #: environment variable; set to 1 to have gloo between processes of one machine, too
+
+
+class Outbox:
+    """How a rank's file is laid out; every rank can tell for every other."""
+
+    def __init__(self, sites: Sequence[Site], rank: int, world: int) -> None:
+        self.places: list[dict[int, tuple[Message, tuple[int, int]]]] = []  #: by node and reader: message, two offsets
+        self.size = TOKEN + FLAG * (2 * len(sites) + 1)
+        self.size += -self.size % FLAG
+        for site in sites:
+            readers = [r for r in range(world) if r != rank]
+            place: dict[int, tuple[Message, tuple[int, int]]] = {}
+            if readers and all(exchange.broadcast for exchange in site.exchanges):
+                place = dict.fromkeys(readers, self._room(Message(site.exchanges, rank, readers[0])))
+            else:
+                place = {r: self._room(Message(site.exchanges, rank, r)) for r in readers}
+            self.places.append(place)
+
+    def _room(self, message: Message) -> tuple[Message, tuple[int, int]]:
+        step = message.size + -message.size % FLAG
+        start, self.size = self.size, self.size + 2 * step
+        return message, (start, start + step)
+
+
+class Mapped:
+    """A rank's file, in this process's memory."""
+
+    def __init__(self, rank: int, file: BinaryIO, size: int) -> None:
+        self.rank = rank
+        self.file = file
+        self.memory = mmap.mmap(file.fileno(), size)
+        self.flags = memoryview(self.memory).cast("q")
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+
+    def views(self, message: Message, offset: int) -> Payloads:
+        """The payloads of a message that begins at `offset`."""
+        return message.read(self.bytes[offset : offset + message.size])
+
+    def ended(self) -> bool:
+        """Whether its owner, another process, is gone."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+        except OSError:
+            return False
+        return True
+
+
+def sent_flag(node: int) -> int:
+    return (TOKEN + FLAG - TOKEN % FLAG) // 8 + 2 * node * FLAG // 8
+
+
+def read_flag(node: int) -> int:
+    return sent_flag(node) + FLAG // 8
+
+
+class MemoryLane:
+    """An exchange node through shared memory."""
+
+    def __init__(
+        self, node: int, route: Route, files: Sequence[Mapped], boxes: Sequence[Outbox], board: Board
+    ) -> None:
+        self.route = route
+        self.board = board
+        self.run = 0
+        self.own = files[route.rank]
+        self.sent, self.read = sent_flag(node), read_flag(node)
+        self.readers = [files[dst] for dst, message in route.outgoing.items() if message.size]
+        self.writers = [files[src] for src, message in route.incoming.items() if message.size]
+        places = boxes[route.rank].places[node]
+        once = {offsets: dst for dst, (_, offsets) in places.items()}  # a broadcast is written once
+        nothing: Payloads = [None] * len(route.site.exchanges)
+        self.outgoing: list[list[tuple[Tensor, int, int]]] = []  #: by buffer: (where to, exchange, destination)
+        self.incoming: list[list[Payloads]] = []  #: by buffer and source
+        for turn in (0, 1):
+            self.outgoing.append(
+                [
+                    (view, i, dst)
+                    for offsets, dst in once.items()
+                    for i, view in enumerate(self.own.views(places[dst][0], offsets[turn]))
+                    if view is not None
+                ]
+            )
+            self.incoming.append([nothing] * route.world)
+            for src in route.incoming:
+                message, offsets = boxes[src].places[node][route.rank]
+                self.incoming[turn][src] = files[src].views(message, offsets[turn])
+
+    def send(self, packed: list[Payloads]) -> None:
+        self.run += 1
+        for reader in self.readers:  # has it used what lies in this buffer?
+            self._wait(reader, self.read, self.run - 2)
+        for view, i, dst in self.outgoing[self.run % 2]:
+            payload = packed[i][dst]
+            assert payload is not None
+            view.copy_(payload)
+        self.own.flags[self.sent] = self.run
+
+    def receive(self) -> list[Payloads]:
+        for writer in self.writers:
+            self._wait(writer, self.sent, self.run)
+        return self.incoming[self.run % 2]
+
+    def done(self) -> None:
+        self.own.flags[self.read] = self.run
+
+    def _wait(self, other: Mapped, flag: int, count: int) -> None:
+        """Until the flag of another rank has come to `count`."""
+        flags = other.flags
+        for _ in range(BRIEF):
+            if flags[flag] >= count:
+                return
+        began = time.monotonic()
+        looked = began
+        while flags[flag] < count:
+            now = time.monotonic()
+            if now - began < YIELDING:
+                os.sched_yield()
+                continue
+            time.sleep(NAP)
+            if now - looked > POLL / 4:
+                looked = now
+                self.board.check()
+                if other.ended() and flags[flag] < count:
+                    raise self.board.lost(f"the process of rank {other.rank} has ended")
+                if now - began > self.board.timeout:
+                    raise self.board.overdue(str(self.route))
+
+
+def open_lanes(sites: Sequence[Site], routes: Sequence[Route], board: Board, number: int) -> list[MemoryLane] | None:
+    """Lanes for the nodes of a plan, or None if some rank cannot see the memory of another. All ranks call it.
+
+    Args:
+        number: counts these calls, alike on all ranks.
+
+    Raises:
+        RankError: a rank failed or did not come.
+    """
+    boxes = [Outbox(sites, rank, board.world) for rank in range(board.world)]
+    token = secrets.token_bytes(TOKEN)
+    own = _attempt(lambda: _made(board.rank, boxes[board.rank].size, token))
+    card = {"process": os.getpid(), "file": own.file.fileno(), "token": token.hex()} if own else None
+    cards = _told(board, f"memory/{number}/card", json.dumps(card))
+    files = [own if rank == board.rank else _seen(rank, boxes[rank].size, card) for rank, card in enumerate(cards)]
+    files = [file for file in files if file is not None]
+    seen = _told(board, f"memory/{number}/seen", json.dumps(len(files) == board.world))
+    if not all(map(json.loads, seen)):
+        return None
+    with torch.inference_mode(False):  # the views outlive this call, and are written to in other modes
+        return [MemoryLane(node, route, files, boxes, board) for node, route in enumerate(routes)]
+
+
+def _told(board: Board, key: str, text: str) -> list[str]:
+    """What each rank says under a key."""
+    board.store.set(f"{key}/{board.rank}", text)
+    what = "the other ranks to open the same plan"
+    return [board.read(f"{key}/{rank}", what).decode() for rank in range(board.world)]
+
+
+def _made(rank: int, size: int, token: bytes) -> Mapped | None:
+    # elsewhere another process might see the flag before the message
+    ordered = platform.machine() in ("x86_64", "AMD64")
+    if os.environ.get(DISABLE, "0") != "0" or not ordered or not hasattr(os, "memfd_create"):
+        return None
+    file = os.fdopen(os.memfd_create("fxpass"), "r+b", buffering=0)
+    os.truncate(file.fileno(), size)
+    fcntl.lockf(file, fcntl.LOCK_EX, 1)
+    made = Mapped(rank, file, size)
+    made.memory[:TOKEN] = token
+    return made
+
+
+def _seen(rank: int, size: int, text: str) -> Mapped | None:
+    card = json.loads(text)
+    if card is None:
+        return None
+
+    def opened() -> Mapped | None:
+        file = open(f"/proc/{card['process']}/fd/{card['file']}", "r+b", buffering=0)  # noqa: SIM115
+        seen = Mapped(rank, file, size)
+        return seen if seen.memory[:TOKEN] == bytes.fromhex(card["token"]) else None
+
+    return _attempt(opened)
+
+
+def _attempt(make: Callable[[], Mapped | None]) -> Mapped | None:
+    """The file, or None where the system does not let us: other hosts and containers, a process of another user."""
+    try:
+        return make()
+    except (OSError, ValueError):
+        return None
