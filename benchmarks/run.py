@@ -7,8 +7,8 @@ Four things take turns in every round, so that whatever else the machine does hi
     plain      the unsplit model, rank 0 alone
     captured   the same through capture and lowering with world_size=1, rank 0 alone
     split      both ranks, exact mode
-    ceiling    both ranks' programs at once with the exchanges left out (their results kept from an earlier call):
-               two busy cores slow each other, so 2.0 is not the ceiling of two processes
+    ceiling    both ranks' programs at once with the exchanges left out (their results kept from an earlier call),
+               until both are through: two busy cores slow each other, so 2.0 is not the ceiling of two processes
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def measure(name: str, rounds: int) -> str:
                 continue
             started = time.perf_counter()
             runs[key]()
+            if key in ("split", "ceiling"):
+                dist.barrier()
             if turn:  # the first turn warms up
                 seconds[key].append(time.perf_counter() - started)
     parameters = sum(p.numel() for p in model.parameters())

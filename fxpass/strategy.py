@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Freshness = Literal["sync", "stale", "corrected", "frozen", "local"]
 
@@ -23,6 +23,9 @@ class Strategy:
         sums: other reductions over the split dim.
         window: tokens of each neighbour that attention sees, as a fraction of the neighbour's; None: all of all.
         warmup_steps: exact steps before the first stale one.
+
+    Raises:
+        ValueError: a field has no such value.
     """
 
     name: str = "sync"
@@ -32,6 +35,16 @@ class Strategy:
     sums: Freshness = "sync"
     window: float | None = None
     warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for kind in ("halo", "keys_values", "moments", "sums"):
+            if getattr(self, kind) not in get_args(Freshness):
+                known = ", ".join(get_args(Freshness))
+                raise ValueError(f"Strategy.{kind} is one of {known}, not {getattr(self, kind)!r}")
+        if self.window is not None and not 0 <= self.window <= 1:
+            raise ValueError(f"Strategy.window is a fraction of the neighbour's tokens, 0 to 1, not {self.window!r}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"Strategy.warmup_steps is a number of steps, not {self.warmup_steps!r}")
 
     @property
     def exact(self) -> bool:

@@ -116,6 +116,13 @@ def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, r
     if search.run():
         return search.seeds
     sizes = sorted({shape_of(node)[dim] for node, dim in _candidates(replace(search, world=2))}, reverse=True)
+    if not sizes:
+        given = [n for n in graph.nodes if n.name in inputs and "shape" in n.meta]
+        shapes = ", ".join(f"{n.name} {list(shape_of(n))}" for n in given)
+        raise WorldSizeError(
+            "this model cannot be shared among ranks: none of its inputs has rows to cut, as a floating-point tensor "
+            f"[batch, channels, height, width] or [batch, tokens, channels] has; it was given {shapes or 'no tensors'}"
+        )
     fewer = [size for size in sizes if size < world][:4]
     most = next((n for n in fewer if Search(graph, n, target, rules, inputs).run()), None)
     advice = f"at most {most} ranks would do" if most else "it has to run on one"

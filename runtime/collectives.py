@@ -1,4 +1,4 @@
-"""The one layer that moves payloads between processes: through shared memory where all ranks see it, else by a group."""
+"""The one layer that moves payloads between processes: through shared memory if all ranks see it, else by a group."""
 
 from __future__ import annotations
 

@@ -98,9 +98,7 @@ def read_flag(node: int) -> int:
 class MemoryLane:
     """An exchange node through shared memory."""
 
-    def __init__(
-        self, node: int, route: Route, files: Sequence[Mapped], boxes: Sequence[Outbox], board: Board
-    ) -> None:
+    def __init__(self, node: int, route: Route, files: Sequence[Mapped], boxes: Sequence[Outbox], board: Board) -> None:
         self.route = route
         self.board = board
         self.run = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import lru_cache
@@ -25,11 +26,13 @@ def lockstep(name: str, world: int) -> list[Tensor]:
     return output_tensors(parallel(**case(name).inputs(rows=24, seed=2, module=model)))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_torchrun_gives_what_lockstep_gives_on_every_rank(world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "disable"), [(2, "0"), (3, "0"), (3, "1")])
+def test_torchrun_gives_what_lockstep_gives_on_every_rank(world: int, disable: str, tmp_path: Path) -> None:
+    """Through shared memory and, without it, through gloo."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     command = [*torchrun, "-m", "tests.real_ranks", str(tmp_path), *NAMES]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    environment = os.environ | {"FXPASS_SHM_DISABLE": disable}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     for name in NAMES:
         for rank in range(world):

@@ -77,7 +77,11 @@ def train_text_encoder(model: CLIPTextModel, latents: Tensor, captions: Tensor, 
     """Fits two layers on the mean token to latents [N, 4, h, w]; captions are token ids [N, phrasings, length]."""
     torch.manual_seed(0)
     width = 4 * model.config.hidden_size
-    layers = torch.nn.Linear(model.config.hidden_size, width), torch.nn.SiLU(), torch.nn.Linear(width, latents[0].numel())
+    layers = (
+        torch.nn.Linear(model.config.hidden_size, width),
+        torch.nn.SiLU(),
+        torch.nn.Linear(width, latents[0].numel()),
+    )
     head = torch.nn.Sequential(*layers)
     model.set_attn_implementation("eager")
     weights = [*model.parameters(), *head.parameters()]

@@ -34,6 +34,8 @@ def plan(
     from ..models.resolve import Options
     from .console import console
 
+    if to is not None and to != Path("-"):
+        to.parent.mkdir(parents=True, exist_ok=True)
     made = make(model, world_size, strategy, target, Options(height, width, frames, batch))
     text = json.dumps(made.describe(), indent=2)
     if to == Path("-"):

@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo"
 FOLDER = ROOT / "models" / "demo"
 GUIDANCE = 4.0
-VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 12, 4000, 6500
+VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 12, 4000, 4200
 BATCH = {(64, 64): 80, (128, 128): 24, (128, 192): 16, (192, 128): 16, (256, 256): 6}  # per process
 POOL = {(64, 64): 4000, (128, 128): 3000, (128, 192): 300, (192, 128): 300, (256, 256): 300}  # per shard
 PHASES = (  # until which part of the steps each picture size (height, width) is drawn how often
@@ -216,7 +216,9 @@ def train_unet(steps: int, save_every: int) -> None:
         phrasing = torch.from_numpy(rng.integers(captions.shape[1], size=batch))
         x0, ids = latents[picks].float(), captions[picks, phrasing].long()
         ids[torch.from_numpy(rng.random(batch) < 0.1)] = empty
-        even = (torch.randperm(batch) + torch.rand(batch)) / batch  # stratified, then pushed to the noisy end, where the
+        even = (
+            torch.randperm(batch) + torch.rand(batch)
+        ) / batch  # stratified, then pushed to the noisy end, where the
         # prompt decides the picture
         at = ((1 - even**2) * len(alphas)).long().clamp(max=len(alphas) - 1)
         a = alphas[at].view(-1, 1, 1, 1)

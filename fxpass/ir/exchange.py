@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .layout import Layout, Rows, routes
+from .layout import Rows, routes
 from .ops import index_tensor, take
 
 Role = Literal[
@@ -157,12 +157,6 @@ class Fetch(Exchange):
             else:
                 result.index_copy_(self.dim, index_tensor(where, x.device), payload)
         return result
-
-    def result_layout(self, size: int) -> Layout:
-        """The layout after the exchange, for a dim of `size` rows (fill not counted)."""
-        if all(len(rows) == size for rows in self.want):
-            return Layout()
-        return Layout(self.dim, self.want)
 
     def __str__(self) -> str:
         have, want = (sorted({len(rows) for rows in side}) for side in (self.have, self.want))

@@ -56,7 +56,7 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
     weights = response(op.target, size, i, spatial, _hashable(one))
     shape = (*shape_of(x)[:dim], outputs, *shape_of(x)[dim + 1 :])
     if (np.count_nonzero(weights, axis=1) == 1).all() and (weights.sum(axis=1) == 1).all():
-        x = remap(p, _Shaped(op.node, op.target, shape, op.dtype), x, dim, weights.argmax(axis=1))
+        x = remap(p, x, dim, weights.argmax(axis=1))
     else:
         x = _weighted(p, x, dim, weights, shape, op.dtype)
     if all(
@@ -73,18 +73,6 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
 
 def _hashable(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(a) if isinstance(a, list) else a for a in args)
-
-
-class _Shaped(Op):
-    """An operator whose result is resampled along one dim only."""
-
-    def __init__(self, node: fx.Node, target: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        super().__init__(node, target)
-        object.__setattr__(self, "_shape", shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape  # type: ignore[attr-defined,no-any-return]
 
 
 def _weighted(

@@ -22,13 +22,13 @@ def slice_(p: Partitioner, op: Op, x: fx.Node, dim: int, start: int, end: int, s
     if layout.dim != dim:
         return p.same(op, (x, dim, start, end, step), layout=layout)
     if step != 1:
-        return remap(p, op, x, dim, np.arange(start, end, step))
+        return remap(p, x, dim, np.arange(start, end, step))
     kept = [have & Rows.interval(start, end) for have in layout.rows]
     local = [have.locate(rows) for have, rows in zip(layout.rows, kept, strict=True)]
-    return _moved(p, op, x, dim, [rows.shift(-start) for rows in kept], ops.take, local)
+    return _moved(p, x, dim, end - start, [rows.shift(-start) for rows in kept], ops.take, local)
 
 
-def remap(p: Partitioner, op: Op, x: fx.Node, dim: int, sources: np.ndarray) -> fx.Node:
+def remap(p: Partitioner, x: fx.Node, dim: int, sources: np.ndarray) -> fx.Node:
     """Row o of the result is row `sources[o]` of `x`; it lies where its source lies, so nothing travels."""
     layout = layout_of(x)
     rows, local = [], []
@@ -43,19 +43,21 @@ def remap(p: Partitioner, op: Op, x: fx.Node, dim: int, sources: np.ndarray) -> 
     else:
         target = ops.select
         local = [ops.Index(index.array) for index in local]
-    return _moved(p, op, x, dim, rows, target, local)
+    return _moved(p, x, dim, len(sources), rows, target, local)
 
 
-def _moved(p: Partitioner, op: Op, x: fx.Node, dim: int, rows: list[Rows], target: Any, local: list[Any]) -> fx.Node:
-    result = Layout() if tuple(rows) == full(op.shape[dim], p.world) else Layout(dim, tuple(rows))
-    return p.settle(p.emit(target, (x, dim, per_rank(local)), shape=op.shape, dtype=op.dtype, layout=result))
+def _moved(p: Partitioner, x: fx.Node, dim: int, size: int, rows: list[Rows], target: Any, local: list[Any]) -> fx.Node:
+    """`target` picks the `local` rows of `x`; they are the ranks' `rows` of a dim of `size`."""
+    shape = (*shape_of(x)[:dim], size, *shape_of(x)[dim + 1 :])
+    result = Layout() if tuple(rows) == full(size, p.world) else Layout(dim, tuple(rows))
+    return p.settle(p.emit(target, (x, dim, per_rank(local)), shape=shape, dtype=x.meta["dtype"], layout=result))
 
 
 def flip(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:
     dim = layout_of(x).axis
     inside = [d % len(op.shape) for d in dims]
     if dim in inside:
-        x = remap(p, op, x, dim, np.arange(op.shape[dim])[::-1])
+        x = remap(p, x, dim, np.arange(op.shape[dim])[::-1])
         inside.remove(dim)
     return p.same(op, (x, inside), layout=layout_of(x)) if inside else x
 
@@ -67,7 +69,7 @@ def roll(p: Partitioner, op: Op, x: fx.Node, shifts: list[int], dims: list[int] 
     others = []
     for shift, dim in zip(shifts, dims, strict=True):
         if dim % len(op.shape) == layout.dim:
-            x = remap(p, op, x, layout.axis, np.roll(np.arange(op.shape[layout.axis]), shift))
+            x = remap(p, x, layout.axis, np.roll(np.arange(op.shape[layout.axis]), shift))
         else:
             others.append((shift, dim))
     if not others:

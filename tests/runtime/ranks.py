@@ -5,8 +5,10 @@ Writes what it saw to FOLDER/<rank>.json.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 import fxpass
+from fxpass.runtime.collectives import Collectives
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.runtime.plans import block, inputs, parallel
@@ -34,6 +37,17 @@ def attempt(action: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__} after {'<30 s' if time.monotonic() - start < 30 else 'long'}: {error}"
     return "nothing"
+
+
+def shared_files() -> int:
+    """How many files of shared memory this process has open, and mappings of them."""
+    gc.collect()
+    opened = [
+        os.readlink(f"/proc/self/fd/{name}")
+        for name in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{name}")
+    ]
+    return sum("memfd:fxpass" in name for name in [*opened, *Path("/proc/self/maps").read_text().splitlines()])
 
 
 def everything() -> dict[str, Any]:
@@ -68,6 +82,24 @@ def everything() -> dict[str, Any]:
     seen["shapes"] = attempt(lambda: parallel(model, DistributedExecutor(WORLD, timeout=60))(*inputs(16 + 2 * RANK)))
     lonely = parallel(model, DistributedExecutor(WORLD, timeout=2))
     seen["absent"] = attempt(lambda: RANK == 0 and lonely(*inputs()))
+
+    # ranks that are early and late by turns
+    rng = random.Random(RANK)
+    exchange = Collectives.exchange
+
+    def unsteady(self: Collectives, site: Any, values: list[Any]) -> None:
+        time.sleep(rng.choice((0, 0, 0.001, 0.003)))
+        exchange(self, site, values)
+
+    Collectives.exchange = unsteady
+    seen["unsteady"] = all(
+        torch.equal(module(*inputs(16, seed))["sample"], expected(*inputs(16, seed))["sample"]) for seed in range(12)
+    )
+    Collectives.exchange = exchange
+    seen["files"] = shared_files()
+    grouped.close()
+    module.close()
+    seen["files of closed modules"] = shared_files()
 
     # one rank fails while it captures, the others are in the middle of a call
     failing = parallel(block(), DistributedExecutor(WORLD, timeout=60))

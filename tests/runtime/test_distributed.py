@@ -15,17 +15,28 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+TRANSPORTS = {"memory": {}, "gloo": {"FXPASS_SHM_DISABLE": "1"}}  # what each adds to the environment
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks of one torchrun saw."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "tests.runtime.ranks", "everything", str(folder)]
     result = subprocess.run(
-        command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        command,
+        check=False,
+        cwd=ROOT,
+        env=ENVIRONMENT | TRANSPORTS[request.param],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["files"] > 0 for rank in found] == [request.param == "memory"] * 2
+    return found
 
 
 def test_torchrun_equals_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> None:
@@ -34,6 +45,14 @@ def test_torchrun_equals_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> Non
         assert rank["equal"] == [True] * 4
         assert rank["group"]
         assert {"halo", "moments", "keys_values", "output"} <= rank["traffic"].keys()
+
+
+def test_ranks_that_are_early_and_late_by_turns_never_read_another_run(seen: list[dict[str, Any]]) -> None:
+    assert all(rank["unsteady"] for rank in seen)
+
+
+def test_a_closed_module_gives_its_shared_memory_back(seen: list[dict[str, Any]]) -> None:
+    assert [rank["files of closed modules"] for rank in seen] == [0, 0]
 
 
 def test_not_a_number_is_no_disagreement(seen: list[dict[str, Any]]) -> None:
@@ -70,11 +89,13 @@ def test_a_rank_that_raises_is_heard_on_the_others(seen: list[dict[str, Any]]) -
     assert "cannot go on" in seen[0]["after"]
 
 
-def test_a_killed_rank_is_missed_on_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_killed_rank_is_missed_on_the_others(transport: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared = ENVIRONMENT | TRANSPORTS[transport]
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "tests.runtime.ranks", "killed", str(tmp_path)]
     ranks = [subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank)}) for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, -signal.SIGKILL]
