@@ -319,3 +319,21 @@ def test_a_plain_tensor_attribute_may_change_as_often_as_it_likes() -> None:
         else:
             model.k = torch.full((1,), float(step + 1))
         torch.testing.assert_close(module(x), model(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"halo": "fresh"}, r"Strategy\.halo is one of sync, stale, corrected, frozen, local, not 'fresh'"),
+        ({"window": 1.5}, r"Strategy\.window .* not 1\.5"),
+        ({"warmup_steps": -1}, r"Strategy\.warmup_steps .* not -1"),
+    ],
+)
+def test_a_strategy_of_unknown_values_cannot_be_made(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fxpass.Strategy(**fields)
+
+
+def test_inputs_without_rows_are_named() -> None:
+    with pytest.raises(ValueError, match=r"none of its inputs has rows to cut.*input \[2, 8\]"):
+        fxpass.plan(torch.nn.Linear(8, 8), torch.randn(2, 8), world_size=2)

@@ -33,9 +33,9 @@ def test_plan_as_json_has_all_keys_and_nothing_else_on_the_output() -> None:
 
 
 def test_plan_json_goes_to_a_file_beside_the_table(tmp_path: Path) -> None:
-    result = fxpass("plan", GOOD, "--json", tmp_path / "plan.json")
+    result = fxpass("plan", GOOD, "--json", tmp_path / "new" / "plan.json")
     assert "written to" in result.stdout
-    received = json.loads((tmp_path / "plan.json").read_text())["bytes_received_per_rank"][0]
+    received = json.loads((tmp_path / "new" / "plan.json").read_text())["bytes_received_per_rank"][0]
     assert set(received) >= {"halo", "moments"}
 
 
