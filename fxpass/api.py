@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +43,7 @@ def parallelize(
     Args:
         model_or_pipeline: a model in eval mode, or a pipeline.
         world_size: ranks; by default those of the process group, else the number of CUDA devices.
-        strategy: a preset's name or a `Strategy`. Only "sync" (exact) is built yet.
+        strategy: a preset's name or a `Strategy`: "sync" (exact), "displaced" (stale, see `Strategy`), …
         warmup_steps: exact steps before the first stale one; by default the strategy's.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers), "lockstep" (all ranks in this process, one after the other), or
@@ -58,8 +59,8 @@ def parallelize(
         TypeError: neither a module nor a pipeline with a denoiser.
     """
     chosen = Strategy.of(strategy)
-    if warmup_steps:
-        raise NotImplementedError("warmup_steps has no effect on an exact strategy, and stale ones are not built yet")
+    if warmup_steps is not None:
+        chosen = _with_warmup(chosen, warmup_steps)
     if compile:
         raise NotImplementedError("compile=True is not built yet; leave it out")
     if executor not in EXECUTORS:
@@ -87,6 +88,14 @@ def parallelize(
     for name, model in models.items():
         setattr(model_or_pipeline, name, _wrapped(model, world, chosen, executor, target, timeout, group))
     return model_or_pipeline
+
+
+def _with_warmup(strategy: Strategy, warmup_steps: int) -> Strategy:
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
+        raise ValueError(f"warmup_steps is a number of steps, not {warmup_steps!r}")
+    if strategy.exact and warmup_steps:
+        raise ValueError(f"warmup_steps has no effect on {strategy.name!r}: all its steps are exact")
+    return replace(strategy, warmup_steps=warmup_steps)
 
 
 def _world_size(world_size: int | None, executor: str, group: Any) -> int:

@@ -114,8 +114,14 @@ class Plan:
 
     @property
     def state_bytes_per_rank(self) -> tuple[int, ...]:
-        """Bytes kept from one call to the next: none while every exchange is exact."""
-        return (0,) * self.world_size
+        """Bytes that each rank keeps from one step to the next, per guidance branch: what it received, and its own old
+        moments where they are corrected."""
+        return tuple(sum(each.declared.kept(rank) for each in self.exchanges) for rank in range(self.world_size))
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Exact steps at the beginning of a generation; None if all steps are exact."""
+        return None if self.strategy.exact else self.strategy.warmup_steps
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
@@ -160,7 +166,7 @@ def make_plan(program: Program, world_size: int, strategy: Strategy, target: str
     """Cut a captured program for `world_size` ranks. Raises `WorldSizeError` if they are too many."""
     check_world_size(world_size)
     started = time.perf_counter()
-    result: Build = build(program, world_size, target_of(target, program))
+    result: Build = build(program, world_size, target_of(target, program), strategy)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     return Plan(result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), seconds)

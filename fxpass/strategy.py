@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-Freshness = Literal["sync", "stale", "corrected", "frozen", "local"]
+from .ir.exchange import Freshness
 
 
 @dataclass(frozen=True)
 class Strategy:
     """How fresh each kind of exchange is.
 
-    `sync`: exact; `stale`: the others' part of the last step; `corrected`: stale plus the own change; `frozen`: of the
-    last exact step; `local`: the own part only.
+    `sync`: exact; `stale`: the own part, and the others' of the last step; `frozen`: the own part, and the others' of
+    the last exact step. Moments may also be `corrected` (those of the last step, plus the full change of the own ones)
+    or `local` (the own ones only).
 
     Attributes:
         halo: border rows of convolutions.
@@ -38,9 +39,10 @@ class Strategy:
 
     def __post_init__(self) -> None:
         for kind in ("halo", "keys_values", "moments", "sums"):
-            if getattr(self, kind) not in get_args(Freshness):
-                known = ", ".join(get_args(Freshness))
-                raise ValueError(f"Strategy.{kind} is one of {known}, not {getattr(self, kind)!r}")
+            # the others' rows cannot be left out of a convolution, an attention or a sum; of a mean they can
+            known = get_args(Freshness) if kind == "moments" else ("sync", "stale", "frozen")
+            if getattr(self, kind) not in known:
+                raise ValueError(f"Strategy.{kind} is one of {', '.join(known)}, not {getattr(self, kind)!r}")
         if self.window is not None and not 0 <= self.window <= 1:
             raise ValueError(f"Strategy.window is a fraction of the neighbour's tokens, 0 to 1, not {self.window!r}")
         if self.warmup_steps < 0:
@@ -58,7 +60,7 @@ class Strategy:
 
         Raises:
             ValueError: no such preset; the message suggests the nearest.
-            NotImplementedError: it is not exact, and stale exchanges are not built yet.
+            NotImplementedError: it is not built yet.
         """
         if isinstance(strategy, str):
             if strategy in PLANNED:
@@ -70,10 +72,8 @@ class Strategy:
             strategy = PRESETS[strategy]
         if not isinstance(strategy, Strategy):
             raise ValueError(f"a strategy is a name ({', '.join(PRESETS)}) or a Strategy, not {strategy!r}")
-        if not strategy.exact:
-            raise NotImplementedError(
-                f"strategy {strategy.name!r} has stale exchanges, which are not built yet; use 'sync'"
-            )
+        if strategy.window is not None:
+            raise NotImplementedError(f"strategy {strategy.name!r} has attention windows, which are not built yet")
         return strategy
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class Strategy:
 
 
 def _stale(name: str, moments: Freshness, *, kept: Freshness = "stale", window: float | None = None) -> Strategy:
-    return Strategy(name, kept, kept, moments, moments, window, warmup_steps=5)
+    return Strategy(name, kept, kept, moments, kept, window, warmup_steps=5)
 
 
 PRESETS: dict[str, Strategy] = {

@@ -1,8 +1,7 @@
 """The compiler's story in one ordered list.
 
 Each pass takes a `Build` and returns it further along; after each, the verifier checks the spec of the stage that
-was reached. Exact passes preserve the numbers to rounding; stale ones (to come, after `canonicalize`) are tested
-against their own definition.
+was reached. All but `displace` preserve the numbers to rounding; what that does is defined by law 4 (docs/design.md).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from ..ir.program import Program
 from ..ir.verify import Stage, verify
 from .canonicalize import canonicalize
 from .cost import Target
+from .displace import Kinds, displace
 from .normalize import normalize
 from .partition import partition
 from .rules import RULES
@@ -31,6 +31,7 @@ class Build:
     program: Program
     world: int
     target: Target
+    kinds: Kinds  #: how fresh each kind of exchange is
     seeds: Mapping[str, Layout] = field(default_factory=dict)
     graph: fx.Graph | None = None  #: the partitioned graph
 
@@ -65,15 +66,20 @@ def _canonicalize(build: Build) -> Build:
     return replace(build, graph=canonicalize(build.current))
 
 
+def _displace(build: Build) -> Build:
+    return replace(build, graph=displace(build.current, build.kinds, build.world))
+
+
 PASSES: tuple[Pass, ...] = (
     Pass("normalize", _normalize, "normal"),
     Pass("seed", _seed, "normal"),
     Pass("partition", _partition, "partitioned"),
     Pass("canonicalize", _canonicalize, "partitioned"),
+    Pass("displace", _displace, "displaced"),
 )
 
 
-def build(program: Program, world: int, target: Target, *, after: str | None = None) -> Build:
+def build(program: Program, world: int, target: Target, kinds: Kinds, *, after: str | None = None) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
     Raises `ValueError` if no pass is called `after`, `WorldSizeError` if `world` ranks are too many.
@@ -82,7 +88,7 @@ def build(program: Program, world: int, target: Target, *, after: str | None = N
     if after is not None and after not in names:
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
-    state = Build(program, world, target)
+    state = Build(program, world, target, kinds)
     seconds = dict(program.seconds)
     for each in PASSES:
         started = time.perf_counter()

@@ -143,6 +143,8 @@ class Partitioner:
         layout = layout_of(x)
         if layout.dim not in (None, dim):
             x = self.fetch(x, layout.axis, full(shape_of(x)[layout.axis], self.world), role, reason)
+        if x.target is ops.take and x.args[1] == dim and not layout_of(x.args[0]).split:  # type: ignore[arg-type]
+            x = x.args[0]  # type: ignore[assignment]  # the whole value is at hand: an input, a table
         have = self.rows(x, dim)
         top, bottom = max(before, default=0), max(after, default=0)
         if not top and not bottom and all(w <= h for w, h in zip(want, have, strict=True)):
@@ -150,11 +152,16 @@ class Partitioner:
         shape, dtype = shape_of(x), x.meta["dtype"]
         declared = Fetch(role, shape, dtype, self.world, reason, dim, have, want, before, after, fill)
         padded = (*shape[:dim], shape[dim] + top + bottom, *shape[dim + 1 :])
+        none = (0,) * self.world
         rows = tuple(
             Rows.interval(w.start + top - b, w.stop + top + a) if b or a else w.shift(top)
-            for w, b, a in zip(want, before or (0,) * self.world, after or (0,) * self.world, strict=True)
+            for w, b, a in zip(want, before or none, after or none, strict=True)
         )
         result = WHOLE if rows == full(padded[dim], self.world) else Layout(dim, rows)
+        if not layout_of(x).split:
+            pads = [0] * (2 * (len(shape) - 1 - dim)) + [per_rank(before or none), per_rank(after or none)]
+            args = (self.take(x, dim, want), pads, fill)
+            return self.emit(torch.ops.aten.constant_pad_nd.default, args, shape=padded, dtype=dtype, layout=result)
         return self._exchange(x, declared, padded, result)
 
     def lay(self, x: fx.Node, layout: Layout, role: Role = "realign", reason: str = "") -> fx.Node:

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..ir.program import specialize
 from .agreement import agree
 from .board import Board
-from .collectives import Collectives
+from .collectives import Collectives, Sessions
 from .errors import DisagreementError, RankError
-from .executor import Bound, PlanLike, device_of
+from .executor import Bound, PlanLike, Step, device_of
 from .interpreter import RankProgram, drive
 
 _created = 0  # executors made by this process; all ranks make theirs in the same order
@@ -79,8 +79,8 @@ class DistributedExecutor:
         if self._links is None:
             self._links = Collectives(*self._connected(device, board), board)
         code = RankProgram.of(specialize(plan.graph, board.rank), board.rank)
-        self._links.open(code.sites, device)
-        return DistributedPlan(self, self._links, Bound.of(code, plan.program, device))
+        sessions = Sessions(self._links, code.sites, device)
+        return DistributedPlan(self, self._links, Bound.of(code, plan.program, device), sessions)
 
     def begin(self) -> None:
         if self._broken:
@@ -92,6 +92,11 @@ class DistributedExecutor:
     def failed(self, error: BaseException) -> None:
         if self._board and not isinstance(error, RankError | DisagreementError):
             self._board.publish(error)
+
+    @property
+    def broken(self) -> bool:
+        """Whether other ranks may be in the middle of a call."""
+        return self._broken is not None
 
     def broke(self, error: BaseException) -> None:
         """A call failed between its first and its last exchange: what other ranks have in flight is unknown."""
@@ -132,22 +137,24 @@ class DistributedExecutor:
 class DistributedPlan:
     """This rank's program of a plan."""
 
-    def __init__(self, executor: DistributedExecutor, links: Collectives, bound: Bound) -> None:
+    def __init__(self, executor: DistributedExecutor, links: Collectives, bound: Bound, sessions: Sessions) -> None:
         self.executor = executor
         self.links = links
         self.bound = bound
+        self.sessions = sessions
 
-    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The flat outputs, the same on every rank.
 
         Raises:
             RankError: another rank failed, left, or did not answer in time.
         """
         try:
-            return drive(self.bound.code.run(self.bound.values(weights, inputs)), self.links.exchange)
+            return drive(self.bound.code.run(self.bound.values(weights, inputs)), self.sessions.exchange(step))
         except BaseException as error:
             self.executor.broke(error)
             raise
 
     def release(self) -> None:
-        self.links.forget(self.bound.code.sites)
+        if not self.executor.broken:
+            self.sessions.close()

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..capture import Call, broken_guard, capture_call, guard_error, outdated
 from ..ir.program import Program
-from .executor import Executor, Loaded, PlanLike
+from .clock import Clock
+from .executor import EXACT, Executor, Loaded, PlanLike
 from .structure import Structure, WeightTable
 
 SIGNATURES = 8  #: programs kept; the least recently used one goes first
@@ -31,6 +32,7 @@ class Entry:
     plan: PlanLike
     loaded: Loaded
     weights: WeightTable
+    clock: Clock | None  #: None if every step is exact
 
 
 class Engine:
@@ -65,16 +67,18 @@ class Engine:
                 call = Call.of(self.model, args, kwargs)
                 entry = self._entry(call)
                 self.plan = entry.plan
-                outputs = entry.loaded.run(entry.weights.tensors(), call.tensors)
+                step = entry.clock.step(call.tensors) if entry.clock else EXACT
+                outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
             except BaseException as error:
+                self._restart()  # some exchanges may have been those of the new step already
                 self.executor.failed(error)
                 raise
             return _rebuilt(entry.plan.program, outputs)
 
     def reset(self) -> None:
-        """Forget all programs: the next call captures anew."""
+        """A generation begins: the next step of every program is exact."""
         with self._lock:
-            self._forget()
+            self._restart()
 
     def close(self, why: str = "close() was called") -> None:
         """Release everything on all ranks; later calls raise."""
@@ -124,13 +128,20 @@ class Engine:
         while self.signatures >= SIGNATURES:
             self._evict()
         loaded = self.executor.load(plan, table.tensors(), call.tensors)
-        entry = Entry(program, plan, loaded, table)
+        warmup = plan.warmup_steps
+        clock = None if warmup is None else Clock.of(plan.program, warmup)
+        entry = Entry(program, plan, loaded, table, clock)
         entries.append(entry)
         self._structure = Structure(self.model)
         return entry
 
     def _all(self) -> list[Entry]:
         return [entry for entries in self._entries.values() for entry in entries]
+
+    def _restart(self) -> None:
+        for entry in self._all():
+            if entry.clock:
+                entry.clock.restart()
 
     def _evict(self) -> None:
         key = next(key for key, entries in self._entries.items() if entries)

@@ -13,6 +13,17 @@ from ..ir.program import Program
 from .interpreter import RankProgram
 
 
+@dataclass(frozen=True)
+class Step:
+    """How a call is to be run. All ranks are given the same."""
+
+    context: int = 0  #: whose stale state it reads and writes: one number per guidance branch
+    exact: bool = True  #: use what the others send now, whatever is declared stale
+
+
+EXACT = Step()
+
+
 class PlanLike(Protocol):
     """What an executor reads of a plan."""
 
@@ -24,17 +35,20 @@ class PlanLike(Protocol):
     def world_size(self) -> int: ...
     @property
     def fingerprint(self) -> Any: ...  # a str; type checkers do not take a cached property for one
+    @property
+    def warmup_steps(self) -> int | None: ...
 
 
 class Loaded(Protocol):
     """A plan that an executor has made ready."""
 
-    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The flat outputs.
 
         Args:
             weights: the model's own tensors, in the order of `plan.program.weights`.
             inputs: in the order of `plan.program.inputs`.
+            step: if it is not exact, an earlier call of the same context was.
         """
         ...
 

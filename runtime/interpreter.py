@@ -31,6 +31,16 @@ class Site:
     path: str  #: the module that made it
     exchanges: tuple[Exchange, ...]
 
+    @property
+    def stale(self) -> bool:
+        """Whether a displaced step uses what was sent at an earlier one."""
+        return self.exchanges[0].fresh != "sync"
+
+    @property
+    def repeated(self) -> bool:
+        """Whether displaced steps send something."""
+        return self.exchanges[0].repeated
+
 
 #: Yields (site, values); whoever drives it replaces the content of the list `values` by the results before it
 #: goes on. (A list, so that neither side keeps alive what the other has done with.)

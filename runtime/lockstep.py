@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..ir.exchange import Exchange
+from ..ir.exchange import Exchange, Payloads
 from ..ir.program import specialize
-from .executor import Bound, PlanLike, device_of
+from .executor import EXACT, Bound, PlanLike, Step, device_of
 from .interpreter import RankProgram, Run, Site
+from .past import Past, results_now
 
 #: (exchange node, exchange, source rank, destination rank, payload) -> what arrives instead
 Tamper = Callable[[str, Exchange, int, int, Tensor], Tensor]
@@ -56,12 +57,13 @@ class LockstepPlan:
             )
             for rank in range(plan.world_size)
         ]
+        self.pasts: dict[int, dict[int, list[Past]]] = {}  #: by context and place of the site: one per rank
 
-    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """Rank 0's outputs."""
-        return self.run_all(weights, inputs)[0]
+        return self.run_all(weights, inputs, step)[0]
 
-    def run_all(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    def run_all(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step = EXACT) -> list[list[Tensor]]:
         """The outputs of every rank.
 
         Raises:
@@ -72,28 +74,47 @@ class LockstepPlan:
             outputs, requests = _advance(runs)
             if outputs is not None:
                 return outputs
-            self._exchange([site for site, _ in requests], [box for _, box in requests])
+            self._exchange([site for site, _ in requests], [box for _, box in requests], step)
 
     def release(self) -> None:
         self.ranks = []
+        self.pasts = {}
 
-    def _exchange(self, sites: list[Site], boxes: list[list[Tensor]]) -> None:
+    def _exchange(self, sites: list[Site], boxes: list[list[Tensor]], step: Step) -> None:
         site = sites[0]
         for rank, other in enumerate(sites):
             if (other.name, other.exchanges) != (site.name, site.exchanges):
                 raise AssertionError(f"rank 0 is at exchange {site.name}, rank {rank} at {other.name}")
+        if not site.stale:
+            received = self._delivered(site, boxes)
+            for rank, box in enumerate(boxes):
+                box[:] = results_now(site, rank, box, received[rank])
+            return
+        pasts = self.pasts.setdefault(step.context, {})
+        if not step.exact:
+            results = [past.results(site, rank, boxes[rank]) for rank, past in enumerate(pasts[site.index])]
+        if step.exact or site.repeated:
+            received = self._delivered(site, boxes)
+            pasts[site.index] = [Past(_kept(parts)) for parts in received]
+            for past, box in zip(pasts[site.index], boxes, strict=True):
+                past.keep_own(site, box)
+            if step.exact:
+                results = [results_now(site, rank, box, received[rank]) for rank, box in enumerate(boxes)]
+        for box, result in zip(boxes, results, strict=True):
+            box[:] = result
+
+    def _delivered(self, site: Site, boxes: list[list[Tensor]]) -> list[list[Payloads]]:
+        """By receiving and sending rank, the payload of each exchange."""
         ranks = range(len(boxes))
+        received: list[list[Payloads]] = [[[] for _ in ranks] for _ in ranks]
         for i, exchange in enumerate(site.exchanges):
             sent = [exchange.pack(src, boxes[src][i]) for src in ranks]
-            results = []
             for dst in ranks:
-                received = [
-                    None if src == dst else self._carry(site, exchange, src, dst, sent[src][dst]) for src in ranks
-                ]
-                results.append(exchange.unpack(dst, boxes[dst][i], received))
-            for box, result in zip(boxes, results, strict=True):
-                box[i] = result
+                for src in ranks:
+                    payload = None if src == dst else self._carry(site, exchange, src, dst, sent[src][dst])
+                    received[dst][src].append(payload)
             self.executor.traffic[exchange.role] += exchange.received(0)
+        return received
 
     def _carry(self, site: Site, exchange: Exchange, src: int, dst: int, payload: Tensor | None) -> Tensor | None:
         if payload is None:
@@ -106,6 +127,11 @@ class LockstepPlan:
                 f"{exchange} declares {exchange.dtype} {declared}"
             )
         return self.executor.tamper(site.name, exchange, src, dst, payload) if self.executor.tamper else payload
+
+
+def _kept(parts: list[Payloads]) -> list[Payloads]:
+    """Copies: a payload may be a view that would keep a whole activation alive."""
+    return [[None if x is None else x.clone() for x in payloads] for payloads in parts]
 
 
 def _advance(runs: list[Run]) -> tuple[list[list[Tensor]] | None, list[tuple[Site, list[Tensor]]]]:

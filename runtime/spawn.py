@@ -23,7 +23,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -32,9 +32,9 @@ from torch.distributed import TCPStore
 
 from ..ir.program import specialize
 from .board import GRACE, POLL
-from .collectives import Collectives
+from .collectives import Collectives, Sessions
 from .errors import RankError
-from .executor import Bound, PlanLike
+from .executor import Bound, PlanLike, Step
 from .interpreter import RankProgram, drive
 from .local import HOST, connect
 from .wire import Channel, ClosedError, allow_files, check_room
@@ -103,7 +103,6 @@ class SpawnExecutor:
             order = Bound.of(code, plan.program, torch.device("cpu")).order
             sources = [names[i] if i < len(names) else i - len(names) for i in order]
             channel.send(("load", self._numbers, code, sources, tensors))
-        links.open(bound.code.sites, torch.device("cpu"))
         loaded = SpawnPlan(self, self._numbers, bound, links, names, shared)
         self._plans[self._numbers] = loaded
         return loaded
@@ -123,7 +122,7 @@ class SpawnExecutor:
         self._sent.clear()
         self._links = self._store = None
 
-    def run(self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """Rank 0's outputs, once all ranks are done. If a rank fails, all workers are ended.
 
         Raises:
@@ -136,9 +135,9 @@ class SpawnExecutor:
             self._calls += 1
             plan.links.board.call = self._calls
             for channel in self._channels:
-                channel.send(("run", plan.number, self._calls))
+                channel.send(("run", plan.number, self._calls, step))
             with _computing_with(self.threads):
-                outputs = drive(plan.bound.code.run(plan.bound.values(weights, inputs)), plan.links.exchange)
+                outputs = drive(plan.bound.code.run(plan.bound.values(weights, inputs)), plan.sessions.exchange(step))
             for rank in range(1, self.world_size):
                 self._answer(rank, self.timeout)
         return outputs
@@ -151,10 +150,12 @@ class SpawnExecutor:
         unused = [name for name in dict.fromkeys(plan.names) if name not in needed and name in self._sent]
         for name in unused:
             del self._sent[name]
-        plan.links.forget(plan.bound.code.sites)
-        for channel in self._channels:
-            with suppress(ClosedError):  # the next call will find out, and say why
+        try:
+            for channel in self._channels:
                 channel.send(("release", plan.number, unused))
+            plan.sessions.close()
+        except (ClosedError, RankError):  # the next call will find out, and say why
+            return
 
     def _started(self) -> Collectives:
         if self._links is not None:
@@ -259,11 +260,12 @@ class SpawnPlan:
         self.number = number
         self.bound = bound
         self.links = links
+        self.sessions = Sessions(links, bound.code.sites, torch.device("cpu"))
         self.names = names
         self.shared = shared  #: where the inputs of a call are put for the workers
 
-    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        return self.executor.run(self, weights, inputs)
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
+        return self.executor.run(self, weights, inputs, step)
 
     def release(self) -> None:
         self.executor.release(self)

@@ -152,7 +152,7 @@ class _Pickler(pickle.Pickler):
             return _operator, (str(obj),)
         if is_dataclass(obj) and not isinstance(obj, type):
             # without what its cached properties hold: hashes differ from process to process
-            return type(obj), tuple(getattr(obj, field.name) for field in fields(obj))
+            return _record, (type(obj), {field.name: getattr(obj, field.name) for field in fields(obj)})
         return NotImplemented
 
 
@@ -171,6 +171,10 @@ class _Unpickler(pickle.Unpickler):
                 self._storages[place] = torch.UntypedStorage._new_shared_fd_cpu(self._descriptors[place], size)
             storage = self._storages[place]
         return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+
+
+def _record(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**values)
 
 
 def _operator(name: str) -> Any:

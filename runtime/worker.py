@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from .collectives import Collectives
+from .collectives import Collectives, Sessions
 from .errors import RankError
 from .interpreter import RankProgram, drive
 from .local import HOST, connect
@@ -34,7 +34,7 @@ class Worker:
     def __init__(self, links: Collectives) -> None:
         self.links = links
         self.weights: dict[str, Tensor] = {}
-        self.plans: dict[int, tuple[RankProgram, list[str | int], list[Tensor]]] = {}
+        self.plans: dict[int, tuple[RankProgram, list[str | int], list[Tensor], Sessions]] = {}
 
     def handle(self, message: tuple[Any, ...]) -> None:
         match message:
@@ -42,18 +42,16 @@ class Worker:
                 self.weights |= tensors
             case ("load", number, code, sources, tensors):
                 # sources: for each placeholder the name of a weight, or a place among `tensors`
-                self.links.open(code.sites, torch.device("cpu"))
-                self.plans[number] = (code, sources, tensors)
+                self.plans[number] = (code, sources, tensors, Sessions(self.links, code.sites, torch.device("cpu")))
             case ("release", number, unused):
-                code, *_ = self.plans.pop(number)
-                self.links.forget(code.sites)
+                self.plans.pop(number)[-1].close()
                 for name in unused:
                     del self.weights[name]
-            case ("run", number, call):
+            case ("run", number, call, step):
                 self.links.board.call = call
-                code, sources, tensors = self.plans[number]
+                code, sources, tensors, sessions = self.plans[number]
                 values = [self.weights[s] if isinstance(s, str) else tensors[s] for s in sources]
-                drive(code.run(values), self.links.exchange)
+                drive(code.run(values), sessions.exchange(step))
 
 
 def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int) -> None:

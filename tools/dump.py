@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import Batch, Frames, Height, Model, TargetName, Width, World
+from .console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
 
 if TYPE_CHECKING:
     from ..ir.program import Program
@@ -24,6 +24,7 @@ def dump(
         str | None, typer.Option(metavar="PASS", help=f"Stop after this pass ({CAPTURED}: before the first).")
     ] = None,
     diff: Annotated[bool, typer.Option("--diff", help="Show what the pass changed instead.")] = False,
+    strategy: StrategyName = "sync",
     target: TargetName = "auto",
     height: Height = None,
     width: Width = None,
@@ -33,6 +34,7 @@ def dump(
     """Print one rank's graph: operators with their layouts, exchanges with role and bytes, by module."""
     from ..capture import capture
     from ..models.resolve import Options, resolve
+    from ..strategy import Strategy
     from .plan import check_target
 
     names = stages()
@@ -42,15 +44,16 @@ def dump(
         raise ValueError(f"no pass is called {after!r}; {hint}The passes are {', '.join(names)}")
     if rank >= world_size:
         raise ValueError(f"there is no rank {rank}: ranks are counted from 0 to {world_size - 1}")
+    Strategy.of(strategy)
     check_target(target)
     stage = after or names[-1]
     resolved = resolve(model, Options(height, width, frames, batch))
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
     if diff:
-        typer.echo(difference(program, world_size, rank, stage, target))
+        typer.echo(difference(program, world_size, rank, stage, target, strategy))
         return
     typer.echo(f"{model}, rank {rank} of {world_size}, after {stage}")
-    typer.echo(text(program, world_size, rank, stage, target))
+    typer.echo(text(program, world_size, rank, stage, target, strategy))
 
 
 def stages() -> list[str]:
@@ -60,12 +63,12 @@ def stages() -> list[str]:
     return [CAPTURED, *(each.name for each in PASSES)]
 
 
-def text(program: Program, world_size: int, rank: int, stage: str, target: str = "auto") -> str:
+def text(program: Program, world_size: int, rank: int, stage: str, target: str = "auto", strategy: str = "sync") -> str:
     """The graph of a captured program after `stage`, with a heading of what is split and how much is exchanged."""
     from ..ir.program import calls, exchanges_of
     from .printer import bytes_text, graph_text, seeds_text
 
-    state = built(program, world_size, stage, target)
+    state = built(program, world_size, stage, target, strategy)
     declared = [each for _, some in exchanges_of(state.current) for each in some]
     seeds = seeds_text(state.program, state.program.graph, state.seeds)
     lines = [f"split: {name} {layout}, {cuts}" for name, layout, cuts in seeds]
@@ -76,23 +79,26 @@ def text(program: Program, world_size: int, rank: int, stage: str, target: str =
     return "\n".join([*lines, count, "", graph_text(state.program, state.current, rank)])
 
 
-def difference(program: Program, world_size: int, rank: int, stage: str, target: str = "auto") -> str:
+def difference(
+    program: Program, world_size: int, rank: int, stage: str, target: str = "auto", strategy: str = "sync"
+) -> str:
     """A unified diff of the texts before and after the pass `stage`."""
     names = stages()
     if stage == CAPTURED:
         raise ValueError(f"--diff shows what a pass changed, and nothing comes before {CAPTURED!r}")
     before = names[names.index(stage) - 1]
-    old, new = (text(program, world_size, rank, each, target).splitlines() for each in (before, stage))
+    old, new = (text(program, world_size, rank, each, target, strategy).splitlines() for each in (before, stage))
     lines = difflib.unified_diff(old, new, f"after {before}", f"after {stage}", lineterm="")
     return "\n".join(lines) or f"{stage} changed nothing"
 
 
-def built(program: Program, world_size: int, stage: str, target: str) -> Build:
+def built(program: Program, world_size: int, stage: str, target: str, strategy: str) -> Build:
     """The passes' state after `stage`."""
     from ..passes import Build, build
     from ..plan import target_of
+    from ..strategy import Strategy
 
-    machine = target_of(target, program)
+    machine, kinds = target_of(target, program), Strategy.of(strategy)
     if stage == CAPTURED:
-        return Build(program, world_size, machine)
-    return build(program, world_size, machine, after=stage)
+        return Build(program, world_size, machine, kinds)
+    return build(program, world_size, machine, kinds, after=stage)

@@ -166,8 +166,9 @@ def _exchange_lines(node: fx.Node, names: Mapping[str, str], rank: int) -> Itera
         name, placed = (results[i].name, _placed(results[i], rank)) if i in results else ("(unused)", "")
         reason = f"; because {each.reason}" if each.reason else ""
         text = exchange_text(each, rank)
+        stale = "" if each.fresh == "sync" else f"{each.fresh} "
         role = "" if text.startswith(f"{each.role}(") else f" for {each.role}"
-        yield f"{name}  {placed}{text} of {source}{role}; {bytes_text(each.received(rank))}{reason}"
+        yield f"{name}  {placed}{stale}{text} of {source}{role}; {bytes_text(each.received(rank))}{reason}"
 
 
 # --------------------------------------------------------------------------------------------------- graphs

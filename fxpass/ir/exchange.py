@@ -6,8 +6,8 @@ An exchange computes `y_r = f_r(x_0 … x_{n-1})`. It is declared once for all r
     (transport: lockstep, gloo, NCCL — knows nothing of layouts)
     unpack(r, x_r, received)  ->  y_r
 
-`unpack` never looks at the own payload, only at the own value: so a displaced exchange (law 4) is the same
-`unpack` on the fresh own value and last step's `received`.
+`unpack` never looks at the own payload, only at the own value: so a stale exchange (law 4) is the same
+`unpack` on the fresh own value and last step's `received`. `fresh` says which it is.
 
     Fetch(have -> want)    halos, keys and values, realignment, the output: rows move along one dim
     Moments                (mean, M2) merged by Chan's formula; biased variance, as torch's group norm
@@ -17,7 +17,7 @@ An exchange computes `y_r = f_r(x_0 … x_{n-1})`. It is declared once for all r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -31,18 +31,47 @@ from .ops import index_tensor, take
 Role = Literal[
     "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output"
 ]  #: why an exchange is there; the kinds that may be displaced come first
+DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum")
+Freshness = Literal["sync", "stale", "corrected", "frozen", "local"]
 Payloads = list[Tensor | None]
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One declared exchange. `shape` is the whole operand's (for partial results: every rank's own) shape."""
+    """One declared exchange. `shape` is the whole operand's (for partial results: every rank's own) shape.
+
+    `fresh` says what a displaced step uses in place of what the others send now, as an exact step does: `stale` what
+    they sent at the last step, `corrected` the same and the own change since, `frozen` what they sent at the last
+    exact step, `local` nothing. What a displaced step sends serves the next; frozen and local ones send nothing.
+    """
 
     role: Role
     shape: tuple[int, ...]
     dtype: torch.dtype
     world: int
     reason: str = ""
+    fresh: Freshness = field(default="sync", kw_only=True)
+
+    @property
+    def repeated(self) -> bool:
+        """Whether displaced steps send something."""
+        return self.fresh not in ("frozen", "local")
+
+    def kept(self, rank: int) -> int:
+        """Bytes that `rank` keeps from one step to the next."""
+        if self.fresh in ("sync", "local"):
+            return 0
+        own = prod(self.shape) * self.dtype.itemsize if self.fresh == "corrected" else 0
+        return self.received(rank) + own
+
+    def displaced(self, rank: int, x: Tensor, own: Tensor, received: Payloads) -> Tensor:
+        """Rank `rank`'s result at a displaced step.
+
+        Args:
+            x: its own value now.
+            own: its own value when the others sent `received`.
+        """
+        return self.unpack(rank, x, received)
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         """What rank `src` sends to rank `dst`; no elements where nothing is sent."""
@@ -102,10 +131,11 @@ class Fetch(Exchange):
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     fill: float = 0.0
+    owners: tuple[Rows, ...] = ()  #: who sends which rows, where ranks may hold unlike copies of one; default: `have`
 
     @cached_property
     def _routes(self) -> tuple[tuple[Rows, ...], ...]:
-        return routes(self.have, self.want)
+        return routes(self.owners or self.have, self.want)
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         return (*self.shape[: self.dim], len(self._routes[dst][src]), *self.shape[self.dim + 1 :])
@@ -132,7 +162,7 @@ class Fetch(Exchange):
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         want = self.want[rank]
         before, after = self.framed(rank)
-        if not before and not after and want == self.have[rank]:
+        if not before and not after and want == self.have[rank] and self._routes[rank][rank] == want:
             return x
         rows = before + len(want) + after
         shape = (*x.shape[: self.dim], rows, *x.shape[self.dim + 1 :])
@@ -200,6 +230,22 @@ class Moments(Merged):
             m2 = m2 + part[1] + delta * delta * (total * count / (total + count))
             total += count
         return torch.stack([mean, m2 / total])
+
+    def displaced(self, rank: int, x: Tensor, own: Tensor, received: Payloads) -> Tensor:
+        """`corrected`: the old mean of x and of x² over all ranks, plus the full change of the own ones since.
+
+        That is DistriFusion's estimator (Li et al., 2024), written so that nothing cancels. It can give a negative
+        variance: then the own one is taken.
+        """
+        if self.fresh == "stale":
+            return self.unpack(rank, x, received)
+        variance = x[1] / self.counts[rank]
+        if self.fresh == "local":
+            return torch.stack([x[0], variance])
+        mean, whole = self.unpack(rank, own, received)
+        shift = x[0] - own[0]
+        moved = whole + variance - own[1] / self.counts[rank] + 2 * shift * (own[0] - mean)
+        return torch.stack([mean + shift, torch.where(moved < 0, variance, moved)])
 
     def __str__(self) -> str:
         return f"moments({'x'.join(map(str, self.shape[1:]))} of {sum(self.counts)} elements)"

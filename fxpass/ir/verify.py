@@ -14,11 +14,11 @@ from torch import fx
 from torch._ops import OpOverload
 
 from . import ops
-from .exchange import Fetch
+from .exchange import DISPLACED, Fetch, Moments
 from .layout import Rows
 from .program import calls, exchanges_of, layout_of
 
-Stage = Literal["captured", "normal", "partitioned"]
+Stage = Literal["captured", "normal", "partitioned", "displaced"]
 Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
 
 aten = torch.ops.aten
@@ -96,6 +96,19 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
                 break
 
 
+def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """Only halos, keys and values, moments and sums of real numbers are stale; all of a node alike."""
+    for node, declared in exchanges_of(graph):
+        kinds = {each.fresh for each in declared}
+        stale = kinds != {"sync"}
+        if len(kinds) > 1 or any(
+            (stale and not (each.role in DISPLACED and each.dtype.is_floating_point))
+            or (each.fresh in ("corrected", "local") and not isinstance(each, Moments))
+            for each in declared
+        ):
+            yield node
+
+
 _BASE: list[tuple[str, Check]] = [
     ("every shape is static and comes with a dtype", _shaped),
     ("operators are functional", _functional),
@@ -110,6 +123,7 @@ SPECS: dict[Stage, list[tuple[str, Check]]] = {
         ("exchanges are declared for the layout of their operands", _declared),
     ],
 }
+SPECS["displaced"] = [*SPECS["partitioned"], ("only what law 4 allows is stale", _displaced)]
 
 
 def verify(graph: fx.Graph, stage: Stage, world: int = 1) -> None:

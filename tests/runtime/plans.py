@@ -10,12 +10,16 @@ from torch import Tensor, fx, nn
 
 from fxpass.ir.layout import Layout, PerRank, even
 from fxpass.ir.program import Program, fingerprint
+from fxpass.passes.displace import displace
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
 from fxpass.runtime.engine import Engine
 from fxpass.runtime.executor import Executor
 from fxpass.runtime.module import ParallelModule
+from fxpass.strategy import Strategy
+
+SYNC = Strategy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +30,10 @@ class CutPlan:
     graph: fx.Graph
     world_size: int
     fingerprint: str
+    warmup_steps: int | None = None
 
 
-def cut_plan(program: Program, world_size: int) -> CutPlan:
+def cut_plan(program: Program, world_size: int, strategy: Strategy = SYNC) -> CutPlan:
     program = normalize(program)
     seeds = {}
     for node in program.graph.nodes:
@@ -36,7 +41,9 @@ def cut_plan(program: Program, world_size: int) -> CutPlan:
             dim = len(node.meta["shape"]) - 2
             seeds[node.name] = Layout(dim, even(node.meta["shape"][dim], world_size, 2))
     graph = partition(program.graph, world_size, seeds if world_size > 1 else {}, RULES)
-    return CutPlan(program, graph, world_size, fingerprint(graph))
+    graph = displace(graph, strategy, world_size)
+    warmup = None if strategy.exact else strategy.warmup_steps
+    return CutPlan(program, graph, world_size, fingerprint(graph), warmup)
 
 
 class Block(nn.Module):
@@ -82,9 +89,18 @@ def inputs(rows: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 4, rows, 8, generator=generator), torch.tensor([0.3])
 
 
-def parallel(model: nn.Module, executor: Executor) -> ParallelModule:
+def parallel(model: nn.Module, executor: Executor, strategy: Strategy = SYNC) -> ParallelModule:
     """`model` on the ranks of `executor`, cut along its rows."""
-    return ParallelModule(model, Engine(model, lambda program: cut_plan(program, executor.world_size), executor))
+    planner = lambda program: cut_plan(program, executor.world_size, strategy)  # noqa: E731
+    return ParallelModule(model, Engine(model, planner, executor))
+
+
+def steps(count: int, rows: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """The inputs of one generation: the sample drifts, the timestep falls."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(2, 4, rows, 8, generator=generator)
+    drift = torch.randn(2, 4, rows, 8, generator=generator)
+    return [(sample + 0.1 * k * drift, torch.tensor([0.9 - 0.1 * k])) for k in range(count)]
 
 
 def whole(model: nn.Module, *args: Tensor) -> Tensor:
@@ -98,4 +114,4 @@ def broken_on_rank_1(plan: CutPlan) -> CutPlan:
     graph.output(graph.graph_copy(plan.graph, {}))
     node = [n for n in graph.nodes if n.target is torch.ops.aten.reshape.default][-1]
     node.args = (node.args[0], PerRank((node.args[1], [7], *(node.args[1],) * (plan.world_size - 2))))
-    return CutPlan(plan.program, graph, plan.world_size, "broken")
+    return CutPlan(plan.program, graph, plan.world_size, "broken", plan.warmup_steps)

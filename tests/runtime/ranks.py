@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ import torch
 import torch.distributed as dist
 
 import fxpass
-from fxpass.runtime.collectives import Collectives
+from fxpass.runtime.collectives import Session
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
-from tests.runtime.plans import block, inputs, parallel
+from fxpass.strategy import Strategy
+from tests.runtime.plans import block, inputs, parallel, steps
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -85,18 +87,28 @@ def everything() -> dict[str, Any]:
 
     # ranks that are early and late by turns
     rng = random.Random(RANK)
-    exchange = Collectives.exchange
+    exchange = Session.exact
 
-    def unsteady(self: Collectives, site: Any, values: list[Any]) -> None:
+    def unsteady(self: Session, site: Any, values: list[Any]) -> None:
         time.sleep(rng.choice((0, 0, 0.001, 0.003)))
         exchange(self, site, values)
 
-    Collectives.exchange = unsteady
+    Session.exact = unsteady
     seen["unsteady"] = all(
         torch.equal(module(*inputs(16, seed))["sample"], expected(*inputs(16, seed))["sample"]) for seed in range(12)
     )
-    Collectives.exchange = exchange
+    Session.exact = exchange
     seen["files"] = shared_files()
+
+    seen["displaced"] = []
+    for name in ("displaced", "stale_gn", "no_sync"):
+        strategy = replace(Strategy.of(name), warmup_steps=2)
+        moving = parallel(model, DistributedExecutor(WORLD, timeout=60), strategy)
+        reference = parallel(model, LockstepExecutor(WORLD), strategy)
+        generations = [*steps(5), *steps(4, seed=1), *steps(3, rows=22)]
+        pairs = [(moving(*call)["sample"], reference(*call)["sample"]) for call in generations]
+        seen["displaced"].append(all(torch.equal(a, b) for a, b in pairs))
+        moving.close()
     grouped.close()
     module.close()
     seen["files of closed modules"] = shared_files()

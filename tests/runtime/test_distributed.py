@@ -47,6 +47,10 @@ def test_torchrun_equals_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> Non
         assert {"halo", "moments", "keys_values", "output"} <= rank["traffic"].keys()
 
 
+def test_displaced_steps_on_processes_equal_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> None:
+    assert [rank["displaced"] for rank in seen] == [[True] * 3] * 2
+
+
 def test_ranks_that_are_early_and_late_by_turns_never_read_another_run(seen: list[dict[str, Any]]) -> None:
     assert all(rank["unsteady"] for rank in seen)
 

@@ -1,0 +1,115 @@
+"""displace: by the strategy, exchanges of a displaced step use what the others sent at an earlier step (law 4).
+
+A step's own part is always fresh. Never displaced: realignment, rebalancing, fallbacks, outputs, integers, booleans.
+
+Afterwards a value that every rank holds (replicated text, rows that two ranks compute) may differ from rank to rank.
+Where that would show, one owner's rows go to all: at the outputs, and at integers and booleans, which decide something.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from ..ir import ops
+from ..ir.exchange import Exchange, Fetch, Freshness
+from ..ir.layout import Rows, full
+from ..ir.program import layout_of, shape_of
+
+#: role -> the field of the strategy
+ROLES = {"halo": "halo", "keys_values": "keys_values", "moments": "moments", "sum": "sums"}
+_view = torch.ops.aten.view.default
+
+
+class Kinds(Protocol):
+    """How fresh each kind of exchange is."""
+
+    @property
+    def halo(self) -> Freshness: ...
+    @property
+    def keys_values(self) -> Freshness: ...
+    @property
+    def moments(self) -> Freshness: ...
+    @property
+    def sums(self) -> Freshness: ...
+
+
+def displace(graph: fx.Graph, kinds: Kinds, world: int) -> fx.Graph:
+    """Declare how fresh each exchange is, and give what ranks would disagree on one owner."""
+    result = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    unlike: set[fx.Node] = set()  # nodes of the result of which ranks may hold unlike copies
+    for node in graph.nodes:
+        if node.op == "output":
+            values = [_agreed(result, env[v], world, "output") if env[v] in unlike else env[v] for v in node.args[0]]
+            result.output(type(node.args[0])(values))
+            continue
+        new = env[node] = result.node_copy(node, env.__getitem__)
+        stale = False
+        if node.target is ops.exchange:
+            declared = tuple(_displaced(each, kinds) for each in node.args[1])
+            stale = any(each.fresh != "sync" for each in declared)
+            values: Any = new.args[0]
+            new.args = (values, tuple(_owned(e, v in unlike) for e, v in zip(declared, values, strict=True)))
+        if not stale and not any(source in unlike for source in new.all_input_nodes):
+            continue
+        unlike.add(new)
+        if node.target is operator.getitem and node.args[0].target is ops.exchange:
+            each = new.args[0].args[1][node.args[1]]  # type: ignore[union-attr,index]
+            if isinstance(each, Fetch) and each.owners:
+                unlike.discard(new)
+                continue
+        if "dtype" in node.meta and not node.meta["dtype"].is_floating_point and not node.meta["dtype"].is_complex:
+            env[node] = _agreed(result, new, world, "small")
+    return result
+
+
+def _displaced(exchange: Exchange, kinds: Kinds) -> Exchange:
+    if exchange.role not in ROLES or not exchange.dtype.is_floating_point:
+        return exchange
+    return replace(exchange, fresh=getattr(kinds, ROLES[exchange.role]))
+
+
+def _owned(exchange: Exchange, unlike: bool) -> Exchange:
+    """An exchange that gives every rank the same rows takes each from one owner."""
+    if not unlike or not isinstance(exchange, Fetch) or exchange.fresh != "sync" or len(set(exchange.want)) > 1:
+        return exchange
+    return replace(exchange, owners=_disjoint(exchange.have))
+
+
+def _disjoint(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
+    """Each row with the first rank that holds it."""
+    taken, result = Rows(()), []
+    for mine in rows:
+        result.append(mine - taken)
+        taken = taken | mine
+    return tuple(result)
+
+
+def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: str) -> fx.Node:
+    """`node` with every row that several ranks hold taken from one of them."""
+    layout, shape = layout_of(node), shape_of(node)
+    if not shape:
+        node = _emit(graph, node, _view, (node, [1]), (1,))
+        node = _agreed(graph, node, world, role)
+        return _emit(graph, node, _view, (node, []), ())
+    dim = layout.axis if layout.split else max(range(len(shape)), key=shape.__getitem__)
+    rows = layout.rows if layout.split else full(shape[dim], world)
+    owners = _disjoint(rows)
+    if owners == rows:
+        return node
+    reason = "ranks may differ after stale exchanges"
+    fetch = Fetch(role, shape, node.meta["dtype"], world, reason, dim, rows, rows, owners=owners)  # type: ignore[arg-type]
+    sent = graph.call_function(ops.exchange, ((node,), (fetch,)))
+    sent.meta = {key: value for key, value in node.meta.items() if key not in ("shape", "dtype", "layout", "val")}
+    return _emit(graph, node, operator.getitem, (sent, 0), shape)
+
+
+def _emit(graph: fx.Graph, like: fx.Node, target: object, args: tuple[object, ...], shape: tuple[int, ...]) -> fx.Node:
+    new = graph.call_function(target, args)  # type: ignore[arg-type]
+    new.meta = like.meta | {"shape": shape}
+    return new

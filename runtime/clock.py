@@ -1,0 +1,158 @@
+"""When is an exact step needed? Timesteps alone cannot tell, so a displaced step needs every sign of a continuation.
+
+Calls with equal conditioning (all inputs but sample and timestep) belong to one *context*: one guidance branch of one
+prompt. A call continues its context if
+
+- no timestep has risen (Heun and PNDM repeat them; a new generation starts high again),
+- the sample correlates with the last one (fresh noise does not, even at a lower timestep), and
+- the context was used not long ago.
+
+Otherwise a generation begins, whose first `warmup_steps` calls are exact. All ranks see the same inputs, so they
+decide alike.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.program import Program, shape_of
+from .executor import EXACT, Step
+
+CONTEXTS = 4  #: kept at once; guidance has two or three branches
+RECENT = 8  #: calls after which a context is taken to have been left
+LIKE = 0.5  #: correlation of a sample with the one before; independent noise has 0, most samplers' steps above 0.9
+TIMESTEP = re.compile(r"(^|[._])(t|ts|times?|timesteps?|sigmas?|noise_(levels?|labels?))(\.\d+)?$")
+
+
+@dataclass
+class Seen:
+    """An input as it was: cheap to recognise if it is the same object, unchanged."""
+
+    copy: Tensor
+    what: weakref.ref[Tensor]
+    version: int
+
+    @staticmethod
+    def of(tensor: Tensor) -> Seen:
+        return Seen(tensor.clone(), weakref.ref(tensor), _version(tensor))
+
+    def again(self, tensor: Tensor) -> bool:
+        if self.version >= 0 and self.what() is tensor and self.version == _version(tensor):
+            return True
+        return torch.equal(self.copy, tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass
+class Context:
+    """A guidance branch in the middle of a generation."""
+
+    number: int
+    conditioning: list[Seen]
+    timestep: list[float]
+    sample: Tensor
+    call: int  #: when it was last used
+    steps: int = 1  #: calls of this generation so far
+
+
+@dataclass
+class Clock:
+    """Decides for the calls of one captured program.
+
+    Args:
+        timestep: which input is the timestep; None if no input is known to be one: then every step is exact.
+        sample: which input is the sample.
+        warmup_steps: exact steps at the beginning of a generation, at least one.
+    """
+
+    timestep: int | None
+    sample: int
+    warmup_steps: int
+    contexts: list[Context] = field(default_factory=list)
+    calls: int = 0
+
+    @staticmethod
+    def of(program: Program, warmup_steps: int) -> Clock:
+        """A clock for the inputs of a program."""
+        nodes = {node.name: node for node in program.graph.nodes}
+        inputs = [nodes[name] for name in program.inputs]
+        times = [
+            i
+            for i, (node, path) in enumerate(zip(inputs, program.input_paths, strict=True))
+            if len(shape_of(node)) <= 1 and TIMESTEP.search(path)
+        ]
+        (output,) = program.graph.find_nodes(op="output")
+        first: fx.Node = output.args[0][0]  # type: ignore[index,assignment]
+        return Clock(times[0] if times else None, _most_like(first, inputs), max(1, warmup_steps))
+
+    def step(self, tensors: Sequence[Tensor]) -> Step:
+        """How to run a call with these inputs."""
+        self.calls += 1
+        if self.timestep is None:
+            return EXACT
+        time = tensors[self.timestep].detach().double().flatten().tolist()
+        sample = tensors[self.sample].detach()
+        moving = (self.timestep, self.sample)
+        conditioning = [tensor for i, tensor in enumerate(tensors) if i not in moving]
+        for context in self.contexts:
+            if all(seen.again(now) for seen, now in zip(context.conditioning, conditioning, strict=True)):
+                context.steps = context.steps + 1 if self._continues(context, time, sample) else 1
+                break
+        else:
+            context = self._new(time, conditioning, sample)
+        self.contexts.remove(context)
+        self.contexts.append(context)  # the latest last
+        context.timestep, context.sample, context.call = time, sample.clone(), self.calls
+        return Step(context.number, context.steps <= self.warmup_steps)
+
+    def restart(self) -> None:
+        """A generation begins: no earlier state is read."""
+        for context in self.contexts:
+            context.call = -RECENT
+
+    def _continues(self, context: Context, time: list[float], sample: Tensor) -> bool:
+        falling = all(now <= then for now, then in zip(time, context.timestep, strict=True))
+        if not falling or self.calls - context.call > RECENT:
+            return False
+        now, then = _structure(sample), _structure(context.sample)
+        return bool((now * then).sum() >= LIKE * now.norm() * then.norm())
+
+    def _new(self, time: list[float], conditioning: list[Tensor], sample: Tensor) -> Context:
+        """A context of another conditioning, in the place of one that was left."""
+        left = [c for c in self.contexts if self.calls - c.call > RECENT or (c.steps == 1 and c.timestep != time)]
+        number = len(self.contexts)
+        if left or number >= CONTEXTS:
+            oldest = left[0] if left else self.contexts[0]
+            self.contexts.remove(oldest)
+            number = oldest.number
+        context = Context(number, [Seen.of(tensor) for tensor in conditioning], time, sample, self.calls)
+        self.contexts.append(context)
+        return context
+
+
+def _structure(sample: Tensor) -> Tensor:
+    """A sample [B, C, *space] or [B, tokens, C] without the mean over space or tokens."""
+    x = sample.float()
+    dims = list(range(2, x.ndim)) if x.ndim > 3 else [1] if x.ndim == 3 else list(range(x.ndim))
+    return x - x.mean(dims, keepdim=True)
+
+
+def _most_like(output: fx.Node, inputs: Sequence[fx.Node]) -> int:
+    """The input whose shape agrees with the output's in most dims: the sample."""
+    wanted = shape_of(output)
+
+    def likeness(i: int) -> tuple[bool, int, bool]:
+        shape = shape_of(inputs[i])
+        same = sum(a == b for a, b in zip(shape, wanted, strict=False))
+        return len(shape) == len(wanted), same, inputs[i].meta["dtype"].is_floating_point
+
+    return max(range(len(inputs)), key=likeness)

@@ -1,0 +1,165 @@
+"""Which steps may be displaced: with diffusers' samplers, with guidance, and where a call only looks like the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
+from torch import Tensor
+
+from fxpass.runtime.clock import CONTEXTS, RECENT, TIMESTEP, Clock
+
+PROMPT, OTHER = torch.ones(1, 3), torch.zeros(1, 3)
+SAMPLERS = {
+    "ddim": DDIMScheduler,
+    "dpm": DPMSolverMultistepScheduler,
+    "euler a": EulerAncestralDiscreteScheduler,
+    "flow": FlowMatchEulerDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "pndm": PNDMScheduler,
+}
+
+
+def clock(warmup: int = 2) -> Clock:
+    return Clock(timestep=1, sample=0, warmup_steps=warmup)
+
+
+def trajectory(name: str, count: int, seed: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """What a pipeline would give the denoiser: (sample, timestep), from step `start` on (img2img)."""
+    scheduler: Any = SAMPLERS[name]()
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randn(1, 4, 16, 16, generator=generator) * 0.5
+    scheduler.set_timesteps(count)
+    noise = torch.randn(1, 4, 16, 16, generator=generator)
+    sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    if start:
+        scheduler.set_begin_index(start) if hasattr(scheduler, "set_begin_index") else None
+        at = scheduler.timesteps[start : start + 1]
+        sample = scheduler.add_noise(clean, noise, at) if hasattr(scheduler, "add_noise") else noise
+    seen = []
+    for t in scheduler.timesteps[start:]:
+        given = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+        seen.append((given, t))
+        guess = noise - clean if name == "flow" else noise
+        sample = scheduler.step(guess, t, sample).prev_sample
+    return seen
+
+
+def exact(watch: Clock, calls: list[tuple[Tensor, Tensor]], prompt: Tensor = PROMPT) -> list[bool]:
+    return [watch.step([sample, time, prompt]).exact for sample, time in calls]
+
+
+@pytest.mark.parametrize("count", [10, 20, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_generation_is_exact_for_its_warm_up_and_displaced_after(name: str, count: int) -> None:
+    calls = trajectory(name, count, 0)
+    found = exact(clock(), calls)
+    # in few steps, "euler a" replaces most of the first sample by fresh noise, which is taken for a new beginning
+    first = 3 if (name, count) == ("euler a", 10) else 2
+    assert found == [True] * first + [False] * (len(calls) - first)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_next_generation_of_the_same_prompt_begins_exactly(name: str) -> None:
+    watch = clock()
+    exact(watch, trajectory(name, 10, 0))
+    assert exact(watch, trajectory(name, 20, 1))[:3] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["ddim", "flow", "dpm", "euler a"])
+def test_an_interrupted_generation_is_not_continued_by_img2img_at_a_lower_timestep(name: str) -> None:
+    watch = clock()
+    exact(watch, trajectory(name, 20, 0)[:8])
+    after = trajectory(name, 20, 1, start=10)
+    assert exact(watch, after)[:3] == [True, True, False]
+
+
+def test_one_step_generations_in_a_row_are_all_exact() -> None:
+    watch = clock(warmup=1)
+    for seed in range(6):
+        assert exact(watch, trajectory("ddim", 1, seed)) == [True]
+
+
+def test_two_guidance_branches_have_contexts_of_their_own() -> None:
+    watch = clock()
+    for k, (sample, time) in enumerate(trajectory("ddim", 10, 0)):
+        first, second = (watch.step([sample, time, prompt.clone()]) for prompt in (PROMPT, OTHER))
+        assert first.context != second.context
+        assert first.exact == second.exact == (k < 2)
+
+
+def test_batched_guidance_is_one_context() -> None:
+    watch = clock()
+    steps = [watch.step([torch.cat([x, x]), t, PROMPT]) for x, t in trajectory("ddim", 10, 0)]
+    assert {step.context for step in steps} == {0}
+
+
+def test_interleaved_generations_of_one_prompt_never_share_a_step() -> None:
+    watch = clock(warmup=1)
+    for first, second in zip(trajectory("ddim", 10, 0), trajectory("ddim", 10, 1), strict=True):
+        assert exact(watch, [first, second]) == [True, True]
+
+
+def test_timesteps_per_sample_must_all_fall() -> None:
+    watch = clock(warmup=1)
+    (x, _), (y, _), (z, _), *_ = trajectory("ddim", 20, 0)
+    assert exact(watch, [(x, torch.tensor([900, 500])), (y, torch.tensor([800, 500]))]) == [True, False]
+    assert exact(watch, [(z, torch.tensor([700, 501]))]) == [True]
+
+
+def test_a_changed_prompt_begins_again_and_takes_the_place_of_what_was_left() -> None:
+    watch = clock(warmup=1)
+    calls = trajectory("ddim", 50, 0)
+    for k, (sample, time) in enumerate(calls):
+        assert watch.step([sample, time, torch.full((1, 3), float(k))]).exact
+    assert len(watch.contexts) <= CONTEXTS
+    assert {context.number for context in watch.contexts} <= set(range(CONTEXTS))
+
+
+def test_a_prompt_that_is_changed_in_place_is_another_prompt() -> None:
+    watch, prompt = clock(warmup=1), PROMPT.clone()
+    (a, b, c, *_) = trajectory("ddim", 20, 0)
+    assert exact(watch, [a, b], prompt) == [True, False]
+    prompt[0, 0] = 5
+    assert exact(watch, [c], prompt) == [True]
+
+
+def test_what_was_used_long_ago_is_not_continued() -> None:
+    watch = clock(warmup=1)
+    calls = trajectory("ddim", 20, 0)
+    exact(watch, calls[:2])
+    for k in range(RECENT + 1):
+        watch.step([*calls[0], torch.full((1, 3), 7.0 + k % 2)])
+    assert exact(watch, calls[2:3]) == [True]
+
+
+def test_after_a_restart_steps_are_exact() -> None:
+    watch = clock(warmup=1)
+    calls = trajectory("ddim", 20, 0)
+    assert exact(watch, calls[:3]) == [True, False, False]
+    watch.restart()
+    assert exact(watch, calls[3:5]) == [True, False]
+
+
+def test_without_a_timestep_all_steps_are_exact() -> None:
+    watch = Clock(timestep=None, sample=0, warmup_steps=1)
+    assert all(watch.step([torch.ones(1, 4, 8, 8)]).exact for _ in range(4))
+
+
+@pytest.mark.parametrize("path", ["timestep", "timesteps", "t", "args.1.sigma", "noise_labels", "batch.time"])
+def test_names_of_timesteps(path: str) -> None:
+    assert TIMESTEP.search(path)
+
+
+@pytest.mark.parametrize("path", ["text", "time_ids", "added_cond_kwargs.time_ids", "attention", "latents"])
+def test_names_of_other_inputs(path: str) -> None:
+    assert not TIMESTEP.search(path)
