@@ -38,7 +38,7 @@ def parallelize(
 
     A model is captured at its first call, and again when it is called with other shapes or was changed (an adapter, a
     scale). The model itself is left as it is. In a pipeline (anything with a denoiser among its attributes) the
-    denoiser is replaced, and the pipeline is returned.
+    denoiser is replaced, and the pipeline is returned; its scheduler then says when a generation begins.
 
     Args:
         model_or_pipeline: a model in eval mode, or a pipeline.
@@ -74,7 +74,7 @@ def parallelize(
     if isinstance(model_or_pipeline, nn.Module):
         return _wrapped(model_or_pipeline, world, chosen, executor, target, timeout, group)
 
-    from .models.pipelines import denoisers
+    from .models.pipelines import announce, denoisers
 
     names = denoisers(model_or_pipeline)
     if not names:
@@ -85,8 +85,16 @@ def parallelize(
     models = {name: getattr(model_or_pipeline, name) for name in names}
     for model in models.values():
         _refuse_parallel(model)  # before anything is replaced
-    for name, model in models.items():
-        setattr(model_or_pipeline, name, _wrapped(model, world, chosen, executor, target, timeout, group))
+    modules = {n: _wrapped(m, world, chosen, executor, target, timeout, group) for n, m in models.items()}
+    for name, module in modules.items():
+        setattr(model_or_pipeline, name, module)
+    if not chosen.exact:
+
+        def begin() -> None:
+            for module in modules.values():
+                module.reset()
+
+        announce(model_or_pipeline, begin)
     return model_or_pipeline
 
 

@@ -1,7 +1,10 @@
-"""Where pipelines keep their denoisers."""
+"""Where pipelines keep their denoisers, and how they say that a generation begins."""
 
 from __future__ import annotations
 
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,3 +15,22 @@ DENOISERS = ("transformer", "unet", "transformer_2", "prior")  #: attribute name
 def denoisers(pipeline: Any) -> list[str]:
     """The attributes of `pipeline` that are denoisers, the first the main one."""
     return [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
+
+
+def announce(pipeline: Any, begin: Callable[[], None]) -> None:
+    """Have `begin` called whenever the pipeline's scheduler is given its timesteps, as every generation does first.
+
+    A copy of the scheduler announces as well; one that the user puts in its place does not.
+    """
+    scheduler = getattr(pipeline, "scheduler", None)
+    plain = getattr(type(scheduler), "set_timesteps", None)
+    if plain is None:
+        return
+
+    @functools.wraps(plain)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        begin()
+        return plain(self, *args, **kwargs)
+
+    # a bound method: a deep copy of the scheduler has it bound to itself
+    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)

@@ -56,7 +56,7 @@ class ParallelModule(nn.Module):
         return dict(self._engine.executor.traffic)
 
     def reset(self) -> None:
-        """Forget all captured programs; the next call captures anew."""
+        """A generation begins: the next step is exact, whatever came before."""
         self._engine.reset()
 
     def close(self) -> None:

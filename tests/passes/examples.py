@@ -40,6 +40,9 @@ def examples(count: int) -> settings:
     return settings(max_examples=count * max(1, settings.default.max_examples // 50))
 
 
+few, some = examples(8), examples(25)
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype)
 

@@ -216,7 +216,9 @@ def test_it_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
         ({"world_size": True}, ValueError, "at least 1"),
         ({"world_size": 2.0}, ValueError, "whole number"),
         ({"world_size": 2, "strategy": "synk"}, ValueError, "did you mean 'sync'"),
-        ({"world_size": 2, "strategy": "displaced"}, NotImplementedError, "stale"),
+        ({"world_size": 2, "strategy": "pcpp"}, NotImplementedError, "windows"),
+        ({"world_size": 2, "warmup_steps": 3}, ValueError, "no effect on 'sync'"),
+        ({"world_size": 2, "strategy": "displaced", "warmup_steps": 1.5}, ValueError, "number of steps"),
         ({"world_size": 2, "strategy": "ulysses"}, NotImplementedError, "not built yet"),
         ({"world_size": 2, "executor": "spwan"}, ValueError, "did you mean 'spawn'"),
         ({"world_size": 2, "executor": "distributed"}, RuntimeError, "torchrun"),
@@ -324,7 +326,9 @@ def test_a_plain_tensor_attribute_may_change_as_often_as_it_likes() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"halo": "fresh"}, r"Strategy\.halo is one of sync, stale, corrected, frozen, local, not 'fresh'"),
+        ({"halo": "fresh"}, r"Strategy\.halo is one of sync, stale, frozen, not 'fresh'"),
+        ({"keys_values": "local"}, r"Strategy\.keys_values is one of sync, stale, frozen, not 'local'"),
+        ({"moments": "old"}, r"Strategy\.moments is one of sync, stale, corrected, frozen, local, not 'old'"),
         ({"window": 1.5}, r"Strategy\.window .* not 1\.5"),
         ({"warmup_steps": -1}, r"Strategy\.warmup_steps .* not -1"),
     ],

@@ -1,0 +1,41 @@
+"""How pipelines say that a generation begins."""
+
+import copy
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from fxpass.models.pipelines import announce
+
+
+def test_a_scheduler_announces_each_generation_and_works_as_before() -> None:
+    begun: list[int] = []
+    scheduler: Any = DDIMScheduler()
+    announce(SimpleNamespace(scheduler=scheduler), lambda: begun.append(1))
+    scheduler.set_timesteps(7)
+    scheduler.set_timesteps(num_inference_steps=9)
+    assert len(begun) == 2
+    assert len(scheduler.timesteps) == 9
+
+
+def test_the_signature_that_pipelines_look_at_is_kept() -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
+    before = inspect.signature(scheduler.set_timesteps)
+    announce(SimpleNamespace(scheduler=scheduler), lambda: None)
+    assert inspect.signature(scheduler.set_timesteps) == before
+
+
+def test_a_deep_copy_sets_its_own_timesteps() -> None:
+    begun: list[int] = []
+    scheduler: Any = DDIMScheduler()
+    announce(SimpleNamespace(scheduler=scheduler), lambda: begun.append(1))
+    other = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(5)
+    other.set_timesteps(8)
+    assert (len(scheduler.timesteps), len(other.timesteps), len(begun)) == (5, 8, 2)
+
+
+def test_a_pipeline_without_a_scheduler_is_left_alone() -> None:
+    announce(SimpleNamespace(), lambda: None)
