@@ -45,15 +45,17 @@ from .demo_vae import code, make_vae
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo"
 FOLDER = ROOT / "models" / "demo"
-GUIDANCE = 4.0
-VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 12, 4000, 4200
+GUIDANCE = 2.0
+VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 12, 4000, 5400
 BATCH = {(64, 64): 80, (128, 128): 24, (128, 192): 16, (192, 128): 16, (256, 256): 6}  # per process
 POOL = {(64, 64): 4000, (128, 128): 3000, (128, 192): 300, (192, 128): 300, (256, 256): 300}  # per shard
-PHASES = (  # until which part of the steps each picture size (height, width) is drawn how often
-    (0.30, {(64, 64): 1.0}),  # what the words mean is learned where pictures are cheap
-    (0.50, {(64, 64): 0.3, (128, 128): 0.7}),
-    (1.00, {(128, 128): 0.76, (128, 192): 0.06, (192, 128): 0.06, (256, 256): 0.12}),
+PHASES = (  # until which step each picture size (height, width) is drawn how often
+    (1260, {(64, 64): 1.0}),  # what the words mean is learned where pictures are cheap
+    (2100, {(64, 64): 0.3, (128, 128): 0.7}),
+    (4200, {(128, 128): 0.76, (128, 192): 0.06, (192, 128): 0.06, (256, 256): 0.12}),
+    (STEPS, {(128, 128): 0.3, (128, 192): 0.05, (192, 128): 0.05, (256, 256): 0.6}),
 )
+ROUNDS = ((4200, 1e-3), (STEPS, 5e-4))  # until which step the learning rate rises to what and falls again
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -99,6 +101,16 @@ def as_tensor(pictures: list[np.ndarray]) -> Tensor:
 def rate(step: int, steps: int, peak: float, decay: float = 0.4) -> float:
     """Learning rate: 100 steps up, level, and a linear descent over the last `decay` of the steps."""
     return peak * min(1, (step + 1) / 100, (steps - step) / (decay * steps))
+
+
+def rate_in_rounds(step: int) -> float:
+    """The same for one round after the other."""
+    start = 0
+    for end, peak in ROUNDS:
+        if step < end:
+            return rate(step - start, end - start, peak)
+        start = end
+    raise ValueError(f"the plan has {start} steps")
 
 
 def train_vae(steps: int) -> None:
@@ -205,8 +217,8 @@ def train_unet(steps: int, save_every: int) -> None:
     began, losses = time.time() - seconds, []
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, 1e-3) * group["scale"]
-        shares = next(shares for end, shares in PHASES if step < end * steps)
+            group["lr"] = rate_in_rounds(step) * group["scale"]
+        shares = next(shares for end, shares in PHASES if step < end)
         size = list(shares)[int(np.random.default_rng((2, step)).choice(len(shares), p=list(shares.values())))]
         rng = np.random.default_rng((3, step, rank))
         torch.manual_seed(step * world + rank)
@@ -329,7 +341,7 @@ def main() -> None:
     stage = stages.add_parser("text")
     stage.add_argument("--steps", type=int, default=TEXT_STEPS)
     stage = stages.add_parser("unet")
-    stage.add_argument("--steps", type=int, default=STEPS)
+    stage.add_argument("--steps", type=int, default=STEPS, help="stop there")
     stage.add_argument("--save-every", type=int, default=250)
     stage = stages.add_parser("export")
     stage.add_argument("--folder", type=Path, default=FOLDER)
