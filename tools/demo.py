@@ -24,7 +24,7 @@ def demo(
     world_size: Annotated[int, typer.Option("--world-size", "-n", min=1, help="Processes.")] = 2,
     size: Annotated[int, typer.Option(min=32, help="Height and width in pixels.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Of the noise that the picture starts from.")] = 0,
     output_dir: Annotated[Path, typer.Option(help="Where the three images go.")] = Path("out"),
     pipeline: Annotated[Path | None, typer.Option(help="Another pipeline's folder.", show_default=False)] = None,

@@ -42,7 +42,7 @@ def test_every_word_of_the_grammar_is_one_token(pipeline: DiffusionPipeline) -> 
 )
 def test_a_picture_shows_what_the_prompt_says(pipeline: Any, prompt: str, thing: tuple[str, str, str]) -> None:
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 15, "guidance_scale": 4.0, "output_type": "np"}
+    options = {"num_inference_steps": 15, "guidance_scale": 2.0, "output_type": "np"}
     picture = pipeline(prompt, generator=generator, **options).images[0]
     assert picture.shape == (128, 128, 3)
     assert read_things(picture) == [thing]
