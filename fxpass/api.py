@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import weakref
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -89,10 +90,12 @@ def parallelize(
     for name, module in modules.items():
         setattr(model_or_pipeline, name, module)
     if not chosen.exact:
+        references = [weakref.ref(module) for module in modules.values()]  # a scheduler keeps no workers alive
 
         def begin() -> None:
-            for module in modules.values():
-                module.reset()
+            for reference in references:
+                if (module := reference()) is not None:
+                    module.reset()
 
         announce(model_or_pipeline, begin)
     return model_or_pipeline

@@ -23,9 +23,10 @@ def announce(pipeline: Any, begin: Callable[[], None]) -> None:
     A copy of the scheduler announces as well; one that the user puts in its place does not.
     """
     scheduler = getattr(pipeline, "scheduler", None)
-    plain = getattr(type(scheduler), "set_timesteps", None)
-    if plain is None:
+    before = getattr(scheduler, "set_timesteps", None)
+    if not isinstance(before, types.MethodType):
         return
+    plain = before.__func__
 
     @functools.wraps(plain)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,4 +34,4 @@ def announce(pipeline: Any, begin: Callable[[], None]) -> None:
         return plain(self, *args, **kwargs)
 
     # a bound method: a deep copy of the scheduler has it bound to itself
-    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
+    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)  # type: ignore[union-attr]

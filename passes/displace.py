@@ -51,7 +51,7 @@ def displace(graph: fx.Graph, kinds: Kinds, world: int) -> fx.Graph:
         new = env[node] = result.node_copy(node, env.__getitem__)
         stale = False
         if node.target is ops.exchange:
-            declared = tuple(_displaced(each, kinds) for each in node.args[1])
+            declared = _displaced(node.args[1], kinds)  # type: ignore[arg-type]
             stale = any(each.fresh != "sync" for each in declared)
             values: Any = new.args[0]
             new.args = (values, tuple(_owned(e, v in unlike) for e, v in zip(declared, values, strict=True)))
@@ -68,10 +68,11 @@ def displace(graph: fx.Graph, kinds: Kinds, world: int) -> fx.Graph:
     return result
 
 
-def _displaced(exchange: Exchange, kinds: Kinds) -> Exchange:
-    if exchange.role not in ROLES or not exchange.dtype.is_floating_point:
-        return exchange
-    return replace(exchange, fresh=getattr(kinds, ROLES[exchange.role]))
+def _displaced(message: tuple[Exchange, ...], kinds: Kinds) -> tuple[Exchange, ...]:
+    """The exchanges of one message, all of one role: with an integer among them, none is displaced."""
+    if any(each.role not in ROLES or not each.dtype.is_floating_point for each in message):
+        return message
+    return tuple(replace(each, fresh=getattr(kinds, ROLES[each.role])) for each in message)
 
 
 def _owned(exchange: Exchange, unlike: bool) -> Exchange:

@@ -3,18 +3,17 @@
 Calls with equal conditioning (all inputs but sample and timestep) belong to one *context*: one guidance branch of one
 prompt. A call continues its context if
 
-- no timestep has risen (Heun and PNDM repeat them; a new generation starts high again),
+- no timestep has risen (a new generation starts high again) or come three times (Heun and PNDM repeat them once),
 - the sample correlates with the last one (fresh noise does not, even at a lower timestep), and
 - the context was used not long ago.
 
-Otherwise a generation begins, whose first `warmup_steps` calls are exact. All ranks see the same inputs, so they
-decide alike.
+Otherwise a generation begins, whose first `warmup_steps` calls are exact. All ranks are given the same inputs, so they
+decide alike. What cannot be told: two generations of one prompt and one seed that take turns in one module.
 """
 
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,37 +30,16 @@ TIMESTEP = re.compile(r"(^|[._])(t|ts|times?|timesteps?|sigmas?|noise_(levels?|l
 
 
 @dataclass
-class Seen:
-    """An input as it was: cheap to recognise if it is the same object, unchanged."""
-
-    copy: Tensor
-    what: weakref.ref[Tensor]
-    version: int
-
-    @staticmethod
-    def of(tensor: Tensor) -> Seen:
-        return Seen(tensor.clone(), weakref.ref(tensor), _version(tensor))
-
-    def again(self, tensor: Tensor) -> bool:
-        if self.version >= 0 and self.what() is tensor and self.version == _version(tensor):
-            return True
-        return torch.equal(self.copy, tensor)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-@dataclass
 class Context:
     """A guidance branch in the middle of a generation."""
 
     number: int
-    conditioning: list[Seen]
+    conditioning: list[Tensor]
     timestep: list[float]
     sample: Tensor
     call: int  #: when it was last used
     steps: int = 1  #: calls of this generation so far
+    repeated: bool = False  #: its last timestep was the one before
 
 
 @dataclass
@@ -91,8 +69,10 @@ class Clock:
             if len(shape_of(node)) <= 1 and TIMESTEP.search(path)
         ]
         (output,) = program.graph.find_nodes(op="output")
-        first: fx.Node = output.args[0][0]  # type: ignore[index,assignment]
-        return Clock(times[0] if times else None, _most_like(first, inputs), max(1, warmup_steps))
+        outputs: list[fx.Node] = list(output.args[0])  # type: ignore[arg-type]
+        if not times or not outputs:
+            return Clock(None, 0, warmup_steps)
+        return Clock(times[0], _most_like(outputs[0], inputs), max(1, warmup_steps))
 
     def step(self, tensors: Sequence[Tensor]) -> Step:
         """How to run a call with these inputs."""
@@ -104,8 +84,10 @@ class Clock:
         moving = (self.timestep, self.sample)
         conditioning = [tensor for i, tensor in enumerate(tensors) if i not in moving]
         for context in self.contexts:
-            if all(seen.again(now) for seen, now in zip(context.conditioning, conditioning, strict=True)):
-                context.steps = context.steps + 1 if self._continues(context, time, sample) else 1
+            if all(torch.equal(a, b) for a, b in zip(context.conditioning, conditioning, strict=True)):
+                continued = self._continues(context, time, sample)
+                context.steps = context.steps + 1 if continued else 1
+                context.repeated = continued and time == context.timestep
                 break
         else:
             context = self._new(time, conditioning, sample)
@@ -121,10 +103,11 @@ class Clock:
 
     def _continues(self, context: Context, time: list[float], sample: Tensor) -> bool:
         falling = all(now <= then for now, then in zip(time, context.timestep, strict=True))
-        if not falling or self.calls - context.call > RECENT:
+        again = context.repeated and time == context.timestep
+        if not falling or again or self.calls - context.call > RECENT:
             return False
         now, then = _structure(sample), _structure(context.sample)
-        return bool((now * then).sum() >= LIKE * now.norm() * then.norm())
+        return bool((now * then).sum() > LIKE * now.norm() * then.norm())
 
     def _new(self, time: list[float], conditioning: list[Tensor], sample: Tensor) -> Context:
         """A context of another conditioning, in the place of one that was left."""
@@ -134,7 +117,7 @@ class Clock:
             oldest = left[0] if left else self.contexts[0]
             self.contexts.remove(oldest)
             number = oldest.number
-        context = Context(number, [Seen.of(tensor) for tensor in conditioning], time, sample, self.calls)
+        context = Context(number, [tensor.clone() for tensor in conditioning], time, sample, self.calls)
         self.contexts.append(context)
         return context
 

@@ -83,14 +83,15 @@ class DistributedExecutor:
         return DistributedPlan(self, self._links, Bound.of(code, plan.program, device), sessions)
 
     def begin(self) -> None:
-        if self._broken:
-            raise RuntimeError(f"the ranks lost step in an earlier call and cannot go on: {self._broken}")
         self._calls += 1
         if self._board:
             self._board.call = self._calls
+        if self._broken:
+            raise RuntimeError(f"the ranks lost step in an earlier call and cannot go on: {self._broken}")
 
     def failed(self, error: BaseException) -> None:
-        if self._board and not isinstance(error, RankError | DisagreementError):
+        """Also what this rank learned of another is told: not every rank waits for the one that is gone."""
+        if self._board and not isinstance(error, DisagreementError):
             self._board.publish(error)
 
     @property
@@ -156,5 +157,9 @@ class DistributedPlan:
             raise
 
     def release(self) -> None:
-        if not self.executor.broken:
+        if self.executor.broken:
+            return
+        try:
             self.sessions.close()
+        except RankError as error:
+            self.executor.broke(error)

@@ -62,8 +62,8 @@ class Engine:
                 raise RuntimeError(f"this parallel module was closed ({self._closed}); call fxpass.parallelize again")
             if self.model.training:
                 raise RuntimeError("the model is in training mode; fxpass runs inference only: call model.eval() first")
-            self.executor.begin()
             try:
+                self.executor.begin()
                 call = Call.of(self.model, args, kwargs)
                 entry = self._entry(call)
                 self.plan = entry.plan
@@ -85,8 +85,11 @@ class Engine:
         with self._lock:
             if not self._closed:
                 self._closed = why
-                self._forget()
-                self.executor.close()
+                try:
+                    self._forget()
+                finally:
+                    self._entries.clear()
+                    self.executor.close()
 
     @property
     def signatures(self) -> int:

@@ -76,7 +76,7 @@ class Lane(Protocol):
     """One exchange node's way to the other ranks. Each run is one `send`, one `receive` and one `done`."""
 
     def send(self, packed: list[Payloads]) -> None:
-        """Launch; never waits for a rank that has not reached this node. `packed`: of each exchange, by destination."""
+        """Launch; waits at most for readers of the run before the last. `packed`: of each exchange, by destination."""
         ...
 
     def receive(self) -> list[Payloads]:

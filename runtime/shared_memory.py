@@ -3,8 +3,8 @@
 gloo takes 0.5 to 1 ms for the smallest message and copies large ones through sockets twice. Here a payload is packed
 straight into memory that its readers have mapped, and they unpack it from there.
 
-Each rank owns one file per plan, which the others map. The file has no name (a memfd, opened through its owner's /proc
-entry), so that nothing is left behind however the processes end::
+Each rank owns one file per plan and context, which the others map. The file has no name (a memfd, opened through its
+owner's /proc entry), so that nothing is left behind however the processes end::
 
     token | per node: `sent`, `read` | node 0: two buffers | node 1: two buffers | …
 
@@ -79,9 +79,9 @@ class Mapped:
         return message.read(self.bytes[offset : offset + message.size])
 
     def ended(self) -> bool:
-        """Whether its owner, another process, is gone."""
+        """Whether its owner, another process, is gone. (Shared locks exclude the owner's only, not each other.)"""
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+            fcntl.lockf(self.file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1)
         except OSError:
             return False
         return True
@@ -183,6 +183,7 @@ def open_lanes(sites: Sequence[Site], routes: Sequence[Route], board: Board, num
     files = [own if rank == board.rank else _seen(rank, boxes[rank].size, card) for rank, card in enumerate(cards)]
     files = [file for file in files if file is not None]
     seen = _told(board, f"memory/{number}/seen", json.dumps(len(files) == board.world))
+    board.store.delete_key(f"memory/{number}/card/{board.rank}")  # everybody has read it
     if not all(map(json.loads, seen)):
         return None
     with torch.inference_mode(False):  # the views outlive this call, and are written to in other modes

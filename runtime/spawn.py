@@ -96,7 +96,8 @@ class SpawnExecutor:
         self._numbers += 1
         code = RankProgram.of(specialize(plan.graph, 0), 0)
         bound = Bound.of(code, plan.program, torch.device("cpu"))
-        shared = [torch.empty_like(tensor) for tensor in inputs]
+        with torch.inference_mode(False):  # they are written to in later calls, in whatever mode
+            shared = [torch.empty_like(tensor) for tensor in inputs]
         tensors = [*bound.constants, *shared]
         for rank, channel in enumerate(self._channels, 1):
             code = RankProgram.of(specialize(plan.graph, rank), rank)

@@ -44,7 +44,10 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the grammar is one token and any other text is spelled out in bytes."""
+    """A CLIP tokenizer in which every word of the grammar is one token and any other text is spelled out in bytes.
+
+    Made once for all stages: its learner numbers some units by chance.
+    """
     rng = np.random.default_rng(0)
     words = sorted({w for _ in range(5000) for w in draw_scene(rng).paraphrase(rng).replace(",", " ,").split()})
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

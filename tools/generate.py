@@ -175,7 +175,7 @@ def _quiet() -> Iterator[None]:
 def make(
     pipe: Any, request: Request, world: int, strategy: str, executor: str, label: str, *, compare: bool
 ) -> tuple[Made, Made | None]:
-    """The picture on `world` ranks, and (on rank 0, if `compare`) on one device. The pipeline gets its own models back."""
+    """The picture on `world` ranks, and (on rank 0, if `compare`) on one device. The pipeline gets its models back."""
     from .. import parallelize
     from ..models.pipelines import denoisers
 

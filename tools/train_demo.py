@@ -163,7 +163,9 @@ def train_vae(steps: int) -> None:
 def make_latents(first: int, shards: int) -> None:
     """Each shard: per picture size, scaled latents, and token ids of four phrasings of each caption."""
     scale = make_vae().config.scaling_factor
-    tokenizer = make_tokenizer(OUT / "tokenizer")
+    if not (OUT / "tokenizer").exists():
+        make_tokenizer(OUT / "tokenizer")
+    tokenizer = load_tokenizer(OUT / "tokenizer")
     began = time.time()
     for shard in range(first, shards):
         rng = np.random.default_rng(1000 + shard)
@@ -273,7 +275,7 @@ def add_gradients(gradients: list[Tensor], world: int) -> None:
 
 def export(folder: Path) -> None:
     """Writes the averaged weights as a pipeline folder, stored in half precision (they load as float32)."""
-    tokenizer = make_tokenizer(OUT / "tokenizer")
+    tokenizer = load_tokenizer(OUT / "tokenizer")
     average = torch.load(OUT / "unet.pt")["average"]
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     for name, part in (("unet", unet), ("text_encoder", text_encoder)):

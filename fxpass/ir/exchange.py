@@ -237,7 +237,7 @@ class Moments(Merged):
         That is DistriFusion's estimator (Li et al., 2024), written so that nothing cancels. It can give a negative
         variance: then the own one is taken.
         """
-        if self.fresh == "stale":
+        if self.fresh == "stale" or not self.counts[rank]:
             return self.unpack(rank, x, received)
         variance = x[1] / self.counts[rank]
         if self.fresh == "local":

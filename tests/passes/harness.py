@@ -41,7 +41,10 @@ class Function(nn.Module):
 
 
 class Recording(Partitioner):
-    """Remembers what each node of the whole program became."""
+    """Remembers what each node of the whole program became.
+
+    What is cut becomes a value that was computed in parts: of an input every rank could take any row.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -49,6 +52,9 @@ class Recording(Partitioner):
 
     def _seeded(self, node: fx.Node, value: Any) -> Any:
         result = super()._seeded(node, value)
+        if isinstance(result, fx.Node) and result.target is ops.take and result is not value:
+            like = {"shape": node.meta["shape"], "dtype": node.meta["dtype"], "layout": layout_of(result)}
+            result = self.emit(torch.ops.aten.clone.default, (result,), **like)
         if isinstance(result, fx.Node):
             self.became[node.name] = result
         return result

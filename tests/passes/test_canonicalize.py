@@ -55,9 +55,15 @@ def test_keys_and_values_share_a_message_and_so_do_outputs() -> None:
 
 
 def test_what_depends_on_another_exchange_waits_for_it() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1))
+    model = nn.Sequential(nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1), nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1))
     graph = partitioned(model, torch.randn(1, 3, 8, 6), evenly(2, 8, 2))
     assert messages(canonicalize(graph)) == [["halo"], ["halo"], ["output"]]
+
+
+def test_the_halo_of_an_input_is_at_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 5, padding=2, stride=2), nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1))
+    graph = partitioned(model, torch.randn(1, 3, 16, 6), evenly(2, 16, 2))
+    assert messages(graph) == [["halo"], ["output"]]
 
 
 def gather_of(graph: fx.Graph, x: fx.Node, shape: tuple[int, ...] = (4, 3)) -> fx.Node:

@@ -89,6 +89,27 @@ def test_one_step_generations_in_a_row_are_all_exact() -> None:
         assert exact(watch, trajectory("ddim", 1, seed)) == [True]
 
 
+def test_the_same_timestep_again_and_again_is_no_generation() -> None:
+    """Other pictures under the same noise: a loss, a video frame by frame."""
+    noise = torch.randn(1, 4, 16, 16)
+    pictures = [noise + 0.3 * torch.randn(1, 4, 16, 16) for _ in range(9)]
+    assert all(exact(clock(warmup=2), [(x, torch.tensor(900)) for x in pictures]))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 1, 8)])
+def test_a_sample_without_structure_continues_nothing(shape: tuple[int, ...]) -> None:
+    calls = [(torch.randn(shape), torch.tensor(9 - k)) for k in range(4)]
+    assert all(exact(clock(warmup=1), calls))
+
+
+def test_a_prompt_that_is_written_to_behind_torchs_back_is_another_prompt() -> None:
+    watch, prompt = clock(warmup=1), PROMPT.clone()
+    (a, b, c, *_) = trajectory("ddim", 20, 0)
+    assert exact(watch, [a, b], prompt) == [True, False]
+    prompt.data.zero_()
+    assert exact(watch, [c], prompt) == [True]
+
+
 def test_two_guidance_branches_have_contexts_of_their_own() -> None:
     watch = clock()
     for k, (sample, time) in enumerate(trajectory("ddim", 10, 0)):
@@ -103,7 +124,7 @@ def test_batched_guidance_is_one_context() -> None:
     assert {step.context for step in steps} == {0}
 
 
-def test_interleaved_generations_of_one_prompt_never_share_a_step() -> None:
+def test_interleaved_generations_from_different_noise_never_share_a_step() -> None:
     watch = clock(warmup=1)
     for first, second in zip(trajectory("ddim", 10, 0), trajectory("ddim", 10, 1), strict=True):
         assert exact(watch, [first, second]) == [True, True]
