@@ -166,3 +166,22 @@ def test_a_stale_exchange_is_still_one_message_per_pair() -> None:
     exact, stale = (fxpass.plan(model, world_size=3, strategy=s, **given) for s in ("sync", "displaced"))
     assert [len(e) for _, e in exchanges_of(exact.graph)] == [len(e) for _, e in exchanges_of(stale.graph)]
     assert not any(isinstance(e.declared, Fetch) and e.declared.owners for e in exact.exchanges)
+
+
+class Counting(torch.nn.Module):
+    """Two sums that travel together, one of them of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.conv(x) + timestep
+        return h, (h > 0).sum((2, 3)), h.sum((2, 3))
+
+
+def test_an_integer_that_travels_with_a_number_keeps_it_exact() -> None:
+    plan = fxpass.plan(Counting(), torch.randn(1, 3, 16, 8), torch.ones(1), world_size=2, strategy="displaced")
+    sums = [e.declared for e in plan.exchanges if e.role == "sum"]
+    assert {e.fresh for e in sums if not e.dtype.is_floating_point} == {"sync"}
+    assert {e.dtype for e in sums} == {torch.float32, torch.int64}

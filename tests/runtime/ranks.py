@@ -135,5 +135,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     result = {"everything": everything, "killed": killed}[sys.argv[1]]()
     Path(sys.argv[2], f"{RANK}.json").write_text(json.dumps(result))
-    if dist.is_initialized() and sys.argv[1] != "killed":
-        dist.barrier()  # rank 0 keeps the store
+    # rank 0 keeps the store
+    if sys.argv[1] == "killed":
+        survivors = [rank for rank in range(WORLD) if rank != 1]
+        until = time.monotonic() + 60
+        while not all(Path(sys.argv[2], f"{rank}.json").exists() for rank in survivors) and time.monotonic() < until:
+            time.sleep(0.1)
+    elif dist.is_initialized():
+        dist.barrier()

@@ -93,15 +93,17 @@ def test_a_rank_that_raises_is_heard_on_the_others(seen: list[dict[str, Any]]) -
     assert "cannot go on" in seen[0]["after"]
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_killed_rank_is_missed_on_the_others(transport: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("transport", "world"), [("memory", 3), ("gloo", 2)])
+def test_a_killed_rank_is_missed_on_all_others(transport: str, world: int, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = ENVIRONMENT | TRANSPORTS[transport]
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     command = [sys.executable, "-m", "tests.runtime.ranks", "killed", str(tmp_path)]
-    ranks = [subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank)}) for rank in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, -signal.SIGKILL]
-    error = json.loads((tmp_path / "0.json").read_text())["error"]
-    assert error.startswith("RankError after <30 s: rank 0 lost its connection to another rank")
+    ranks = [subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank)}) for rank in range(world)]
+    assert [rank.wait(120) for rank in ranks] == [0, -signal.SIGKILL, 0][:world]
+    for rank in (0, 2)[: world - 1]:
+        error = json.loads((tmp_path / f"{rank}.json").read_text())["error"]
+        assert error.startswith("RankError after <30 s: rank")
+        assert "lost its connection to another rank" in error

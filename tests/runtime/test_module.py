@@ -341,3 +341,17 @@ def test_a_strategy_of_unknown_values_cannot_be_made(fields: dict[str, Any], wor
 def test_inputs_without_rows_are_named() -> None:
     with pytest.raises(ValueError, match=r"none of its inputs has rows to cut.*input \[2, 8\]"):
         fxpass.plan(torch.nn.Linear(8, 8), torch.randn(2, 8), world_size=2)
+
+
+def test_a_release_that_fails_still_closes_the_executor() -> None:
+    executor = LockstepExecutor(2)
+    module = parallel(block(), executor)
+    module(*inputs())
+    (entry,) = module._engine._all()
+    closed: list[bool] = []
+    executor.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    entry.loaded.release = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        module.close()
+    assert closed == [True]
+    assert module._engine.signatures == 0

@@ -143,6 +143,7 @@ def test_inference_mode_serves(pair: tuple[Block, ParallelModule]) -> None:
     model, module = pair
     with torch.inference_mode():
         assert same_as_lockstep(model, module, rows=18)
+    assert same_as_lockstep(model, module, rows=18)  # the same program outside
 
 
 def test_no_file_is_left_in_shared_memory(pair: tuple[Block, ParallelModule]) -> None:
