@@ -349,7 +349,7 @@ def test_a_release_that_fails_still_closes_the_executor() -> None:
     module(*inputs())
     (entry,) = module._engine._all()
     closed: list[bool] = []
-    executor.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    executor.close = lambda: closed.append(True)
     entry.loaded.release = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         module.close()
