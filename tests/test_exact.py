@@ -26,9 +26,19 @@ OVERHEAD = ("realign", "small", "rebalance")
 
 
 @lru_cache(maxsize=1)
-def captured(name: str, rows: int, cols: int, batch: int) -> tuple[nn.Module, Program, Call, list[Tensor]]:
-    """A model, its program, a call with fresh inputs and the unsplit model's answer to it."""
+def captured(
+    name: str, rows: int, cols: int, batch: int, gain: float = 1.0
+) -> tuple[nn.Module, Program, Call, list[Tensor]]:
+    """A model, its program, a call with fresh inputs and the unsplit model's answer to it.
+
+    `gain` multiplies the weights of linear layers. Torch's initial values have a gain of 1 / sqrt(3), with which
+    attention hardly looks, and what it finds has shrunk to a hundredth when it joins the residual stream.
+    """
     module = case(name).build()
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(gain)
     sizes: dict[str, Any] = {"rows": rows, "batch": batch, "cols": cols, "module": module}
     program = capture(module, **case(name).inputs(seed=1, **sizes))
     fresh = case(name).inputs(seed=7, **sizes)
@@ -86,7 +96,7 @@ def test_split_model_equals_the_unsplit_one(name: str, rows: int, cols: int, bat
 
 def _corrupt_each(name: str, most: int | None) -> None:
     """Put random payloads of the same scale in the place of one exchange's, for `most` exchanges, evenly picked."""
-    module, program, call, expected = captured(name, *_sizes(case(name), 16), 1)
+    module, program, call, expected = captured(name, *_sizes(case(name), 16), 1, 3**0.5)
     plan = make_plan(program, 2, Strategy.of("sync"))
     declared = [one for _, some in exchanges_of(plan.graph) for one in some if one.role != "output"]
     assert declared
@@ -98,8 +108,9 @@ def _corrupt_each(name: str, most: int | None) -> None:
             return _noise_like(payload) if at is exchange else payload
 
         found = outputs(plan, module, call, corrupt)
-        worst = max(error(a, b) for rank in found for a, b in zip(rank, expected, strict=True))
-        assert worst > 1e-3, f"{exchange} ({declared.index(exchange)} of {len(declared)})"
+        off = [error(a, b) for rank in found for a, b in zip(rank, expected, strict=True)]
+        # not a number is a change, too: a random sum of squares may be negative
+        assert any(not e <= 1e-3 for e in off), f"{exchange} ({declared.index(exchange)} of {len(declared)}): {off}"
 
 
 @pytest.mark.parametrize("name", [each.name for each in cases])
