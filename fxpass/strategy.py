@@ -23,7 +23,7 @@ class Strategy:
         moments: mean and variance of group norms.
         sums: other reductions over the split dim.
         window: tokens of each neighbour that attention sees, as a fraction of the neighbour's; None: all of all.
-        warmup_steps: exact steps before the first stale one.
+        warmup_steps: exact steps before the first stale one; there is always one.
 
     Raises:
         ValueError: a field has no such value.

@@ -16,12 +16,10 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.exchange import Exchange, Fetch, Freshness
+from ..ir.exchange import DISPLACED, Exchange, Fetch, Freshness
 from ..ir.layout import Rows, full
 from ..ir.program import layout_of, shape_of
 
-#: role -> the field of the strategy
-ROLES = {"halo": "halo", "keys_values": "keys_values", "moments": "moments", "sum": "sums"}
 _view = torch.ops.aten.view.default
 
 
@@ -70,9 +68,9 @@ def displace(graph: fx.Graph, kinds: Kinds, world: int) -> fx.Graph:
 
 def _displaced(message: tuple[Exchange, ...], kinds: Kinds) -> tuple[Exchange, ...]:
     """The exchanges of one message, all of one role: with an integer among them, none is displaced."""
-    if any(each.role not in ROLES or not each.dtype.is_floating_point for each in message):
+    if any(each.role not in DISPLACED or not each.dtype.is_floating_point for each in message):
         return message
-    return tuple(replace(each, fresh=getattr(kinds, ROLES[each.role])) for each in message)
+    return tuple(replace(e, fresh=getattr(kinds, "sums" if e.role == "sum" else e.role)) for e in message)
 
 
 def _owned(exchange: Exchange, unlike: bool) -> Exchange:
