@@ -105,12 +105,22 @@ class Plan:
 
     @cached_property
     def bytes_received_per_rank(self) -> tuple[dict[str, int], ...]:
-        """Bytes that each rank receives in one call, by role."""
-        totals: list[Counter[str]] = [Counter() for _ in range(self.world_size)]
+        """Bytes that each rank receives in one exact step, by role."""
+        return tuple(self.bytes_received(rank) for rank in range(self.world_size))
+
+    def bytes_received(self, rank: int, *, exact: bool = True, exposed: bool = False) -> dict[str, int]:
+        """Bytes that a rank receives in one step, by role.
+
+        Args:
+            exact: at an exact step; else at a displaced one.
+            exposed: only those that the same step awaits.
+        """
+        total: Counter[str] = Counter()
         for exchange in self.exchanges:
-            for rank, total in enumerate(totals):
-                total[exchange.role] += exchange.declared.received(rank)
-        return tuple(map(dict, totals))
+            declared = exchange.declared if exact else exchange.declared.steady
+            if exact or declared.fresh == "sync" or (declared.repeated and not exposed):
+                total[exchange.role] += declared.received(rank)
+        return dict(total)
 
     @property
     def state_bytes_per_rank(self) -> tuple[int, ...]:

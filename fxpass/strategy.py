@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from .ir.exchange import Freshness
 
@@ -14,15 +14,19 @@ class Strategy:
     """How fresh each kind of exchange is.
 
     `sync`: exact; `stale`: the own part, and the others' of the last step; `frozen`: the own part, and the others' of
-    the last exact step. Moments may also be `corrected` (those of the last step, plus the full change of the own ones)
-    or `local` (the own ones only).
+    the last exact step. Moments may also be `corrected` (those of the last step, plus the full change of the own ones),
+    `predicted` (the others' moved by a share of the own change and of their own last one), or `local` (the own only).
 
     Attributes:
         halo: border rows of convolutions.
         keys_values: keys and values of self-attention.
         moments: mean and variance of group norms.
         sums: other reductions over the split dim.
-        window: tokens of each neighbour that attention sees, as a fraction of the neighbour's; None: all of all.
+        forecast: the share of a value's last change that is expected to come again, 0 to 1; of predicted moments,
+            also the share of the own change that is expected of the others.
+        window: at displaced steps, tokens of each neighbour that attention sees, as a fraction of the neighbour's,
+            above 0 and at most 1; several numbers hold for equal parts of the depth, first to last; None: all tokens
+            of all ranks.
         warmup_steps: exact steps before the first stale one; there is always one.
 
     Raises:
@@ -34,7 +38,8 @@ class Strategy:
     keys_values: Freshness = "sync"
     moments: Freshness = "sync"
     sums: Freshness = "sync"
-    window: float | None = None
+    forecast: float = 0.0
+    window: float | tuple[float, ...] | None = None
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -43,16 +48,32 @@ class Strategy:
             known = get_args(Freshness) if kind == "moments" else ("sync", "stale", "frozen")
             if getattr(self, kind) not in known:
                 raise ValueError(f"Strategy.{kind} is one of {', '.join(known)}, not {getattr(self, kind)!r}")
-        if self.window is not None and not 0 <= self.window <= 1:
-            raise ValueError(f"Strategy.window is a fraction of the neighbour's tokens, 0 to 1, not {self.window!r}")
+        if not (_number(self.forecast) and 0 <= self.forecast <= 1):
+            raise ValueError(f"Strategy.forecast is a share of the last change, 0 to 1, not {self.forecast!r}")
+        for share in self.windows:
+            if not (_number(share) and 0 < share <= 1):
+                raise ValueError(
+                    f"Strategy.window is a fraction of the neighbour's tokens, above 0 to 1, not {self.window!r}"
+                )
+        if self.windows and self.keys_values != "stale":
+            raise ValueError(
+                f"Strategy.window is for stale keys and values, and Strategy.keys_values is {self.keys_values!r}"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"Strategy.warmup_steps is a number of steps, not {self.warmup_steps!r}")
+
+    @property
+    def windows(self) -> tuple[float, ...]:
+        """`window` for equal parts of the depth; empty if attention sees all tokens."""
+        if self.window is None:
+            return ()
+        return self.window if isinstance(self.window, tuple) else (self.window,)
 
     @property
     def exact(self) -> bool:
         """Whether the result equals the unsplit model's, to rounding."""
         kinds = (self.halo, self.keys_values, self.moments, self.sums)
-        return all(kind == "sync" for kind in kinds) and self.window is None
+        return all(kind == "sync" for kind in kinds)
 
     @staticmethod
     def of(strategy: Strategy | str) -> Strategy:
@@ -72,23 +93,26 @@ class Strategy:
             strategy = PRESETS[strategy]
         if not isinstance(strategy, Strategy):
             raise ValueError(f"a strategy is a name ({', '.join(PRESETS)}) or a Strategy, not {strategy!r}")
-        if strategy.window is not None:
-            raise NotImplementedError(f"strategy {strategy.name!r} has attention windows, which are not built yet")
         return strategy
 
     def __str__(self) -> str:
         return self.name
 
 
-def _stale(name: str, moments: Freshness, *, kept: Freshness = "stale", window: float | None = None) -> Strategy:
-    return Strategy(name, kept, kept, moments, kept, window, warmup_steps=5)
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _stale(name: str, moments: Freshness, *, kept: Freshness = "stale", **more: Any) -> Strategy:
+    return Strategy(name, kept, kept, moments, kept, warmup_steps=5, **more)
 
 
 PRESETS: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy(),
-        _stale("displaced", "corrected"),
+        _stale("displaced", "predicted", forecast=0.5),
+        _stale("corrected_async_gn", "corrected"),
         _stale("stale_gn", "stale"),
         _stale("sync_gn", "sync"),
         _stale("separate_gn", "local"),
@@ -96,5 +120,5 @@ PRESETS: dict[str, Strategy] = {
         _stale("pcpp", "corrected", window=0.3),
     )
 }
-PRESETS |= {"full_sync": PRESETS["sync"], "corrected_async_gn": PRESETS["displaced"]}  # DistriFusion's names
+PRESETS |= {"full_sync": PRESETS["sync"]}  # DistriFusion's name
 PLANNED = ("ulysses", "ring", "auto")  #: other ways to be exact, and the choice between them

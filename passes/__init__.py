@@ -1,7 +1,8 @@
 """The compiler's story in one ordered list.
 
 Each pass takes a `Build` and returns it further along; after each, the verifier checks the spec of the stage that
-was reached. All but `displace` preserve the numbers to rounding; what that does is defined by law 4 (docs/design.md).
+was reached. All but `displace` and `narrow` preserve the numbers to rounding; what these do is defined by law 4
+(docs/design.md).
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from ..ir.inputs import moving_names
 from ..ir.layout import Layout
 from ..ir.program import Program
 from ..ir.verify import Stage, verify
-from .canonicalize import canonicalize
+from .bucket import bucket
 from .cost import Target
 from .displace import Kinds, displace
+from .narrow import narrow
 from .normalize import normalize
 from .partition import partition
 from .rules import RULES
@@ -31,7 +34,7 @@ class Build:
     program: Program
     world: int
     target: Target
-    kinds: Kinds  #: how fresh each kind of exchange is
+    kinds: Kinds  #: how fresh each kind of exchange is, and how much of each neighbour attention sees
     seeds: Mapping[str, Layout] = field(default_factory=dict)
     graph: fx.Graph | None = None  #: the partitioned graph
 
@@ -62,20 +65,25 @@ def _partition(build: Build) -> Build:
     return replace(build, graph=partition(build.program.graph, build.world, build.seeds, RULES))
 
 
-def _canonicalize(build: Build) -> Build:
-    return replace(build, graph=canonicalize(build.current))
-
-
 def _displace(build: Build) -> Build:
-    return replace(build, graph=displace(build.current, build.kinds, build.world))
+    return replace(build, graph=displace(build.current, build.kinds, moving_names(build.program), build.world))
+
+
+def _narrow(build: Build) -> Build:
+    return replace(build, graph=narrow(build.current, build.kinds.windows))
+
+
+def _bucket(build: Build) -> Build:
+    return replace(build, graph=bucket(build.current))
 
 
 PASSES: tuple[Pass, ...] = (
     Pass("normalize", _normalize, "normal"),
     Pass("seed", _seed, "normal"),
     Pass("partition", _partition, "partitioned"),
-    Pass("canonicalize", _canonicalize, "partitioned"),
     Pass("displace", _displace, "displaced"),
+    Pass("narrow", _narrow, "displaced"),
+    Pass("bucket", _bucket, "displaced"),
 )
 
 

@@ -1,6 +1,7 @@
 """displace: by the strategy, exchanges of a displaced step use what the others sent at an earlier step (law 4).
 
 A step's own part is always fresh. Never displaced: realignment, rebalancing, fallbacks, outputs, integers, booleans.
+What depends on the conditioning alone is the same at every step: it travels at exact steps only, and stays exact.
 
 Afterwards a value that every rank holds (replicated text, rows that two ranks compute) may differ from rank to rank.
 Where that would show, one owner's rows go to all: at the outputs, and at integers and booleans, which decide something.
@@ -9,6 +10,7 @@ Where that would show, one owner's rows go to all: at the outputs, and at intege
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,7 +26,7 @@ _view = torch.ops.aten.view.default
 
 
 class Kinds(Protocol):
-    """How fresh each kind of exchange is."""
+    """How fresh each kind of exchange is, how much of a change goes on, and what attention sees of each neighbour."""
 
     @property
     def halo(self) -> Freshness: ...
@@ -34,12 +36,21 @@ class Kinds(Protocol):
     def moments(self) -> Freshness: ...
     @property
     def sums(self) -> Freshness: ...
+    @property
+    def forecast(self) -> float: ...
+    @property
+    def windows(self) -> tuple[float, ...]: ...
 
 
-def displace(graph: fx.Graph, kinds: Kinds, world: int) -> fx.Graph:
-    """Declare how fresh each exchange is, and give what ranks would disagree on one owner."""
+def displace(graph: fx.Graph, kinds: Kinds, inputs: Collection[str], world: int) -> fx.Graph:
+    """Declare how fresh each exchange is, and give what ranks would disagree on one owner.
+
+    Args:
+        inputs: the placeholders of the inputs that move from step to step.
+    """
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
+    moving = _moving(graph, inputs)
     unlike: set[fx.Node] = set()  # nodes of the result of which ranks may hold unlike copies
     for node in graph.nodes:
         if node.op == "output":
@@ -49,8 +60,8 @@ def displace(graph: fx.Graph, kinds: Kinds, world: int) -> fx.Graph:
         new = env[node] = result.node_copy(node, env.__getitem__)
         stale = False
         if node.target is ops.exchange:
-            declared = _displaced(node.args[1], kinds)  # type: ignore[arg-type]
-            stale = any(each.fresh != "sync" for each in declared)
+            declared = _displaced(node.args[1], kinds, steady=node not in moving)  # type: ignore[arg-type]
+            stale = node in moving and any(each.fresh != "sync" for each in declared)
             values: Any = new.args[0]
             new.args = (values, tuple(_owned(e, v in unlike) for e, v in zip(declared, values, strict=True)))
         if not stale and not any(source in unlike for source in new.all_input_nodes):
@@ -66,11 +77,26 @@ def displace(graph: fx.Graph, kinds: Kinds, world: int) -> fx.Graph:
     return result
 
 
-def _displaced(message: tuple[Exchange, ...], kinds: Kinds) -> tuple[Exchange, ...]:
+def _moving(graph: fx.Graph, inputs: Collection[str]) -> set[fx.Node]:
+    """The nodes that depend on one of `inputs`."""
+    moving: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name in inputs or any(source in moving for source in node.all_input_nodes):
+            moving.add(node)
+    return moving
+
+
+def _displaced(message: tuple[Exchange, ...], kinds: Kinds, *, steady: bool) -> tuple[Exchange, ...]:
     """The exchanges of one message, all of one role: with an integer among them, none is displaced."""
     if any(each.role not in DISPLACED or not each.dtype.is_floating_point for each in message):
         return message
-    return tuple(replace(e, fresh=getattr(kinds, "sums" if e.role == "sum" else e.role)) for e in message)
+    fresh: list[Freshness] = [getattr(kinds, "sums" if each.role == "sum" else each.role) for each in message]
+    if steady:
+        fresh = ["sync" if each == "sync" else "frozen" for each in fresh]
+    return tuple(
+        replace(each, fresh=how, forecast=kinds.forecast if how in ("stale", "predicted") else 0.0)
+        for each, how in zip(message, fresh, strict=True)
+    )
 
 
 def _owned(exchange: Exchange, unlike: bool) -> Exchange:

@@ -13,20 +13,22 @@ decide alike. What cannot be told: two generations of one prompt and one seed th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ..ir.program import Program, shape_of
+from ..ir.inputs import moving
+from ..ir.program import Program
 from .executor import EXACT, Step
 
 CONTEXTS = 4  #: kept at once; guidance has two or three branches
 RECENT = 8  #: calls after which a context is taken to have been left
 LIKE = 0.5  #: correlation of a sample with the one before; independent noise has 0, most samplers' steps above 0.9
-TIMESTEP = re.compile(r"(^|[._])(t|ts|times?|timesteps?|sigmas?|noise_(levels?|labels?))(\.\d+)?$")
+
+
+FASTEST = 2.0  #: a longer step is forecast as if it were so many times as long as the last
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Context:
     call: int  #: when it was last used
     steps: int = 1  #: calls of this generation so far
     repeated: bool = False  #: its last timestep was the one before
+    stride: float = 0.0  #: by how much the timestep fell at its last call; 0 at the first
 
 
 @dataclass
@@ -61,18 +64,10 @@ class Clock:
     @staticmethod
     def of(program: Program, warmup_steps: int) -> Clock:
         """A clock for the inputs of a program."""
-        nodes = {node.name: node for node in program.graph.nodes}
-        inputs = [nodes[name] for name in program.inputs]
-        times = [
-            i
-            for i, (node, path) in enumerate(zip(inputs, program.input_paths, strict=True))
-            if len(shape_of(node)) <= 1 and TIMESTEP.search(path)
-        ]
-        (output,) = program.graph.find_nodes(op="output")
-        outputs: list[fx.Node] = list(output.args[0])  # type: ignore[arg-type]
-        if not times or not outputs:
+        found = moving(program)
+        if found is None:
             return Clock(None, 0, warmup_steps)
-        return Clock(times[0], _most_like(outputs[0], inputs), max(1, warmup_steps))
+        return Clock(found.timestep, found.sample, max(1, warmup_steps))
 
     def step(self, tensors: Sequence[Tensor]) -> Step:
         """How to run a call with these inputs."""
@@ -88,13 +83,15 @@ class Clock:
                 continued = self._continues(context, time, sample)
                 context.steps = context.steps + 1 if continued else 1
                 context.repeated = continued and time == context.timestep
+                last, context.stride = context.stride, _mean(context.timestep) - _mean(time) if continued else 0.0
+                pace = min(context.stride / last, FASTEST) if last else 0.0
                 break
         else:
-            context = self._new(time, conditioning, sample)
+            context, pace = self._new(time, conditioning, sample), 0.0
         self.contexts.remove(context)
         self.contexts.append(context)  # the latest last
         context.timestep, context.sample, context.call = time, sample.clone(), self.calls
-        return Step(context.number, context.steps <= self.warmup_steps)
+        return Step(context.number, context.steps <= self.warmup_steps, pace)
 
     def restart(self) -> None:
         """A generation begins: no earlier state is read."""
@@ -122,20 +119,12 @@ class Clock:
         return context
 
 
+def _mean(time: list[float]) -> float:
+    return sum(time) / len(time) if time else 0.0
+
+
 def _structure(sample: Tensor) -> Tensor:
     """A sample [B, C, *space] or [B, tokens, C] without the mean over space or tokens."""
     x = sample.float()
     dims = list(range(2, x.ndim)) if x.ndim > 3 else [1] if x.ndim == 3 else list(range(x.ndim))
     return x - x.mean(dims, keepdim=True)
-
-
-def _most_like(output: fx.Node, inputs: Sequence[fx.Node]) -> int:
-    """The input whose shape agrees with the output's in most dims: the sample."""
-    wanted = shape_of(output)
-
-    def likeness(i: int) -> tuple[bool, int, bool]:
-        shape = shape_of(inputs[i])
-        same = sum(a == b for a, b in zip(shape, wanted, strict=False))
-        return len(shape) == len(wanted), same, inputs[i].meta["dtype"].is_floating_point
-
-    return max(range(len(inputs)), key=likeness)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .board import Board
 from .executor import Step
 from .interpreter import Site
 from .messages import Lane, Route
-from .past import Past, results_now
+from .past import Past, copied, kept, results_now
 from .process_group import GroupLane
 from .shared_memory import open_lanes
 
@@ -43,7 +44,8 @@ class Collectives:
             RankError: a rank failed or did not come.
         """
         self._opened += 1
-        routes = [Route(site, self.board.rank, self.board.world) for site in sites]
+        steady = [site.steady for site in sites if site.repeated and site.steady is not site]
+        routes = [Route(site, self.board.rank, self.board.world) for site in [*sites, *steady]]
         loud = [route for route in routes if not route.silent]
         lanes: Sequence[Lane] | None = None
         if device.type == "cpu":
@@ -51,7 +53,8 @@ class Collectives:
         if lanes is None:
             lanes = [GroupLane(route, self.group, device, self.blocking, self.board) for route in loud]
         lane_of: dict[Site, Lane] = {route.site: lane for route, lane in zip(loud, lanes, strict=True)}
-        return Session({route.site: Link(route, lane_of.get(route.site), self.traffic) for route in routes})
+        ways = {route.site: Way(route, lane_of.get(route.site), self.traffic) for route in routes}
+        return Session({site: Link(self.board.rank, site, ways[site], ways.get(site.steady)) for site in sites})
 
 
 class Sessions:
@@ -68,7 +71,7 @@ class Sessions:
         if step.context not in self._of:
             self._of[step.context] = self._links.open(self._sites, self._device)
         session = self._of[step.context]
-        return session.exact if step.exact else session.displaced
+        return session.exact if step.exact else partial(session.displaced, pace=step.pace)
 
     def close(self) -> None:
         """Wait for what is under way."""
@@ -91,14 +94,14 @@ class Session:
         """
         values[:] = self.links[site].exact(values)
 
-    def displaced(self, site: Site, values: list[Tensor]) -> None:
-        """The same, but stale exchanges use what the others sent at an earlier step.
+    def displaced(self, site: Site, values: list[Tensor], pace: float = 0.0) -> None:
+        """The same, but stale exchanges use what the others sent at an earlier step; `pace` is that of `Step`.
 
         Raises:
             RankError: another rank failed, left, or did not answer in time.
         """
         link = self.links[site]
-        values[:] = link.displaced(values) if site.stale else link.exact(values)
+        values[:] = link.displaced(values, pace) if site.stale else link.exact(values)
 
     def close(self) -> None:
         """Wait for what is under way. All ranks call it."""
@@ -106,60 +109,92 @@ class Session:
             link.drop()
 
 
-class Link:
-    """One exchange node in one context: its lane, and what a stale one keeps."""
+class Way:
+    """What travels at one exchange node, and on which lane (None if nothing ever does)."""
 
     def __init__(self, route: Route, lane: Lane | None, traffic: Counter[str]) -> None:
-        self.site = route.site
         self.rank = route.rank
-        self.lane = lane  #: None if nothing ever travels
-        self.traffic = traffic
-        self.past = Past(self._nothing(route.world))
+        self.exchanges = route.site.exchanges
+        self.lane = lane
         self._sizes = route.received
+        self._traffic = traffic
+        self._nothing: list[Payloads] = [[None] * len(route.site.exchanges)] * route.world
+
+    def send(self, values: list[Tensor]) -> None:
+        if self.lane is None:
+            return
+        self.lane.send([e.pack(self.rank, x) for e, x in zip(self.exchanges, values, strict=True)])
+        for role, count in self._sizes:
+            self._traffic[role] += count
+
+    def receive(self) -> list[Payloads]:
+        return self._nothing if self.lane is None else self.lane.receive()
+
+    def done(self) -> None:
+        if self.lane is not None:
+            self.lane.done()
+
+
+class Link:
+    """One exchange node in one context: its ways, and what a stale one keeps.
+
+    Args:
+        now: what travels at exact steps.
+        steady: what travels at displaced steps: the same way, but for windows; None if nothing does.
+    """
+
+    def __init__(self, rank: int, site: Site, now: Way, steady: Way | None) -> None:
+        self.site = site
+        self.rank = rank
+        self.now = now
+        self.steady = steady
+        self.past = Past()
         self._underway = False  #: sent for the next step, not received yet
-        self._held = False  #: received for the next steps; lies in the lane
+        self._held: Way | None = None  #: what is kept lies in the lane of this way
 
     def exact(self, values: list[Tensor]) -> list[Tensor]:
         self.drop()
-        received = self.past.received
-        if self.lane is not None:
-            self._send(values)
-            received = self.lane.receive()
+        self.now.send(values)
+        received = self.now.receive()
         results = results_now(self.site, self.rank, values, received)
-        if self.site.stale:
-            self.past.received, self._held = received, True
-            self.past.keep_own(self.site, values)
-        elif self.lane is not None:
-            self.lane.done()
+        if not self.site.stale:
+            self.now.done()
+            return results
+        self._arrived(self.now, kept(self.site, self.rank, received))
+        self.past.keep_own(self.site, values)
         return results
 
-    def displaced(self, values: list[Tensor]) -> list[Tensor]:
+    def displaced(self, values: list[Tensor], pace: float) -> list[Tensor]:
+        way = self.steady
         if self._underway:
-            assert self.lane is not None
-            self.past.received, self._underway, self._held = self.lane.receive(), False, True
-        results = self.past.results(self.site, self.rank, values)
-        if self.site.repeated and self.lane is not None:
+            assert way is not None
+            self._underway = False
+            self._arrived(way, way.receive())
+        results = self.past.results(self.site, self.rank, values, pace)
+        if self.site.repeated:
+            assert way is not None
             self.drop()
-            self._send(values)
+            way.send(values)
             self._underway = True
             self.past.keep_own(self.site, values)
         return results
 
+    def _arrived(self, way: Way, received: list[Payloads]) -> None:
+        """Keep the payloads: in the way's lane if they are used once more, else as copies."""
+        if self.site.forecast:
+            received = copied(received)
+        self.past.arrived(self.site, received)
+        if self.site.forecast or (self.site.steady is not self.site and way is self.now):
+            way.done()
+        else:
+            self._held = way
+
     def drop(self) -> None:
         """Give up what is kept of earlier steps."""
-        if self.lane is None:
-            return
         if self._underway:
-            self.lane.receive()
-        if self._underway or self._held:
-            self.lane.done()
-        self._underway = self._held = False
-
-    def _send(self, values: list[Tensor]) -> None:
-        assert self.lane is not None
-        self.lane.send([e.pack(self.rank, x) for e, x in zip(self.site.exchanges, values, strict=True)])
-        for role, count in self._sizes:
-            self.traffic[role] += count
-
-    def _nothing(self, world: int) -> list[Payloads]:
-        return [[None] * len(self.site.exchanges)] * world
+            assert self.steady is not None
+            self.steady.receive()
+            self._held = self.steady
+        if self._held is not None:
+            self._held.done()
+        self._underway, self._held = False, None

@@ -19,6 +19,7 @@ class Step:
 
     context: int = 0  #: whose stale state it reads and writes: one number per guidance branch
     exact: bool = True  #: use what the others send now, whatever is declared stale
+    pace: float = 0.0  #: its length in units of the last step's, in timesteps; 0 if one of them is not known
 
 
 EXACT = Step()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,17 @@ class Site:
     def repeated(self) -> bool:
         """Whether displaced steps send something."""
         return self.exchanges[0].repeated
+
+    @property
+    def forecast(self) -> bool:
+        """Whether a displaced step expects changes to go on."""
+        return any(each.forecast for each in self.exchanges)
+
+    @cached_property
+    def steady(self) -> Site:
+        """This site as it is at displaced steps: itself, but for windows."""
+        exchanges = tuple(each.steady for each in self.exchanges)
+        return self if exchanges == self.exchanges else replace(self, exchanges=exchanges)
 
 
 #: Yields (site, values); whoever drives it replaces the content of the list `values` by the results before it

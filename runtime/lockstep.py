@@ -11,7 +11,7 @@ from ..ir.exchange import Exchange, Payloads
 from ..ir.program import specialize
 from .executor import EXACT, Bound, PlanLike, Step, device_of
 from .interpreter import RankProgram, Run, Site
-from .past import Past, results_now
+from .past import Past, copied, kept, results_now
 
 #: (exchange node, exchange, source rank, destination rank, payload) -> what arrives instead
 Tamper = Callable[[str, Exchange, int, int, Tensor], Tensor]
@@ -90,13 +90,14 @@ class LockstepPlan:
             for rank, box in enumerate(boxes):
                 box[:] = results_now(site, rank, box, received[rank])
             return
-        pasts = self.pasts.setdefault(step.context, {})
+        pasts = self.pasts.setdefault(step.context, {}).setdefault(site.index, [Past() for _ in boxes])
         if not step.exact:
-            results = [past.results(site, rank, boxes[rank]) for rank, past in enumerate(pasts[site.index])]
+            results = [past.results(site, rank, boxes[rank], step.pace) for rank, past in enumerate(pasts)]
         if step.exact or site.repeated:
-            received = self._delivered(site, boxes)
-            pasts[site.index] = [Past(_kept(parts)) for parts in received]
-            for past, box in zip(pasts[site.index], boxes, strict=True):
+            received = self._delivered(site if step.exact else site.steady, boxes)
+            for rank, (past, box) in enumerate(zip(pasts, boxes, strict=True)):
+                of_use = kept(site, rank, received[rank]) if step.exact else received[rank]
+                past.arrived(site, copied(of_use))
                 past.keep_own(site, box)
             if step.exact:
                 results = [results_now(site, rank, box, received[rank]) for rank, box in enumerate(boxes)]
@@ -127,11 +128,6 @@ class LockstepPlan:
                 f"{exchange} declares {exchange.dtype} {declared}"
             )
         return self.executor.tamper(site.name, exchange, src, dst, payload) if self.executor.tamper else payload
-
-
-def _kept(parts: list[Payloads]) -> list[Payloads]:
-    """Copies: a payload may be a view that would keep a whole activation alive."""
-    return [[None if x is None else x.clone() for x in payloads] for payloads in parts]
 
 
 def _advance(runs: list[Run]) -> tuple[list[list[Tensor]] | None, list[tuple[Site, list[Tensor]]]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..ir.exchange import Payloads
+from ..ir.exchange import Earlier, Payloads
 from .interpreter import Site
 
 
@@ -16,24 +16,44 @@ class Past:
 
     Attributes:
         received: by source rank, the payload of each exchange, of the step that serves now.
-        own: this rank's own values of that step, where an estimator needs them.
+        before: those of the step before, where values are forecast.
+        own: this rank's own values of the step that serves, where an estimator needs them.
     """
 
     received: list[Payloads] = field(default_factory=list)
+    before: list[Payloads] | None = None
     own: list[Tensor] = field(default_factory=list)
 
-    def keep_own(self, site: Site, values: list[Tensor]) -> None:
-        self.own = list(values) if any(each.fresh == "corrected" for each in site.exchanges) else []
+    def arrived(self, site: Site, received: list[Payloads]) -> None:
+        """The payloads of another step serve from now on."""
+        self.before = self.received if site.forecast and self.received else None
+        self.received = received
 
-    def results(self, site: Site, rank: int, values: list[Tensor]) -> list[Tensor]:
+    def keep_own(self, site: Site, values: list[Tensor]) -> None:
+        self.own = list(values) if any(each.needs_own for each in site.exchanges) else []
+
+    def results(self, site: Site, rank: int, values: list[Tensor], pace: float) -> list[Tensor]:
         """A displaced step's results, from this step's own values."""
-        own = self.own or values
-        return [
-            each.displaced(rank, values[i], own[i], [part[i] for part in self.received])
-            for i, each in enumerate(site.exchanges)
-        ]
+        results = []
+        for i, each in enumerate(site.steady.exchanges):
+            before = [part[i] for part in self.before] if self.before is not None else None
+            own = self.own[i] if self.own else None
+            earlier = Earlier(own, [part[i] for part in self.received], before, pace)
+            results.append(each.displaced(rank, values[i], earlier))
+        return results
 
 
 def results_now(site: Site, rank: int, values: list[Tensor], received: list[Payloads]) -> list[Tensor]:
     """An exact step's results."""
     return [each.unpack(rank, values[i], [part[i] for part in received]) for i, each in enumerate(site.exchanges)]
+
+
+def kept(site: Site, rank: int, received: list[Payloads]) -> list[Payloads]:
+    """Of what an exact step received, by source, that which displaced steps read."""
+    by_exchange = [e.keep(rank, [part[i] for part in received]) for i, e in enumerate(site.exchanges)]
+    return [[payloads[src] for payloads in by_exchange] for src in range(len(received))]
+
+
+def copied(parts: list[Payloads]) -> list[Payloads]:
+    """Copies: a payload may be a view of a buffer or of a whole activation."""
+    return [[None if x is None else x.clone() for x in payloads] for payloads in parts]

@@ -84,7 +84,7 @@ def test_the_readme_names_every_class_that_is_tested_for_exactness() -> None:
 def test_contributing_quotes_a_rule_and_a_pass() -> None:
     files = {file for file, _ in quotations()}
     assert any(file.startswith("passes/rules/") for file in files)
-    assert "passes/canonicalize.py" in files
+    assert "passes/bucket.py" in files
 
 
 @pytest.mark.parametrize(("file", "code"), quotations(), ids=lambda value: value.partition("\n")[0][:40])

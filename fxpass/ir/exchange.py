@@ -17,7 +17,7 @@ An exchange computes `y_r = f_r(x_0 … x_{n-1})`. It is declared once for all r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -32,8 +32,25 @@ Role = Literal[
     "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output"
 ]  #: why an exchange is there; the kinds that may be displaced come first
 DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum")
-Freshness = Literal["sync", "stale", "corrected", "frozen", "local"]
+Freshness = Literal["sync", "stale", "predicted", "corrected", "frozen", "local"]
 Payloads = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a rank has kept of an exchange when a displaced step comes.
+
+    Attributes:
+        own: its own value at the step that serves, where an estimator needs it.
+        received: the payload of each rank at that step.
+        before: the payloads of the step before that one; None where they are not kept.
+        pace: how long this step is in units of the last one, in timesteps; 0 if that is not known.
+    """
+
+    own: Tensor | None
+    received: Payloads
+    before: Payloads | None = None
+    pace: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +58,12 @@ class Exchange:
     """One declared exchange. `shape` is the whole operand's (for partial results: every rank's own) shape.
 
     `fresh` says what a displaced step uses in place of what the others send now, as an exact step does: `stale` what
-    they sent at the last step, `corrected` the same and the own change since, `frozen` what they sent at the last
-    exact step, `local` nothing. What a displaced step sends serves the next; frozen and local ones send nothing.
+    they sent at the last step, `frozen` what they sent at the last exact step, `local` nothing; of moments,
+    `corrected` those of the last step and the own change since, `predicted` an estimate of their change. What a
+    displaced step sends serves the next; frozen and local ones send nothing.
+
+    `forecast` is the share of a change that is expected to go on: what was sent at the last two steps, a and then b,
+    serves as b + forecast (b - a), for steps of equal length.
     """
 
     role: Role
@@ -51,27 +72,41 @@ class Exchange:
     world: int
     reason: str = ""
     fresh: Freshness = field(default="sync", kw_only=True)
+    forecast: float = field(default=0.0, kw_only=True)
 
     @property
     def repeated(self) -> bool:
         """Whether displaced steps send something."""
         return self.fresh not in ("frozen", "local")
 
+    @property
+    def steady(self) -> Exchange:
+        """What displaced steps exchange."""
+        return self
+
+    def keep(self, rank: int, received: Payloads) -> Payloads:
+        """Of what `rank` received at an exact step, that which displaced steps read."""
+        return received
+
     def kept(self, rank: int) -> int:
         """Bytes that `rank` keeps from one step to the next."""
         if self.fresh in ("sync", "local"):
             return 0
-        own = prod(self.shape) * self.dtype.itemsize if self.fresh == "corrected" else 0
-        return self.received(rank) + own
+        own = prod(self.shape) * self.dtype.itemsize if self.needs_own else 0
+        return self.steady.received(rank) * (2 if self.forecast else 1) + own
 
-    def displaced(self, rank: int, x: Tensor, own: Tensor, received: Payloads) -> Tensor:
-        """Rank `rank`'s result at a displaced step.
+    @property
+    def needs_own(self) -> bool:
+        """Whether a displaced step needs the own value of the step that serves."""
+        return self.fresh in ("corrected", "predicted")
 
-        Args:
-            x: its own value now.
-            own: its own value when the others sent `received`.
-        """
-        return self.unpack(rank, x, received)
+    def displaced(self, rank: int, x: Tensor, earlier: Earlier) -> Tensor:
+        """Rank `rank`'s result at a displaced step, from its own value now."""
+        if not self.forecast or not earlier.pace or earlier.before is None:
+            return self.unpack(rank, x, earlier.received)
+        weight = 1 + self.forecast * earlier.pace
+        pairs = zip(earlier.before, earlier.received, strict=True)
+        return self.unpack(rank, x, [None if a is None or b is None else torch.lerp(a, b, weight) for a, b in pairs])
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         """What rank `src` sends to rank `dst`; no elements where nothing is sent."""
@@ -132,10 +167,24 @@ class Fetch(Exchange):
     after: tuple[int, ...] = ()
     fill: float = 0.0
     owners: tuple[Rows, ...] = ()  #: who sends which rows, where ranks may hold unlike copies of one; default: `have`
+    window: tuple[Rows, ...] = ()  #: what displaced steps fetch in place of `want`: fewer rows; default: the same
 
     @cached_property
     def _routes(self) -> tuple[tuple[Rows, ...], ...]:
         return routes(self.owners or self.have, self.want)
+
+    @cached_property
+    def steady(self) -> Fetch:
+        return replace(self, want=self.window, window=()) if self.window else self
+
+    def keep(self, rank: int, received: Payloads) -> Payloads:
+        if not self.window:
+            return received
+        result: Payloads = []
+        for part, fewer, payload in zip(self._routes[rank], self.steady._routes[rank], received, strict=True):
+            kept = payload is not None and bool(fewer.runs)
+            result.append(take(payload, self.dim, part.locate(fewer)).clone() if kept else None)
+        return result
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         return (*self.shape[: self.dim], len(self._routes[dst][src]), *self.shape[self.dim + 1 :])
@@ -191,7 +240,9 @@ class Fetch(Exchange):
     def __str__(self) -> str:
         have, want = (sorted({len(rows) for rows in side}) for side in (self.have, self.want))
         frame = " framed" if any(self.before) or any(self.after) else ""
-        return f"{self.role}(dim {self.dim}: {_sizes(have)} -> {_sizes(want)} of {self.shape[self.dim]} rows{frame})"
+        window = f", then {_sizes(sorted({len(rows) for rows in self.window}))}" if self.window else ""
+        moved = f"{_sizes(have)} -> {_sizes(want)}{window}"
+        return f"{self.role}(dim {self.dim}: {moved} of {self.shape[self.dim]} rows{frame})"
 
 
 @dataclass(frozen=True)
@@ -231,21 +282,47 @@ class Moments(Merged):
             total += count
         return torch.stack([mean, m2 / total])
 
-    def displaced(self, rank: int, x: Tensor, own: Tensor, received: Payloads) -> Tensor:
-        """`corrected`: the old mean of x and of x² over all ranks, plus the full change of the own ones since.
+    def displaced(self, rank: int, x: Tensor, earlier: Earlier) -> Tensor:
+        if self.fresh in ("stale", "frozen") or not self.counts[rank]:
+            return super().displaced(rank, x, earlier)
+        if self.fresh == "local":
+            return torch.stack([x[0], x[1] / self.counts[rank]])
+        assert earlier.own is not None
+        estimate = self._corrected if self.fresh == "corrected" else self._predicted
+        return estimate(rank, x, earlier.own, earlier)
+
+    def _corrected(self, rank: int, x: Tensor, own: Tensor, earlier: Earlier) -> Tensor:
+        """The old mean of x and of x² over all ranks, plus the full change of the own ones since.
 
         That is DistriFusion's estimator (Li et al., 2024), written so that nothing cancels. It can give a negative
         variance: then the own one is taken.
         """
-        if self.fresh == "stale" or not self.counts[rank]:
-            return self.unpack(rank, x, received)
         variance = x[1] / self.counts[rank]
-        if self.fresh == "local":
-            return torch.stack([x[0], variance])
-        mean, whole = self.unpack(rank, own, received)
+        mean, whole = self.unpack(rank, own, earlier.received)
         shift = x[0] - own[0]
         moved = whole + variance - own[1] / self.counts[rank] + 2 * shift * (own[0] - mean)
         return torch.stack([mean + shift, torch.where(moved < 0, variance, moved)])
+
+    def _predicted(self, rank: int, x: Tensor, own: Tensor, earlier: Earlier) -> Tensor:
+        """Merge the own part with an estimate of each other: moved by a share of the own change and of its last one.
+
+        Means move by differences and squared deviations by ratios, so that no variance can become negative; a ratio
+        counts from 1/2 to 2. Small patches differ much from each other, and one's change says little of another's:
+        where `corrected` takes all of it for the whole, this takes a share of it, for the others alone.
+        """
+        shift, growth = x[0] - own[0], _ratio(x[1], own[1])
+        expected: Payloads = []
+        for src, now in enumerate(earlier.received):
+            if now is None:
+                expected.append(None)
+                continue
+            mean, m2 = now[0] + self.forecast * shift, now[1] * growth**self.forecast
+            then = earlier.before[src] if earlier.before and earlier.pace else None
+            if then is not None:
+                share = self.forecast * earlier.pace
+                mean, m2 = mean + share * (now[0] - then[0]), m2 * _ratio(now[1], then[1]) ** share
+            expected.append(torch.stack([mean, m2]))
+        return self.unpack(rank, x, expected)
 
     def __str__(self) -> str:
         return f"moments({'x'.join(map(str, self.shape[1:]))} of {sum(self.counts)} elements)"
@@ -283,6 +360,12 @@ def in_rank_order(rank: int, x: Tensor, received: Payloads) -> list[Tensor]:
         assert part is not None, f"rank {rank} got nothing from rank {src}"
         parts.append(part)
     return parts
+
+
+def _ratio(now: Tensor, then: Tensor) -> Tensor:
+    """`now / then`, between 1/2 and 2; 1 where both are 0."""
+    least = torch.finfo(now.dtype).tiny
+    return ((now + least) / (then + least)).clamp(0.5, 2)
 
 
 def _sizes(sizes: Sequence[int]) -> str:

@@ -114,6 +114,11 @@ def causal_mask(rows: Rows, keys: int, like: Tensor) -> Tensor:
     return position[:, None] >= torch.arange(keys, device=like.device)[None, :]
 
 
+def seen(mask: Tensor, key: Tensor, rows: Rows) -> Tensor:
+    """The columns of `mask` for the keys at hand: all, or those of the window `rows`."""
+    return mask if key.shape[-2] == mask.shape[-1] else take(mask, mask.ndim - 1, rows)
+
+
 def exchange(values: tuple[Tensor, ...], exchanges: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """A declared exchange of several values that travel together; done by the executor, never called."""
     raise RuntimeError("an exchange was called outside an executor")

@@ -5,6 +5,7 @@ A node of a partitioned graph carries in `meta`:
     shape, dtype   of the *whole* value (law 1)
     layout         how it lies on the ranks
     path           the module that made it, e.g. "mid_block.attentions.0.attn1"
+    resized        present where a displaced step's value has fewer rows (keys and values in a window)
 
 and may have `PerRank` arguments; `specialize` turns it into the static-shape graph of one rank (law 6).
 """
@@ -95,7 +96,7 @@ def specialize(graph: fx.Graph, rank: int) -> fx.Graph:
         new.args = _chosen(new.args, rank)
         new.kwargs = _chosen(new.kwargs, rank)
         layout = layout_of(node)
-        if "shape" in node.meta:
+        if "shape" in node.meta and "resized" not in node.meta:
             new.meta["local_shape"] = layout.local_shape(node.meta["shape"], rank)
         env[node] = new
     return result

@@ -23,7 +23,7 @@ Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
 
 aten = torch.ops.aten
 LOCAL = {getattr(ops, name) for name in ("take", "select", "resample", "moments", "group_moments", "group_normalize",
-                                         "causal_mask", "exchange")}  # fmt: skip
+                                         "causal_mask", "seen", "exchange")}  # fmt: skip
 #: operators that normal form has a simpler word for
 ABNORMAL = {
     aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,
@@ -97,13 +97,17 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 
 def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """Only halos, keys and values, moments and sums of real numbers are stale; all of a node alike."""
+    """Only halos, keys and values, moments and sums of real numbers are stale, all of a node alike.
+
+    Windows hold the own rows.
+    """
     for node, declared in exchanges_of(graph):
         kinds = {each.fresh for each in declared}
         stale = kinds != {"sync"}
         if len(kinds) > 1 or any(
             (stale and not (each.role in DISPLACED and each.dtype.is_floating_point))
-            or (each.fresh in ("corrected", "local") and not isinstance(each, Moments))
+            or (each.fresh in ("predicted", "corrected", "local") and not isinstance(each, Moments))
+            or (isinstance(each, Fetch) and not all(h <= w for h, w in zip(each.have, each.window, strict=False)))
             for each in declared
         ):
             yield node

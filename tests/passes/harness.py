@@ -1,6 +1,6 @@
 """What every test of the passes does: split a small function on some cuts and hold it against law 1.
 
-`split` captures, normalizes, partitions and canonicalizes a function; runs the ranks in lockstep; and compares, on
+`split` captures, normalizes, partitions and buckets a function; runs the ranks in lockstep; and compares, on
 every rank, *each value of the whole program* with the part of it that its layout promises.
 """
 
@@ -23,7 +23,7 @@ from fxpass.ir.exchange import Exchange
 from fxpass.ir.layout import Layout, Rows, even
 from fxpass.ir.program import Program, exchanges_of, fingerprint, layout_of, specialize
 from fxpass.ir.verify import verify
-from fxpass.passes.canonicalize import canonicalize
+from fxpass.passes.bucket import bucket
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import Partitioner
 from fxpass.passes.rules import RULES
@@ -113,7 +113,7 @@ def split(
             for rank, env in enumerate(envs):
                 check_part(env[local], whole[node], layout_of(local), rank, node)
 
-    canonical = canonicalize(graph)
+    canonical = bucket(graph)
     verify(canonical, "partitioned", world)
     error = 0.0
     for outputs in (list(env[output_of(canonical)]) for env in lockstep(canonical, world, values)):

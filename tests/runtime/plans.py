@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxpass.ir.inputs import moving_names
 from fxpass.ir.layout import Layout, PerRank, even
 from fxpass.ir.program import Program, fingerprint
 from fxpass.passes.displace import displace
+from fxpass.passes.narrow import narrow
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
@@ -41,7 +43,8 @@ def cut_plan(program: Program, world_size: int, strategy: Strategy = SYNC) -> Cu
             dim = len(node.meta["shape"]) - 2
             seeds[node.name] = Layout(dim, even(node.meta["shape"][dim], world_size, 2))
     graph = partition(program.graph, world_size, seeds if world_size > 1 else {}, RULES)
-    graph = displace(graph, strategy, world_size)
+    graph = displace(graph, strategy, moving_names(program), world_size)
+    graph = narrow(graph, strategy.windows)
     warmup = None if strategy.exact else strategy.warmup_steps
     return CutPlan(program, graph, world_size, fingerprint(graph), warmup)
 

@@ -101,7 +101,7 @@ def everything() -> dict[str, Any]:
     seen["files"] = shared_files()
 
     seen["displaced"] = []
-    for name in ("displaced", "stale_gn", "no_sync"):
+    for name in ("displaced", "stale_gn", "no_sync", "pcpp"):
         strategy = replace(Strategy.of(name), warmup_steps=2)
         moving = parallel(model, DistributedExecutor(WORLD, timeout=60), strategy)
         reference = parallel(model, LockstepExecutor(WORLD), strategy)

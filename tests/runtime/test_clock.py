@@ -16,7 +16,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from fxpass.runtime.clock import CONTEXTS, RECENT, TIMESTEP, Clock
+from fxpass.ir.inputs import TIMESTEP
+from fxpass.runtime.clock import CONTEXTS, RECENT, Clock
 
 PROMPT, OTHER = torch.ones(1, 3), torch.zeros(1, 3)
 SAMPLERS = {

@@ -216,7 +216,6 @@ def test_it_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
         ({"world_size": True}, ValueError, "at least 1"),
         ({"world_size": 2.0}, ValueError, "whole number"),
         ({"world_size": 2, "strategy": "synk"}, ValueError, "did you mean 'sync'"),
-        ({"world_size": 2, "strategy": "pcpp"}, NotImplementedError, "windows"),
         ({"world_size": 2, "warmup_steps": 3}, ValueError, "no effect on 'sync'"),
         ({"world_size": 2, "strategy": "displaced", "warmup_steps": 1.5}, ValueError, "number of steps"),
         ({"world_size": 2, "strategy": "ulysses"}, NotImplementedError, "not built yet"),
@@ -328,8 +327,15 @@ def test_a_plain_tensor_attribute_may_change_as_often_as_it_likes() -> None:
     [
         ({"halo": "fresh"}, r"Strategy\.halo is one of sync, stale, frozen, not 'fresh'"),
         ({"keys_values": "local"}, r"Strategy\.keys_values is one of sync, stale, frozen, not 'local'"),
-        ({"moments": "old"}, r"Strategy\.moments is one of sync, stale, corrected, frozen, local, not 'old'"),
-        ({"window": 1.5}, r"Strategy\.window .* not 1\.5"),
+        (
+            {"moments": "old"},
+            r"Strategy\.moments is one of sync, stale, predicted, corrected, frozen, local, not 'old'",
+        ),
+        ({"keys_values": "stale", "window": 1.5}, r"Strategy\.window .* not 1\.5"),
+        ({"keys_values": "stale", "window": 0}, r"Strategy\.window .* not 0"),
+        ({"keys_values": "stale", "window": (0.5, -1)}, r"Strategy\.window .* not \(0\.5, -1\)"),
+        ({"forecast": 1.5}, r"Strategy\.forecast .* not 1\.5"),
+        ({"window": 0.5}, r"Strategy\.keys_values is 'sync'"),
         ({"warmup_steps": -1}, r"Strategy\.warmup_steps .* not -1"),
     ],
 )

@@ -51,7 +51,7 @@ def test_plan_takes_sizes() -> None:
         ("normalize", "reshape(", "split:"),
         ("seed", "split: sample [B, C, H/2, W], 16 rows, cut at 8", "halo("),
         ("partition", "for keys_values", "one message of"),
-        ("canonicalize", "one message of 2 values", "view("),
+        ("bucket", "one message of 2 values", "view("),
     ],
 )
 def test_dump_stops_after_any_pass(after: str, has: str, lacks: str) -> None:

@@ -1,4 +1,4 @@
-"""canonicalize: fewer messages, the same numbers."""
+"""bucket: fewer messages, the same numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fxpass.ir.exchange import Fetch
 from fxpass.ir.layout import Layout, PerRank, full
 from fxpass.ir.program import exchanges_of
 from fxpass.ir.verify import verify
-from fxpass.passes.canonicalize import canonicalize
+from fxpass.passes.bucket import bucket
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
@@ -51,13 +51,13 @@ def messages(graph: fx.Graph) -> list[list[str]]:
 def test_keys_and_values_share_a_message_and_so_do_outputs() -> None:
     graph = partitioned(Attention(), torch.randn(2, 8, 6), evenly(1, 8, 2))
     assert messages(graph) == [["keys_values"], ["keys_values"], ["output"], ["output"], ["output"]]
-    assert messages(canonicalize(graph)) == [["keys_values", "keys_values"], ["output", "output", "output"]]
+    assert messages(bucket(graph)) == [["keys_values", "keys_values"], ["output", "output", "output"]]
 
 
 def test_what_depends_on_another_exchange_waits_for_it() -> None:
     model = nn.Sequential(nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1), nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1))
     graph = partitioned(model, torch.randn(1, 3, 8, 6), evenly(2, 8, 2))
-    assert messages(canonicalize(graph)) == [["halo"], ["halo"], ["output"]]
+    assert messages(bucket(graph)) == [["halo"], ["halo"], ["output"]]
 
 
 def test_the_halo_of_an_input_is_at_hand() -> None:
@@ -96,7 +96,7 @@ def hand_made(chained: bool) -> fx.Graph:
 
 
 def test_an_exchange_waits_past_its_place_for_one_that_is_ready_before_its_result_is_used() -> None:
-    graph = canonicalize(hand_made(chained=False))
+    graph = bucket(hand_made(chained=False))
     verify(graph, "partitioned", 2)
     assert messages(graph) == [["realign", "realign"]]
     x = torch.randn(4, 3)
@@ -105,7 +105,7 @@ def test_an_exchange_waits_past_its_place_for_one_that_is_ready_before_its_resul
 
 
 def test_an_exchange_of_what_another_brings_is_a_message_of_its_own() -> None:
-    graph = canonicalize(hand_made(chained=True))
+    graph = bucket(hand_made(chained=True))
     assert messages(graph) == [["realign"], ["realign"]]
     x = torch.randn(4, 3)
     for env in lockstep(graph, 2, {"x": x}):
@@ -152,10 +152,10 @@ def test_numbers_are_kept_and_messages_are_fewer(data: st.DataObject) -> None:
     program = normalize(capture(model, torch.randn(1, 4, 8, 5)))
     x = torch.randn(1, 4, 8, 5)
     before = partition(program.graph, 2, {program.inputs[0]: evenly(2, 8, 2)}, RULES)
-    after = canonicalize(before)
+    after = bucket(before)
     verify(after, "partitioned", 2)
     assert len(messages(after)) <= len(messages(before))
-    assert messages(after) == messages(canonicalize(after))  # nothing is left to do
+    assert messages(after) == messages(bucket(after))  # nothing is left to do
     flat = [role for group in messages(before) for role in group]
     assert Counter(flat) == Counter(role for group in messages(after) for role in group)  # none is lost
     values = {str(n.target): x for n in before.find_nodes(op="placeholder")}

@@ -1,4 +1,4 @@
-"""canonicalize: exchanges that are ready together travel together (K and V; all outputs). Exact.
+"""bucket: exchanges that are ready together travel together (K and V; all outputs). Exact.
 
 Equal exchanges are one node already, and those that move nothing were never declared: `partition` emits each
 operator on each value once.
@@ -16,15 +16,18 @@ from ..ir import ops
 
 @dataclass
 class _Group:
-    """Exchanges of one role that can be one message: all operands are ready before the first result is used."""
+    """Exchanges of one kind that can be one message: all operands are ready before the first result is used."""
 
     ready: int
     needed: int
     members: list[fx.Node] = field(default_factory=list)
 
 
-def canonicalize(graph: fx.Graph) -> fx.Graph:
-    """Merge exchanges of one role where none waits for another; each stands where its last operand is ready."""
+def bucket(graph: fx.Graph) -> fx.Graph:
+    """Merge exchanges, equally fresh and of one role, where none waits for another.
+
+    Each stands where its last operand is ready.
+    """
     position = {node: i for i, node in enumerate(graph.nodes)}
     due: dict[int, list[_Group]] = {}
     for group in _groups(graph, position):
@@ -47,7 +50,7 @@ def _is_result(node: fx.Node) -> bool:
 
 def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
     groups: list[_Group] = []
-    last: dict[str, _Group] = {}
+    last: dict[tuple[str, str], _Group] = {}
     for node in graph.nodes:
         if node.target is not ops.exchange:
             continue
@@ -57,10 +60,10 @@ def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
         needed = min(
             position[item if user.target is ops.exchange else user] for item in node.users for user in item.users
         )
-        role = declared[0].role  # type: ignore[union-attr,index]
-        group = last.get(role)
+        kind = declared[0].role, declared[0].fresh  # type: ignore[union-attr,index]
+        group = last.get(kind)
         if group is None or max(group.ready, ready) >= min(group.needed, needed):
-            group = last[role] = _Group(ready, needed)
+            group = last[kind] = _Group(ready, needed)
             groups.append(group)
         group.ready, group.needed = max(group.ready, ready), min(group.needed, needed)
         group.members.append(node)

@@ -1,0 +1,58 @@
+"""Which inputs of a denoiser move from step to step: the sample and the timestep. All others are its conditioning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from .program import Program, shape_of
+
+TIMESTEP = re.compile(r"(^|[._])(t|ts|times?|timesteps?|sigmas?|noise_(levels?|labels?))(\.\d+)?$")
+
+
+@dataclass(frozen=True)
+class Moving:
+    """The places of the timestep and the sample among a program's inputs."""
+
+    timestep: int
+    sample: int
+
+
+def moving(program: Program) -> Moving | None:
+    """By name and form: the timestep has such a name and one dim at most, the sample is most like the first output.
+
+    None if no input is known to be a timestep.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    inputs = [nodes[name] for name in program.inputs]
+    times = [
+        i
+        for i, (node, path) in enumerate(zip(inputs, program.input_paths, strict=True))
+        if len(shape_of(node)) <= 1 and TIMESTEP.search(path)
+    ]
+    (output,) = program.graph.find_nodes(op="output")
+    outputs: list[fx.Node] = list(output.args[0])  # type: ignore[arg-type]
+    if not times or not outputs:
+        return None
+    return Moving(times[0], _most_like(outputs[0], inputs))
+
+
+def moving_names(program: Program) -> set[str]:
+    """The placeholders of the inputs that move from step to step; all inputs where that is not known."""
+    found = moving(program)
+    return set(program.inputs) if found is None else {program.inputs[found.timestep], program.inputs[found.sample]}
+
+
+def _most_like(output: fx.Node, inputs: Sequence[fx.Node]) -> int:
+    """The input whose shape agrees with the output's in most dims."""
+    wanted = shape_of(output)
+
+    def likeness(i: int) -> tuple[bool, int, bool]:
+        shape = shape_of(inputs[i])
+        same = sum(a == b for a, b in zip(shape, wanted, strict=False))
+        return len(shape) == len(wanted), same, inputs[i].meta["dtype"].is_floating_point
+
+    return max(range(len(inputs)), key=likeness)

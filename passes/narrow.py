@@ -1,0 +1,131 @@
+"""narrow: at displaced steps attention sees the own tokens and the nearest share of each neighbour's (PCPP).
+
+Only that share travels then, from neighbour to neighbour. It is the `window` of the fetch of keys and values; exact
+steps see everything. Narrowed are the operands of attention whose keys lie on the ranks as its queries do, which is
+self-attention of what is split. Tokens beside the picture (text in the same sequence) are seen by all.
+
+Wang et al., "PCPP: Partially Conditioned Patch Parallelism for Accelerated Diffusion Model Inference" (2024).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..ir import ops
+from ..ir.exchange import Exchange, Fetch
+from ..ir.layout import Rows, own, per_rank
+from ..ir.program import layout_of, shape_of
+
+attention = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
+    """Declare the windows of keys and values, in place.
+
+    Args:
+        windows: the share of each neighbour's tokens, for equal parts of the depth, first to last; none: see all.
+    """
+    if not windows:
+        return graph
+    layers = [node for node in graph.nodes if node.target is attention and _narrows(node)]
+    for depth, node in enumerate(layers):
+        share = windows[depth * len(windows) // len(layers)]
+        rows: tuple[Rows, ...] = ()
+        for operand in node.args[1:3]:
+            rows = _declare(operand, share)
+        mask = node.args[3] if len(node.args) > 3 else None
+        if isinstance(mask, fx.Node) and shape_of(mask)[-1] > 1:
+            with graph.inserting_before(node):
+                seen = graph.call_function(ops.seen, (mask, node.args[1], per_rank(rows)))
+                seen.meta = dict(mask.meta) | {"resized": True}
+            node.update_arg(3, seen)
+    return graph
+
+
+def _narrows(node: fx.Node) -> bool:
+    """Whether this attention's keys and values are fetched for it alone, and lie where its queries do."""
+    query, *keys_values = node.args[:3]
+    fetches = [_fetch(operand) for operand in keys_values]
+    mask = node.args[3] if len(node.args) > 3 else None
+    at = layout_of(query)  # type: ignore[arg-type]
+    return (
+        at.dim == len(shape_of(query)) - 2  # type: ignore[arg-type]
+        and all(f is not None and f.have == at.rows and not f.before for f in fetches)
+        and all(set(operand.users) == {node} for operand in keys_values)  # type: ignore[union-attr]
+        # a mask may hide all that the window shows, but the causal one never hides a token from itself
+        and (mask is None or mask.target is ops.causal_mask)  # type: ignore[union-attr]
+    )
+
+
+def _fetch(operand: object) -> Fetch | None:
+    """The exchange that an operand is the result of, if it fetches keys and values that are stale by strategy."""
+    if not isinstance(operand, fx.Node) or operand.target is not operator.getitem:
+        return None
+    source, index = operand.args
+    if source.target is not ops.exchange:  # type: ignore[union-attr]
+        return None
+    found: Exchange = source.args[1][index]  # type: ignore[union-attr,index]
+    return found if isinstance(found, Fetch) and found.role == "keys_values" and found.fresh == "stale" else None
+
+
+def _declare(operand: fx.Node, share: float) -> tuple[Rows, ...]:
+    source, index = operand.args
+    declared: list[Fetch] = list(source.args[1])  # type: ignore[union-attr,arg-type]
+    fetch = declared[index]  # type: ignore[index]
+    window = windows_of(fetch.have, share)
+    declared[index] = replace(fetch, window=window)  # type: ignore[index]
+    source.update_arg(1, tuple(declared))  # type: ignore[union-attr]
+    operand.meta["resized"] = True
+    return window
+
+
+def windows_of(have: tuple[Rows, ...], share: float) -> tuple[Rows, ...]:
+    """What each rank sees: its own tokens, and of each neighbour's the share that is nearest to them.
+
+    Positions that all ranks hold aside, the sequence falls into segments in which the ranks take turns once: the frames
+    of a video, or text and picture. Segments of the prevailing length are windowed, others are seen whole.
+    """
+    owners = own(have)
+    size = max(rows.stop for rows in have if rows.runs)
+    owner = np.full(size, -1)
+    for rank, rows in enumerate(owners):
+        owner[rows.array] = rank
+    everywhere = have[0]
+    for rows in have[1:]:
+        everywhere = everywhere & rows
+    owner[everywhere.array] = -1
+    at = np.flatnonzero(owner >= 0)  # positions that are split
+    segments = np.split(at, np.flatnonzero(np.diff(owner[at]) < 0) + 1)
+    lengths, counts = np.unique([len(s) for s in segments], return_counts=True)
+    prevailing = lengths[np.argmax(lengths * counts)]
+    result = []
+    for rank, rows in enumerate(have):
+        seen = [rows.array]
+        for segment in segments:
+            if len(segment) != prevailing:
+                seen.append(segment)
+                continue
+            mine = np.intersect1d(segment, rows.array)
+            for other in (rank - 1, rank + 1):
+                theirs = segment[owner[segment] == other]
+                seen.append(_nearest(theirs, mine, ceil(share * len(theirs))))
+        result.append(Rows.of(np.unique(np.concatenate(seen))))
+    return tuple(result)
+
+
+def _nearest(theirs: np.ndarray, mine: np.ndarray, count: int) -> np.ndarray:
+    """The `count` positions of `theirs` with the smallest distance to `mine`; all if there are none of mine."""
+    if not len(mine) or not len(theirs):
+        return theirs
+    after = np.searchsorted(mine, theirs)
+    distance = np.minimum(
+        np.abs(theirs - mine[np.minimum(after, len(mine) - 1)]), np.abs(theirs - mine[np.maximum(after - 1, 0)])
+    )
+    return theirs[np.argsort(distance, kind="stable")[:count]]
