@@ -24,6 +24,7 @@ from .narrow import narrow
 from .normalize import normalize
 from .partition import partition
 from .rules import RULES
+from .schedule import schedule
 from .seed import seed
 
 
@@ -77,6 +78,10 @@ def _bucket(build: Build) -> Build:
     return replace(build, graph=bucket(build.current))
 
 
+def _schedule(build: Build) -> Build:
+    return replace(build, graph=schedule(build.current))
+
+
 PASSES: tuple[Pass, ...] = (
     Pass("normalize", _normalize, "normal"),
     Pass("seed", _seed, "normal"),
@@ -84,6 +89,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("displace", _displace, "displaced"),
     Pass("narrow", _narrow, "displaced"),
     Pass("bucket", _bucket, "displaced"),
+    Pass("schedule", _schedule, "scheduled"),
 )
 
 

@@ -78,7 +78,15 @@ FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 #: operators that move no memory
-FREE = {aten.reshape.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, ops.take, ops.exchange}
+FREE = {
+    aten.reshape.default,
+    aten.permute.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    ops.take,
+    ops.exchange,
+    ops.wait,
+}
 
 
 def _local(node: fx.Node, rank: int) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..ir.exchange import Payloads
 from .board import Board
 from .executor import Step
-from .interpreter import Site
+from .interpreter import Site, Transport
 from .messages import Lane, Route
 from .past import Past, copied, kept, results_now
 from .process_group import GroupLane
@@ -66,12 +65,15 @@ class Sessions:
         self._device = device
         self._of: dict[int, Session] = {}
 
-    def exchange(self, step: Step) -> Callable[[Site, list[Tensor]], None]:
-        """What answers the exchanges of a step."""
+    def at(self, step: Step) -> Transport:
+        """What performs the exchanges of a step.
+
+        Its methods raise `RankError` if another rank failed, left, or did not answer in time.
+        """
         if step.context not in self._of:
             self._of[step.context] = self._links.open(self._sites, self._device)
         session = self._of[step.context]
-        return session.exact if step.exact else partial(session.displaced, pace=step.pace)
+        return ExactStep(session) if step.exact else DisplacedStep(session, step.pace)
 
     def close(self) -> None:
         """Wait for what is under way."""
@@ -86,27 +88,37 @@ class Session:
     def __init__(self, links: dict[Site, Link]) -> None:
         self.links = links
 
-    def exact(self, site: Site, values: list[Tensor]) -> None:
-        """Replace the content of `values` by the results of the exchanges of `site`, from what all ranks send now.
-
-        Raises:
-            RankError: another rank failed, left, or did not answer in time.
-        """
-        values[:] = self.links[site].exact(values)
-
-    def displaced(self, site: Site, values: list[Tensor], pace: float = 0.0) -> None:
-        """The same, but stale exchanges use what the others sent at an earlier step; `pace` is that of `Step`.
-
-        Raises:
-            RankError: another rank failed, left, or did not answer in time.
-        """
-        link = self.links[site]
-        values[:] = link.displaced(values, pace) if site.stale else link.exact(values)
-
     def close(self) -> None:
         """Wait for what is under way. All ranks call it."""
         for link in self.links.values():
             link.drop()
+
+
+class ExactStep:
+    """All exchanges use what the others send now."""
+
+    def __init__(self, session: Session) -> None:
+        self.links = session.links
+
+    def launch(self, site: Site, values: list[Tensor]) -> None:
+        self.links[site].launch(values)
+
+    def wait(self, site: Site) -> list[Tensor]:
+        return self.links[site].wait()
+
+
+class DisplacedStep(ExactStep):
+    """Stale exchanges use what the others sent at an earlier step; `pace` is that of `Step`."""
+
+    def __init__(self, session: Session, pace: float) -> None:
+        super().__init__(session)
+        self.pace = pace
+
+    def launch(self, site: Site, values: list[Tensor]) -> None:
+        if site.stale:
+            self.links[site].displaced(values, self.pace)
+        else:
+            self.links[site].launch(values)
 
 
 class Way:
@@ -149,12 +161,38 @@ class Link:
         self.now = now
         self.steady = steady
         self.past = Past()
+        self._values: list[Tensor] = []  #: own ones, between a launch and its wait
+        self._results: list[Tensor] | None = None  #: of a displaced step, not fetched yet
         self._underway = False  #: sent for the next step, not received yet
         self._held: Way | None = None  #: what is kept lies in the lane of this way
 
-    def exact(self, values: list[Tensor]) -> list[Tensor]:
+    def launch(self, values: list[Tensor]) -> None:
+        """Send for this step."""
         self.drop()
         self.now.send(values)
+        self._values = values
+
+    def displaced(self, values: list[Tensor], pace: float) -> None:
+        """Make the results of what was sent for this step, and send for the next."""
+        way = self.steady
+        if self._underway:
+            assert way is not None
+            self._underway = False
+            self._arrived(way, way.receive())
+        self._results = self.past.results(self.site, self.rank, values, pace)
+        if self.site.repeated:
+            assert way is not None
+            self.drop()
+            way.send(values)
+            self._underway = True
+            self.past.keep_own(self.site, values)
+
+    def wait(self) -> list[Tensor]:
+        """The results of this step."""
+        if self._results is not None:
+            results, self._results = self._results, None
+            return results
+        values, self._values = self._values, []
         received = self.now.receive()
         results = results_now(self.site, self.rank, values, received)
         if not self.site.stale:
@@ -162,21 +200,6 @@ class Link:
             return results
         self._arrived(self.now, kept(self.site, self.rank, received))
         self.past.keep_own(self.site, values)
-        return results
-
-    def displaced(self, values: list[Tensor], pace: float) -> list[Tensor]:
-        way = self.steady
-        if self._underway:
-            assert way is not None
-            self._underway = False
-            self._arrived(way, way.receive())
-        results = self.past.results(self.site, self.rank, values, pace)
-        if self.site.repeated:
-            assert way is not None
-            self.drop()
-            way.send(values)
-            self._underway = True
-            self.past.keep_own(self.site, values)
         return results
 
     def _arrived(self, way: Way, received: list[Payloads]) -> None:

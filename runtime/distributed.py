@@ -151,7 +151,7 @@ class DistributedPlan:
             RankError: another rank failed, left, or did not answer in time.
         """
         try:
-            return drive(self.bound.code.run(self.bound.values(weights, inputs)), self.sessions.exchange(step))
+            return drive(self.bound.code.run(self.bound.values(weights, inputs)), self.sessions.at(step))
         except BaseException as error:
             self.executor.broke(error)
             raise

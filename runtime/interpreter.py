@@ -2,7 +2,10 @@
 
     v812 = f3(v811, v4, None, (1, 1))  # conv2d_7 (mid.resnets.0.conv1)
     del v811
-    box = [v812]; del v812; yield s2, box; v813 = tuple(box); box.clear()  # exchange_2
+    box = [v812]; del v812; yield "launch", s2, box  # exchange_2
+    v815 = f7(v814)  # silu_9, which needs no result of the exchange
+    box = []; yield "wait", s2, box
+    v816 = tuple(box); box.clear()  # wait_2
 
 Straight-line code has no per-node overhead but the call itself, frees each value after its last use, and gives
 a traceback that names the node. A `RankProgram` is plain data and can be sent to another process.
@@ -14,7 +17,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, fx
 
@@ -53,9 +56,17 @@ class Site:
         return self if exchanges == self.exchanges else replace(self, exchanges=exchanges)
 
 
-#: Yields (site, values); whoever drives it replaces the content of the list `values` by the results before it
-#: goes on. (A list, so that neither side keeps alive what the other has done with.)
-Run = Generator[tuple[Site, list[Tensor]], None, list[Tensor]]
+Act = Literal["launch", "wait"]
+#: Yields (act, site, box): at a launch, whoever drives it empties the list `box` of values; at a wait, fills it with
+#: the results. (A list, so that neither side keeps alive what the other has done with.)
+Run = Generator[tuple[Act, Site, list[Tensor]], None, list[Tensor]]
+
+
+class Transport(Protocol):
+    """Performs the exchanges of one rank."""
+
+    def launch(self, site: Site, values: list[Tensor]) -> None: ...
+    def wait(self, site: Site) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +124,24 @@ class RankProgram:
         return "outside its graph"
 
 
-def drive(run: Run, exchange: Callable[[Site, list[Tensor]], None]) -> list[Tensor]:
-    """Run one rank to its end, with `exchange` replacing each list of values by its results."""
+def drive(run: Run, transport: Transport) -> list[Tensor]:
+    """Run one rank to its end."""
     try:
         while True:
-            exchange(*next(run))
+            act, site, box = next(run)
+            if act == "launch":
+                transport.launch(site, emptied(box))
+            else:
+                box[:] = transport.wait(site)
     except StopIteration as stop:
         return stop.value
+
+
+def emptied(box: list[Tensor]) -> list[Tensor]:
+    """What was in the box."""
+    values = box[:]
+    box.clear()
+    return values
 
 
 class _Writer:
@@ -132,6 +154,7 @@ class _Writer:
         self.named: dict[int, str] = {}  # id of an object in the table -> its name
         self.code: list[str] = []
         self.lines: list[str] = []
+        self.sites: dict[fx.Node, str] = {}
         self.number = {node: i for i, node in enumerate(graph.nodes)}
         self.dying: dict[fx.Node, list[fx.Node]] = {}
         seen: set[fx.Node] = set()
@@ -148,7 +171,6 @@ class _Writer:
         names = "".join(f"v{self.number[node]}, " for node in placeholders)
         self.line(f"    {names}= values" if names else "    pass", "the inputs")
         self.line("    del values", "the inputs")
-        sites = 0
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 continue
@@ -163,12 +185,15 @@ class _Writer:
                 raise ValueError(f"a rank's graph has a {node.op} node: {node.format_node()}")
             elif node.target is ops.exchange:
                 values, exchanges = node.args
-                site = self.refer(Site(sites, node.name, node.meta.get("path", ""), tuple(exchanges)), "s")
-                sites += 1
+                site = self.refer(Site(len(self.sites), node.name, node.meta.get("path", ""), tuple(exchanges)), "s")
                 self.line(f"    box = {self.text(list(values))}", label)
                 if freed:
                     self.line("    del " + ", ".join(freed), label)
-                self.line(f"    yield {site}, box; {name} = tuple(box); box.clear()", label)
+                self.line(f'    yield "launch", {site}, box', label)
+                self.sites[node] = site
+            elif node.target is ops.wait:
+                self.line(f'    box = []; yield "wait", {self.sites[node.args[0]]}, box', label)
+                self.line(f"    {name} = tuple(box); box.clear()", label)
             else:
                 arguments = [self.text(a) for a in node.args]
                 arguments += [f"{key}={self.text(value)}" for key, value in node.kwargs.items()]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ir.exchange import Exchange, Payloads
 from ..ir.program import specialize
 from .executor import EXACT, Bound, PlanLike, Step, device_of
-from .interpreter import RankProgram, Run, Site
+from .interpreter import Act, RankProgram, Run, Site, emptied
 from .past import Past, copied, kept, results_now
 
 #: (exchange node, exchange, source rank, destination rank, payload) -> what arrives instead
@@ -70,39 +70,44 @@ class LockstepPlan:
             AssertionError: the ranks are not at the same exchange, or a payload has not the declared shape.
         """
         runs = [rank.code.run(rank.values(weights, inputs)) for rank in self.ranks]
+        underway: dict[Site, list[list[Tensor]]] = {}
         while True:
             outputs, requests = _advance(runs)
             if outputs is not None:
                 return outputs
-            self._exchange([site for site, _ in requests], [box for _, box in requests], step)
+            act, site, _ = requests[0]
+            for rank, (other, there, _) in enumerate(requests):
+                if (other, there.name, there.exchanges) != (act, site.name, site.exchanges):
+                    raise AssertionError(f"rank 0 is at {act} {site.name}, rank {rank} at {other} {there.name}")
+            boxes = [box for _, _, box in requests]
+            if act == "launch":
+                underway[site] = [emptied(box) for box in boxes]
+            else:
+                for box, results in zip(boxes, self._exchange(site, underway.pop(site), step), strict=True):
+                    box[:] = results
 
     def release(self) -> None:
         self.ranks = []
         self.pasts = {}
 
-    def _exchange(self, sites: list[Site], boxes: list[list[Tensor]], step: Step) -> None:
-        site = sites[0]
-        for rank, other in enumerate(sites):
-            if (other.name, other.exchanges) != (site.name, site.exchanges):
-                raise AssertionError(f"rank 0 is at exchange {site.name}, rank {rank} at {other.name}")
+    def _exchange(self, site: Site, values: list[list[Tensor]], step: Step) -> list[list[Tensor]]:
+        """The results of each rank."""
         if not site.stale:
-            received = self._delivered(site, boxes)
-            for rank, box in enumerate(boxes):
-                box[:] = results_now(site, rank, box, received[rank])
-            return
-        pasts = self.pasts.setdefault(step.context, {}).setdefault(site.index, [Past() for _ in boxes])
+            received = self._delivered(site, values)
+            return [results_now(site, rank, own, received[rank]) for rank, own in enumerate(values)]
+        pasts = self.pasts.setdefault(step.context, {}).setdefault(site.index, [Past() for _ in values])
+        results = []
         if not step.exact:
-            results = [past.results(site, rank, boxes[rank], step.pace) for rank, past in enumerate(pasts)]
+            results = [past.results(site, rank, values[rank], step.pace) for rank, past in enumerate(pasts)]
         if step.exact or site.repeated:
-            received = self._delivered(site if step.exact else site.steady, boxes)
-            for rank, (past, box) in enumerate(zip(pasts, boxes, strict=True)):
+            received = self._delivered(site if step.exact else site.steady, values)
+            for rank, (past, own) in enumerate(zip(pasts, values, strict=True)):
                 of_use = kept(site, rank, received[rank]) if step.exact else received[rank]
                 past.arrived(site, copied(of_use))
-                past.keep_own(site, box)
+                past.keep_own(site, own)
             if step.exact:
-                results = [results_now(site, rank, box, received[rank]) for rank, box in enumerate(boxes)]
-        for box, result in zip(boxes, results, strict=True):
-            box[:] = result
+                results = [results_now(site, rank, own, received[rank]) for rank, own in enumerate(values)]
+        return results
 
     def _delivered(self, site: Site, boxes: list[list[Tensor]]) -> list[list[Payloads]]:
         """By receiving and sending rank, the payload of each exchange."""
@@ -130,15 +135,18 @@ class LockstepPlan:
         return self.executor.tamper(site.name, exchange, src, dst, payload) if self.executor.tamper else payload
 
 
-def _advance(runs: list[Run]) -> tuple[list[list[Tensor]] | None, list[tuple[Site, list[Tensor]]]]:
-    """Take every rank to its next exchange: (outputs, []) if all have ended, else (None, where they stand)."""
+Request = tuple[Act, Site, list[Tensor]]
+
+
+def _advance(runs: list[Run]) -> tuple[list[list[Tensor]] | None, list[Request]]:
+    """Take every rank to its next launch or wait: (outputs, []) if all have ended, else (None, where they stand)."""
     outputs: list[list[Tensor]] = []
-    requests: list[tuple[Site, list[Tensor]]] = []
+    requests: list[Request] = []
     for run in runs:
         try:
             requests.append(next(run))
         except StopIteration as stop:
             outputs.append(stop.value)
     if outputs and requests:
-        raise AssertionError(f"{len(outputs)} ranks have ended, the others are at exchange {requests[0][0].name}")
+        raise AssertionError(f"{len(outputs)} ranks have ended, the others are at {requests[0][1].name}")
     return (outputs, []) if outputs else (None, requests)

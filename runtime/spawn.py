@@ -138,7 +138,7 @@ class SpawnExecutor:
             for channel in self._channels:
                 channel.send(("run", plan.number, self._calls, step))
             with _computing_with(self.threads):
-                outputs = drive(plan.bound.code.run(plan.bound.values(weights, inputs)), plan.sessions.exchange(step))
+                outputs = drive(plan.bound.code.run(plan.bound.values(weights, inputs)), plan.sessions.at(step))
             for rank in range(1, self.world_size):
                 self._answer(rank, self.timeout)
         return outputs

@@ -51,7 +51,7 @@ class Worker:
                 self.links.board.call = call
                 code, sources, tensors, sessions = self.plans[number]
                 values = [self.weights[s] if isinstance(s, str) else tensors[s] for s in sources]
-                drive(code.run(values), sessions.exchange(step))
+                drive(code.run(values), sessions.at(step))
 
 
 def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int) -> None:

@@ -12,9 +12,10 @@ from .dump import dump
 from .generate import generate
 from .models import models
 from .plan import plan
+from .study import study
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (generate, plan, dump, check, models):
+for command in (generate, plan, dump, check, study, models):
     app.command()(command)
 
 

@@ -157,7 +157,8 @@ def _placed(node: fx.Node, rank: int) -> str:
 def _exchange_lines(node: fx.Node, names: Mapping[str, str], rank: int) -> Iterator[str]:
     """One line per value of an exchange, by the name under which the graph knows the result."""
     values, declared = node.args
-    results = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    awaited = next((user for user in node.users if user.target is ops.wait), node)
+    results = {user.args[1]: user for user in awaited.users if user.target is operator.getitem}
     if len(declared) > 1:  # type: ignore[arg-type]
         size = bytes_text(sum(each.received(rank) for each in declared))  # type: ignore[union-attr]
         yield f"{node.name}  one message of {len(declared)} values; {size}"  # type: ignore[arg-type]
@@ -191,7 +192,9 @@ def graph_text(program: Program, graph: fx.Graph, rank: int = 0) -> str:
         lines += [f"{what}: {len(nodes)}, {bytes_text(size)}"] if nodes else []
     path = None
     for node in local.nodes:
-        if node.op == "placeholder" or (node.target is operator.getitem and node.args[0].target is ops.exchange):
+        if node.op == "placeholder" or (
+            node.target is operator.getitem and node.args[0].target in (ops.exchange, ops.wait)
+        ):
             continue
         if node.op == "output":
             lines += ["outputs", *(f"  {value_text(value, names)}" for value in node.args[0])]
@@ -201,6 +204,8 @@ def graph_text(program: Program, graph: fx.Graph, rank: int = 0) -> str:
             lines.append(path or "(the model itself)")
         if node.target is ops.exchange:
             lines += [f"  {line}" for line in _exchange_lines(node, names, rank)]
+        elif node.target is ops.wait:
+            lines.append(f"  {', '.join(user.name for user in node.users)}  arrived")
         else:
             lines.append(f"  {node.name}  {_placed(node, rank)}{call_text(node, names)}")
     return "\n".join(lines)

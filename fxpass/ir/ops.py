@@ -120,5 +120,13 @@ def seen(mask: Tensor, key: Tensor, rows: Rows) -> Tensor:
 
 
 def exchange(values: tuple[Tensor, ...], exchanges: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """A declared exchange of several values that travel together; done by the executor, never called."""
+    """A declared exchange of several values that travel together; done by the executor, never called.
+
+    In a scheduled graph it only launches; `wait` yields the results.
+    """
     raise RuntimeError("an exchange was called outside an executor")
+
+
+def wait(launched: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results of an exchange that was launched; done by the executor, never called."""
+    raise RuntimeError("an exchange was awaited outside an executor")

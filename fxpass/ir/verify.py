@@ -18,12 +18,12 @@ from .exchange import DISPLACED, Fetch, Moments
 from .layout import Rows
 from .program import calls, exchanges_of, layout_of
 
-Stage = Literal["captured", "normal", "partitioned", "displaced"]
+Stage = Literal["captured", "normal", "partitioned", "displaced", "scheduled"]
 Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
 
 aten = torch.ops.aten
 LOCAL = {getattr(ops, name) for name in ("take", "select", "resample", "moments", "group_moments", "group_normalize",
-                                         "causal_mask", "seen", "exchange")}  # fmt: skip
+                                         "causal_mask", "seen", "exchange", "wait")}  # fmt: skip
 #: operators that normal form has a simpler word for
 ABNORMAL = {
     aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,
@@ -113,6 +113,11 @@ def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
             yield node
 
 
+def _awaited(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """A launch is awaited once, and nothing else uses it."""
+    return (node for node, _ in exchanges_of(graph) if [user.target for user in node.users] != [ops.wait])
+
+
 _BASE: list[tuple[str, Check]] = [
     ("every shape is static and comes with a dtype", _shaped),
     ("operators are functional", _functional),
@@ -128,6 +133,7 @@ SPECS: dict[Stage, list[tuple[str, Check]]] = {
     ],
 }
 SPECS["displaced"] = [*SPECS["partitioned"], ("only what law 4 allows is stale", _displaced)]
+SPECS["scheduled"] = [*SPECS["displaced"], ("each launch is awaited once", _awaited)]
 
 
 def verify(graph: fx.Graph, stage: Stage, world: int = 1) -> None:

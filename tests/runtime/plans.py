@@ -16,6 +16,7 @@ from fxpass.passes.narrow import narrow
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
+from fxpass.passes.schedule import schedule
 from fxpass.runtime.engine import Engine
 from fxpass.runtime.executor import Executor
 from fxpass.runtime.module import ParallelModule
@@ -44,7 +45,7 @@ def cut_plan(program: Program, world_size: int, strategy: Strategy = SYNC) -> Cu
             seeds[node.name] = Layout(dim, even(node.meta["shape"][dim], world_size, 2))
     graph = partition(program.graph, world_size, seeds if world_size > 1 else {}, RULES)
     graph = displace(graph, strategy, moving_names(program), world_size)
-    graph = narrow(graph, strategy.windows)
+    graph = schedule(narrow(graph, strategy.windows))
     warmup = None if strategy.exact else strategy.warmup_steps
     return CutPlan(program, graph, world_size, fingerprint(graph), warmup)
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import fxpass
-from fxpass.runtime.collectives import Session
+from fxpass.runtime.collectives import ExactStep
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.strategy import Strategy
@@ -87,17 +87,17 @@ def everything() -> dict[str, Any]:
 
     # ranks that are early and late by turns
     rng = random.Random(RANK)
-    exchange = Session.exact
+    launch = ExactStep.launch
 
-    def unsteady(self: Session, site: Any, values: list[Any]) -> None:
+    def unsteady(self: ExactStep, site: Any, values: list[Any]) -> None:
         time.sleep(rng.choice((0, 0, 0.001, 0.003)))
-        exchange(self, site, values)
+        launch(self, site, values)
 
-    Session.exact = unsteady
+    ExactStep.launch = unsteady
     seen["unsteady"] = all(
         torch.equal(module(*inputs(16, seed))["sample"], expected(*inputs(16, seed))["sample"]) for seed in range(12)
     )
-    Session.exact = exchange
+    ExactStep.launch = launch
     seen["files"] = shared_files()
 
     seen["displaced"] = []

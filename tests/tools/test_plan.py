@@ -114,7 +114,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for_or_of_use() -> None:
 
 
 def test_the_commands_import_what_is_slow_only_when_they_run() -> None:
-    light = {"cli", "console", "generate", "plan", "dump", "check", "models", "pictures", "demo"}
+    light = {"cli", "console", "generate", "plan", "dump", "check", "models", "pictures", "demo", "study"}
     for name in light:
         for node in ast.parse((TOOLS / f"{name}.py").read_text()).body:
             if isinstance(node, ast.Import):

@@ -95,12 +95,13 @@ def made() -> Plan:
 def test_a_rank_s_graph_has_a_line_per_operator_under_its_module(made: Plan) -> None:
     lines = graph_text(made.program, made.graph, rank=1).splitlines()
     at = lines.index("down")
-    halo, convolution = lines[at + 1 : at + 3]
+    halo, arrived, convolution = lines[at + 1 : at + 4]
     assert re.fullmatch(
         r"  getitem\w*  \[B, C, H/2, W\]  2x16x\d+x8 \(H: \d+ of \d+\)  float32  "
         r"halo\(H: 1 up\) of silu_default; 1\.0 kB",
         halo,
     )
+    assert re.fullmatch(r"  getitem\w*  arrived", arrived)
     assert re.fullmatch(
         r"  convolution_default_1  \[B, C, H/2, W\]  2x16x4x4 \(H: 4 of 8\)  float32  "
         r"convolution\(getitem\w*, \.weight, \.bias, \[2, 2\], .*\)",

@@ -1,0 +1,91 @@
+"""schedule: the same operators in another order, launches early and waits late."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import fxpass
+from fxpass.ir import ops
+from fxpass.ir.exchange import Fetch
+from fxpass.ir.layout import even, full
+from fxpass.ir.program import calls
+from fxpass.ir.verify import verify
+from fxpass.models.small import case
+from fxpass.passes import build
+from fxpass.passes.cost import TARGETS
+from fxpass.passes.schedule import AHEAD, schedule
+from fxpass.strategy import Strategy
+
+aten = torch.ops.aten
+
+
+def operators(graph: fx.Graph) -> list[str]:
+    return sorted(str(node.target) for node in calls(graph) if node.target is not ops.wait)
+
+
+@pytest.mark.parametrize("name", ["unet_sd", "flux"])
+def test_nothing_is_added_or_lost_and_waits_come_as_late_as_they_can(name: str) -> None:
+    chosen = case(name)
+    model: Any = chosen.build()
+    program = fxpass.capture(model, **chosen.inputs(rows=32, seed=0, module=model))
+    before = build(program, 2, TARGETS["cpu"], Strategy.of("displaced"), after="bucket").current
+    after = schedule(before)
+    verify(after, "scheduled", 2)
+    assert operators(after) == operators(before)
+    assert [n.format_node() for n in schedule(before).nodes] == [n.format_node() for n in after.nodes]
+    position = {node: i for i, node in enumerate(after.nodes)}
+    waits = [node for node in after.nodes if node.target is ops.wait]
+    for wait in waits:  # what follows needs it, or another wait at the same place
+        following = next(n for n in list(after.nodes)[position[wait] + 1 :] if n.target not in (ops.wait, getitem))
+        used = {item for other in waits for item in other.users if position[other] < position[following]}
+        assert used & set(following.all_input_nodes) or following.op == "output" or len(waits) > 1
+    for launch in (node for node in after.nodes if node.target is ops.exchange):  # the line before makes its operand
+        made = max(position[value] for value in launch.all_input_nodes)
+        between = list(after.nodes)[made + 1 : position[launch]]
+        assert all(n.target in (ops.exchange, ops.wait, getitem) for n in between)
+    gaps = [position[wait] - position[wait.args[0]] for wait in waits]
+    assert max(gaps) > 3  # K and V are under way while the queries are made
+
+
+getitem = __import__("operator").getitem
+
+
+def chain(length: int, every: int) -> fx.Graph:
+    """A long model: an exchange after every so many operators, and a side branch that needs none."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta = {"shape": (4, 3), "dtype": torch.float32}
+    rows, value, side = even(4, 2), x, x
+    for i in range(length):
+        if i % every == 0:
+            declared = Fetch("realign", (4, 3), torch.float32, 2, dim=0, have=full(4, 2), want=rows)
+            sent: Any = graph.call_function(ops.exchange, ((value,), (declared,)))
+            value = graph.call_function(getitem, (sent, 0))
+        elif i % 2:
+            side = graph.call_function(aten.neg.default, (side,))
+        else:
+            value = graph.call_function(aten.relu.default, (value,))
+    graph.output((value, side))
+    for node in graph.nodes:
+        node.meta = dict(x.meta)
+    return graph
+
+
+def test_ten_thousand_operators_take_seconds() -> None:
+    graph = chain(10_000, 7)
+    began = time.perf_counter()
+    after = schedule(graph)
+    assert time.perf_counter() - began < 10
+    assert operators(after) == operators(graph)
+
+
+def test_no_operator_runs_far_ahead_of_a_wait() -> None:
+    after = list(schedule(chain(1000, 100)).nodes)
+    side = [i for i, node in enumerate(after) if node.target is aten.neg.default]
+    first = next(i for i, node in enumerate(after) if node.target is ops.wait)
+    assert 0 < sum(i < first for i in side) <= AHEAD
