@@ -49,21 +49,22 @@ def parallelize(
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers), "lockstep" (all ranks in this process, one after the other), or
             "auto": distributed where there are several processes, else spawn.
-        compile: not built yet.
+        compile: put every rank's program through torch.compile's backend (Inductor). The first call takes long; what
+            was compiled is found again in Inductor's cache, also by later processes. Not with "lockstep".
         target: the machine to plan for.
         timeout: seconds that a rank waits for another before it gives up.
         group: the process group to use (default: all processes).
 
     Raises:
         ValueError: an argument is wrong; the message says which values there are.
-        NotImplementedError: the strategy or `compile=True` is not built yet.
+        NotImplementedError: the strategy is not built yet.
         TypeError: neither a module nor a pipeline with a denoiser.
     """
     chosen = Strategy.of(strategy)
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
-    if compile:
-        raise NotImplementedError("compile=True is not built yet; leave it out")
+    if not isinstance(compile, bool):
+        raise ValueError(f"compile is True or False, not {compile!r}")
     if executor not in EXECUTORS:
         near = difflib.get_close_matches(str(executor), EXECUTORS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(EXECUTORS)}"
@@ -73,7 +74,7 @@ def parallelize(
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(world_size, executor, group)
     if isinstance(model_or_pipeline, nn.Module):
-        return _wrapped(model_or_pipeline, world, chosen, executor, target, timeout, group)
+        return _wrapped(model_or_pipeline, world, chosen, executor, target, timeout, group, compile)
 
     from .models.pipelines import announce, denoisers
 
@@ -86,7 +87,7 @@ def parallelize(
     models = {name: getattr(model_or_pipeline, name) for name in names}
     for model in models.values():
         _refuse_parallel(model)  # before anything is replaced
-    modules = {n: _wrapped(m, world, chosen, executor, target, timeout, group) for n, m in models.items()}
+    modules = {n: _wrapped(m, world, chosen, executor, target, timeout, group, compile) for n, m in models.items()}
     for name, module in modules.items():
         setattr(model_or_pipeline, name, module)
     if not chosen.exact:
@@ -122,10 +123,17 @@ def _world_size(world_size: int | None, executor: str, group: Any) -> int:
 
 
 def _wrapped(
-    model: nn.Module, world: int, strategy: Strategy, executor: str, target: str, timeout: float, group: Any
+    model: nn.Module,
+    world: int,
+    strategy: Strategy,
+    executor: str,
+    target: str,
+    timeout: float,
+    group: Any,
+    compile: bool,  # noqa: A002
 ) -> ParallelModule:
     _refuse_parallel(model)
-    runner = _executor(executor, world, timeout, group)
+    runner = _executor(executor, world, timeout, group, compile)
     return ParallelModule(model, Engine(model, lambda program: make_plan(program, world, strategy, target), runner))
 
 
@@ -134,9 +142,11 @@ def _refuse_parallel(model: nn.Module) -> None:
         raise ValueError("this module is parallel already; close it and call parallelize on its .unwrapped model")
 
 
-def _executor(name: str, world: int, timeout: float, group: Any) -> Executor:
+def _executor(name: str, world: int, timeout: float, group: Any, compile: bool) -> Executor:  # noqa: A002
     if name == "auto":
         name = "distributed" if group is not None or distributed.inside() else "spawn" if world > 1 else "lockstep"
     if name == "distributed":
-        return distributed.DistributedExecutor(world, group=group, timeout=timeout)
-    return SpawnExecutor(world, timeout=timeout) if name == "spawn" else LockstepExecutor(world)
+        return distributed.DistributedExecutor(world, group=group, timeout=timeout, compile=compile)
+    if name == "spawn":
+        return SpawnExecutor(world, timeout=timeout, compile=compile)
+    return LockstepExecutor(world, compile=compile)

@@ -22,8 +22,8 @@ class Strategy:
         keys_values: keys and values of self-attention.
         moments: mean and variance of group norms.
         sums: other reductions over the split dim.
-        forecast: the share of a value's last change that is expected to come again, 0 to 1; of predicted moments,
-            also the share of the own change that is expected of the others.
+        forecast: the largest share of a value's last change that may be expected to come again, 0 to 1; how much is,
+            each rank measures on its own values.
         window: at displaced steps, tokens of each neighbour that attention sees, as a fraction of the neighbour's,
             above 0 and at most 1; several numbers hold for equal parts of the depth, first to last; None: all tokens
             of all ranks.
@@ -111,7 +111,7 @@ PRESETS: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy(),
-        _stale("displaced", "predicted", forecast=0.5),
+        _stale("displaced", "predicted", forecast=1.0),
         _stale("corrected_async_gn", "corrected"),
         _stale("stale_gn", "stale"),
         _stale("sync_gn", "sync"),

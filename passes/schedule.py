@@ -81,7 +81,8 @@ class _Scheduler:
             self._done(node)
 
     def _wait(self, node: fx.Node) -> None:
-        wait = self.new.call_function(ops.wait, (self.env[node],))
+        launch = self.env[node]
+        wait = self.new.call_function(ops.wait, (launch, launch.args[0]))
         wait.meta = dict(node.meta)
         for item in self.results[node]:
             self.env[item] = self.new.call_function(operator.getitem, (wait, item.args[1]))

@@ -103,8 +103,8 @@ class ExactStep:
     def launch(self, site: Site, values: list[Tensor]) -> None:
         self.links[site].launch(values)
 
-    def wait(self, site: Site) -> list[Tensor]:
-        return self.links[site].wait()
+    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
+        return self.links[site].wait(values)
 
 
 class DisplacedStep(ExactStep):
@@ -161,7 +161,6 @@ class Link:
         self.now = now
         self.steady = steady
         self.past = Past()
-        self._values: list[Tensor] = []  #: own ones, between a launch and its wait
         self._results: list[Tensor] | None = None  #: of a displaced step, not fetched yet
         self._underway = False  #: sent for the next step, not received yet
         self._held: Way | None = None  #: what is kept lies in the lane of this way
@@ -170,7 +169,6 @@ class Link:
         """Send for this step."""
         self.drop()
         self.now.send(values)
-        self._values = values
 
     def displaced(self, values: list[Tensor], pace: float) -> None:
         """Make the results of what was sent for this step, and send for the next."""
@@ -187,12 +185,11 @@ class Link:
             self._underway = True
             self.past.keep_own(self.site, values)
 
-    def wait(self) -> list[Tensor]:
-        """The results of this step."""
+    def wait(self, values: list[Tensor]) -> list[Tensor]:
+        """The results of this step, for the values that were launched."""
         if self._results is not None:
             results, self._results = self._results, None
             return results
-        values, self._values = self._values, []
         received = self.now.receive()
         results = results_now(self.site, self.rank, values, received)
         if not self.site.stale:

@@ -18,7 +18,8 @@ from .board import Board
 from .collectives import Collectives, Sessions
 from .errors import DisagreementError, RankError
 from .executor import Bound, PlanLike, Step, device_of
-from .interpreter import RankProgram, drive
+from .interpreter import RankProgram
+from .runner import Runner
 
 _created = 0  # executors made by this process; all ranks make theirs in the same order
 
@@ -43,7 +44,14 @@ class DistributedExecutor:
         ValueError: the group has another size than the plan.
     """
 
-    def __init__(self, world_size: int, *, group: Any = None, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        group: Any = None,
+        timeout: float = 600.0,
+        compile: bool = False,  # noqa: A002
+    ) -> None:
         if not inside():
             raise RuntimeError(
                 "executor='distributed' needs torchrun or an initialised process group; "
@@ -58,6 +66,7 @@ class DistributedExecutor:
         _created += 1
         self.world_size = world_size
         self.timeout = timeout
+        self.compile = compile
         self._number = _created
         self._group = group
         self._board: Board | None = None
@@ -143,6 +152,7 @@ class DistributedPlan:
         self.links = links
         self.bound = bound
         self.sessions = sessions
+        self.runner = Runner(bound.code, executor.compile)
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The flat outputs, the same on every rank.
@@ -151,7 +161,7 @@ class DistributedPlan:
             RankError: another rank failed, left, or did not answer in time.
         """
         try:
-            return drive(self.bound.code.run(self.bound.values(weights, inputs)), self.sessions.at(step))
+            return self.runner.run(self.bound.values(weights, inputs), self.sessions.at(step), step)
         except BaseException as error:
             self.executor.broke(error)
             raise

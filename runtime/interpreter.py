@@ -2,10 +2,10 @@
 
     v812 = f3(v811, v4, None, (1, 1))  # conv2d_7 (mid.resnets.0.conv1)
     del v811
-    box = [v812]; del v812; yield "launch", s2, box  # exchange_2
+    yield "launch", s2, [v812]  # exchange_2
     v815 = f7(v814)  # silu_9, which needs no result of the exchange
-    box = []; yield "wait", s2, box
-    v816 = tuple(box); box.clear()  # wait_2
+    box = [v812]; del v812; yield "wait", s2, box  # wait_2
+    v816 = tuple(box); box.clear()
 
 Straight-line code has no per-node overhead but the call itself, frees each value after its last use, and gives
 a traceback that names the node. A `RankProgram` is plain data and can be sent to another process.
@@ -57,8 +57,8 @@ class Site:
 
 
 Act = Literal["launch", "wait"]
-#: Yields (act, site, box): at a launch, whoever drives it empties the list `box` of values; at a wait, fills it with
-#: the results. (A list, so that neither side keeps alive what the other has done with.)
+#: Yields (act, site, box); `box` holds the values. At a wait, whoever drives it replaces them by the results before it
+#: goes on. (A list, so that neither side keeps alive what the other has done with.)
 Run = Generator[tuple[Act, Site, list[Tensor]], None, list[Tensor]]
 
 
@@ -66,7 +66,7 @@ class Transport(Protocol):
     """Performs the exchanges of one rank."""
 
     def launch(self, site: Site, values: list[Tensor]) -> None: ...
-    def wait(self, site: Site) -> list[Tensor]: ...
+    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +130,9 @@ def drive(run: Run, transport: Transport) -> list[Tensor]:
         while True:
             act, site, box = next(run)
             if act == "launch":
-                transport.launch(site, emptied(box))
+                transport.launch(site, box)
             else:
-                box[:] = transport.wait(site)
+                box[:] = transport.wait(site, emptied(box))
     except StopIteration as stop:
         return stop.value
 
@@ -186,13 +186,15 @@ class _Writer:
             elif node.target is ops.exchange:
                 values, exchanges = node.args
                 site = self.refer(Site(len(self.sites), node.name, node.meta.get("path", ""), tuple(exchanges)), "s")
-                self.line(f"    box = {self.text(list(values))}", label)
-                if freed:
-                    self.line("    del " + ", ".join(freed), label)
-                self.line(f'    yield "launch", {site}, box', label)
+                self.line(f'    yield "launch", {site}, {self.text(list(values))}', label)
                 self.sites[node] = site
             elif node.target is ops.wait:
-                self.line(f'    box = []; yield "wait", {self.sites[node.args[0]]}, box', label)
+                launch, values = node.args
+                self.line(f"    box = {self.text(list(values))}", label)
+                freed = [name for name in freed if name != f"v{self.number[launch]}"]
+                if freed:
+                    self.line("    del " + ", ".join(freed), label)
+                self.line(f'    yield "wait", {self.sites[launch]}, box', label)
                 self.line(f"    {name} = tuple(box); box.clear()", label)
             else:
                 arguments = [self.text(a) for a in node.args]

@@ -12,6 +12,7 @@ from ..ir.program import specialize
 from .executor import EXACT, Bound, PlanLike, Step, device_of
 from .interpreter import Act, RankProgram, Run, Site, emptied
 from .past import Past, copied, kept, results_now
+from .runner import Runner
 
 #: (exchange node, exchange, source rank, destination rank, payload) -> what arrives instead
 Tamper = Callable[[str, Exchange, int, int, Tensor], Tensor]
@@ -23,9 +24,26 @@ class LockstepExecutor:
     Args:
         tamper: changes payloads on their way (for tests: a corrupted exchange must change the output).
         check: compare the shape of each local value with what its layout says.
+        compile: lower the program; only a single rank's, for compiled ranks do not stop at exchanges.
+
+    Raises:
+        ValueError: `compile` with several ranks.
     """
 
-    def __init__(self, world_size: int, *, tamper: Tamper | None = None, check: bool = False) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        tamper: Tamper | None = None,
+        check: bool = False,
+        compile: bool = False,  # noqa: A002
+    ) -> None:
+        if compile and world_size > 1:
+            raise ValueError(
+                "executor='lockstep' interprets its ranks in turns and cannot compile them; use executor='spawn' or "
+                "'distributed', or leave compile out"
+            )
+        self.compile = compile
         self.world_size = world_size
         self.traffic: Counter[str] = Counter()
         self.tamper = tamper
@@ -57,6 +75,7 @@ class LockstepPlan:
             )
             for rank in range(plan.world_size)
         ]
+        self.alone = Runner(self.ranks[0].code, True) if executor.compile else None
         self.pasts: dict[int, dict[int, list[Past]]] = {}  #: by context and place of the site: one per rank
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
@@ -69,8 +88,9 @@ class LockstepPlan:
         Raises:
             AssertionError: the ranks are not at the same exchange, or a payload has not the declared shape.
         """
+        if self.alone is not None:
+            return [self.alone.run(self.ranks[0].values(weights, inputs), Silent(), step)]
         runs = [rank.code.run(rank.values(weights, inputs)) for rank in self.ranks]
-        underway: dict[Site, list[list[Tensor]]] = {}
         while True:
             outputs, requests = _advance(runs)
             if outputs is not None:
@@ -79,12 +99,11 @@ class LockstepPlan:
             for rank, (other, there, _) in enumerate(requests):
                 if (other, there.name, there.exchanges) != (act, site.name, site.exchanges):
                     raise AssertionError(f"rank 0 is at {act} {site.name}, rank {rank} at {other} {there.name}")
-            boxes = [box for _, _, box in requests]
-            if act == "launch":
-                underway[site] = [emptied(box) for box in boxes]
-            else:
-                for box, results in zip(boxes, self._exchange(site, underway.pop(site), step), strict=True):
-                    box[:] = results
+            if act == "wait":
+                boxes = [box for _, _, box in requests]
+                results = self._exchange(site, [emptied(box) for box in boxes], step)
+                for box, each in zip(boxes, results, strict=True):
+                    box[:] = each
 
     def release(self) -> None:
         self.ranks = []
@@ -133,6 +152,16 @@ class LockstepPlan:
                 f"{exchange} declares {exchange.dtype} {declared}"
             )
         return self.executor.tamper(site.name, exchange, src, dst, payload) if self.executor.tamper else payload
+
+
+class Silent:
+    """What a single rank exchanges: nothing."""
+
+    def launch(self, site: Site, values: list[Tensor]) -> None:
+        raise AssertionError(f"a single rank launches {site.name}")
+
+    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
+        raise AssertionError(f"a single rank waits for {site.name}")
 
 
 Request = tuple[Act, Site, list[Tensor]]

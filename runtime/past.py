@@ -18,11 +18,13 @@ class Past:
         received: by source rank, the payload of each exchange, of the step that serves now.
         before: those of the step before, where values are forecast.
         own: this rank's own values of the step that serves, where an estimator needs them.
+        witnesses: of each exchange, the part of the own values at the last two steps on which a trend is measured.
     """
 
     received: list[Payloads] = field(default_factory=list)
     before: list[Payloads] | None = None
     own: list[Tensor] = field(default_factory=list)
+    witnesses: list[list[Tensor]] = field(default_factory=list)
 
     def arrived(self, site: Site, received: list[Payloads]) -> None:
         """The payloads of another step serve from now on."""
@@ -30,7 +32,11 @@ class Past:
         self.received = received
 
     def keep_own(self, site: Site, values: list[Tensor]) -> None:
-        self.own = list(values) if any(each.needs_own for each in site.exchanges) else []
+        """What later steps need of this rank's own values."""
+        self.own = [value.clone() for value in values] if any(each.needs_own for each in site.exchanges) else []
+        if site.forecast and not self.own:
+            seen = [each.witness(x).clone() for each, x in zip(site.steady.exchanges, values, strict=True)]
+            self.witnesses = [*self.witnesses[-1:], seen]
 
     def results(self, site: Site, rank: int, values: list[Tensor], pace: float) -> list[Tensor]:
         """A displaced step's results, from this step's own values."""
@@ -38,7 +44,11 @@ class Past:
         for i, each in enumerate(site.steady.exchanges):
             before = [part[i] for part in self.before] if self.before is not None else None
             own = self.own[i] if self.own else None
-            earlier = Earlier(own, [part[i] for part in self.received], before, pace)
+            trend = None
+            if pace and len(self.witnesses) == 2:
+                older, old = self.witnesses
+                trend = each.trend(each.witness(values[i]), old[i], older[i])
+            earlier = Earlier(own, [part[i] for part in self.received], before, pace, trend)
             results.append(each.displaced(rank, values[i], earlier))
         return results
 

@@ -35,8 +35,9 @@ from .board import GRACE, POLL
 from .collectives import Collectives, Sessions
 from .errors import RankError
 from .executor import Bound, PlanLike, Step
-from .interpreter import RankProgram, drive
+from .interpreter import RankProgram
 from .local import HOST, connect
+from .runner import Runner
 from .wire import Channel, ClosedError, allow_files, check_room
 
 START = 300.0  #: seconds that a worker may take to start, which is to import torch
@@ -51,9 +52,10 @@ class SpawnExecutor:
         timeout: seconds that a rank waits for another.
     """
 
-    def __init__(self, world_size: int, *, timeout: float = 600.0) -> None:
+    def __init__(self, world_size: int, *, timeout: float = 600.0, compile: bool = False) -> None:  # noqa: A002
         self.world_size = world_size
         self.timeout = timeout
+        self.compile = compile
         self.threads = _threads(world_size)
         self.processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
@@ -103,7 +105,7 @@ class SpawnExecutor:
             code = RankProgram.of(specialize(plan.graph, rank), rank)
             order = Bound.of(code, plan.program, torch.device("cpu")).order
             sources = [names[i] if i < len(names) else i - len(names) for i in order]
-            channel.send(("load", self._numbers, code, sources, tensors))
+            channel.send(("load", self._numbers, code, sources, tensors, self.compile))
         loaded = SpawnPlan(self, self._numbers, bound, links, names, shared)
         self._plans[self._numbers] = loaded
         return loaded
@@ -138,7 +140,7 @@ class SpawnExecutor:
             for channel in self._channels:
                 channel.send(("run", plan.number, self._calls, step))
             with _computing_with(self.threads):
-                outputs = drive(plan.bound.code.run(plan.bound.values(weights, inputs)), plan.sessions.at(step))
+                outputs = plan.runner.run(plan.bound.values(weights, inputs), plan.sessions.at(step), step)
             for rank in range(1, self.world_size):
                 self._answer(rank, self.timeout)
         return outputs
@@ -262,6 +264,7 @@ class SpawnPlan:
         self.bound = bound
         self.links = links
         self.sessions = Sessions(links, bound.code.sites, torch.device("cpu"))
+        self.runner = Runner(bound.code, executor.compile)
         self.names = names
         self.shared = shared  #: where the inputs of a call are put for the workers
 

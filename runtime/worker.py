@@ -23,8 +23,8 @@ from torch.distributed import TCPStore
 
 from .collectives import Collectives, Sessions
 from .errors import RankError
-from .interpreter import RankProgram, drive
 from .local import HOST, connect
+from .runner import Runner
 from .wire import Channel, ClosedError
 
 
@@ -34,24 +34,25 @@ class Worker:
     def __init__(self, links: Collectives) -> None:
         self.links = links
         self.weights: dict[str, Tensor] = {}
-        self.plans: dict[int, tuple[RankProgram, list[str | int], list[Tensor], Sessions]] = {}
+        self.plans: dict[int, tuple[Runner, list[str | int], list[Tensor], Sessions]] = {}
 
     def handle(self, message: tuple[Any, ...]) -> None:
         match message:
             case ("weights", tensors):
                 self.weights |= tensors
-            case ("load", number, code, sources, tensors):
+            case ("load", number, code, sources, tensors, compile):
                 # sources: for each placeholder the name of a weight, or a place among `tensors`
-                self.plans[number] = (code, sources, tensors, Sessions(self.links, code.sites, torch.device("cpu")))
+                sessions = Sessions(self.links, code.sites, torch.device("cpu"))
+                self.plans[number] = (Runner(code, compile), sources, tensors, sessions)
             case ("release", number, unused):
                 self.plans.pop(number)[-1].close()
                 for name in unused:
                     del self.weights[name]
             case ("run", number, call, step):
                 self.links.board.call = call
-                code, sources, tensors, sessions = self.plans[number]
+                runner, sources, tensors, sessions = self.plans[number]
                 values = [self.weights[s] if isinstance(s, str) else tensors[s] for s in sources]
-                drive(code.run(values), sessions.at(step))
+                runner.run(values, sessions.at(step), step)
 
 
 def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int) -> None:

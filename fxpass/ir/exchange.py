@@ -34,6 +34,7 @@ Role = Literal[
 DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum")
 Freshness = Literal["sync", "stale", "predicted", "corrected", "frozen", "local"]
 Payloads = list[Tensor | None]
+HALF = 0.5  #: share of a change that predicted moments expect of others, or to come again
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Earlier:
         received: the payload of each rank at that step.
         before: the payloads of the step before that one; None where they are not kept.
         pace: how long this step is in units of the last one, in timesteps; 0 if that is not known.
+        trend: per sample, the share of the last change of the own values that went on in this step [B].
     """
 
     own: Tensor | None
     received: Payloads
     before: Payloads | None = None
     pace: float = 0.0
+    trend: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class Exchange:
     `corrected` those of the last step and the own change since, `predicted` an estimate of their change. What a
     displaced step sends serves the next; frozen and local ones send nothing.
 
-    `forecast` is the share of a change that is expected to go on: what was sent at the last two steps, a and then b,
-    serves as b + forecast (b - a), for steps of equal length.
+    Where `forecast` is not 0, a change is expected to go on: what was sent at the last two steps, a and then b, serves as
+    b + trend (b - a). The trend is measured on the own values, whose change in this step is known, and is taken from 0 to
+    `forecast`: where changes turn back, which forecasts would amplify, there is none.
     """
 
     role: Role
@@ -93,7 +97,9 @@ class Exchange:
         if self.fresh in ("sync", "local"):
             return 0
         own = prod(self.shape) * self.dtype.itemsize if self.needs_own else 0
-        return self.steady.received(rank) * (2 if self.forecast else 1) + own
+        if not self.forecast:
+            return self.steady.received(rank) + own
+        return 2 * self.steady.received(rank) + own
 
     @property
     def needs_own(self) -> bool:
@@ -102,15 +108,30 @@ class Exchange:
 
     def displaced(self, rank: int, x: Tensor, earlier: Earlier) -> Tensor:
         """Rank `rank`'s result at a displaced step, from its own value now."""
-        if not self.forecast or not earlier.pace or earlier.before is None:
+        if earlier.trend is None or earlier.before is None:
             return self.unpack(rank, x, earlier.received)
-        weight = 1 + self.forecast * earlier.pace
+        weight = 1 + earlier.trend.view(-1, *(1,) * (x.ndim - 1)).to(x.dtype)
         pairs = zip(earlier.before, earlier.received, strict=True)
         return self.unpack(rank, x, [None if a is None or b is None else torch.lerp(a, b, weight) for a, b in pairs])
+
+    def witness(self, x: Tensor) -> Tensor:
+        """The part of the own value on which a trend is measured: what is like that which travels."""
+        return x
+
+    def trend(self, now: Tensor, old: Tensor, older: Tensor) -> Tensor:
+        """Per sample, which share of a witness's last change went on, from 0 to `forecast` [B]."""
+        wide = old.dtype if old.dtype == torch.float64 else torch.float32
+        last = (old - older).flatten(1).to(wide)
+        on = ((now - old).flatten(1).to(wide) * last).sum(1)
+        return (on / last.square().sum(1).clamp_min(torch.finfo(last.dtype).tiny)).clamp(0, self.forecast)
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         """What rank `src` sends to rank `dst`; no elements where nothing is sent."""
         raise NotImplementedError
+
+    def result_shape(self, rank: int, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of rank `rank`'s result, from that of its own value."""
+        return tuple(shape)
 
     def pack(self, rank: int, x: Tensor) -> Payloads:
         """The payload for each rank, from rank `rank`'s own value; None where there is nothing to send."""
@@ -208,13 +229,24 @@ class Fetch(Exchange):
         """Rows of fill before and after rank `rank`'s result."""
         return (self.before[rank], self.after[rank]) if self.before else (0, 0)
 
+    def witness(self, x: Tensor) -> Tensor:
+        """The rows at both ends, as many as are fetched from a neighbour; all where these meet."""
+        rows = max((len(part) for d, row in enumerate(self._routes) for s, part in enumerate(row) if s != d), default=0)
+        own = x.shape[self.dim]
+        if self.dim == 0 or 2 * rows >= own:
+            return x
+        return torch.cat([x.narrow(self.dim, 0, rows), x.narrow(self.dim, own - rows, rows)], self.dim)
+
+    def result_shape(self, rank: int, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*shape[: self.dim], len(self.want[rank]) + sum(self.framed(rank)), *shape[self.dim + 1 :])
+
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         want = self.want[rank]
         before, after = self.framed(rank)
         if not before and not after and want == self.have[rank] and self._routes[rank][rank] == want:
             return x
-        rows = before + len(want) + after
-        shape = (*x.shape[: self.dim], rows, *x.shape[self.dim + 1 :])
+        shape = self.result_shape(rank, x.shape)
+        rows = shape[self.dim]
         order = sorted(range(x.ndim), key=x.stride, reverse=True)  # as in memory: channels-last stays so
         result = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
         if before:
@@ -304,11 +336,11 @@ class Moments(Merged):
         return torch.stack([mean + shift, torch.where(moved < 0, variance, moved)])
 
     def _predicted(self, rank: int, x: Tensor, own: Tensor, earlier: Earlier) -> Tensor:
-        """Merge the own part with an estimate of each other: moved by a share of the own change and of its last one.
+        """Merge the own part with an estimate of each other: moved by half the own change and half of its last one.
 
         Means move by differences and squared deviations by ratios, so that no variance can become negative; a ratio
         counts from 1/2 to 2. Small patches differ much from each other, and one's change says little of another's:
-        where `corrected` takes all of it for the whole, this takes a share of it, for the others alone.
+        where `corrected` takes all of it for the whole, this takes half of it, for the others alone.
         """
         shift, growth = x[0] - own[0], _ratio(x[1], own[1])
         expected: Payloads = []
@@ -316,10 +348,10 @@ class Moments(Merged):
             if now is None:
                 expected.append(None)
                 continue
-            mean, m2 = now[0] + self.forecast * shift, now[1] * growth**self.forecast
+            mean, m2 = now[0] + HALF * shift, now[1] * growth**HALF
             then = earlier.before[src] if earlier.before and earlier.pace else None
             if then is not None:
-                share = self.forecast * earlier.pace
+                share = HALF * earlier.pace
                 mean, m2 = mean + share * (now[0] - then[0]), m2 * _ratio(now[1], then[1]) ** share
             expected.append(torch.stack([mean, m2]))
         return self.unpack(rank, x, expected)

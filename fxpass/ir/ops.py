@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -34,10 +35,31 @@ class Index:
         return f"[{head}{', …' if len(self) > 4 else ''}; {len(self)}]"
 
 
-@lru_cache(maxsize=1024)
+Supply = Callable[["Rows | Index", torch.device], Tensor]
+
+
 def index_tensor(index: Rows | Index, device: torch.device) -> Tensor:
-    """The positions as an `int64` tensor on `device`, made once."""
+    """The positions as an `int64` tensor on `device`."""
+    return (_supply or _made)(index, device)
+
+
+@lru_cache(maxsize=1024)
+def _made(index: Rows | Index, device: torch.device) -> Tensor:
     return torch.from_numpy(index.array.copy()).to(device)
+
+
+_supply: Supply | None = None
+
+
+@contextmanager
+def index_tensors_from(supply: Supply) -> Iterator[None]:
+    """Within, `supply` makes the index tensors: a compiled graph takes them as inputs."""
+    global _supply
+    _supply = supply
+    try:
+        yield
+    finally:
+        _supply = None
 
 
 def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
@@ -127,6 +149,6 @@ def exchange(values: tuple[Tensor, ...], exchanges: tuple[Any, ...]) -> tuple[Te
     raise RuntimeError("an exchange was called outside an executor")
 
 
-def wait(launched: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The results of an exchange that was launched; done by the executor, never called."""
+def wait(launched: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results of an exchange that was launched with `values`; done by the executor, never called."""
     raise RuntimeError("an exchange was awaited outside an executor")

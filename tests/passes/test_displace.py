@@ -54,20 +54,30 @@ class Reference:
     def of_others(self, place: str, now: list[Tensor], exact: bool) -> Any:
         """For rank r: the values of all ranks as r has them: the own now, the others' of the step that serves."""
         assert self.strategy.halo == self.strategy.keys_values
-        going_on = 0.0 if exact else self.going_on
         old = now if exact else self.old[place]
-        then = self.older.get(place, old) if going_on else old
+        then = self.older.get(place, old)
         if exact or self.strategy.halo == "stale":
             self.old[place], self.older[place] = now, self.old.get(place, now)
-        return lambda r: [now[k] if k == r else old[k] + going_on * (old[k] - then[k]) for k in range(self.ranks)]
+        if exact or not self.strategy.forecast or len(self.times) < 3:
+            return lambda r: [now[k] if k == r else old[k] for k in range(self.ranks)]
+        on = [self.trend(now[r], old[r], then[r]) for r in range(self.ranks)]
+        return lambda r: [now[k] if k == r else old[k] + on[r] * (old[k] - then[k]) for k in range(self.ranks)]
+
+    def trend(self, now: Tensor, old: Tensor, older: Tensor) -> Tensor:
+        """How much of the last change of a rank's own border rows (or of all its tokens) went on, per sample."""
+        if now.ndim == 4 and now.shape[2] > 2:
+            now, old, older = (torch.stack([h[:, :, 0], h[:, :, -1]]).transpose(0, 1) for h in (now, old, older))
+        last = (old - older).flatten(1)
+        went_on = ((now - old).flatten(1) * last).sum(1) / last.square().sum(1)
+        return went_on.clamp(0, 1).view(-1, *(1,) * (3 if now.ndim > 3 else 2))
 
     @property
     def going_on(self) -> float:
-        """How much of the last change is expected at this step."""
+        """How much of the last change of moments is expected at this step."""
         if len(self.times) < 3:
             return 0.0
         t2, t1, t0 = self.times
-        return self.strategy.forecast * (t1 - t0) / (t2 - t1)
+        return 0.5 * (t1 - t0) / (t2 - t1)
 
     def edge(self, strips: list[Tensor], k: int, row: int) -> Tensor:
         if not 0 <= k < self.ranks:
@@ -104,7 +114,7 @@ class Reference:
 
     def predicted(self, own_now: Tensor, own_old: Tensor, old: Tensor, older: Tensor) -> Tensor:
         """Another's E x and E x², moved by shares of the own change and of its own last one."""
-        share, means = self.strategy.forecast, [m[0] for m in (own_now, own_old, old, older)]
+        share, means = 0.5, [m[0] for m in (own_now, own_old, old, older)]
         a, b, c, d = (m[1] - m[0] ** 2 for m in (own_now, own_old, old, older))  # variances
         mean = means[2] + share * (means[0] - means[1]) + self.going_on * (means[2] - means[3])
         variance = c * (a / b).clamp(0.5, 2) ** share * (c / d).clamp(0.5, 2) ** self.going_on
