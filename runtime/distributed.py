@@ -17,7 +17,7 @@ from .agreement import agree
 from .board import Board
 from .collectives import Collectives, Sessions
 from .errors import DisagreementError, RankError
-from .executor import Bound, PlanLike, Step, device_of
+from .executor import Bound, PlanLike, Report, Step, device_of
 from .interpreter import RankProgram
 from .runner import Runner
 
@@ -165,6 +165,10 @@ class DistributedPlan:
         except BaseException as error:
             self.executor.broke(error)
             raise
+
+    @property
+    def compiled(self) -> Sequence[Report]:
+        return self.runner.reports
 
     def release(self) -> None:
         if self.executor.broken:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..capture import Call, broken_guard, capture_call, guard_error, outdated
 from ..ir.program import Program
 from .clock import Clock
-from .executor import EXACT, Executor, Loaded, PlanLike
+from .executor import EXACT, Executor, Loaded, PlanLike, Report
 from .structure import Structure, WeightTable
 
 SIGNATURES = 8  #: programs kept; the least recently used one goes first
@@ -95,6 +95,11 @@ class Engine:
     def signatures(self) -> int:
         """Programs that are kept."""
         return sum(map(len, self._entries.values()))
+
+    @property
+    def compiled(self) -> list[Report]:
+        """What this process has compiled of the programs that are kept."""
+        return [report for entry in self._all() for report in entry.loaded.compiled]
 
     def _entry(self, call: Call) -> Entry:
         if self._structure is not None and not self._structure.untouched():

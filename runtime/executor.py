@@ -14,6 +14,16 @@ from .interpreter import RankProgram
 
 
 @dataclass(frozen=True)
+class Report:
+    """What compiling a rank's program took."""
+
+    rank: int
+    displaced: bool  #: for displaced steps only, because their attention has windows
+    seconds: float
+    cached: bool  #: whether an earlier compilation was found in Inductor's cache
+
+
+@dataclass(frozen=True)
 class Step:
     """How a call is to be run. All ranks are given the same."""
 
@@ -51,6 +61,11 @@ class Loaded(Protocol):
             inputs: in the order of `plan.program.inputs`.
             step: if it is not exact, an earlier call of the same context was.
         """
+        ...
+
+    @property
+    def compiled(self) -> Sequence[Report]:
+        """What this process has compiled of it."""
         ...
 
     def release(self) -> None:

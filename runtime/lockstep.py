@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ir.exchange import Exchange, Payloads
 from ..ir.program import specialize
-from .executor import EXACT, Bound, PlanLike, Step, device_of
+from .executor import EXACT, Bound, PlanLike, Report, Step, device_of
 from .interpreter import Act, RankProgram, Run, Site, emptied
 from .past import Past, copied, kept, results_now
 from .runner import Runner
@@ -104,6 +104,10 @@ class LockstepPlan:
                 results = self._exchange(site, [emptied(box) for box in boxes], step)
                 for box, each in zip(boxes, results, strict=True):
                     box[:] = each
+
+    @property
+    def compiled(self) -> Sequence[Report]:
+        return self.alone.reports if self.alone else []
 
     def release(self) -> None:
         self.ranks = []

@@ -34,6 +34,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..ir.layout import Rows
 from ..ir.ops import Index, index_tensor, index_tensors_from
+from .executor import Report
 from .interpreter import RankProgram, Site, Transport, drive
 
 log = logging.getLogger("fxpass")
@@ -45,16 +46,6 @@ _library = torch.library.Library("fxpass", "FRAGMENT")
 _library.define("launch(Tensor[] values, Tensor token, str program, int site) -> Tensor")
 _library.define("wait(Tensor[] values, Tensor token, str program, int site) -> Tensor[]")
 _compiled: weakref.WeakValueDictionary[str, Compiled] = weakref.WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class Report:
-    """What compiling a program took."""
-
-    rank: int
-    displaced: bool  #: for displaced steps, whose attention has windows
-    seconds: float
-    cached: bool  #: whether an earlier compilation was found in Inductor's cache
 
 
 @dataclass(eq=False)

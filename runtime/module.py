@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .engine import Engine
-from .executor import PlanLike
+from .executor import PlanLike, Report
 
 _OWN = frozenset({"_engine", "_model", "forward"})
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -54,6 +54,11 @@ class ParallelModule(nn.Module):
     def traffic(self) -> Mapping[str, int]:
         """Bytes that this process has received so far, by role of the exchange."""
         return dict(self._engine.executor.traffic)
+
+    @property
+    def compiled(self) -> list[Report]:
+        """With `compile=True`: the seconds that compiling took on this process's rank, and whether a cache had it."""
+        return self._engine.compiled
 
     def reset(self) -> None:
         """A generation begins: the next step is exact, whatever came before."""

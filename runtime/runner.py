@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .executor import Step
+from .executor import Report, Step
 from .interpreter import RankProgram, Transport, drive
 
 if TYPE_CHECKING:
-    from .lower import Compiled, Report
+    from .lower import Compiled
 
 
 class Runner:

@@ -34,7 +34,7 @@ from ..ir.program import specialize
 from .board import GRACE, POLL
 from .collectives import Collectives, Sessions
 from .errors import RankError
-from .executor import Bound, PlanLike, Step
+from .executor import Bound, PlanLike, Report, Step
 from .interpreter import RankProgram
 from .local import HOST, connect
 from .runner import Runner
@@ -270,6 +270,10 @@ class SpawnPlan:
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         return self.executor.run(self, weights, inputs, step)
+
+    @property
+    def compiled(self) -> Sequence[Report]:
+        return self.runner.reports
 
     def release(self) -> None:
         self.executor.release(self)

@@ -65,9 +65,9 @@ class Exchange:
     `corrected` those of the last step and the own change since, `predicted` an estimate of their change. What a
     displaced step sends serves the next; frozen and local ones send nothing.
 
-    Where `forecast` is not 0, a change is expected to go on: what was sent at the last two steps, a and then b, serves as
-    b + trend (b - a). The trend is measured on the own values, whose change in this step is known, and is taken from 0 to
-    `forecast`: where changes turn back, which forecasts would amplify, there is none.
+    Where `forecast` is not 0, a change is expected to go on: what was sent at the last two steps, a and then b, serves
+    as b + trend (b - a). The trend is measured on the own values, whose change in this step is known, and is taken from
+    0 to `forecast`: where changes turn back, which forecasts would amplify, there is none.
     """
 
     role: Role

@@ -55,6 +55,11 @@ def test_ranks_that_are_early_and_late_by_turns_never_read_another_run(seen: lis
     assert all(rank["unsteady"] for rank in seen)
 
 
+def test_what_is_under_way_is_no_memory_of_the_model(seen: list[dict[str, Any]]) -> None:
+    """So a compiled program may reuse the memory of a value as soon as it is launched."""
+    assert all(rank["copied"] for rank in seen)
+
+
 def test_a_closed_module_gives_its_shared_memory_back(seen: list[dict[str, Any]]) -> None:
     assert [rank["files of closed modules"] for rank in seen] == [0, 0]
 

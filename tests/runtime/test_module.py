@@ -221,7 +221,6 @@ def test_it_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
         ({"world_size": 2, "strategy": "ulysses"}, NotImplementedError, "not built yet"),
         ({"world_size": 2, "executor": "spwan"}, ValueError, "did you mean 'spawn'"),
         ({"world_size": 2, "executor": "distributed"}, RuntimeError, "torchrun"),
-        ({"world_size": 2, "compile": True}, NotImplementedError, "compile"),
         ({"world_size": 2, "strategy": None}, ValueError, "not None"),
         ({"world_size": 2, "executor": None}, ValueError, "choose one of"),
         ({"world_size": 2, "target": "tpu"}, ValueError, "targets are"),
