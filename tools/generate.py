@@ -205,7 +205,9 @@ def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) ->
         "height": request.height,
         "width": request.width,
     }
-    given = {name: value for name, value in wanted.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    if "class_labels" in takes:  # the prompt is the name of a class
+        given["class_labels"] = [class_of(pipe, given.pop("prompt"))]
     unknown = [name for name in given if name not in takes]
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {' and no '.join(unknown)}")
@@ -228,6 +230,18 @@ def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) ->
     for module in modules:
         traffic.update(module.traffic)
     return Made(_picture(pipe, made), seconds, statistics.median(gaps) if gaps else None, dict(traffic))
+
+
+def class_of(pipe: Any, name: str) -> int:
+    """The number of the class that a class-conditional pipeline calls `name`.
+
+    Raises:
+        ValueError: it has no such class; the message suggests the nearest.
+    """
+    if name not in pipe.labels:
+        near = difflib.get_close_matches(name, pipe.labels, n=1)
+        raise ValueError(f"{type(pipe).__name__} has no class {name!r}; {_hint(near) or 'see its `labels`'}")
+    return pipe.labels[name]
 
 
 def _picture(pipe: Any, made: Any) -> np.ndarray:

@@ -74,7 +74,7 @@ class Factors(nn.Module):
 def make_dit() -> DiTTransformer2DModel:
     """Eight blocks of width 128 on 2x2 patches of 32x32 latents: 256 tokens."""
     return DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=32, num_layers=8, sample_size=32, in_channels=4
+        num_attention_heads=4, attention_head_dim=32, num_layers=8, sample_size=32, in_channels=4, out_channels=4
     )
 
 

@@ -75,3 +75,28 @@ def test_held_out_scenes_are_never_drawn_for_training() -> None:
 def test_a_scene_is_named_with_its_article() -> None:
     scene = Scene("star", "orange", "striped", "at the top", "night")
     assert scene.caption == "an orange striped star at the top, night background"
+
+
+def test_the_second_demo_draws_classes_that_it_was_not_trained_on_also_when_it_is_split() -> None:
+    folder = FOLDER.with_name("demo_dit")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20e6
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    unseen = Scene("circle", "blue", "plain", "on the right", "white")
+    assert unseen.held_out
+    ids = pipeline.get_label_ids([f"{unseen.thing} {unseen.position} on a {unseen.background} background"])
+    options: dict[str, Any] = {"num_inference_steps": 12, "guidance_scale": 2.5, "output_type": "np"}
+    whole, exact, stale = (_drawn(pipeline, ids, options, strategy) for strategy in (None, "sync", "displaced"))
+    assert read_things(whole) == [fact(unseen)] == read_things(stale)
+    assert np.abs(exact - whole).max() < 1e-3
+    assert np.abs(stale - whole).max() > 1e-5
+
+
+def _drawn(pipeline: Any, ids: list[int], options: dict[str, Any], strategy: str | None) -> np.ndarray:
+    original = pipeline.transformer
+    if strategy is not None:
+        fxpass.parallelize(pipeline, 2, strategy=strategy, executor="lockstep")
+    try:
+        return pipeline(ids, generator=torch.Generator().manual_seed(0), **options).images[0]
+    finally:
+        pipeline.transformer = original
