@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 import weakref
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -93,7 +94,13 @@ def parallelize(
     if not chosen.exact:
         references = [weakref.ref(module) for module in modules.values()]  # a scheduler keeps no workers alive
 
-        def begin() -> None:
+        def begin(steps: int) -> None:
+            if steps <= chosen.warmup_steps:
+                warnings.warn(
+                    f"{steps} timesteps with warmup_steps={chosen.warmup_steps}: all of them are exact, none is "
+                    f"{chosen.name}; give parallelize a smaller warmup_steps",
+                    stacklevel=4,
+                )
             for reference in references:
                 if (module := reference()) is not None:
                     module.reset()

@@ -17,8 +17,10 @@ def denoisers(pipeline: Any) -> list[str]:
     return [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
 
 
-def announce(pipeline: Any, begin: Callable[[], None]) -> None:
+def announce(pipeline: Any, begin: Callable[[int], None]) -> None:
     """Have `begin` called whenever the pipeline's scheduler is given its timesteps, as every generation does first.
+
+    It is told how many there are.
 
     A copy of the scheduler announces as well; one that the user puts in its place does not.
     """
@@ -30,8 +32,9 @@ def announce(pipeline: Any, begin: Callable[[], None]) -> None:
 
     @functools.wraps(plain)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        begin()
-        return plain(self, *args, **kwargs)
+        result = plain(self, *args, **kwargs)
+        begin(len(self.timesteps))
+        return result
 
     # a bound method: a deep copy of the scheduler has it bound to itself
     scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)  # type: ignore[union-attr]

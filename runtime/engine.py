@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,13 @@ class Engine:
         loaded = self.executor.load(plan, table.tensors(), call.tensors)
         warmup = plan.warmup_steps
         clock = None if warmup is None else Clock.of(plan.program, warmup)
+        if clock is not None and clock.timestep is None:
+            names = ", ".join(program.input_paths)
+            warnings.warn(
+                f"{type(self.model).__name__} has no input that is known to be a timestep (its inputs: {names}), so "
+                "nobody can tell its steps apart: all of them are exact",
+                stacklevel=6,
+            )
         entry = Entry(program, plan, loaded, table, clock)
         entries.append(entry)
         self._structure = Structure(self.model)

@@ -56,7 +56,7 @@ class ParallelModule(nn.Module):
         return dict(self._engine.executor.traffic)
 
     @property
-    def compiled(self) -> list[Report]:
+    def compile_reports(self) -> list[Report]:
         """With `compile=True`: the seconds that compiling took on this process's rank, and whether a cache had it."""
         return self._engine.compiled
 

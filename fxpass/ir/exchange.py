@@ -90,7 +90,7 @@ class Exchange:
 
     def keep(self, rank: int, received: Payloads) -> Payloads:
         """Of what `rank` received at an exact step, that which displaced steps read."""
-        return received
+        return [None] * self.world if self.fresh == "local" else received
 
     def kept(self, rank: int) -> int:
         """Bytes that `rank` keeps from one step to the next."""
@@ -203,8 +203,10 @@ class Fetch(Exchange):
             return received
         result: Payloads = []
         for part, fewer, payload in zip(self._routes[rank], self.steady._routes[rank], received, strict=True):
-            kept = payload is not None and bool(fewer.runs)
-            result.append(take(payload, self.dim, part.locate(fewer)).clone() if kept else None)
+            if payload is None or not fewer.runs:
+                result.append(None)
+            else:
+                result.append(take(payload, self.dim, part.locate(fewer)).clone())
         return result
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:

@@ -253,3 +253,40 @@ def test_what_follows_from_the_prompt_alone_travels_at_exact_steps_only() -> Non
         for prompt in (text, text + 1):  # another prompt is another context
             torch.testing.assert_close(module(sample, time, prompt), model(sample, time, prompt))
             torch.testing.assert_close(module(sample, time, prompt), model(sample, time, prompt))
+
+
+def test_a_prompt_of_another_length_begins_exactly() -> None:
+    torch.manual_seed(0)
+    model = Texted().eval()
+    module = fxpass.parallelize(model, 2, strategy="displaced", warmup_steps=1, executor="lockstep")
+    sample, text = torch.randn(2, 4, 16, 8), torch.randn(2, 256, 16)
+    with torch.no_grad():
+        for k, length in enumerate((256, 256, 192, 192)):
+            given = sample + 0.1 * k, torch.tensor([0.9 - 0.1 * k]), text[:, :length]
+            torch.testing.assert_close(module(*given), model(*given))
+
+
+@pytest.mark.parametrize("name", ["displaced", "corrected_async_gn", "stale_gn", "no_sync", "pcpp"])
+def test_what_is_kept_is_what_the_plan_says_and_does_not_grow(name: str) -> None:
+    model = block()
+    module = parallel(model, LockstepExecutor(2), replace(Strategy.of(name), warmup_steps=2))
+    for generation in range(200 if name == "displaced" else 3):
+        for call in steps(4, seed=generation % 3):
+            module(*call)
+        (entry,) = module._engine._all()
+        if generation == 1:
+            first = _kept(entry.loaded)
+    assert _kept(entry.loaded) == first
+    plan = entry.plan
+    declared = [e for _, some in exchanges_of(plan.graph) for e in some]
+    assert first == [sum(each.kept(rank) for each in declared) for rank in range(2)]
+
+
+def _kept(loaded: Any) -> list[int]:
+    """Bytes that each rank holds from step to step, witnesses of trends left out."""
+    sizes = [0, 0]
+    for pasts in (past for sites in loaded.pasts.values() for past in sites.values()):
+        for rank, past in enumerate(pasts):
+            payloads = [x for parts in (past.received, past.before or []) for part in parts for x in part]
+            sizes[rank] += sum(x.numel() * x.element_size() for x in [*payloads, *past.own] if x is not None)
+    return sizes

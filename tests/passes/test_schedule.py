@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -52,9 +53,6 @@ def test_nothing_is_added_or_lost_and_waits_come_as_late_as_they_can(name: str) 
     assert max(gaps) > 3  # K and V are under way while the queries are made
 
 
-getitem = __import__("operator").getitem
-
-
 def chain(length: int, every: int) -> fx.Graph:
     """A long model: an exchange after every so many operators, and a side branch that needs none."""
     graph = fx.Graph()
@@ -64,7 +62,8 @@ def chain(length: int, every: int) -> fx.Graph:
     for i in range(length):
         if i % every == 0:
             declared = Fetch("realign", (4, 3), torch.float32, 2, dim=0, have=full(4, 2), want=rows)
-            sent: Any = graph.call_function(ops.exchange, ((value,), (declared,)))
+            args: Any = ((value,), (declared,))
+            sent = graph.call_function(ops.exchange, args)
             value = graph.call_function(getitem, (sent, 0))
         elif i % 2:
             side = graph.call_function(aten.neg.default, (side,))

@@ -11,7 +11,7 @@ from fxpass.capture import capture
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.program import exchanges_of
 from fxpass.runtime.interpreter import RankProgram, drive
-from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.lockstep import LockstepExecutor, Silent
 from fxpass.runtime.structure import WeightTable
 from tests.runtime.plans import CutPlan, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 
@@ -92,4 +92,4 @@ def test_values_are_freed_after_their_last_use() -> None:
     code = RankProgram.of(graph, 0)
     assert len(re.findall(r"del v\d", code.source)) == 5  # all but what is returned
     assert "mid.block" in code.lines[-3]
-    assert drive(code.run([torch.zeros(2)]), lambda site, values: None)[0].tolist() == [5.0, 5.0]
+    assert drive(code.run([torch.zeros(2)]), Silent())[0].tolist() == [5.0, 5.0]

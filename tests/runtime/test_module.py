@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 import fxpass
@@ -360,3 +361,14 @@ def test_a_release_that_fails_still_closes_the_executor() -> None:
         module.close()
     assert closed == [True]
     assert module._engine.signatures == 0
+
+
+def test_a_stale_strategy_warns_where_all_steps_will_be_exact() -> None:
+    model = torch.nn.Conv2d(4, 4, 3, padding=1).eval()
+    module = fxpass.parallelize(model, 2, strategy="displaced", executor="lockstep")
+    with pytest.warns(UserWarning, match=r"no input that is known to be a timestep \(its inputs: input\)"):
+        module(torch.randn(1, 4, 16, 8))
+    pipeline = SimpleNamespace(unet=block(), scheduler=DDIMScheduler())
+    fxpass.parallelize(pipeline, 2, strategy="displaced", executor="lockstep")
+    with pytest.warns(UserWarning, match="4 timesteps with warmup_steps=5"):
+        pipeline.scheduler.set_timesteps(4)
