@@ -22,7 +22,7 @@ class Strategy:
         keys_values: keys and values of self-attention.
         moments: mean and variance of group norms.
         sums: other reductions over the split dim.
-        forecast: the largest share of a value's last change that may be expected to come again, 0 to 1; how much is,
+        forecast: the largest share of a halo's last change that may be expected to come again, 0 to 1; how much is,
             each rank measures on its own values.
         window: at displaced steps, tokens of each neighbour that attention sees, as a fraction of the neighbour's,
             above 0 and at most 1; several numbers hold for equal parts of the depth, first to last; None: all tokens

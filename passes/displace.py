@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.exchange import DISPLACED, Exchange, Fetch, Freshness, Moments
+from ..ir.exchange import DISPLACED, Exchange, Fetch, Freshness
 from ..ir.layout import Rows, full
 from ..ir.program import layout_of, shape_of
 
@@ -94,14 +94,17 @@ def _displaced(message: tuple[Exchange, ...], kinds: Kinds, *, steady: bool) -> 
     if steady:
         fresh = ["sync" if each == "sync" else "frozen" for each in fresh]
     return tuple(
-        replace(each, fresh=how, forecast=kinds.forecast if how == "predicted" or _forecast(each, how) else 0.0)
+        replace(each, fresh=how, forecast=kinds.forecast if _forecast(each, how) else 0.0)
         for each, how in zip(message, fresh, strict=True)
     )
 
 
 def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
-    """Whether the exchange is of values that may be extrapolated: squared deviations could become negative."""
-    return fresh == "stale" and not isinstance(exchange, Moments)
+    """Whether changes of the exchange are expected to go on: measured, that helps for halos and moments.
+
+    Keys and values pass a softmax, which turns small errors of what is large into other choices; theirs is not.
+    """
+    return fresh == "predicted" or (fresh == "stale" and exchange.role == "halo")
 
 
 def _owned(exchange: Exchange, unlike: bool) -> Exchange:
