@@ -13,10 +13,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench lint format train-demo clean
+.PHONY: help demo test slow bench bench-displaced bench-link lint format train-demo clean
 
 help:
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 .venv: .venv/.stamp
 .venv/.stamp: pyproject.toml
@@ -37,6 +37,12 @@ slow: .venv/.stamp  ## the slow tests: whole models, many ranks
 
 bench: .venv/.stamp  ## speed and traffic against the unsplit model
 	$(PY) -m benchmarks.run
+
+bench-displaced: .venv/.stamp  ## displaced steps against steps that exchange nothing
+	$(PY) -m benchmarks.displaced
+
+bench-link: .venv/.stamp  ## the share of their speed that steps keep over a slow link (needs root, ip and tc)
+	$(PY) -m benchmarks.link
 
 lint: .venv/.stamp  ## ruff and pyright
 	$(PY) -m ruff check .

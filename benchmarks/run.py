@@ -14,22 +14,20 @@ Four things take turns in every round, so that whatever else the machine does hi
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import fxpass
+from benchmarks.harness import Stepper, heading, on_two_processes, spread
 from benchmarks.models import MODELS
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.executor import EXACT
-from fxpass.runtime.interpreter import Site, drive
 
 NAMES = ("plain", "captured", "split", "ceiling")
 
@@ -39,19 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args()
-    if "RANK" not in os.environ:
-        from torch.distributed.run import main as torchrun
-
-        os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        torchrun(["--nproc-per-node", "2", "-m", "benchmarks.run", *sys.argv[1:]])
-        return
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for name in options.models:
-        report = measure(name, options.rounds)
-        if dist.get_rank() == 0:
-            print(report, flush=True)
-    dist.destroy_process_group()
+    on_two_processes("benchmarks.run", (measure(name, options.rounds) for name in options.models))
 
 
 @torch.no_grad()
@@ -60,7 +46,7 @@ def measure(name: str, rounds: int) -> str:
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     model.eval()
-    parallel = fxpass.parallelize(model, 2, executor="distributed")
+    parallel: Any = fxpass.parallelize(model, 2, executor="distributed")
     alone = fxpass.parallelize(model, 1, executor="lockstep")
     rank = dist.get_rank()
     runs: dict[str, Callable[[], Any]] = {
@@ -69,7 +55,7 @@ def measure(name: str, rounds: int) -> str:
         "split": lambda: parallel(**inputs),
     }
     first = runs["split"]()[0]
-    runs["ceiling"] = _without_exchanges(parallel, model, inputs)
+    runs["ceiling"] = Stepper(DistributedExecutor(2), parallel.plan, model, inputs).without_exchanges(EXACT)
     difference = ((first - runs["plain"]()[0]).abs().max() / first.abs().max()).item()
     seconds: dict[str, list[float]] = {key: [] for key in NAMES}
     for turn in range(rounds + 1):
@@ -83,50 +69,14 @@ def measure(name: str, rounds: int) -> str:
                 dist.barrier()
             if turn:  # the first turn warms up
                 seconds[key].append(time.perf_counter() - started)
-    parameters = sum(p.numel() for p in model.parameters())
-    return _report(name, parameters, parallel.plan, difference, seconds) if rank == 0 else ""
+    return _report(name, model, parallel.plan, difference, seconds) if rank == 0 else ""
 
 
-def _without_exchanges(parallel: Any, model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
-    """This rank's program, with each exchange's results as an earlier call left them."""
-    loaded, weights, tensors = _loaded(parallel, model, inputs)
-    kept: dict[int, list[Tensor]] = {}
-    exchange = loaded.sessions.exchange(EXACT)
-
-    def keep(site: Site, values: list[Tensor]) -> None:
-        exchange(site, values)
-        kept[site.index] = [value.clone() for value in values]
-
-    def replace(site: Site, values: list[Tensor]) -> None:
-        values[:] = kept[site.index]
-
-    def run(answer: Callable[[Site, list[Tensor]], None]) -> list[Tensor]:
-        return drive(loaded.bound.code.run(loaded.bound.values(weights, tensors)), answer)
-
-    run(keep)
-    return lambda: run(replace)
-
-
-def _loaded(parallel: Any, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, list[Tensor], list[Tensor]]:
-    from fxpass.capture import Call
-    from fxpass.runtime.structure import WeightTable
-
-    plan = parallel.plan
-    call = Call.of(model, (), inputs)
-    weights = WeightTable(model, list(plan.program.weights.values())).tensors()
-    executor = DistributedExecutor(2)
-    executor.begin()
-    return executor.load(plan, weights, call.tensors), weights, list(call.tensors)
-
-
-def _report(name: str, parameters: int, plan: Any, difference: float, seconds: dict[str, list[float]]) -> str:
+def _report(name: str, model: nn.Module, plan: Any, difference: float, seconds: dict[str, list[float]]) -> str:
     median = {key: statistics.median(values) for key, values in seconds.items()}
-    lines = [
-        f"{name}: {parameters / 1e6:.0f} M parameters, torch {torch.__version__}, {len(seconds['plain'])} rounds, "
-        f"medians (min–max) in seconds"
-    ]
+    lines = [heading(name, model, f"{len(seconds['plain'])} rounds, medians (min–max) in seconds")]
     shares = [ceiling / split for ceiling, split in zip(seconds["ceiling"], seconds["split"], strict=True)]
-    lines += [f"  {key:<9} {median[key]:7.3f}  ({min(v):.3f}–{max(v):.3f})" for key, v in seconds.items()]
+    lines += [f"  {key:<9} {spread(values)}" for key, values in seconds.items()]
     received = sum(plan.bytes_received_per_rank[0].values()) / 1e6
     lines += [
         f"  speed-up of two ranks   {median['plain'] / median['split']:.3f}"

@@ -1,0 +1,209 @@
+"""What the benchmarks share: processes, a plan whose steps are run by hand, turns, statistics."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fxpass
+from benchmarks.models import MODELS
+from fxpass.capture import Call
+from fxpass.ir.inputs import moving
+from fxpass.runtime.distributed import DistributedExecutor
+from fxpass.runtime.executor import EXACT, Step
+from fxpass.runtime.interpreter import Site, Transport, drive
+from fxpass.runtime.structure import WeightTable
+
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+DRIFT = 0.02  #: how far the sample moves from step to step, in standard deviations
+RESAMPLED = 10_000  #: draws of a bootstrap
+DISPLACED = Step(exact=False, pace=1.0)  #: timesteps are evenly spaced, so that values are forecast
+
+
+def on_two_processes(module: str, reports: Iterable[str]) -> None:
+    """Start `python -m module` again as two processes of torchrun; in these, print what rank 0 reports.
+
+    Args:
+        reports: made one by one, on both ranks.
+    """
+    if "RANK" in os.environ:
+        take_part(reports)
+        return
+    from torch.distributed.run import main as torchrun
+
+    os.environ |= RANK_ENVIRONMENT
+    torchrun(["--nproc-per-node", "2", "-m", module, *sys.argv[1:]])
+
+
+def take_part(reports: Iterable[str]) -> None:
+    """Be a rank of the process group that the environment names."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for report in reports:
+        if dist.get_rank() == 0:
+            print(report, flush=True)
+    dist.destroy_process_group()
+
+
+class Stepper:
+    """This rank's part of a plan. Each step is given another sample, the same on all ranks."""
+
+    def __init__(
+        self, executor: DistributedExecutor, plan: fxpass.Plan, model: nn.Module, inputs: dict[str, Any]
+    ) -> None:
+        self.plan = plan
+        self.executor = executor
+        self.weights = WeightTable(model, list(plan.program.weights.values())).tensors()
+        self._tensors = list(Call.of(model, (), inputs).tensors)
+        executor.begin()
+        self.loaded = executor.load(plan, self.weights, self._tensors)
+        found = moving(plan.program)
+        assert found is not None, "the model has no timestep"
+        self._place = found.sample
+        sample = self._tensors[self._place]
+        noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(1))
+        self._samples = itertools.cycle([sample + i * DRIFT * noise for i in range(8)])
+
+    def tensors(self) -> list[Tensor]:
+        """The next step's inputs."""
+        self._tensors[self._place] = next(self._samples)
+        return self._tensors
+
+    def exact(self) -> list[Tensor]:
+        return self.loaded.run(self.weights, self.tensors(), EXACT)
+
+    def displaced(self) -> list[Tensor]:
+        return self.loaded.run(self.weights, self.tensors(), DISPLACED)
+
+    def drive(self, transport: Transport) -> list[Tensor]:
+        """This rank's program, with its exchanges performed by `transport`."""
+        bound = self.loaded.bound
+        return drive(bound.code.run(bound.values(self.weights, self.tensors())), transport)
+
+    def without_exchanges(self, step: Step) -> Callable[[], list[Tensor]]:
+        """This rank's program, with each exchange's results as `step`, run now, leaves them."""
+        keeping = Keeping(self.loaded.sessions.at(step))
+        self.drive(keeping)
+        kept = Kept(keeping.results)
+        return lambda: self.drive(kept)
+
+    def received(self, step: Callable[[], Any]) -> dict[str, int]:
+        """Bytes that this rank is sent in one `step`, by role."""
+        before = dict(self.executor.traffic)
+        step()
+        change = {role: count - before.get(role, 0) for role, count in self.executor.traffic.items()}
+        return {role: count for role, count in change.items() if count}
+
+
+class Keeping:
+    """A transport whose results are kept."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.results: dict[Site, list[Tensor]] = {}
+
+    def launch(self, site: Site, values: list[Tensor]) -> None:
+        self.transport.launch(site, values)
+
+    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
+        results = self.transport.wait(site, values)
+        self.results[site] = [result.clone() for result in results]
+        return results
+
+
+class Kept:
+    """No transport: the results are given."""
+
+    def __init__(self, results: dict[Site, list[Tensor]]) -> None:
+        self.results = results
+
+    def launch(self, site: Site, values: list[Tensor]) -> None:
+        pass
+
+    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
+        return self.results[site]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that takes turns with others."""
+
+    step: Callable[[], Any]
+    settle: Callable[[], Any] | None = None  #: run after each turn: receives what the last step has left under way
+
+    def turn(self, steps: int) -> float:
+        """Seconds per step, on the slower rank, of `steps` steps that follow another one at once."""
+        dist.barrier()
+        self.step()
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        seconds = torch.tensor((time.perf_counter() - began) / steps, dtype=torch.float64)
+        if self.settle:
+            self.settle()
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return seconds.item()
+
+
+def steppers(name: str, strategies: tuple[str, ...]) -> tuple[nn.Module, dict[str, Stepper]]:
+    """A model of `MODELS`, and its plan for two ranks by each strategy."""
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    model.eval()
+    program = fxpass.capture(model, **inputs)
+    executor = DistributedExecutor(2)
+    plans = {strategy: fxpass.plan(program, world_size=2, strategy=strategy) for strategy in strategies}
+    return model, {strategy: Stepper(executor, plan, model, inputs) for strategy, plan in plans.items()}
+
+
+def contenders(ready: dict[str, Stepper]) -> dict[str, Contender]:
+    """By strategy, steady steps."""
+    found: dict[str, Contender] = {}
+    for strategy, stepper in ready.items():
+        stepper.exact()
+        stale = not stepper.plan.strategy.exact
+        found[strategy] = Contender(stepper.displaced, stepper.exact) if stale else Contender(stepper.exact)
+    return found
+
+
+def in_turns(contenders: dict[str, Contender], turn: int, steps: int) -> dict[str, float]:
+    """One turn of each, from another one on each time: seconds per step."""
+    names = list(contenders)
+    first = turn % len(names)
+    return {name: contenders[name].turn(steps) for name in [*names[first:], *names[:first]]}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, smallest and largest."""
+    return f"{statistics.median(values):7.3f}  ({min(values):.3f}–{max(values):.3f})"
+
+
+def paired(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
+    """The median over rounds of their ratios, and its 95 % bootstrap interval."""
+    ratios = np.asarray(numerators) / np.asarray(denominators)
+    drawn = np.random.default_rng(0).choice(ratios, (RESAMPLED, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> str:
+    """`paired` as text."""
+    middle, low, high = paired(numerators, denominators)
+    return f"{middle:.3f}  (95 %: {low:.3f}–{high:.3f})"
+
+
+def heading(name: str, model: nn.Module, rounds: str) -> str:
+    """The first line of a report."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{name}: {parameters / 1e6:.0f} M parameters, torch {torch.__version__}, {rounds}"

@@ -1,0 +1,240 @@
+"""Two displaced steps in a row, message by message: launched in one step, awaited in the next.
+
+The lanes of a session are wrapped, so that each use of one is written down. All clocks are the machine's monotonic one,
+so that what several ranks wrote down fits together.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.harness import DISPLACED, Stepper
+from fxpass.ir.exchange import Exchange, Payloads
+from fxpass.runtime.collectives import ExactStep
+from fxpass.runtime.executor import EXACT
+from fxpass.runtime.interpreter import Site, Transport
+from fxpass.runtime.messages import Lane
+from fxpass.runtime.process_group import GroupLane
+
+now = time.monotonic
+CONTEXT = 1  #: whose session is watched: not the one that other steps use
+
+
+@dataclass
+class Flight:
+    """One exchange node's messages of one step, as one rank sees them. Times in seconds."""
+
+    node: str
+    role: str
+    received: int  #: bytes
+    began: float  #: this rank's part is written from here …
+    launched: float  #: … to here
+    arrived: float | None = None  #: the others' parts are here
+    awaited: float | None = None  #: they are asked for from here …
+    taken: float | None = None  #: … to here
+
+    @property
+    def blocked(self) -> float:
+        """Seconds that the wait took; 0 if nothing has waited."""
+        return 0.0 if self.awaited is None or self.taken is None else self.taken - self.awaited
+
+
+@dataclass
+class Span:
+    """A piece of a rank's time."""
+
+    name: str
+    began: float
+    ended: float
+    role: str = ""  #: of an exchange
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+
+@dataclass
+class Log:
+    """What one rank wrote down."""
+
+    steps: list[Span] = field(default_factory=list)
+    exchanges: list[Span] = field(default_factory=list)  #: waiting, unpacking, packing, launching
+    flights: list[Flight] = field(default_factory=list)
+
+    def clear(self) -> None:
+        for kind in (self.steps, self.exchanges, self.flights):
+            kind.clear()
+
+
+class WatchedLane:
+    """A lane, with its uses written down."""
+
+    def __init__(self, lane: Lane, node: str, exchanges: Sequence[Exchange], rank: int, log: Log) -> None:
+        self.lane = lane
+        self.node = node
+        self.role = exchanges[0].role
+        self.size = sum(exchange.received(rank) for exchange in exchanges)
+        self.log = log
+        self.last: Flight | None = None
+
+    def send(self, packed: list[Payloads]) -> None:
+        began = now()
+        self.lane.send(packed)
+        flight = Flight(self.node, self.role, self.size, began, now())
+        if isinstance(self.lane, GroupLane):
+
+            def arrived(_: Any) -> None:
+                flight.arrived = now()
+
+            self.lane._work.get_future().add_done_callback(arrived)
+        self.last = flight
+        self.log.flights.append(flight)
+
+    def receive(self) -> list[Payloads]:
+        awaited = now()
+        received = self.lane.receive()
+        if self.last is not None:
+            self.last.awaited, self.last.taken = awaited, now()
+        return received
+
+    def done(self) -> None:
+        self.lane.done()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What all ranks wrote down."""
+
+    logs: list[Log]
+
+    def __post_init__(self) -> None:
+        """Through shared memory a message has arrived when its sender has written it."""
+        for log in self.logs:
+            for i, flight in enumerate(log.flights):
+                others = [other.flights[i].launched for other in self.logs if other is not log]
+                if flight.arrived is None:
+                    flight.arrived = max(others)
+
+    def written(self, file: Path, what: str) -> str:
+        """Write `chrome()` beside `file`, with `what` added to its name; `table()`."""
+        place = file.with_stem(f"{file.stem}-{what}")
+        place.write_text(self.chrome())
+        return f"{place}\n{self.table()}"
+
+    def table(self) -> str:
+        """Rank 0's messages of the first step, in ms since it began."""
+        log = self.logs[0]
+        first, second = log.steps
+
+        def ms(moment: float | None) -> str:
+            return f"{'':>10}" if moment is None else f"{1e3 * (moment - first.began):10.1f}"
+
+        flights = [flight for flight in log.flights if flight.began < first.ended]
+        names = f"{'launched':>10} {'arrived':>10} {'awaited':>10} {'blocked':>9}"
+        lines = [f"  {'message':<16} {'role':<12} {'KB':>8} {names}   (ms)"]
+        lines += [
+            f"  {f.node:<16} {f.role:<12} {f.received / 1e3:8.1f} {ms(f.launched)} {ms(f.arrived)} {ms(f.awaited)}"
+            f" {1e3 * f.blocked:9.2f}"
+            for f in flights
+        ]
+        stale = [f for f in flights if f.awaited is not None and f.awaited > first.ended]
+        early = sum(f.arrived is not None and f.awaited is not None and f.arrived <= f.awaited for f in stale)
+        lines += [
+            f"  steps of {1e3 * first.seconds:.0f} and {1e3 * second.seconds:.0f} ms;"
+            f" {len(stale)} messages are awaited a step later, {early} of them had arrived by then",
+            f"  {'in the second step, ms':<29} {'blocked':>10} {'launches':>10} {'all':>10}   (of its exchanges)",
+        ]
+        spans = [span for span in log.exchanges if span.began >= second.began]
+        for role in dict.fromkeys(span.role for span in spans):
+            used = [f for f in log.flights if f.role == role]
+            blocked = sum(f.blocked for f in used if f.awaited is not None and f.awaited >= second.began)
+            launches = sum(f.launched - f.began for f in used if f.began >= second.began)
+            whole = sum(span.seconds for span in spans if span.role == role)
+            lines.append(f"    {role:<27} {1e3 * blocked:10.1f} {1e3 * launches:10.1f} {1e3 * whole:10.1f}")
+        return "\n".join(lines)
+
+    def chrome(self) -> str:
+        """JSON in Chrome's trace format, for https://ui.perfetto.dev: a process per rank, a bar per message."""
+        start = min(log.steps[0].began for log in self.logs)
+        events: list[dict[str, Any]] = []
+
+        def at(moment: float) -> float:
+            return round(1e6 * (moment - start), 1)  # microseconds
+
+        for rank, log in enumerate(self.logs):
+
+            def span(name: str, category: str, began: float, ended: float, rank: int = rank) -> dict[str, Any]:
+                times = {"ts": at(began), "dur": round(1e6 * (ended - began), 1)}
+                return {"name": name, "cat": category, "ph": "X", "pid": rank, "tid": 0, **times}
+
+            events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})
+            events += [span(each.name, "step", each.began, each.ended) for each in log.steps]
+            events += [span(each.name, "exchange", each.began, each.ended) for each in log.exchanges]
+            for i, flight in enumerate(log.flights):
+                events.append(span("launch", flight.role, flight.began, flight.launched))
+                if flight.awaited is not None and flight.taken is not None:
+                    events.append(span("wait", flight.role, flight.awaited, flight.taken))
+                if flight.arrived is not None:
+                    bar = {"name": flight.node, "cat": "message", "id": f"{rank}.{i}", "pid": rank, "tid": 0}
+                    events.append({**bar, "ph": "b", "ts": at(flight.began), "args": {"bytes": flight.received}})
+                    events.append({**bar, "ph": "e", "ts": at(max(flight.arrived, flight.began))})
+        return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+
+
+class Watched:
+    """A transport, with its acts written down."""
+
+    def __init__(self, transport: Transport, log: Log) -> None:
+        self.transport = transport
+        self.log = log
+
+    def launch(self, site: Site, values: list[Tensor]) -> None:
+        began = now()
+        self.transport.launch(site, values)
+        self._write("launch", site, began)
+
+    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
+        began = now()
+        results = self.transport.wait(site, values)
+        self._write("wait", site, began)
+        return results
+
+    def _write(self, act: str, site: Site, began: float) -> None:
+        self.log.exchanges.append(Span(f"{act} {site.name}", began, now(), site.exchanges[0].role))
+
+
+@torch.no_grad()
+def trace(stepper: Stepper) -> Trace | None:
+    """Run an exact and three displaced steps, and write down the last two; None but on rank 0."""
+    log, rank = Log(), dist.get_rank()
+    exact, displaced = (stepper.loaded.sessions.at(replace(step, context=CONTEXT)) for step in (EXACT, DISPLACED))
+    assert isinstance(exact, ExactStep)
+    for site, link in exact.links.items():
+        for way in (link.now, link.steady):
+            if way is not None and way.lane is not None and not isinstance(way.lane, WatchedLane):
+                way.lane = WatchedLane(way.lane, site.name, way.exchanges, rank, log)
+    stepper.drive(exact)
+    stepper.drive(displaced)
+    log.clear()
+    watched = Watched(displaced, log)
+    for name in ("displaced step", "displaced step, the next"):
+        began = now()
+        stepper.drive(watched)
+        log.steps.append(Span(name, began, now()))
+    written = Log(log.steps, log.exchanges, list(log.flights))
+    stepper.drive(exact)  # receives what is under way
+    for flight in written.flights:
+        if flight.awaited is not None and flight.awaited > log.steps[-1].ended:
+            flight.awaited = flight.taken = None
+    logs: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+    dist.gather_object(written, logs)
+    return Trace(logs) if logs else None

@@ -1,0 +1,59 @@
+"""The emulated link is skipped with a reason where it cannot be, and leaves nothing behind where it can."""
+
+import subprocess
+
+import pytest
+
+from benchmarks import link
+
+needs_link = pytest.mark.skipif(link.missing() is not None, reason=link.missing() or "")
+
+
+def existing() -> set[str]:
+    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
+    return {line.split()[0] for line in listed.splitlines()}
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link.sys, "platform", "linux")
+    monkeypatch.setattr(link.shutil, "which", lambda tool: None if tool == "tc" else tool)
+    assert link.missing() == "tc not found; apt-get install iproute2"
+    monkeypatch.setattr(link.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(link.os, "geteuid", lambda: 1000)
+    assert link.missing() == "network namespaces need root"
+
+
+def test_a_command_that_fails_is_a_reason_to_skip(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = link.run
+    monkeypatch.setattr(link, "run", lambda *_: run("ls", "/nowhere"))
+    monkeypatch.setattr(link, "delete", lambda namespace: None)
+    assert link.run_ranks() == 0
+    assert capsys.readouterr().out.startswith("skipped: `ls /nowhere` failed: ls: ")
+
+
+def test_rates_are_read_as_tc_writes_them() -> None:
+    assert (link.bits("300mbit"), link.bits("1gbit")) == (3e8, 1e9)
+    with pytest.raises(ValueError, match="not '3 furlongs'"):
+        link.bits("3 furlongs")
+
+
+@needs_link
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_dies_takes_the_other_and_the_namespaces_with_it(
+    dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, started, seen = existing(), [], set()
+
+    def start(rank: int, namespace: str) -> subprocess.Popen[bytes]:
+        seen.update(existing() - before)
+        task = ["sh", "-c", "exit 3"] if rank == dead else ["sleep", "60"]
+        started.append(subprocess.Popen(["ip", "netns", "exec", namespace, *task]))
+        return started[-1]
+
+    monkeypatch.setattr(link, "start", start)
+    assert link.run_ranks() != 0
+    assert len(seen) == 2
+    assert [rank.returncode for rank in started] == [3 if rank == dead else -15 for rank in range(2)]
+    assert not existing() & seen

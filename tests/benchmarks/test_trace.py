@@ -1,0 +1,35 @@
+"""What two ranks wrote down becomes one table and one file."""
+
+import json
+
+from benchmarks.trace import Flight, Log, Span, Trace
+
+
+def log(lead: float) -> Log:
+    """Two steps of one second with a message each, of a rank that is `lead` seconds ahead."""
+    first = Flight("halo_1", "halo", 1000, 0.3 - lead, 0.4 - lead, awaited=1.3, taken=1.35)
+    second = Flight("halo_1", "halo", 1000, 1.4 - lead, 1.5 - lead)
+    exchanges = [Span("halo_1", 0.2, 0.4, "halo"), Span("halo_1", 1.3, 1.5, "halo")]
+    return Log([Span("one", 0.0, 1.0), Span("two", 1.0, 2.0)], exchanges, [first, second])
+
+
+def test_through_shared_memory_a_message_arrives_when_its_sender_has_written_it() -> None:
+    trace = Trace([log(0.0), log(0.1)])
+    assert [flight.arrived for flight in trace.logs[0].flights] == [0.4 - 0.1, 1.5 - 0.1]
+    assert [flight.arrived for flight in trace.logs[1].flights] == [0.4, 1.5]
+
+
+def test_the_table_tells_how_long_each_wait_was() -> None:
+    table = Trace([log(0.0), log(0.1)]).table().splitlines()
+    assert table[1].split() == ["halo_1", "halo", "1.0", "400.0", "300.0", "1300.0", "50.00"]
+    assert "1 messages are awaited a step later, 1 of them had arrived by then" in table[2]
+    assert table[-1].split() == ["halo", "50.0", "100.0", "200.0"]
+
+
+def test_the_file_has_a_bar_for_each_message_of_each_rank() -> None:
+    events = json.loads(Trace([log(0.0), log(0.1)]).chrome())["traceEvents"]
+    bars = [(event["pid"], event["ts"]) for event in events if event["ph"] == "b"]
+    ends = [(event["pid"], event["ts"]) for event in events if event["ph"] == "e"]
+    assert [rank for rank, _ in bars] == [rank for rank, _ in ends] == [0, 0, 1, 1]
+    assert all(began <= ended for (_, began), (_, ended) in zip(bars, ends, strict=True))
+    assert {event["pid"] for event in events if event["name"] == "wait"} == {0, 1}
