@@ -35,7 +35,7 @@ def moving(program: Program) -> Moving | None:
         if len(shape_of(node)) <= 1 and TIMESTEP.search(path)
     ]
     (output,) = program.graph.find_nodes(op="output")
-    outputs: Sequence[Any] = tuple(output.args[0])  # type: ignore[arg-type]
+    outputs: Sequence[Any] = tuple(output.args[0])
     if not times or not outputs:
         return None
     return Moving(times[0], _most_like(outputs[0], inputs))
