@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness import DISPLACED, Stepper
 from fxpass.ir.exchange import Exchange, Payloads
-from fxpass.runtime.collectives import ExactStep
+from fxpass.runtime.collectives import ExactStep, Way
 from fxpass.runtime.executor import EXACT
 from fxpass.runtime.interpreter import Site, Transport
 from fxpass.runtime.messages import Lane
@@ -218,10 +218,12 @@ def trace(stepper: Stepper) -> Trace | None:
     log, rank = Log(), dist.get_rank()
     exact, displaced = (stepper.loaded.sessions.at(replace(step, context=CONTEXT)) for step in (EXACT, DISPLACED))
     assert isinstance(exact, ExactStep)
+    watching: list[tuple[Way, WatchedLane]] = []
     for site, link in exact.links.items():
         for way in (link.now, link.steady):
             if way is not None and way.lane is not None and not isinstance(way.lane, WatchedLane):
                 way.lane = WatchedLane(way.lane, site.name, way.exchanges, rank, log)
+                watching.append((way, way.lane))
     stepper.drive(exact)
     stepper.drive(displaced)
     log.clear()
@@ -232,6 +234,8 @@ def trace(stepper: Stepper) -> Trace | None:
         log.steps.append(Span(name, began, now()))
     written = Log(log.steps, log.exchanges, list(log.flights))
     stepper.drive(exact)  # receives what is under way
+    for way, watched_lane in watching:
+        way.lane = watched_lane.lane
     for flight in written.flights:
         if flight.awaited is not None and flight.awaited > log.steps[-1].ended:
             flight.awaited = flight.taken = None
