@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -94,16 +95,19 @@ def parallelize(
     if not chosen.exact:
         references = [weakref.ref(module) for module in modules.values()]  # a scheduler keeps no workers alive
 
-        def begin(steps: int) -> None:
-            if steps <= chosen.warmup_steps:
+        def begin(timesteps: Sequence[float]) -> None:
+            if len(timesteps) <= chosen.warmup_steps + chosen.cooldown_steps:
+                last = (
+                    f" and the last {chosen.cooldown_steps} exact by {chosen.name!r}" if chosen.cooldown_steps else ""
+                )
                 warnings.warn(
-                    f"{steps} timesteps with warmup_steps={chosen.warmup_steps}: all of them are exact, none is "
-                    f"{chosen.name}; give parallelize a smaller warmup_steps",
+                    f"{len(timesteps)} timesteps with warmup_steps={chosen.warmup_steps}{last}: all of them are exact, "
+                    f"none is {chosen.name}; give parallelize a smaller warmup_steps",
                     stacklevel=4,
                 )
             for reference in references:
                 if (module := reference()) is not None:
-                    module.reset()
+                    module.reset(timesteps)
 
         announce(model_or_pipeline, begin)
     return model_or_pipeline

@@ -129,9 +129,9 @@ class Plan:
         return tuple(sum(each.declared.kept(rank) for each in self.exchanges) for rank in range(self.world_size))
 
     @property
-    def warmup_steps(self) -> int | None:
-        """Exact steps at the beginning of a generation; None if all steps are exact."""
-        return None if self.strategy.exact else self.strategy.warmup_steps
+    def exact_steps(self) -> tuple[int, int] | None:
+        """Exact steps at the beginning of a generation and at its end; None if all steps are exact."""
+        return None if self.strategy.exact else (max(1, self.strategy.warmup_steps), self.strategy.cooldown_steps)
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""

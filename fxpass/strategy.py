@@ -28,6 +28,8 @@ class Strategy:
             above 0 and at most 1; several numbers hold for equal parts of the depth, first to last; None: all tokens
             of all ranks.
         warmup_steps: exact steps before the first stale one; there is always one.
+        cooldown_steps: exact steps at the end of a generation, whose errors no later step mends. There are none where
+            nobody says which timesteps there will be: pipelines do, and `ParallelModule.reset`.
 
     Raises:
         ValueError: a field has no such value.
@@ -41,6 +43,7 @@ class Strategy:
     forecast: float = 0.0
     window: float | tuple[float, ...] | None = None
     warmup_steps: int = 0
+    cooldown_steps: int = 0
 
     def __post_init__(self) -> None:
         for kind in ("halo", "keys_values", "moments", "sums"):
@@ -59,8 +62,10 @@ class Strategy:
             raise ValueError(
                 f"Strategy.window is for stale keys and values, and Strategy.keys_values is {self.keys_values!r}"
             )
-        if self.warmup_steps < 0:
-            raise ValueError(f"Strategy.warmup_steps is a number of steps, not {self.warmup_steps!r}")
+        for name in ("warmup_steps", "cooldown_steps"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(f"Strategy.{name} is a number of steps, not {count!r}")
 
     @property
     def windows(self) -> tuple[float, ...]:
@@ -104,14 +109,14 @@ def _number(value: Any) -> bool:
 
 
 def _stale(name: str, moments: Freshness, *, kept: Freshness = "stale", **more: Any) -> Strategy:
-    return Strategy(name, kept, kept, moments, kept, warmup_steps=5, **more)
+    return Strategy(name, kept, kept, moments, kept, **{"warmup_steps": 5} | more)
 
 
 PRESETS: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy(),
-        _stale("displaced", "predicted", forecast=1.0),
+        _stale("displaced", "predicted", forecast=1.0, warmup_steps=4, cooldown_steps=1),
         _stale("corrected_async_gn", "corrected"),
         _stale("stale_gn", "stale"),
         _stale("sync_gn", "sync"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,10 +17,10 @@ def denoisers(pipeline: Any) -> list[str]:
     return [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
 
 
-def announce(pipeline: Any, begin: Callable[[int], None]) -> None:
+def announce(pipeline: Any, begin: Callable[[Sequence[float]], None]) -> None:
     """Have `begin` called whenever the pipeline's scheduler is given its timesteps, as every generation does first.
 
-    It is told how many there are.
+    It is told which.
 
     A copy of the scheduler announces as well; one that the user puts in its place does not.
     """
@@ -33,7 +33,7 @@ def announce(pipeline: Any, begin: Callable[[int], None]) -> None:
     @functools.wraps(plain)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = plain(self, *args, **kwargs)
-        begin(len(self.timesteps))
+        begin([float(each) for each in self.timesteps])
         return result
 
     # a bound method: a deep copy of the scheduler has it bound to itself

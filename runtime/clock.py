@@ -9,6 +9,9 @@ prompt. A call continues its context if
 
 Otherwise a generation begins, whose first `warmup_steps` calls are exact. All ranks are given the same inputs, so they
 decide alike. What cannot be told: two generations of one prompt and one seed that take turns in one module.
+
+Its last `cooldown_steps` timesteps are exact as well, where it is known which those are: `restart` was told what
+timesteps there will be, and the model's is one of them.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from .executor import EXACT, Step
 CONTEXTS = 4  #: kept at once; guidance has two or three branches
 RECENT = 8  #: calls after which a context is taken to have been left
 LIKE = 0.5  #: correlation of a sample with the one before; independent noise has 0, most samplers' steps above 0.9
-
-
+UNITS = (1.0, 1e-3)  #: what pipelines multiply the scheduler's timesteps by before they give them to the model
+SAME = 0.01  #: two timesteps are one if they differ by less, relatively: a half-precision one has 8 bits
 FASTEST = 2.0  #: a longer step is forecast as if it were so many times as long as the last
 
 
@@ -43,6 +46,7 @@ class Context:
     steps: int = 1  #: calls of this generation so far
     repeated: bool = False  #: its last timestep was the one before
     stride: float = 0.0  #: by how much the timestep fell at its last call; 0 at the first
+    final: list[float] = field(default_factory=list)  #: the timesteps at its end that are exact
 
 
 @dataclass
@@ -53,21 +57,25 @@ class Clock:
         timestep: which input is the timestep; None if no input is known to be one: then every step is exact.
         sample: which input is the sample.
         warmup_steps: exact steps at the beginning of a generation, at least one.
+        cooldown_steps: exact steps at its end.
+        timesteps: those of the generation, as its scheduler has them; empty if they are not known.
     """
 
     timestep: int | None
     sample: int
     warmup_steps: int
+    cooldown_steps: int = 0
+    timesteps: Sequence[float] = ()
     contexts: list[Context] = field(default_factory=list)
     calls: int = 0
 
     @staticmethod
-    def of(program: Program, warmup_steps: int) -> Clock:
+    def of(program: Program, warmup_steps: int, cooldown_steps: int = 0, timesteps: Sequence[float] = ()) -> Clock:
         """A clock for the inputs of a program."""
         found = moving(program)
         if found is None:
             return Clock(None, 0, warmup_steps)
-        return Clock(found.timestep, found.sample, max(1, warmup_steps))
+        return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps, timesteps)
 
     def step(self, tensors: Sequence[Tensor]) -> Step:
         """How to run a call with these inputs."""
@@ -91,12 +99,27 @@ class Clock:
         self.contexts.remove(context)
         self.contexts.append(context)  # the latest last
         context.timestep, context.sample, context.call = time, sample.clone(), self.calls
-        return Step(context.number, context.steps <= self.warmup_steps, pace)
+        if context.steps == 1:
+            context.final = self._final(time)
+        final = any(_same(_mean(time), each) for each in context.final)
+        return Step(context.number, context.steps <= self.warmup_steps or final, pace)
 
-    def restart(self) -> None:
-        """A generation begins: no earlier state is read."""
+    def restart(self, timesteps: Sequence[float] = ()) -> None:
+        """A generation begins, with these timesteps if any are known: no earlier state is read."""
+        self.timesteps = timesteps
         for context in self.contexts:
             context.call = -RECENT
+
+    def _final(self, time: list[float]) -> list[float]:
+        """The last timesteps, in the model's unit, of a generation that begins at `time`; empty if not known."""
+        if not time or not self.cooldown_steps or any(each != time[0] for each in time):
+            return []
+        for unit in UNITS:
+            left = sorted({each * unit for each in self.timesteps})
+            place = next((i for i, each in enumerate(left) if _same(each, time[0])), -1)
+            if place >= self.cooldown_steps:
+                return left[: self.cooldown_steps]
+        return []
 
     def _continues(self, context: Context, time: list[float], sample: Tensor) -> bool:
         falling = all(now <= then for now, then in zip(time, context.timestep, strict=True))
@@ -117,6 +140,10 @@ class Clock:
         context = Context(number, [tensor.clone() for tensor in conditioning], time, sample, self.calls)
         self.contexts.append(context)
         return context
+
+
+def _same(a: float, b: float) -> bool:
+    return abs(a - b) <= SAME * max(abs(a), abs(b))
 
 
 def _mean(time: list[float]) -> float:

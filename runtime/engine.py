@@ -48,6 +48,7 @@ class Engine:
         self._structure: Structure | None = None
         self._lock = threading.Lock()
         self._closed: str | None = None
+        self._timesteps: Sequence[float] = ()  # of the generation, as announced
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The model's output. Runs without autograd.
@@ -76,9 +77,10 @@ class Engine:
                 raise
             return _rebuilt(entry.plan.program, outputs)
 
-    def reset(self) -> None:
-        """A generation begins: the next step of every program is exact."""
+    def reset(self, timesteps: Sequence[float] = ()) -> None:
+        """A generation begins, with these timesteps if they are known: the next step of every program is exact."""
         with self._lock:
+            self._timesteps = timesteps
             self._restart()
 
     def close(self, why: str = "close() was called") -> None:
@@ -137,8 +139,8 @@ class Engine:
         while self.signatures >= SIGNATURES:
             self._evict()
         loaded = self.executor.load(plan, table.tensors(), call.tensors)
-        warmup = plan.warmup_steps
-        clock = None if warmup is None else Clock.of(plan.program, warmup)
+        exact = plan.exact_steps
+        clock = None if exact is None else Clock.of(plan.program, *exact, self._timesteps)
         if clock is not None and clock.timestep is None:
             names = ", ".join(program.input_paths)
             warnings.warn(
@@ -157,7 +159,7 @@ class Engine:
     def _restart(self) -> None:
         for entry in self._all():
             if entry.clock:
-                entry.clock.restart()
+                entry.clock.restart(self._timesteps)
 
     def _evict(self) -> None:
         key = next(key for key, entries in self._entries.items() if entries)

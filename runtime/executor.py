@@ -47,7 +47,7 @@ class PlanLike(Protocol):
     @property
     def fingerprint(self) -> Any: ...  # a str; type checkers do not take a cached property for one
     @property
-    def warmup_steps(self) -> int | None: ...
+    def exact_steps(self) -> tuple[int, int] | None: ...
 
 
 class Loaded(Protocol):

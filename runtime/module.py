@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .engine import Engine
 from .executor import PlanLike, Report
@@ -60,9 +60,15 @@ class ParallelModule(nn.Module):
         """With `compile=True`: the seconds that compiling took on this process's rank, and whether a cache had it."""
         return self._engine.compiled
 
-    def reset(self) -> None:
-        """A generation begins: the next step is exact, whatever came before."""
-        self._engine.reset()
+    def reset(self, timesteps: Sequence[float] | Tensor = ()) -> None:
+        """A generation begins: the next step is exact, whatever came before.
+
+        Args:
+            timesteps: those that the generation will have, as `scheduler.timesteps`. Only if they are known can its
+                last steps be exact, as the strategy's `cooldown_steps` asks. Pipelines given to `parallelize` say it by
+                themselves.
+        """
+        self._engine.reset([float(each) for each in timesteps])
 
     def close(self) -> None:
         """End the worker processes, if there are any. Later calls raise `RuntimeError`."""

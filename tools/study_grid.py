@@ -47,8 +47,9 @@ class Grid:
                         own = strategy.warmup_steps if warmup is None else warmup
                         exact = None if strategy.exact else max(1, own)  # there is always one
                         cell = Cell(
-                            subject.name, self.size, self.prompts, subject.digest, steps, ranks, strategy.name, exact
-                        )
+                            subject.name, self.size, self.prompts, subject.digest, steps, ranks, strategy.name, exact,
+                            strategy.cooldown_steps,
+                        )  # fmt: skip
                         found.setdefault(cell, strategy)
         return found
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import product
 from math import isnan, nan
 from pathlib import Path
@@ -31,14 +30,15 @@ PANEL = 192  #: pixels of width that a picture of a contact sheet is shown with 
 WORSE = "#b00020"
 
 HEADINGS = (
-    "steps", "ranks", "strategy", "warm-up", "PSNR, dB", "against {baseline}, dB", "SSIM", "feature distance",
+    "steps", "ranks", "strategy", "exact steps", "PSNR, dB", "against {baseline}, dB", "SSIM", "feature distance",
     "latent error", "right, split", "right, unsplit", "MB", "exposed MB",
 )  # fmt: skip
 
 NOTES = """\
 Every picture is compared with that of the unsplit model from the same prompt and the same noise. ± is half of the 95 %
 interval of the mean over the pictures (Student's t). *Against* is the mean difference of PSNR on the same pictures from
-the baseline strategy at the same steps, ranks and warm-up.
+the baseline strategy at the same steps, ranks and number of exact steps. **Exact steps**: at the beginning and at the
+end of a generation.
 
 - **PSNR, SSIM**: of the pictures. PSNR is capped at {cap:.0f} dB, which stands for "equal to rounding".
 - **Feature distance**: relative L2 distance of what the denoiser's middle block makes of the final latents.
@@ -108,20 +108,29 @@ def table(outcomes: Sequence[Outcome], pictures: dict[Cell, list[Picture]], base
 
 def _cells(outcome: Outcome, pictures: dict[Cell, list[Picture]], baseline: str) -> list[str]:
     cell, rows = outcome.cell, pictures.get(outcome.cell)
-    setting = [str(cell.steps), str(cell.ranks), cell.strategy, "–" if cell.warmup is None else str(cell.warmup)]
+    exact = "all" if cell.warmup is None else f"{cell.warmup} + {cell.cooldown}"
+    setting = [str(cell.steps), str(cell.ranks), cell.strategy, exact]
     if not rows or outcome.total_bytes_fp16 is None or outcome.exposed_bytes_fp16 is None:
         return setting + ["impossible"] + ["–"] * (len(HEADINGS) - 5)
     psnr = interval([row.psnr for row in rows])
     figures = [f"≥ {CAP:.0f}" if psnr[0] == CAP else _spread(psnr, 2)]
-    against = pictures.get(replace(cell, strategy=baseline))
-    comparable = against is not None and cell.warmup is not None and cell.strategy != baseline
-    figures.append(_spread(difference(rows, against), 2, sign="+") if comparable and against else "–")
+    against = [] if cell.warmup is None or cell.strategy == baseline else _of_baseline(cell, pictures, baseline)
+    figures.append(_spread(difference(rows, against), 2, sign="+") if against else "–")
     figures.append(_spread(interval([row.ssim for row in rows]), 4))
     figures += [_spread(interval([getattr(row, name) for row in rows]), None) for name in ("features", "latent")]
     for flags in ([row.right for row in rows], [row.right_unsplit for row in rows]):
         figures.append("–" if None in flags else f"{sum(map(bool, flags))} of {len(flags)}")
     megabytes = (outcome.total_bytes_fp16 / 1e6, outcome.exposed_bytes_fp16 / 1e6)
     return setting + figures + [f"{value:,.2f}" for value in megabytes]
+
+
+def _of_baseline(cell: Cell, pictures: dict[Cell, list[Picture]], baseline: str) -> list[Picture]:
+    """The pictures that a cell is compared with: the baseline's with as many exact steps."""
+    for other, rows in pictures.items():
+        same = (other.group, other.steps, other.ranks, other.exact) == (cell.group, cell.steps, cell.ranks, cell.exact)
+        if same and other.strategy == baseline:
+            return rows
+    return []
 
 
 def difference(rows: Sequence[Picture], against: Sequence[Picture]) -> tuple[float, float]:

@@ -32,6 +32,12 @@ class Cell:
     ranks: int
     strategy: str
     warmup: int | None  #: exact steps at the beginning; None if all are
+    cooldown: int = 0  #: exact steps at the end
+
+    @property
+    def exact(self) -> int:
+        """How many steps are exact."""
+        return self.steps if self.warmup is None else self.warmup + self.cooldown
 
     @property
     def group(self) -> str:
@@ -41,13 +47,13 @@ class Cell:
     @property
     def slug(self) -> str:
         """The cell as part of a file name."""
-        warmup = "" if self.warmup is None else f"-warmup{self.warmup}"
-        return f"{self.group}-{self.steps}steps-{self.ranks}ranks-{self.strategy}{warmup}"
+        exact = "" if self.warmup is None else f"-exact{self.warmup}+{self.cooldown}"
+        return f"{self.group}-{self.steps}steps-{self.ranks}ranks-{self.strategy}{exact}"
 
     @property
     def label(self) -> str:
         """The strategy as figures name it."""
-        return self.strategy if self.warmup is None else f"{self.strategy}, warm-up {self.warmup}"
+        return self.strategy if self.warmup is None else f"{self.strategy}, {self.warmup} + {self.cooldown} exact"
 
     def __str__(self) -> str:
         return f"{self.pipeline}, {self.steps} steps, {self.ranks} ranks, {self.label}"

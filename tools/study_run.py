@@ -247,7 +247,7 @@ def split(pipe: Any, ranks: int, strategy: Strategy, warmup: int | None) -> Iter
 
 def costs(plan: Plan, steps: int) -> list[Cost]:
     """What each rank receives in `steps` calls of the denoiser with the plan's batch, which is one of float32."""
-    exact = steps if plan.warmup_steps is None else min(steps, max(1, plan.warmup_steps))
+    exact = steps if plan.exact_steps is None else min(steps, sum(plan.exact_steps))
 
     def received(rank: int, *, exposed: bool) -> float:
         first = plan.bytes_received(rank, exposed=exposed)

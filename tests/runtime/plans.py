@@ -33,7 +33,7 @@ class CutPlan:
     graph: fx.Graph
     world_size: int
     fingerprint: str
-    warmup_steps: int | None = None
+    exact_steps: tuple[int, int] | None = None
 
 
 def cut_plan(program: Program, world_size: int, strategy: Strategy = SYNC) -> CutPlan:
@@ -46,8 +46,8 @@ def cut_plan(program: Program, world_size: int, strategy: Strategy = SYNC) -> Cu
     graph = partition(program.graph, world_size, seeds if world_size > 1 else {}, RULES)
     graph = displace(graph, strategy, moving_names(program), world_size)
     graph = schedule(narrow(graph, strategy.windows))
-    warmup = None if strategy.exact else strategy.warmup_steps
-    return CutPlan(program, graph, world_size, fingerprint(graph), warmup)
+    exact_steps = None if strategy.exact else (strategy.warmup_steps, strategy.cooldown_steps)
+    return CutPlan(program, graph, world_size, fingerprint(graph), exact_steps)
 
 
 class Block(nn.Module):
@@ -118,4 +118,4 @@ def broken_on_rank_1(plan: CutPlan) -> CutPlan:
     graph.output(graph.graph_copy(plan.graph, {}))
     node = [n for n in graph.nodes if n.target is torch.ops.aten.reshape.default][-1]
     node.args = (node.args[0], PerRank((node.args[1], [7], *(node.args[1],) * (plan.world_size - 2))))
-    return CutPlan(plan.program, graph, plan.world_size, "broken", plan.warmup_steps)
+    return CutPlan(plan.program, graph, plan.world_size, "broken", plan.exact_steps)

@@ -172,6 +172,49 @@ def test_after_a_restart_steps_are_exact() -> None:
     assert exact(watch, calls[3:5]) == [True, False]
 
 
+def cooled(calls: list[tuple[Tensor, Tensor]], known: list[tuple[Tensor, Tensor]], cooldown: int) -> list[bool]:
+    """Which of `calls` are exact if the timesteps of `known` were announced."""
+    watch = Clock(timestep=1, sample=0, warmup_steps=2, cooldown_steps=cooldown)
+    watch.restart([float(time) for _, time in known])
+    return exact(watch, calls)
+
+
+@pytest.mark.parametrize("cooldown", [1, 3])
+@pytest.mark.parametrize("name", ["ddim", "dpm", "flow", "heun", "pndm"])
+def test_the_last_timesteps_are_exact_where_they_are_known(name: str, cooldown: int) -> None:
+    calls = trajectory(name, 20, 0)
+    last = sorted({float(time) for _, time in calls})[:cooldown]
+    assert cooled(calls, calls, cooldown) == [i < 2 or float(calls[i][1]) in last for i in range(len(calls))]
+
+
+@pytest.mark.parametrize("given", ["thousandths", "half precision", "one per sample"])
+def test_the_last_step_is_found_in_whatever_form_the_model_is_given_its_timestep(given: str) -> None:
+    calls = trajectory("flow" if given == "thousandths" else "ddim", 50, 0)
+    forms = {
+        "thousandths": lambda time: time / 1000,
+        "half precision": lambda time: time.to(torch.bfloat16),
+        "one per sample": lambda time: time.expand(4),
+    }
+    found = cooled([(sample, forms[given](time)) for sample, time in calls], calls, 1)
+    assert found == [True] * 2 + [False] * 47 + [True]
+
+
+def test_img2img_ends_exactly_though_it_leaves_out_the_first_timesteps() -> None:
+    found = cooled(trajectory("ddim", 20, 0, start=12), trajectory("ddim", 20, 0), 1)
+    assert found == [True] * 2 + [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("known", ["none", "of another generation", "unlike ones"])
+def test_where_the_last_timesteps_are_not_known_none_is_taken_for_one(known: str) -> None:
+    calls = trajectory("ddim", 20, 0)
+    if known == "unlike ones":
+        calls = [(sample, torch.stack([time, time + 5])) for sample, time in calls]
+        assert cooled(calls, trajectory("ddim", 20, 0), 1) == [True] * 2 + [False] * 18
+    else:
+        other = [(sample, time + 17.3) for sample, time in calls] if known == "of another generation" else []
+        assert cooled(calls, other, 1) == [True] * 2 + [False] * 18
+
+
 def test_without_a_timestep_all_steps_are_exact() -> None:
     watch = Clock(timestep=None, sample=0, warmup_steps=1)
     assert all(watch.step([torch.ones(1, 4, 8, 8)]).exact for _ in range(4))

@@ -370,5 +370,28 @@ def test_a_stale_strategy_warns_where_all_steps_will_be_exact() -> None:
         module(torch.randn(1, 4, 16, 8))
     pipeline = SimpleNamespace(unet=block(), scheduler=DDIMScheduler())
     fxpass.parallelize(pipeline, 2, strategy="displaced", executor="lockstep")
-    with pytest.warns(UserWarning, match="4 timesteps with warmup_steps=5"):
+    with pytest.warns(UserWarning, match="4 timesteps with warmup_steps=4 and the last 1 exact"):
         pipeline.scheduler.set_timesteps(4)
+
+
+def test_a_pipelines_last_step_is_exact_and_a_reset_by_hand_forgets_which_it_was() -> None:
+    pipeline = SimpleNamespace(unet=block(), scheduler=DDIMScheduler(clip_sample=False))
+    whole = pipeline.unet
+    fxpass.parallelize(pipeline, 2, strategy="displaced", warmup_steps=1, executor="lockstep")
+    assert errors(pipeline, whole, 12) == [True, *[False] * 10, True]
+    pipeline.unet.reset()
+    assert errors(pipeline, whole, 12, announced=False) == [True, *[False] * 11]
+
+
+def errors(pipeline: Any, whole: torch.nn.Module, steps: int, announced: bool = True) -> list[bool]:
+    """Which steps of a generation equal the unsplit model's on the same input."""
+    scheduler: Any = pipeline.scheduler if announced else DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(steps)
+    sample, equal = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    for time in scheduler.timesteps:
+        with torch.no_grad():
+            (expected,) = whole(sample, time / 1000, return_dict=False)
+        (found,) = pipeline.unet(sample, time / 1000, return_dict=False)
+        equal.append(bool((found - expected).abs().max() <= 1e-5 * expected.abs().max()))
+        sample = scheduler.step(expected, time, sample).prev_sample
+    return equal

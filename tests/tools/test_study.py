@@ -74,16 +74,16 @@ def test_bytes_of_a_generation_are_those_of_its_exact_and_its_displaced_steps() 
     def received(rank: int, *, exact: bool = True, exposed: bool = False) -> dict[str, int]:
         return {"halo": steps[exact, exposed] // 4 * (rank + 1), "output": steps[exact, exposed] // 4 * (rank + 1)}
 
-    plan: Any = SimpleNamespace(world_size=2, warmup_steps=3, bytes_received=received)
+    plan: Any = SimpleNamespace(world_size=2, exact_steps=(2, 1), bytes_received=received)
     assert [(each.total, each.exposed) for each in costs(plan, 10)] == [
         ((3 * 500 + 7 * 200) / 2, (3 * 500 + 7 * 40) / 2),
         ((3 * 1000 + 7 * 400) / 2, (3 * 1000 + 7 * 80) / 2),
     ]
     assert study_run.busiest(plan, 10) == costs(plan, 10)[1]
-    assert costs(plan, 2)[1].total == 1000  # shorter than the warm-up
-    plan.warmup_steps = 0
-    assert costs(plan, 2)[1].total == 700  # one step is always exact
-    plan.warmup_steps = None
+    assert costs(plan, 2)[1].total == 1000  # all of them are exact
+    plan.exact_steps = (1, 0)
+    assert costs(plan, 2)[1].total == 700
+    plan.exact_steps = None
     assert costs(plan, 2)[1] == study_run.Cost(1000, 1000)
 
 
@@ -133,7 +133,7 @@ def test_the_report_is_a_table_plots_and_pictures(made: tuple[Path, Any]) -> Non
     assert [path.name.split("-")[0] for path in written] == ["study.md", "quality", "steps", "pictures"]
     table = written[0].read_text()
     assert "fxpass study --pipeline demo_dit --strategies sync,stale_gn --ranks 2 --steps 3 --warmup 1" in table
-    assert re.search(r"\| 3 \| 2 \| stale_gn \| 1 \| \d\d\.\d\d ± \d", table)
+    assert re.search(r"\| 3 \| 2 \| stale_gn \| 1 \+ 0 \| \d\d\.\d\d ± \d", table)
     for path in written[1:]:
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert min(pixels.shape[:2]) > 300
@@ -207,7 +207,7 @@ def test_more_ranks_than_possible_are_an_outcome(tmp_path: Path) -> None:
     result = small(tmp_path, "--strategies", "stale_gn", "--ranks", 64)
     assert "ranks" in Results(tmp_path).outcomes[0].impossible
     table = (tmp_path / "study.md").read_text()
-    assert "| 3 | 64 | stale_gn | 1 | impossible | – |" in table
+    assert "| 3 | 64 | stale_gn | 1 + 0 | impossible | – |" in table
     assert "- 64 ranks: " in table
     assert len(re.findall("written", result.stdout)) == 1
 
