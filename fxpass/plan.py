@@ -108,18 +108,24 @@ class Plan:
         """Bytes that each rank receives in one exact step, by role."""
         return tuple(self.bytes_received(rank) for rank in range(self.world_size))
 
-    def bytes_received(self, rank: int, *, exact: bool = True, exposed: bool = False) -> dict[str, int]:
+    def bytes_received(
+        self, rank: int, *, exact: bool = True, exposed: bool = False, half: bool = False
+    ) -> dict[str, int]:
         """Bytes that a rank receives in one step, by role.
 
         Args:
             exact: at an exact step; else at a displaced one.
             exposed: only those that the same step awaits.
+            half: as if every floating-point number had 2 bytes.
         """
         total: Counter[str] = Counter()
         for exchange in self.exchanges:
-            declared = exchange.declared if exact else exchange.declared.steady
+            declared = exchange.declared if exact else exchange.declared.wire
             if exact or declared.fresh == "sync" or (declared.repeated and not exposed):
-                total[exchange.role] += declared.received(rank)
+                count = declared.received(rank)
+                total[exchange.role] += (
+                    count * 2 // declared.dtype.itemsize if half and declared.dtype.is_floating_point else count
+                )
         return dict(total)
 
     @property

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from .ir.coding import BITS
 from .ir.exchange import Freshness
 
 
@@ -24,6 +25,8 @@ class Strategy:
         sums: other reductions over the split dim.
         forecast: the largest share of a halo's last change that may be expected to come again, 0 to 1; how much is,
             each rank measures on its own values.
+        bits: at displaced steps, halos, keys and values are sent as what changed since the last step, in so many bits
+            per number: 2, 4 or 8; 0: as they are.
         window: at displaced steps, tokens of each neighbour that attention sees, as a fraction of the neighbour's,
             above 0 and at most 1; several numbers hold for equal parts of the depth, first to last; None: all tokens
             of all ranks.
@@ -41,6 +44,7 @@ class Strategy:
     moments: Freshness = "sync"
     sums: Freshness = "sync"
     forecast: float = 0.0
+    bits: int = 0
     window: float | tuple[float, ...] | None = None
     warmup_steps: int = 0
     cooldown_steps: int = 0
@@ -53,6 +57,8 @@ class Strategy:
                 raise ValueError(f"Strategy.{kind} is one of {', '.join(known)}, not {getattr(self, kind)!r}")
         if not (_number(self.forecast) and 0 <= self.forecast <= 1):
             raise ValueError(f"Strategy.forecast is a share of the last change, 0 to 1, not {self.forecast!r}")
+        if isinstance(self.bits, bool) or self.bits not in (0, *BITS):
+            raise ValueError(f"Strategy.bits is {', '.join(map(str, BITS))}, or 0 for no coding, not {self.bits!r}")
         for share in self.windows:
             if not (_number(share) and 0 < share <= 1):
                 raise ValueError(
@@ -117,6 +123,7 @@ PRESETS: dict[str, Strategy] = {
     for strategy in (
         Strategy(),
         _stale("displaced", "predicted", forecast=1.0, warmup_steps=4, cooldown_steps=1),
+        _stale("compressed", "predicted", forecast=1.0, bits=2, warmup_steps=4, cooldown_steps=1),
         _stale("corrected_async_gn", "corrected"),
         _stale("stale_gn", "stale"),
         _stale("sync_gn", "sync"),

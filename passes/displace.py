@@ -26,7 +26,7 @@ _view = torch.ops.aten.view.default
 
 
 class Kinds(Protocol):
-    """How fresh each kind of exchange is, how much of a change goes on, and what attention sees of each neighbour."""
+    """How fresh each kind of exchange is, how much of a change goes on, how it is sent, and what attention sees."""
 
     @property
     def halo(self) -> Freshness: ...
@@ -38,6 +38,8 @@ class Kinds(Protocol):
     def sums(self) -> Freshness: ...
     @property
     def forecast(self) -> float: ...
+    @property
+    def bits(self) -> int: ...
     @property
     def windows(self) -> tuple[float, ...]: ...
 
@@ -94,7 +96,12 @@ def _displaced(message: tuple[Exchange, ...], kinds: Kinds, *, steady: bool) -> 
     if steady:
         fresh = ["sync" if each == "sync" else "frozen" for each in fresh]
     return tuple(
-        replace(each, fresh=how, forecast=kinds.forecast if _forecast(each, how) else 0.0)
+        replace(
+            each,
+            fresh=how,
+            forecast=kinds.forecast if _forecast(each, how) else 0.0,
+            bits=kinds.bits if how == "stale" and isinstance(each, Fetch) and len(each.shape) > 1 else 0,
+        )
         for each, how in zip(message, fresh, strict=True)
     )
 

@@ -43,8 +43,8 @@ class Collectives:
             RankError: a rank failed or did not come.
         """
         self._opened += 1
-        steady = [site.steady for site in sites if site.repeated and site.steady is not site]
-        routes = [Route(site, self.board.rank, self.board.world) for site in [*sites, *steady]]
+        wires = [site.wire for site in sites if site.repeated and site.wire is not site]
+        routes = [Route(site, self.board.rank, self.board.world) for site in [*sites, *wires]]
         loud = [route for route in routes if not route.silent]
         lanes: Sequence[Lane] | None = None
         if device.type == "cpu":
@@ -53,7 +53,7 @@ class Collectives:
             lanes = [GroupLane(route, self.group, device, self.blocking, self.board) for route in loud]
         lane_of: dict[Site, Lane] = {route.site: lane for route, lane in zip(loud, lanes, strict=True)}
         ways = {route.site: Way(route, lane_of.get(route.site), self.traffic) for route in routes}
-        return Session({site: Link(self.board.rank, site, ways[site], ways.get(site.steady)) for site in sites})
+        return Session({site: Link(self.board.rank, site, ways[site], ways.get(site.wire)) for site in sites})
 
 
 class Sessions:
@@ -152,7 +152,7 @@ class Link:
 
     Args:
         now: what travels at exact steps.
-        steady: what travels at displaced steps: the same way, but for windows; None if nothing does.
+        steady: what travels at displaced steps: the same way, but for windows and codes; None if nothing does.
     """
 
     def __init__(self, rank: int, site: Site, now: Way, steady: Way | None) -> None:
@@ -176,12 +176,12 @@ class Link:
         if self._underway:
             assert way is not None
             self._underway = False
-            self._arrived(way, way.receive())
+            self._arrived(way, self.past.decoded(self.site, way.receive()))
         self._results = self.past.results(self.site, self.rank, values, pace)
         if self.site.repeated:
             assert way is not None
             self.drop()
-            way.send(values)
+            way.send(self.past.outgoing(self.site, values))
             self._underway = True
             self.past.keep_own(self.site, values)
 
@@ -197,14 +197,15 @@ class Link:
             return results
         self._arrived(self.now, kept(self.site, self.rank, received))
         self.past.keep_own(self.site, values)
+        self.past.all_known(self.site, values)
         return results
 
     def _arrived(self, way: Way, received: list[Payloads]) -> None:
         """Keep the payloads: in the way's lane if they are used once more, else as copies."""
-        if self.site.forecast:
+        if self.site.forecast or (self.site.coded and way is self.now):
             received = copied(received)
         self.past.arrived(self.site, received)
-        if self.site.forecast or (self.site.steady is not self.site and way is self.now):
+        if self.site.forecast or self.site.coded or (self.site.steady is not self.site and way is self.now):
             way.done()
         else:
             self._held = way

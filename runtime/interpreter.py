@@ -49,10 +49,22 @@ class Site:
         """Whether a displaced step expects changes to go on."""
         return any(each.forecast for each in self.exchanges)
 
+    @property
+    def coded(self) -> bool:
+        """Whether displaced steps send codes of what has changed."""
+        return any(each.bits for each in self.exchanges)
+
     @cached_property
     def steady(self) -> Site:
         """This site as it is at displaced steps: itself, but for windows."""
-        exchanges = tuple(each.steady for each in self.exchanges)
+        return self._with(tuple(each.steady for each in self.exchanges))
+
+    @cached_property
+    def wire(self) -> Site:
+        """What travels at displaced steps: itself, but for windows and codes."""
+        return self._with(tuple(each.wire for each in self.exchanges))
+
+    def _with(self, exchanges: tuple[Exchange, ...]) -> Site:
         return self if exchanges == self.exchanges else replace(self, exchanges=exchanges)
 
 

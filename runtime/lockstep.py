@@ -123,11 +123,17 @@ class LockstepPlan:
         if not step.exact:
             results = [past.results(site, rank, values[rank], step.pace) for rank, past in enumerate(pasts)]
         if step.exact or site.repeated:
-            received = self._delivered(site if step.exact else site.steady, values)
+            if step.exact:
+                received = self._delivered(site, values)
+            else:
+                sent = [past.outgoing(site, own) for past, own in zip(pasts, values, strict=True)]
+                received = self._delivered(site.wire, sent)
             for rank, (past, own) in enumerate(zip(pasts, values, strict=True)):
-                of_use = kept(site, rank, received[rank]) if step.exact else received[rank]
-                past.arrived(site, copied(of_use))
+                here = received[rank]
+                past.arrived(site, copied(kept(site, rank, here) if step.exact else past.decoded(site, here)))
                 past.keep_own(site, own)
+                if step.exact:
+                    past.all_known(site, own)
             if step.exact:
                 results = [results_now(site, rank, own, received[rank]) for rank, own in enumerate(values)]
         return results

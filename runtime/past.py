@@ -18,18 +18,47 @@ class Past:
         received: by source rank, the payload of each exchange, of the step that serves now.
         before: those of the step before, where values are forecast.
         own: this rank's own values of the step that serves, where an estimator needs them.
+        known: what the others know of this rank's values, where they are told of changes.
         witnesses: of each exchange, the part of the own values at the last two steps on which a trend is measured.
     """
 
     received: list[Payloads] = field(default_factory=list)
     before: list[Payloads] | None = None
     own: list[Tensor] = field(default_factory=list)
+    known: list[Tensor] = field(default_factory=list)
     witnesses: list[list[Tensor]] = field(default_factory=list)
 
     def arrived(self, site: Site, received: list[Payloads]) -> None:
         """The payloads of another step serve from now on."""
         self.before = self.received if site.forecast and self.received else None
         self.received = received
+
+    def decoded(self, site: Site, received: list[Payloads]) -> list[Payloads]:
+        """The payloads that a displaced step's messages stand for."""
+        if not site.coded:
+            return received
+        return [
+            [
+                new if new is None or old is None or not each.bits else each.decoded(new, old)
+                for each, new, old in zip(site.exchanges, arrived, known, strict=True)
+            ]
+            for arrived, known in zip(received, self.received, strict=True)
+        ]
+
+    def outgoing(self, site: Site, values: list[Tensor]) -> list[Tensor]:
+        """What a displaced step sends of this rank's own values."""
+        if not site.coded:
+            return values
+        result = []
+        for i, (each, value) in enumerate(zip(site.exchanges, values, strict=True)):
+            if each.bits:
+                value, self.known[i] = each.encoded(value, self.known[i])
+            result.append(value)
+        return result
+
+    def all_known(self, site: Site, values: list[Tensor]) -> None:
+        """An exact step has sent these values as they are."""
+        self.known = [value.clone() for value in values] if site.coded else []
 
     def keep_own(self, site: Site, values: list[Tensor]) -> None:
         """What later steps need of this rank's own values."""

@@ -250,9 +250,9 @@ def costs(plan: Plan, steps: int) -> list[Cost]:
     exact = steps if plan.exact_steps is None else min(steps, sum(plan.exact_steps))
 
     def received(rank: int, *, exposed: bool) -> float:
-        first = plan.bytes_received(rank, exposed=exposed)
-        later = plan.bytes_received(rank, exact=False, exposed=exposed)
-        return (exact * sum(first.values()) + (steps - exact) * sum(later.values())) * 2 / torch.float32.itemsize
+        first = plan.bytes_received(rank, exposed=exposed, half=True)
+        later = plan.bytes_received(rank, exact=False, exposed=exposed, half=True)
+        return exact * sum(first.values()) + (steps - exact) * sum(later.values())
 
     ranks = range(plan.world_size)
     return [Cost(received(rank, exposed=False), received(rank, exposed=True)) for rank in ranks]

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .coding import decode, encode, encoded_size
 from .layout import Rows, routes
 from .ops import index_tensor, take
 
@@ -68,6 +69,9 @@ class Exchange:
     Where `forecast` is not 0, a change is expected to go on: what was sent at the last two steps, a and then b, serves
     as b + trend (b - a). The trend is measured on the own values, whose change in this step is known, and is taken from
     0 to `forecast`: where changes turn back, which forecasts would amplify, there is none.
+
+    Where `bits` is not 0, displaced steps send what has changed, in so many bits per number (`coding`): the sender keeps
+    what the others have made of it so far.
     """
 
     role: Role
@@ -77,6 +81,7 @@ class Exchange:
     reason: str = ""
     fresh: Freshness = field(default="sync", kw_only=True)
     forecast: float = field(default=0.0, kw_only=True)
+    bits: int = field(default=0, kw_only=True)
 
     @property
     def repeated(self) -> bool:
@@ -88,6 +93,19 @@ class Exchange:
         """What displaced steps exchange."""
         return self
 
+    @property
+    def wire(self) -> Exchange:
+        """What travels at displaced steps: `steady`, or codes of what has changed in it."""
+        return self.steady
+
+    def encoded(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of what changed from what the others know to `x`, and what they know of it then."""
+        raise NotImplementedError
+
+    def decoded(self, codes: Tensor, known: Tensor) -> Tensor:
+        """A payload that was `known`, with the changes that `codes` stand for."""
+        raise NotImplementedError
+
     def keep(self, rank: int, received: Payloads) -> Payloads:
         """Of what `rank` received at an exact step, that which displaced steps read."""
         return [None] * self.world if self.fresh == "local" else received
@@ -96,10 +114,14 @@ class Exchange:
         """Bytes that `rank` keeps from one step to the next."""
         if self.fresh in ("sync", "local"):
             return 0
-        own = prod(self.shape) * self.dtype.itemsize if self.needs_own else 0
+        own = self.own_numel(rank) * self.dtype.itemsize if self.needs_own or self.bits else 0
         if not self.forecast:
             return self.steady.received(rank) + own
         return 2 * self.steady.received(rank) + own
+
+    def own_numel(self, rank: int) -> int:
+        """Elements of rank `rank`'s own value."""
+        return prod(self.shape)
 
     @property
     def needs_own(self) -> bool:
@@ -198,6 +220,33 @@ class Fetch(Exchange):
     def steady(self) -> Fetch:
         return replace(self, want=self.window, window=()) if self.window else self
 
+    @cached_property
+    def wire(self) -> Fetch:
+        if not self.bits:
+            return self.steady
+        size = encoded_size(self.shape[self._coded], self.bits)
+        shape = (*self.shape[: self._coded], size, *self.shape[self._coded + 1 :])
+        return replace(self.steady, shape=shape, dtype=torch.uint8, forecast=0.0, bits=0)
+
+    @property
+    def _coded(self) -> int:
+        """The dim whose vectors are coded: the last one that is not split."""
+        last = len(self.shape) - 1
+        return last - 1 if self.dim == last else last
+
+    def encoded(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        change = (x.to(wide) - known.to(wide)).transpose(self._coded, -1)
+        codes = encode(change, self.bits).transpose(self._coded, -1)
+        return codes, self.decoded(codes, known)
+
+    def decoded(self, codes: Tensor, known: Tensor) -> Tensor:
+        change = decode(codes.transpose(self._coded, -1), known.shape[self._coded], self.bits)
+        return (known + change.transpose(self._coded, -1)).to(known.dtype)
+
+    def own_numel(self, rank: int) -> int:
+        return prod(self.shape) // self.shape[self.dim] * len(self.have[rank])
+
     def keep(self, rank: int, received: Payloads) -> Payloads:
         if not self.window:
             return received
@@ -275,7 +324,8 @@ class Fetch(Exchange):
         have, want = (sorted({len(rows) for rows in side}) for side in (self.have, self.want))
         frame = " framed" if any(self.before) or any(self.after) else ""
         window = f", then {_sizes(sorted({len(rows) for rows in self.window}))}" if self.window else ""
-        moved = f"{_sizes(have)} -> {_sizes(want)}{window}"
+        coded = f", then changes in {self.bits} bits" if self.bits else ""
+        moved = f"{_sizes(have)} -> {_sizes(want)}{window}{coded}"
         return f"{self.role}(dim {self.dim}: {moved} of {self.shape[self.dim]} rows{frame})"
 
 

@@ -99,7 +99,7 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
     """Only halos, keys and values, moments and sums of real numbers are stale, all of a node alike.
 
-    Windows hold the own rows.
+    Windows hold the own rows. Changes are coded of what is stale.
     """
     for node, declared in exchanges_of(graph):
         kinds = {each.fresh for each in declared}
@@ -107,6 +107,7 @@ def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
         if len(kinds) > 1 or any(
             (stale and not (each.role in DISPLACED and each.dtype.is_floating_point))
             or (each.fresh in ("predicted", "corrected", "local") and not isinstance(each, Moments))
+            or (each.bits and not (isinstance(each, Fetch) and each.fresh == "stale"))
             or (isinstance(each, Fetch) and not all(h <= w for h, w in zip(each.have, each.window, strict=False)))
             for each in declared
         ):

@@ -18,18 +18,21 @@ from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.strategy import Strategy
 from tests.runtime.plans import Block, block, parallel, steps, whole
 
-NAMES = ("displaced", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync")
+NAMES = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync")
 
 
 @dataclass
 class Reference:
-    """`Block` on n strips of rows. `old` is what each rank had at the step that serves, `older` before, by place."""
+    """`Block` on n strips of rows. `old` is what each rank had at the step that serves, `older` before, by place;
+    `known` what the others have made of it, `guessed` of the step before."""
 
     model: Block
     ranks: int
     strategy: Strategy
     old: dict[str, list[Tensor]] = field(default_factory=dict)
     older: dict[str, list[Tensor]] = field(default_factory=dict)
+    known: dict[str, list[Tensor]] = field(default_factory=dict)
+    guessed: dict[str, list[Tensor]] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
 
     def step(self, sample: Tensor, timestep: Tensor, exact: bool) -> Tensor:
@@ -56,12 +59,26 @@ class Reference:
         assert self.strategy.halo == self.strategy.keys_values
         old = now if exact else self.old[place]
         then = self.older.get(place, old)
+        known = now if exact else self.known[place]
+        before = self.guessed.get(place, known)
         if exact or self.strategy.halo == "stale":
             self.old[place], self.older[place] = now, self.old.get(place, now)
+            told = now if exact or not self.strategy.bits else list(map(self.told, known, now))
+            self.known[place], self.guessed[place] = told, self.known.get(place, now)
         if exact or now[0].ndim < 4 or not self.strategy.forecast or len(self.times) < 3:
-            return lambda r: [now[k] if k == r else old[k] for k in range(self.ranks)]
+            return lambda r: [now[k] if k == r else known[k] for k in range(self.ranks)]
         on = [self.trend(now[r], old[r], then[r]) for r in range(self.ranks)]
-        return lambda r: [now[k] if k == r else old[k] + on[r] * (old[k] - then[k]) for k in range(self.ranks)]
+        return lambda r: [now[k] if k == r else known[k] + on[r] * (known[k] - before[k]) for k in range(self.ranks)]
+
+    def told(self, known: Tensor, now: Tensor) -> Tensor:
+        """What the others know after they were told of the change in two bits: one of four levels per number."""
+        assert self.strategy.bits == 2
+        change = (now - known).float()
+        assert change.shape[-1] <= 64  # one group
+        step = (0.8 / 1.5 * change.abs().amax(-1, keepdim=True)).bfloat16().float()
+        levels = step.unsqueeze(-1) * torch.tensor([-1.5, -0.5, 0.5, 1.5])
+        nearest = (change.unsqueeze(-1) - levels).abs().argmin(-1, keepdim=True)
+        return known + levels.expand(*change.shape, 4).gather(-1, nearest).squeeze(-1).to(known.dtype)
 
     def trend(self, now: Tensor, old: Tensor, older: Tensor) -> Tensor:
         """How much of the last change of a rank's own border rows went on, per sample."""
@@ -148,7 +165,7 @@ def test_displaced_steps_equal_the_reference(name: str, ranks: int) -> None:
             assert (off < 1e-9) == (k < 2), f"step {k} is off by {off}"
 
 
-@pytest.mark.parametrize("name", ["displaced", "corrected_async_gn", "stale_gn", "sync_gn"])
+@pytest.mark.parametrize("name", ["displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn"])
 @pytest.mark.parametrize("model_name", ["unet_sd", "flux", "sana", "cogvideox_5b"])
 def test_after_an_exact_step_on_the_same_input_the_displaced_one_equals_it(model_name: str, name: str) -> None:
     chosen = case(model_name)
@@ -268,7 +285,7 @@ def test_a_prompt_of_another_length_begins_exactly() -> None:
             torch.testing.assert_close(module(*given), model(*given))
 
 
-@pytest.mark.parametrize("name", ["displaced", "corrected_async_gn", "stale_gn", "no_sync", "pcpp"])
+@pytest.mark.parametrize("name", ["displaced", "compressed", "corrected_async_gn", "stale_gn", "no_sync", "pcpp"])
 def test_what_is_kept_is_what_the_plan_says_and_does_not_grow(name: str) -> None:
     model = block()
     module = parallel(model, LockstepExecutor(2), replace(Strategy.of(name), warmup_steps=2))
@@ -290,5 +307,7 @@ def _kept(loaded: Any) -> list[int]:
     for pasts in (past for sites in loaded.pasts.values() for past in sites.values()):
         for rank, past in enumerate(pasts):
             payloads = [x for parts in (past.received, past.before or []) for part in parts for x in part]
-            sizes[rank] += sum(x.numel() * x.element_size() for x in [*payloads, *past.own] if x is not None)
+            sizes[rank] += sum(
+                x.numel() * x.element_size() for x in [*payloads, *past.own, *past.known] if x is not None
+            )
     return sizes

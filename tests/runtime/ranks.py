@@ -28,6 +28,13 @@ from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.strategy import Strategy
 from tests.runtime.plans import block, inputs, parallel, steps
 
+STRATEGIES = [
+    *(
+        replace(Strategy.of(name), warmup_steps=2)
+        for name in ("displaced", "stale_gn", "no_sync", "pcpp", "compressed")
+    ),
+    Strategy("windows of codes", "stale", "stale", "stale", window=0.3, bits=4, warmup_steps=2),
+]
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -121,8 +128,7 @@ def everything() -> dict[str, Any]:
     ExactStep.launch, ExactStep.wait = launch, wait
 
     seen["displaced"] = []
-    for name in ("displaced", "stale_gn", "no_sync", "pcpp"):
-        strategy = replace(Strategy.of(name), warmup_steps=2)
+    for strategy in STRATEGIES:
         moving = parallel(model, DistributedExecutor(WORLD, timeout=60), strategy)
         reference = parallel(model, LockstepExecutor(WORLD), strategy)
         generations = [*steps(5), *steps(4, seed=1), *steps(3, rows=22)]

@@ -48,7 +48,7 @@ def test_torchrun_equals_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> Non
 
 
 def test_displaced_steps_on_processes_equal_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> None:
-    assert [rank["displaced"] for rank in seen] == [[True] * 4] * 2
+    assert [rank["displaced"] for rank in seen] == [[True] * 6] * 2
 
 
 def test_ranks_that_are_early_and_late_by_turns_never_read_another_run(seen: list[dict[str, Any]]) -> None:

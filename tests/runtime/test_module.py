@@ -336,6 +336,8 @@ def test_a_plain_tensor_attribute_may_change_as_often_as_it_likes() -> None:
         ({"keys_values": "stale", "window": (0.5, -1)}, r"Strategy\.window .* not \(0\.5, -1\)"),
         ({"forecast": 1.5}, r"Strategy\.forecast .* not 1\.5"),
         ({"window": 0.5}, r"Strategy\.keys_values is 'sync'"),
+        ({"keys_values": "stale", "bits": 3}, r"Strategy\.bits is 2, 4, 8, or 0 .* not 3"),
+        ({"cooldown_steps": 0.5}, r"Strategy\.cooldown_steps .* not 0\.5"),
         ({"warmup_steps": -1}, r"Strategy\.warmup_steps .* not -1"),
     ],
 )

@@ -71,20 +71,21 @@ def small(output: Path, *more: Any) -> Any:
 def test_bytes_of_a_generation_are_those_of_its_exact_and_its_displaced_steps() -> None:
     steps = {(True, False): 1000, (True, True): 1000, (False, False): 400, (False, True): 80}
 
-    def received(rank: int, *, exact: bool = True, exposed: bool = False) -> dict[str, int]:
+    def received(rank: int, *, exact: bool = True, exposed: bool = False, half: bool) -> dict[str, int]:
+        assert half
         return {"halo": steps[exact, exposed] // 4 * (rank + 1), "output": steps[exact, exposed] // 4 * (rank + 1)}
 
     plan: Any = SimpleNamespace(world_size=2, exact_steps=(2, 1), bytes_received=received)
     assert [(each.total, each.exposed) for each in costs(plan, 10)] == [
-        ((3 * 500 + 7 * 200) / 2, (3 * 500 + 7 * 40) / 2),
-        ((3 * 1000 + 7 * 400) / 2, (3 * 1000 + 7 * 80) / 2),
+        (3 * 500 + 7 * 200, 3 * 500 + 7 * 40),
+        (3 * 1000 + 7 * 400, 3 * 1000 + 7 * 80),
     ]
     assert study_run.busiest(plan, 10) == costs(plan, 10)[1]
-    assert costs(plan, 2)[1].total == 1000  # all of them are exact
+    assert costs(plan, 2)[1].total == 2000  # all of them are exact
     plan.exact_steps = (1, 0)
-    assert costs(plan, 2)[1].total == 700
+    assert costs(plan, 2)[1].total == 1400
     plan.exact_steps = None
-    assert costs(plan, 2)[1] == study_run.Cost(1000, 1000)
+    assert costs(plan, 2)[1] == study_run.Cost(2000, 2000)
 
 
 def test_the_bytes_of_the_plan_are_those_that_travel(folder: Path) -> None:

@@ -1,0 +1,60 @@
+"""Changes in few bits: sizes, errors, and that the error does not add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxpass.ir.coding import BITS, GROUP, decode, encode, encoded_size
+
+counts = st.integers(1, 3 * GROUP)
+bits = st.sampled_from(sorted(BITS))
+
+
+@given(counts, bits, st.integers(0, 9), st.floats(1e-6, 1e6))
+def test_a_decoded_change_is_off_by_less_than_a_level(count: int, bits: int, seed: int, scale: float) -> None:
+    change = torch.randn(2, 3, count, generator=torch.Generator().manual_seed(seed)) * scale
+    codes = encode(change, bits)
+    assert codes.dtype == torch.uint8
+    assert codes.shape == (2, 3, encoded_size(count, bits))
+    groups = -(-count // GROUP)
+    width = -(-count // (groups * (8 // bits))) * (8 // bits)
+    off = (decode(codes, count, bits) - change).abs()
+    for start in range(0, count, width):
+        largest = change[..., start : start + width].abs().amax(-1, keepdim=True)
+        level = largest / (2 ** (bits - 1) - 0.5)
+        cut = largest * (1 - BITS[bits])  # numbers beyond the outermost level are cut to it
+        assert (off[..., start : start + width] <= torch.maximum(0.51 * level, cut + 0.01 * largest)).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_full_group_costs_its_bits_and_two_bytes(bits: int) -> None:
+    assert encoded_size(GROUP, bits) == GROUP * bits // 8 + 2
+    assert encoded_size(2 * GROUP, bits) == 2 * encoded_size(GROUP, bits)
+
+
+@given(counts, bits)
+def test_no_change_is_coded_as_none(count: int, bits: int) -> None:
+    assert torch.equal(decode(encode(torch.zeros(2, count), bits), count, bits), torch.zeros(2, count))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_told_of_changes_again_and_again_the_other_side_comes_to_know_a_value_that_stays(bits: int) -> None:
+    value = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
+    known = torch.zeros_like(value)
+    off = [value.norm()]
+    for _ in range(12):
+        known += decode(encode(value - known, bits), 100, bits)
+        off.append((value - known).norm())
+    assert all(after < 0.6 * before for before, after in zip(off, off[1:], strict=False) if before > 1e-5)
+    assert off[-1] < 1e-2 * off[0]
+
+
+def test_a_number_that_is_not_finite_stays_in_its_group() -> None:
+    change = torch.ones(1, 2 * GROUP)
+    change[0, 3] = torch.nan
+    found = decode(encode(change, 4), 2 * GROUP, 4)
+    assert found[0, :GROUP].isnan().all()
+    torch.testing.assert_close(found[0, GROUP:], change[0, GROUP:], rtol=0.01, atol=0)
