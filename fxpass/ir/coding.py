@@ -1,9 +1,9 @@
 """What changed, in few bits: how a sender tells the others of a value that they have an older version of.
 
-A vector of changes is cut into groups of at most 64 numbers. A group becomes one step (bfloat16, 2 bytes) and for each
-number one of `2**bits` levels, evenly spaced and symmetric around 0, of `bits` bits. What rounding leaves is part of the
-next change if the sender takes its changes from what the others have made of the earlier ones, as it must (error
-feedback; Seide et al., "1-bit stochastic gradient descent", 2014): so errors do not add up from step to step.
+A vector of changes is cut into groups of at most 64 numbers. A group becomes one step (bfloat16, 2 bytes) and `bits`
+bits for each number: which of `2**bits` levels it is nearest to, evenly spaced and symmetric around 0. What rounding
+leaves is part of the next change if the sender takes its changes from what the others have made of the earlier ones, as
+it must (error feedback; Seide et al., "1-bit stochastic gradient descent", 2014): so errors do not add up.
 """
 
 from __future__ import annotations

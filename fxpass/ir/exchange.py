@@ -70,8 +70,8 @@ class Exchange:
     as b + trend (b - a). The trend is measured on the own values, whose change in this step is known, and is taken from
     0 to `forecast`: where changes turn back, which forecasts would amplify, there is none.
 
-    Where `bits` is not 0, displaced steps send what has changed, in so many bits per number (`coding`): the sender keeps
-    what the others have made of it so far.
+    Where `bits` is not 0, displaced steps send what has changed, in so many bits per number (see `coding`), and the
+    sender keeps what the others have made of it so far.
     """
 
     role: Role

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,7 +50,7 @@ def test_told_of_changes_again_and_again_the_other_side_comes_to_know_a_value_th
     for _ in range(12):
         known += decode(encode(value - known, bits), 100, bits)
         off.append((value - known).norm())
-    assert all(after < 0.6 * before for before, after in zip(off, off[1:], strict=False) if before > 1e-5)
+    assert all(after < 0.6 * before for before, after in pairwise(off) if before > 1e-5)
     assert off[-1] < 1e-2 * off[0]
 
 
