@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from .capture import capture
-from .ir.exchange import Exchange
+from .ir.exchange import Exchange, Fetch
 from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
 from .passes import Build, build
@@ -78,6 +79,16 @@ class Plan:
     def fallbacks(self) -> tuple[PlannedExchange, ...]:
         """Exchanges that gather what no rule could split; each has a reason."""
         return tuple(e for e in self.exchanges if e.role == "fallback")
+
+    @property
+    def seen_whole(self) -> tuple[PlannedExchange, ...]:
+        """Stale keys and values that the strategy's windows do not hold for; each has a reason."""
+        return tuple(
+            e
+            for e in self.exchanges
+            if self.strategy.windows and isinstance(e.declared, Fetch) and e.declared.fresh == "stale"
+            if e.role == "keys_values" and not e.declared.window
+        )
 
     @cached_property
     def flops_total(self) -> int:
@@ -175,6 +186,7 @@ class Plan:
             f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
         ]
         lines += [f"  fallback   {e.node} in {e.path}: {e.reason}" for e in self.fallbacks]
+        lines += [f"  {e.node} in {e.path}: {e.reason}" for e in self.seen_whole]
         return "\n".join(lines)
 
 
@@ -185,7 +197,15 @@ def make_plan(program: Program, world_size: int, strategy: Strategy, target: str
     result: Build = build(program, world_size, target_of(target, program), strategy)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
-    return Plan(result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), seconds)
+    plan = Plan(result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), seconds)
+    if plan.seen_whole:
+        first = plan.seen_whole[0]
+        warnings.warn(
+            f"strategy {strategy.name!r}: windows do not hold for {len(plan.seen_whole)} exchanges of keys and values, "
+            f"which travel whole; the first, for {first.node} in {first.path or 'the model'}: {first.reason}",
+            stacklevel=3,
+        )
+    return plan
 
 
 def plan(

@@ -10,7 +10,7 @@ Wang et al., "PCPP: Partially Conditioned Patch Parallelism for Accelerated Diff
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil
 
@@ -27,14 +27,22 @@ attention = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
-    """Declare the windows of keys and values, in place.
+    """Declare the windows of keys and values, in place. What has none is given the reason.
 
     Args:
         windows: the share of each neighbour's tokens, for equal parts of the depth, first to last; none: see all.
     """
     if not windows:
         return graph
-    layers = [node for node in graph.nodes if node.target is attention and _narrows(node)]
+    layers = []
+    for node in graph.nodes:
+        if node.target is ops.exchange:
+            _explain(node, range(len(node.args[1])), "what reads them is not torch's attention operator")
+        elif node.target is attention and (why := _obstacle(node)):
+            for operand in filter(_fetch, node.args[1:3]):
+                _explain(operand.args[0], [operand.args[1]], why)
+        elif node.target is attention:
+            layers.append(node)
     for depth, node in enumerate(layers):
         share = windows[depth * len(windows) // len(layers)]
         rows: tuple[Rows, ...] = ()
@@ -49,19 +57,27 @@ def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
     return graph
 
 
-def _narrows(node: fx.Node) -> bool:
-    """Whether this attention's keys and values are fetched for it alone, and lie where its queries do."""
+def _obstacle(node: fx.Node) -> str:
+    """Why this attention cannot be narrowed; empty if it can: its keys and values are its own, and lie as queries do."""
     query, *keys_values = node.args[:3]
     fetches = [_fetch(operand) for operand in keys_values]
     mask = node.args[3] if len(node.args) > 3 else None
     at = layout_of(query)  # type: ignore[arg-type]
-    return (
-        at.dim == len(shape_of(query)) - 2  # type: ignore[arg-type]
-        and all(f is not None and f.have == at.rows and not f.before for f in fetches)
-        and all(set(operand.users) == {node} for operand in keys_values)  # type: ignore[union-attr]
-        # a mask may hide all that the window shows, but the causal one never hides a token from itself
-        and (mask is None or mask.target is ops.causal_mask)  # type: ignore[union-attr]
-    )
+    if not all(set(operand.users) == {node} for operand in keys_values):  # type: ignore[union-attr]
+        return "they are read by something else beside the attention"
+    if at.dim != len(shape_of(query)) - 2 or not all(f and f.have == at.rows and not f.before for f in fetches):  # type: ignore[arg-type]
+        return "they are not cut where the queries are"
+    # a mask may hide all that the window shows, but the causal one never hides a token from itself
+    return "" if mask is None or mask.target is ops.causal_mask else "the attention is masked"  # type: ignore[union-attr]
+
+
+def _explain(node: fx.Node, places: Iterable[int], why: str) -> None:
+    """Say why what `node` fetches of stale keys and values is fetched whole."""
+    declared: list[Exchange] = list(node.args[1])  # type: ignore[arg-type]
+    for i in places:
+        if declared[i].role == "keys_values" and declared[i].fresh == "stale":
+            declared[i] = replace(declared[i], reason=f"seen whole: {why}")
+    node.update_arg(1, tuple(declared))
 
 
 def _fetch(operand: object) -> Fetch | None:
@@ -80,7 +96,7 @@ def _declare(operand: fx.Node, share: float) -> tuple[Rows, ...]:
     declared: list[Fetch] = list(source.args[1])  # type: ignore[union-attr,arg-type]
     fetch = declared[index]  # type: ignore[index]
     window = windows_of(fetch.have, share)
-    declared[index] = replace(fetch, window=window)  # type: ignore[index]
+    declared[index] = replace(fetch, window=window, reason="")  # type: ignore[index]
     source.update_arg(1, tuple(declared))  # type: ignore[union-attr]
     operand.meta["resized"] = True
     return window

@@ -182,3 +182,37 @@ def test_generations_with_windows_begin_exactly() -> None:
         for k, (sample, time) in enumerate(steps(8, seed=seed)):
             off = (module(sample, time)["sample"] - whole(model, sample, time)).abs().max()
             assert (off < 1e-5) == (k < 5)
+
+
+class Masked(Tokens):
+    """Attention in which a token sees none that is far away."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = x + timestep
+        q, k, v = (layer(h).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        at = torch.arange(x.shape[1])
+        near = (at[:, None] - at).abs() < 6
+        return h + F.scaled_dot_product_attention(q, k, v, near).transpose(1, 2).flatten(2)
+
+
+class WrittenOut(Tokens):
+    """Attention with a softmax of its own."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = x + timestep
+        q, k, v = (layer(h).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return h + ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [(Masked, "the attention is masked"), (WrittenOut, "not torch's attention operator")]
+)
+def test_what_cannot_have_a_window_is_named_with_the_reason(model: type[nn.Module], why: str) -> None:
+    torch.manual_seed(0)
+    x, time = torch.randn(1, 64, 8), torch.tensor([1.0])
+    with pytest.warns(UserWarning, match=f"'pcpp': windows do not hold for 2 exchanges of keys and values.*{why}"):
+        plan = fxpass.plan(model().eval(), x, time, world_size=2, strategy="pcpp")
+    assert len(plan.seen_whole) == 2
+    assert all(why in each.reason for each in plan.seen_whole)
+    assert why in str(plan)
+    assert plan.bytes_received(0) == plan.bytes_received(0, exact=False)
