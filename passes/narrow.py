@@ -58,7 +58,7 @@ def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
 
 
 def _obstacle(node: fx.Node) -> str:
-    """Why this attention cannot be narrowed; empty if it can: its keys and values are its own, and lie as queries do."""
+    """Why this attention cannot be narrowed; empty if it can: its keys and values are its own and lie as queries do."""
     query, *keys_values = node.args[:3]
     fetches = [_fetch(operand) for operand in keys_values]
     mask = node.args[3] if len(node.args) > 3 else None

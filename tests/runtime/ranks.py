@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import fxpass
+from fxpass.ir.program import exchanges_of
 from fxpass.runtime.collectives import ExactStep
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
@@ -57,6 +59,37 @@ def shared_files() -> int:
         if os.path.lexists(f"/proc/self/fd/{name}")
     ]
     return sum("memfd:fxpass" in name for name in [*opened, *Path("/proc/self/maps").read_text().splitlines()])
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that this process uses, as the kernel counts them."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = "memfd:fxpass" in line
+        elif ours and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+def held() -> dict[str, int]:
+    """What a rank really holds between displaced steps, and what its plan says."""
+    gc.collect()
+    before = shared_memory()
+    with parallel(block(), DistributedExecutor(WORLD, timeout=60), Strategy.of("stale_gn")) as module:
+        for call in steps(8, rows=4096):
+            module(*call)
+        (entry,) = module._engine._all()
+        declared = [each for _, some in exchanges_of(entry.plan.graph) for each in some]
+        stale = [each for each in declared if each.fresh == "stale"]
+        used = shared_memory() - before
+    return {
+        "used": used,
+        "nodes": len(list(exchanges_of(entry.plan.graph))),
+        "received": sum(each.received(RANK) for each in stale),
+        "other": sum(each.received(RANK) for each in declared if each not in stale),
+        "sent": sum(each.numel(RANK, 1 - RANK) * each.dtype.itemsize for each in declared),
+    }
 
 
 def everything() -> dict[str, Any]:
@@ -135,6 +168,7 @@ def everything() -> dict[str, Any]:
         pairs = [(moving(*call)["sample"], reference(*call)["sample"]) for call in generations]
         seen["displaced"].append(all(torch.equal(a, b) for a, b in pairs))
         moving.close()
+    seen["held"] = held()
     grouped.close()
     module.close()
     seen["files of closed modules"] = shared_files()

@@ -51,6 +51,13 @@ def test_displaced_steps_on_processes_equal_lockstep_bit_for_bit(seen: list[dict
     assert [rank["displaced"] for rank in seen] == [[True] * 6] * 2
 
 
+def test_memory_between_displaced_steps_is_at_most_two_of_each_message(seen: list[dict[str, Any]]) -> None:
+    for held in [rank["held"] for rank in seen if rank["held"]["used"]]:  # gloo's buffers are not the kernel's to count
+        rounding = 4096 * (4 * held["nodes"] + 4)  # to pages, at both ends of each of two buffers
+        assert held["received"] > 4 * rounding
+        assert held["received"] <= held["used"] <= 2 * (held["received"] + held["other"] + held["sent"]) + rounding
+
+
 def test_ranks_that_are_early_and_late_by_turns_never_read_another_run(seen: list[dict[str, Any]]) -> None:
     assert all(rank["unsteady"] for rank in seen)
 
