@@ -24,11 +24,14 @@ class Collectives:
 
     Args:
         group: a `ProcessGroup` of `torch.distributed`, or one of its backends.
-        blocking: the group moves host memory and its `wait` blocks the host (gloo).
+        urgent: another one, for what is awaited in the step that sends it. A group works off its messages in turn: in
+            one group, the output of a step would wait for all that only the next step needs.
+        blocking: the groups move host memory and their `wait` blocks the host (gloo).
     """
 
-    def __init__(self, group: Any, blocking: bool, board: Board) -> None:
+    def __init__(self, group: Any, urgent: Any, blocking: bool, board: Board) -> None:
         self.group = group
+        self.urgent = urgent
         self.blocking = blocking
         self.board = board
         self.traffic: Counter[str] = Counter()
@@ -50,7 +53,10 @@ class Collectives:
         if device.type == "cpu":
             lanes = open_lanes([route.site for route in loud], loud, self.board, self._opened)
         if lanes is None:
-            lanes = [GroupLane(route, self.group, device, self.blocking, self.board) for route in loud]
+            lanes = [
+                GroupLane(route, self.group if route.site.stale else self.urgent, device, self.blocking, self.board)
+                for route in loud
+            ]
         lane_of: dict[Site, Lane] = {route.site: lane for route, lane in zip(loud, lanes, strict=True)}
         ways = {route.site: Way(route, lane_of.get(route.site), self.traffic) for route in routes}
         return Session({site: Link(self.board.rank, site, ways[site], ways.get(site.wire)) for site in sites})

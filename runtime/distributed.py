@@ -130,18 +130,20 @@ class DistributedExecutor:
             self._board.call = self._calls
         return self._board
 
-    def _connected(self, device: torch.device, board: Board) -> tuple[Any, bool]:
-        """A process group of our own, made when all ranks are known to be there; whether its waits block the host.
+    def _connected(self, device: torch.device, board: Board) -> tuple[Any, Any, bool]:
+        """Two process groups of our own, made when all ranks are known to be there; whether waits block the host.
 
-        It is not registered with `torch.distributed`, whose group names count what each process has made.
+        They are not registered with `torch.distributed`, whose group names count what each process has made.
         """
         timeout = timedelta(seconds=self.timeout)
-        store = dist.PrefixStore("group", board.store)
+        stores = [dist.PrefixStore(name, board.store) for name in ("group", "urgent")]
         if device.type == "cuda" and "nccl" in str(dist.get_backend_config(self._group)):
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            return dist.ProcessGroupNCCL(store, board.rank, board.world, options), False
-        return dist.ProcessGroupGloo(store, board.rank, board.world, timeout), True
+            group, urgent = (dist.ProcessGroupNCCL(store, board.rank, board.world, options) for store in stores)
+            return group, urgent, False
+        group, urgent = (dist.ProcessGroupGloo(store, board.rank, board.world, timeout) for store in stores)
+        return group, urgent, True
 
 
 class DistributedPlan:

@@ -1,4 +1,4 @@
-"""The process group of processes on one machine that belong together."""
+"""The process groups of processes on one machine that belong together."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ HOST = "127.0.0.1"
 
 
 def connect(store: Store, rank: int, world: int, timeout: float) -> Collectives:
-    """A gloo group of its own on this machine; the default process group is left to the user."""
+    """Gloo groups of their own on this machine; the default process group is left to the user."""
     options = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
     options._timeout = timedelta(seconds=timeout)
-    group = ProcessGroupGloo(PrefixStore("group", store), rank, world, options)
-    return Collectives(group, True, Board(PrefixStore("board", store), rank, world, timeout))
+    group, urgent = (ProcessGroupGloo(PrefixStore(name, store), rank, world, options) for name in ("group", "urgent"))
+    return Collectives(group, urgent, True, Board(PrefixStore("board", store), rank, world, timeout))
