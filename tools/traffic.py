@@ -65,21 +65,22 @@ def table() -> list[str]:
     """The rows, as Markdown."""
     lines = [
         "| SDXL, 8 ranks | keys and values | DistriFusion's | halos | DistriFusion's | share | all else "
-        "| keys and values, pcpp | share of DistriFusion's |",
-        "|" + " --- |" * 9,
+        "| keys and values, pcpp | share of DistriFusion's | keys and values, compressed | share of DistriFusion's |",
+        "|" + " --- |" * 11,
     ]
     for size in SIZES:
         model = resolve("sdxl", Options(height=size, width=size, batch=2, dtype=torch.float16))
-        displaced, narrow = (
+        displaced, narrow, coded = (
             plan(model.module, *model.args, world_size=RANKS, strategy=s, target="gpu", **model.kwargs)
-            for s in ("displaced", "pcpp")
+            for s in ("displaced", "pcpp", "compressed")
         )
-        mine, theirs, narrowed = ours(displaced), distrifusion(displaced), ours(narrow)
+        mine, theirs = ours(displaced), distrifusion(displaced)
+        fewer = [ours(each).keys_values for each in (narrow, coded)]
         rest = mine.rest / (mine.keys_values + mine.halo + mine.rest)
         cells = [
             f"{size}²", bytes_text(mine.keys_values), bytes_text(theirs.keys_values), bytes_text(mine.halo),
             bytes_text(theirs.halo), f"1/{theirs.halo / mine.halo:.1f}", f"{rest:.2%}",
-            bytes_text(narrowed.keys_values), f"{narrowed.keys_values / theirs.keys_values:.1%}",
+            *(text for size in fewer for text in (bytes_text(size), f"{size / theirs.keys_values:.1%}")),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
