@@ -6,8 +6,8 @@
 Each rank runs in a network namespace of its own. A pair of virtual Ethernet devices joins the two, and `tc` limits what
 leaves either end (`tbf rate … burst 256kbit latency 50ms`). gloo carries all messages (`FXPASS_SHM_DISABLE=1`). Each
 rate has its turn in every round, "loopback" (the same devices, not limited) first, and at each rate "displaced",
-"compressed", "no_sync" and "sync" take turns, so that whatever else the machine does hits all alike. What a plain transfer reaches
-at each rate is measured first; the run ends if that is not the rate.
+"compressed", "no_sync" and "sync" take turns, so that whatever else the machine does hits all alike. What a plain
+transfer reaches at each rate is measured first; the run ends if that is not the rate.
 
 Needs Linux, root, and `ip` and `tc` (apt-get install iproute2); where something is missing it says what, and does
 nothing. The namespaces are deleted however it ends, but for SIGKILL.

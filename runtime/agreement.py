@@ -1,4 +1,4 @@
-"""Before the first exchange of a plan the ranks compare what they are about to run (law 6)."""
+"""Before the first exchange of a plan the ranks compare what they are about to run (law 6); later on, their inputs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from ..ir.exchange import Merged
 from .board import Board
+from .collectives import Collectives
 from .errors import DisagreementError
 from .executor import PlanLike
+from .interpreter import Site
 
 SAMPLES = 4096  #: elements looked at per weight
 FEW = 64  #: elements looked at per input
@@ -51,6 +54,63 @@ def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], 
                     f"rank {rank} was called with another value of `{path}` than rank 0; every rank must be given the "
                     "same whole inputs (does each seed its generator alike?)"
                 )
+
+
+class Watch:
+    """Compares the inputs of every call: ranks that drift apart (a sampler with unlike seeds) make a wrong picture.
+
+    What a call tells the others is looked at when the next one begins, so that nobody waits for it.
+
+    Args:
+        inputs: a call's, by name; all have these shapes.
+    """
+
+    def __init__(
+        self, links: Collectives, paths: Sequence[str], inputs: Sequence[Tensor], device: torch.device
+    ) -> None:
+        self._device = device
+        self._rank = links.board.rank
+        self._watched = [i for i, tensor in enumerate(inputs) if tensor.is_floating_point() and tensor.numel()]
+        self._paths = [paths[i] for i in self._watched]
+        self._counts = [len(_spread(inputs[i], FEW)) for i in self._watched]
+        told = Merged("inputs", (sum(self._counts),), torch.float32, links.board.world)
+        session = links.open([Site(0, "inputs", "", (told,))], device)
+        (self._way,) = (link.now for link in session.links.values())
+        self._last: Tensor | None = None
+
+    def call(self, inputs: Sequence[Tensor]) -> None:
+        """A call begins.
+
+        Raises:
+            DisagreementError: at the last one some rank had other inputs; on every rank.
+            RankError: a rank failed, left, or did not answer in time.
+        """
+        self._compare()
+        if self._watched:
+            self._last = torch.cat([_spread(inputs[i], FEW).float() for i in self._watched])
+            self._way.send([self._last.to(self._device)])
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        if self._last is not None:
+            self._last = None
+            self._way.receive()
+            self._way.done()
+
+    def _compare(self) -> None:
+        if self._last is None:
+            return
+        mine, self._last = self._last, None
+        parts = [mine if told[0] is None else told[0].cpu().clone() for told in self._way.receive()]
+        self._way.done()
+        values = [part.split(self._counts) for part in parts]
+        for rank, theirs in enumerate(values):
+            for path, first, other in zip(self._paths, values[0], theirs, strict=True):
+                if not _close(first.tolist(), other.tolist()):
+                    raise DisagreementError(
+                        f"rank {rank} was called with another value of `{path}` than rank 0 at the call before this "
+                        "one; every rank must be given the same whole inputs (does each seed its generator alike?)"
+                    )
 
 
 def _facts(plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> dict[str, str]:

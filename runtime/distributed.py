@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ir.program import specialize
-from .agreement import agree
+from .agreement import Watch, agree
 from .board import Board
 from .collectives import Collectives, Sessions
 from .errors import DisagreementError, RankError
@@ -89,7 +89,8 @@ class DistributedExecutor:
             self._links = Collectives(*self._connected(device, board), board)
         code = RankProgram.of(specialize(plan.graph, board.rank), board.rank)
         sessions = Sessions(self._links, code.sites, device)
-        return DistributedPlan(self, self._links, Bound.of(code, plan.program, device), sessions)
+        watch = Watch(self._links, plan.program.input_paths, inputs, device)
+        return DistributedPlan(self, self._links, Bound.of(code, plan.program, device), sessions, watch)
 
     def begin(self) -> None:
         self._calls += 1
@@ -149,7 +150,10 @@ class DistributedExecutor:
 class DistributedPlan:
     """This rank's program of a plan."""
 
-    def __init__(self, executor: DistributedExecutor, links: Collectives, bound: Bound, sessions: Sessions) -> None:
+    def __init__(
+        self, executor: DistributedExecutor, links: Collectives, bound: Bound, sessions: Sessions, watch: Watch
+    ) -> None:
+        self.watch = watch
         self.executor = executor
         self.links = links
         self.bound = bound
@@ -161,9 +165,13 @@ class DistributedPlan:
 
         Raises:
             RankError: another rank failed, left, or did not answer in time.
+            DisagreementError: at the last call some rank was given other inputs than the others.
         """
         try:
+            self.watch.call(inputs)
             return self.runner.run(self.bound.values(weights, inputs), self.sessions.at(step), step)
+        except DisagreementError:  # nothing of this call is under way
+            raise
         except BaseException as error:
             self.executor.broke(error)
             raise
@@ -176,6 +184,7 @@ class DistributedPlan:
         if self.executor.broken:
             return
         try:
+            self.watch.close()
             self.sessions.close()
         except RankError as error:
             self.executor.broke(error)

@@ -30,7 +30,7 @@ from .layout import Rows, routes
 from .ops import index_tensor, take
 
 Role = Literal[
-    "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output"
+    "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output", "inputs"
 ]  #: why an exchange is there; the kinds that may be displaced come first
 DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum")
 Freshness = Literal["sync", "stale", "predicted", "corrected", "frozen", "local"]

@@ -122,6 +122,9 @@ def everything() -> dict[str, Any]:
     seen["weights"] = attempt(lambda: parallel(other, DistributedExecutor(WORLD, timeout=60))(*inputs()))
     seen["inputs"] = attempt(lambda: parallel(model, DistributedExecutor(WORLD, timeout=60))(*inputs(seed=RANK)))
     seen["shapes"] = attempt(lambda: parallel(model, DistributedExecutor(WORLD, timeout=60))(*inputs(16 + 2 * RANK)))
+    drifting = parallel(model, DistributedExecutor(WORLD, timeout=60))
+    seen["drifting"] = [attempt(lambda s=s: drifting(*inputs(seed=s))) for s in (0, RANK, 1, 2)]  # the second is unlike
+    drifting.close()
     lonely = parallel(model, DistributedExecutor(WORLD, timeout=2))
     seen["absent"] = attempt(lambda: RANK == 0 and lonely(*inputs()))
 

@@ -94,6 +94,13 @@ def test_what_differs_is_named_on_every_rank(seen: list[dict[str, Any]], what: s
         assert words in rank[what]
 
 
+def test_ranks_that_drift_apart_are_told_at_the_next_call(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        first, unlike, after, later = rank["drifting"]
+        assert (first, unlike, later) == ("nothing",) * 3
+        assert "rank 1 was called with another value of `sample` than rank 0 at the call before this one" in after
+
+
 def test_a_rank_that_does_not_call_is_missed(seen: list[dict[str, Any]]) -> None:
     assert "RankError after <30 s: rank 0 waited 2 s for the other ranks" in seen[0]["absent"]
 
