@@ -37,7 +37,7 @@ from benchmarks.models import MODELS
 from benchmarks.trace import trace
 from fxpass.strategy import PRESETS
 
-STEPS = 2  #: timed in each turn
+STEPS = 1  #: timed in each turn
 STALE = [name for name, strategy in PRESETS.items() if not strategy.exact and name != "no_sync"]
 
 
