@@ -220,7 +220,7 @@ def trace(stepper: Stepper) -> Trace | None:
     assert isinstance(exact, ExactStep)
     watching: list[tuple[Way, WatchedLane]] = []
     for site, link in exact.links.items():
-        for way in (link.now, link.steady):
+        for way in (link.now, link.wire):
             if way is not None and way.lane is not None and not isinstance(way.lane, WatchedLane):
                 way.lane = WatchedLane(way.lane, site.name, way.exchanges, rank, log)
                 watching.append((way, way.lane))

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from .ir.coding import BITS
+from .ir.coding import OUTERMOST
 from .ir.exchange import Freshness
 
 
@@ -57,8 +57,14 @@ class Strategy:
                 raise ValueError(f"Strategy.{kind} is one of {', '.join(known)}, not {getattr(self, kind)!r}")
         if not (_number(self.forecast) and 0 <= self.forecast <= 1):
             raise ValueError(f"Strategy.forecast is a share of the last change, 0 to 1, not {self.forecast!r}")
-        if isinstance(self.bits, bool) or self.bits not in (0, *BITS):
-            raise ValueError(f"Strategy.bits is {', '.join(map(str, BITS))}, or 0 for no coding, not {self.bits!r}")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in (0, *OUTERMOST):
+            known = ", ".join(map(str, OUTERMOST))
+            raise ValueError(f"Strategy.bits is {known}, or 0 for no coding, not {self.bits!r}")
+        if self.bits and "stale" not in (self.halo, self.keys_values):
+            raise ValueError(
+                "Strategy.bits is for stale halos, keys and values, and Strategy.halo and Strategy.keys_values are "
+                f"{self.halo!r} and {self.keys_values!r}"
+            )
         for share in self.windows:
             if not (_number(share) and 0 < share <= 1):
                 raise ValueError(

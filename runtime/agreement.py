@@ -57,9 +57,10 @@ def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], 
 
 
 class Watch:
-    """Compares the inputs of every call: ranks that drift apart (a sampler with unlike seeds) make a wrong picture.
+    """Compares the inputs of each call: ranks that drift apart (a sampler with unlike seeds) make a wrong picture.
 
-    What a call tells the others is looked at when the next one begins, so that nobody waits for it.
+    What a call tells the others is looked at when the next one begins, so that no rank waits for another; the last
+    call of all is not looked at. On CUDA the host waits for the device to have the samples.
 
     Args:
         inputs: a call's, by name; all have these shapes.
@@ -69,10 +70,9 @@ class Watch:
         self, links: Collectives, paths: Sequence[str], inputs: Sequence[Tensor], device: torch.device
     ) -> None:
         self._device = device
-        self._rank = links.board.rank
-        self._watched = [i for i, tensor in enumerate(inputs) if tensor.is_floating_point() and tensor.numel()]
+        self._watched = [i for i, tensor in enumerate(inputs) if tensor.numel()]
         self._paths = [paths[i] for i in self._watched]
-        self._counts = [len(_spread(inputs[i], FEW)) for i in self._watched]
+        self._counts = [len(_sample(inputs[i], FEW)) for i in self._watched]
         told = Merged("inputs", (sum(self._counts),), torch.float32, links.board.world)
         session = links.open([Site(0, "inputs", "", (told,))], device)
         (self._way,) = (link.now for link in session.links.values())
@@ -87,7 +87,7 @@ class Watch:
         """
         self._compare()
         if self._watched:
-            self._last = torch.cat([_spread(inputs[i], FEW).float() for i in self._watched])
+            self._last = torch.tensor([x for i in self._watched for x in _sample(inputs[i], FEW)], dtype=torch.float32)
             self._way.send([self._last.to(self._device)])
 
     def close(self) -> None:

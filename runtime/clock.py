@@ -114,12 +114,14 @@ class Clock:
         """The last timesteps, in the model's unit, of a generation that begins at `time`; empty if not known."""
         if not time or not self.cooldown_steps or any(each != time[0] for each in time):
             return []
-        for unit in UNITS:
+        found: list[float] = []
+        farthest = -1
+        for unit in UNITS:  # 1 may be the first of thousandths or the last of a thousand: then it is the first
             left = sorted({each * unit for each in self.timesteps})
             place = next((i for i, each in enumerate(left) if _same(each, time[0])), -1)
-            if place >= self.cooldown_steps:
-                return left[: self.cooldown_steps]
-        return []
+            if place > farthest:
+                found, farthest = left[: self.cooldown_steps], place
+        return found
 
     def _continues(self, context: Context, time: list[float], sample: Tensor) -> bool:
         falling = all(now <= then for now, then in zip(time, context.timestep, strict=True))

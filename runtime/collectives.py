@@ -24,8 +24,8 @@ class Collectives:
 
     Args:
         group: a `ProcessGroup` of `torch.distributed`, or one of its backends.
-        urgent: another one, for what is awaited in the step that sends it. A group works off its messages in turn: in
-            one group, the output of a step would wait for all that only the next step needs.
+        urgent: another one, for what every step awaits. A group works off its messages in turn: in one group, the
+            output of a step would wait for all that only the next step needs.
         blocking: the groups move host memory and their `wait` blocks the host (gloo).
     """
 
@@ -158,14 +158,14 @@ class Link:
 
     Args:
         now: what travels at exact steps.
-        steady: what travels at displaced steps: the same way, but for windows and codes; None if nothing does.
+        wire: what travels at displaced steps: the same way, but for windows and codes; None if nothing does.
     """
 
-    def __init__(self, rank: int, site: Site, now: Way, steady: Way | None) -> None:
+    def __init__(self, rank: int, site: Site, now: Way, wire: Way | None) -> None:
         self.site = site
         self.rank = rank
         self.now = now
-        self.steady = steady
+        self.wire = wire
         self.past = Past()
         self._results: list[Tensor] | None = None  #: of a displaced step, not fetched yet
         self._underway = False  #: sent for the next step, not received yet
@@ -178,7 +178,7 @@ class Link:
 
     def displaced(self, values: list[Tensor], pace: float) -> None:
         """Make the results of what was sent for this step, and send for the next."""
-        way = self.steady
+        way = self.wire
         if self._underway:
             assert way is not None
             self._underway = False
@@ -187,7 +187,7 @@ class Link:
         if self.site.repeated:
             assert way is not None
             self.drop()
-            way.send(self.past.outgoing(self.site, values))
+            way.send(self.past.outgoing(self.site, self.rank, values))
             self._underway = True
             self.past.keep_own(self.site, values)
 
@@ -203,7 +203,7 @@ class Link:
             return results
         self._arrived(self.now, kept(self.site, self.rank, received))
         self.past.keep_own(self.site, values)
-        self.past.all_known(self.site, values)
+        self.past.all_known(self.site, self.rank, values)
         return results
 
     def _arrived(self, way: Way, received: list[Payloads]) -> None:
@@ -219,9 +219,8 @@ class Link:
     def drop(self) -> None:
         """Give up what is kept of earlier steps."""
         if self._underway:
-            assert self.steady is not None
-            self.steady.receive()
-            self._held = self.steady
+            assert self.wire is not None
+            self._arrived(self.wire, self.past.decoded(self.site, self.wire.receive()))
         if self._held is not None:
             self._held.done()
         self._underway, self._held = False, None

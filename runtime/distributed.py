@@ -132,7 +132,8 @@ class DistributedExecutor:
         return self._board
 
     def _connected(self, device: torch.device, board: Board) -> tuple[Any, Any, bool]:
-        """Two process groups of our own, made when all ranks are known to be there; whether waits block the host.
+        """Process groups of our own, made when all ranks are known to be there: for what the next step needs, and for
+        what every step awaits; whether their waits block the host.
 
         They are not registered with `torch.distributed`, whose group names count what each process has made.
         """
@@ -141,8 +142,9 @@ class DistributedExecutor:
         if device.type == "cuda" and "nccl" in str(dist.get_backend_config(self._group)):
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            group, urgent = (dist.ProcessGroupNCCL(store, board.rank, board.world, options) for store in stores)
-            return group, urgent, False
+            # one alone: kernels of two communicators may wait for each other where their order differs between ranks
+            group = dist.ProcessGroupNCCL(stores[0], board.rank, board.world, options)
+            return group, group, False
         group, urgent = (dist.ProcessGroupGloo(store, board.rank, board.world, timeout) for store in stores)
         return group, urgent, True
 

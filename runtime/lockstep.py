@@ -126,14 +126,14 @@ class LockstepPlan:
             if step.exact:
                 received = self._delivered(site, values)
             else:
-                sent = [past.outgoing(site, own) for past, own in zip(pasts, values, strict=True)]
+                sent = [past.outgoing(site, rank, values[rank]) for rank, past in enumerate(pasts)]
                 received = self._delivered(site.wire, sent)
             for rank, (past, own) in enumerate(zip(pasts, values, strict=True)):
                 here = received[rank]
                 past.arrived(site, copied(kept(site, rank, here) if step.exact else past.decoded(site, here)))
                 past.keep_own(site, own)
                 if step.exact:
-                    past.all_known(site, own)
+                    past.all_known(site, rank, own)
             if step.exact:
                 results = [results_now(site, rank, own, received[rank]) for rank, own in enumerate(values)]
         return results

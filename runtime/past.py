@@ -45,20 +45,23 @@ class Past:
             for arrived, known in zip(received, self.received, strict=True)
         ]
 
-    def outgoing(self, site: Site, values: list[Tensor]) -> list[Tensor]:
+    def outgoing(self, site: Site, rank: int, values: list[Tensor]) -> list[Tensor]:
         """What a displaced step sends of this rank's own values."""
         if not site.coded:
             return values
         result = []
         for i, (each, value) in enumerate(zip(site.exchanges, values, strict=True)):
             if each.bits:
-                value, self.known[i] = each.encoded(value, self.known[i])
+                value, self.known[i] = each.encoded(each.told(rank, value), self.known[i])
             result.append(value)
         return result
 
-    def all_known(self, site: Site, values: list[Tensor]) -> None:
+    def all_known(self, site: Site, rank: int, values: list[Tensor]) -> None:
         """An exact step has sent these values as they are."""
-        self.known = [value.clone() for value in values] if site.coded else []
+        if site.coded:
+            self.known = [
+                each.told(rank, x).clone() if each.bits else x for each, x in zip(site.exchanges, values, strict=True)
+            ]
 
     def keep_own(self, site: Site, values: list[Tensor]) -> None:
         """What later steps need of this rank's own values."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 GROUP = 64  #: numbers that share a step, at most
-BITS = {2: 0.8, 4: 1.0, 8: 1.0}  #: the outermost level as a share of the group's largest number, by bits per number
+OUTERMOST = {2: 0.8, 4: 1.0, 8: 1.0}  #: the last level as a share of a group's largest number, by bits per number
 
 
 def encoded_size(count: int, bits: int) -> int:
@@ -26,14 +26,14 @@ def encode(change: Tensor, bits: int) -> Tensor:
     groups, size = _groups(change.shape[-1], bits)
     x = torch.nn.functional.pad(change.float(), (0, groups * size - change.shape[-1])).unflatten(-1, (groups, size))
     half = 2 ** (bits - 1)
-    step = (x.abs().amax(-1) * (BITS[bits] / (half - 0.5))).to(torch.bfloat16)
+    step = (x.abs().amax(-1) * (OUTERMOST[bits] / (half - 0.5))).to(torch.bfloat16)
     tiny = torch.finfo(torch.float32).tiny
     levels = (x / step.float().clamp_min(tiny).unsqueeze(-1)).floor_().clamp_(-half, half - 1).add_(half)
     parts = levels.to(torch.uint8).flatten(-2).unflatten(-1, (-1, 8 // bits))
     codes = parts[..., 0].clone()
     for place in range(1, 8 // bits):
         codes |= parts[..., place] << (bits * place)
-    return torch.cat([codes, step.view(torch.uint8)], -1)
+    return torch.cat([codes, _viewed(step, torch.uint8)], -1)
 
 
 def decode(codes: Tensor, count: int, bits: int) -> Tensor:
@@ -42,8 +42,13 @@ def decode(codes: Tensor, count: int, bits: int) -> Tensor:
     packed, step = codes.split([groups * size * bits // 8, groups * torch.bfloat16.itemsize], -1)
     places = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     levels = (packed.unsqueeze(-1) >> places).bitwise_and_(2**bits - 1).flatten(-2).unflatten(-1, (groups, size))
-    scale = step.contiguous().view(torch.bfloat16).float().unsqueeze(-1)
+    scale = _viewed(step, torch.bfloat16).float().unsqueeze(-1)
     return levels.float().sub_(2 ** (bits - 1) - 0.5).mul_(scale).flatten(-2)[..., :count]
+
+
+def _viewed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of `x` as another dtype. A copy, since `x` may begin at an odd byte, or have any strides."""
+    return x.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _groups(count: int, bits: int) -> tuple[int, int]:

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from math import prod
+from operator import or_
 from typing import Literal
 
 import torch
@@ -98,8 +99,12 @@ class Exchange:
         """What travels at displaced steps: `steady`, or codes of what has changed in it."""
         return self.steady
 
+    def told(self, rank: int, x: Tensor) -> Tensor:
+        """What others are sent of rank `rank`'s own value at displaced steps."""
+        raise NotImplementedError
+
     def encoded(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of what changed from what the others know to `x`, and what they know of it then."""
+        """Codes of what changed from what the others know to `x`, and what they know then; all as `told`."""
         raise NotImplementedError
 
     def decoded(self, codes: Tensor, known: Tensor) -> Tensor:
@@ -114,14 +119,14 @@ class Exchange:
         """Bytes that `rank` keeps from one step to the next."""
         if self.fresh in ("sync", "local"):
             return 0
-        own = self.own_numel(rank) * self.dtype.itemsize if self.needs_own or self.bits else 0
+        own = self.own_numel(rank) * self.dtype.itemsize
         if not self.forecast:
             return self.steady.received(rank) + own
         return 2 * self.steady.received(rank) + own
 
     def own_numel(self, rank: int) -> int:
-        """Elements of rank `rank`'s own value."""
-        return prod(self.shape)
+        """Elements of its own value that rank `rank` keeps."""
+        return prod(self.shape) if self.needs_own else 0
 
     @property
     def needs_own(self) -> bool:
@@ -226,13 +231,30 @@ class Fetch(Exchange):
             return self.steady
         size = encoded_size(self.shape[self._coded], self.bits)
         shape = (*self.shape[: self._coded], size, *self.shape[self._coded + 1 :])
-        return replace(self.steady, shape=shape, dtype=torch.uint8, forecast=0.0, bits=0)
+        return replace(
+            self.steady,
+            shape=shape,
+            dtype=torch.uint8,
+            have=self._sent,
+            owners=self.owners or self.have,
+            forecast=0.0,
+            bits=0,
+        )
+
+    @cached_property
+    def _sent(self) -> tuple[Rows, ...]:
+        """By rank, the rows that any other is sent at displaced steps."""
+        table, ranks = self.steady._routes, range(self.world)
+        return tuple(reduce(or_, (table[dst][src] for dst in ranks if dst != src), Rows(())) for src in ranks)
 
     @property
     def _coded(self) -> int:
         """The dim whose vectors are coded: the last one that is not split."""
         last = len(self.shape) - 1
         return last - 1 if self.dim == last else last
+
+    def told(self, rank: int, x: Tensor) -> Tensor:
+        return take(x, self.dim, self.have[rank].locate(self._sent[rank]))
 
     def encoded(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -242,10 +264,11 @@ class Fetch(Exchange):
 
     def decoded(self, codes: Tensor, known: Tensor) -> Tensor:
         change = decode(codes.transpose(self._coded, -1), known.shape[self._coded], self.bits)
-        return (known + change.transpose(self._coded, -1)).to(known.dtype)
+        most = torch.finfo(known.dtype).max
+        return (known + change.transpose(self._coded, -1)).clamp(-most, most).to(known.dtype)
 
     def own_numel(self, rank: int) -> int:
-        return prod(self.shape) // self.shape[self.dim] * len(self.have[rank])
+        return prod(self.shape) // self.shape[self.dim] * len(self._sent[rank]) if self.bits else 0
 
     def keep(self, rank: int, received: Payloads) -> Payloads:
         if not self.window:

@@ -132,3 +132,40 @@ def test_sums_of_low_precision_are_added_in_float32_in_rank_order() -> None:
     parts = [torch.tensor([x], dtype=torch.bfloat16) for x in (256.0, 1.0, 1.0)]
     exchange = Reduce("sum", (1,), torch.bfloat16, 3)
     assert after(exchange, parts)[0].item() == 258.0  # 256 + 1 is 256 in bfloat16
+
+
+@given(
+    st.data(),
+    st.integers(2, 4),
+    st.integers(0, 3),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+)
+def test_receivers_of_codes_know_what_the_sender_thinks_they_know(
+    data: st.DataObject, world: int, dim: int, dtype: torch.dtype, channels_last: bool
+) -> None:
+    """For any layouts, split along any dim, in any precision and order in memory; and that is near the value."""
+    shape = [2, 3, 5, 4]
+    shape[dim] = 9
+    have, want = data.draw(rows(9, world)), data.draw(wanted(9, world))
+    fetch = Fetch("halo", tuple(shape), dtype, world, dim=dim, have=have, want=want, fresh="stale", bits=8)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=order) for _ in range(2))
+    known = [fetch.told(r, part(old, dim, have[r])) for r in range(world)]
+    arrived = [fetch.pack(r, part(old, dim, have[r])) for r in range(world)]
+    sent = [fetch.encoded(fetch.told(r, part(new, dim, have[r])), known[r]) for r in range(world)]
+    for src, (codes, now_known) in enumerate(sent):
+        for dst, payload in enumerate(fetch.wire.pack(src, codes)):
+            if payload is None:
+                assert arrived[src][dst] is None
+                continue
+            assert payload.dtype == torch.uint8
+            assert tuple(payload.shape) == fetch.wire.payload_shape(src, dst)
+            before = arrived[src][dst]
+            assert before is not None
+            found = fetch.decoded(payload, before)
+            rows_sent = fetch._sent[src].locate(fetch._routes[dst][src])
+            assert torch.equal(found, part(now_known, dim, rows_sent))
+            wanted_now = part(new, dim, fetch._routes[dst][src])
+            torch.testing.assert_close(found, wanted_now, rtol=0.02, atol=0.04)

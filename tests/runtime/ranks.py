@@ -28,7 +28,7 @@ from fxpass.runtime.collectives import ExactStep
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.strategy import Strategy
-from tests.runtime.plans import block, inputs, parallel, steps
+from tests.runtime.plans import block, inputs, parallel, steps, whole
 
 STRATEGIES = [
     *(
@@ -171,6 +171,19 @@ def everything() -> dict[str, Any]:
         pairs = [(moving(*call)["sample"], reference(*call)["sample"]) for call in generations]
         seen["displaced"].append(all(torch.equal(a, b) for a, b in pairs))
         moving.close()
+    # the timestep that was announced as the last is not: an exact step in the middle
+    strategy = replace(Strategy.of("compressed"), warmup_steps=2)
+    moving = parallel(model, DistributedExecutor(WORLD, timeout=60), strategy)
+    reference = parallel(model, LockstepExecutor(WORLD), strategy)
+    calls = steps(8)
+    for each in (moving, reference):
+        each.reset([float(time) for _, time in calls[:5]])
+    found = [moving(*call)["sample"] for call in calls]
+    seen["middle"] = [torch.equal(a, reference(*call)["sample"]) for a, call in zip(found, calls, strict=True)]
+    unsplit = [whole(model, *call) for call in calls]
+    seen["exact"] = [torch.allclose(a, b, atol=1e-5) for a, b in zip(found, unsplit, strict=True)]
+    moving.close()
+
     seen["held"] = held()
     grouped.close()
     module.close()

@@ -199,6 +199,12 @@ def test_the_last_step_is_found_in_whatever_form_the_model_is_given_its_timestep
     assert found == [True] * 2 + [False] * 47 + [True]
 
 
+@pytest.mark.parametrize(("start", "count"), [(17, 3), (18, 3), (18, 5), (19, 1)])
+def test_where_few_timesteps_are_left_all_may_be_final(start: int, count: int) -> None:
+    known = trajectory("ddim", 20, 0)
+    assert cooled(trajectory("ddim", 20, 0, start=start), known, count) == [True] * (20 - start)
+
+
 def test_img2img_ends_exactly_though_it_leaves_out_the_first_timesteps() -> None:
     found = cooled(trajectory("ddim", 20, 0, start=12), trajectory("ddim", 20, 0), 1)
     assert found == [True] * 2 + [False] * 5 + [True]

@@ -51,8 +51,14 @@ def test_displaced_steps_on_processes_equal_lockstep_bit_for_bit(seen: list[dict
     assert [rank["displaced"] for rank in seen] == [[True] * 6] * 2
 
 
+def test_an_exact_step_in_the_middle_of_a_generation_is_the_same_in_lockstep(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["middle"] == [True] * 8
+        assert rank["exact"] == [k in (0, 1, 4) for k in range(8)]
+
+
 def test_memory_between_displaced_steps_is_at_most_two_of_each_message(seen: list[dict[str, Any]]) -> None:
-    for held in [rank["held"] for rank in seen if rank["held"]["used"]]:  # gloo's buffers are not the kernel's to count
+    for held in [rank["held"] for rank in seen if rank["files"]]:  # gloo's buffers are not the kernel's to count
         rounding = 4096 * (4 * held["nodes"] + 4)  # to pages, at both ends of each of two buffers
         assert held["received"] > 4 * rounding
         assert held["received"] <= held["used"] <= 2 * (held["received"] + held["other"] + held["sent"]) + rounding
