@@ -11,7 +11,6 @@ from __future__ import annotations
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import product
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from .study_run import CAP
 CONFIDENCE = 0.95
 PANEL = 192  #: pixels of width that a picture of a contact sheet is shown with at least
 WORSE = "#b00020"
+COLUMNS = 3  #: panels side by side
 
 HEADINGS = (
     "steps", "ranks", "strategy", "exact steps", "PSNR, dB", "against {baseline}, dB", "SSIM", "feature distance",
@@ -213,21 +213,21 @@ def _panels(
     x: str,
     y: str,
 ) -> Path:
-    """One panel per number of steps (rows) and of ranks (columns), with one legend for all."""
+    """One panel per number of steps and of ranks, with one legend for all."""
     cells = [cell_of(each) for each in members]
-    steps, ranks = sorted({cell.steps for cell in cells}), sorted({cell.ranks for cell in cells})
+    settings = sorted({(cell.steps, cell.ranks) for cell in cells})
     labels = sorted({cell.label for cell in cells})
     palette = mpl.colormaps["tab10" if len(labels) <= 10 else "tab20"]
     colours = {label: palette(i) for i, label in enumerate(labels)}
-    wide, high = max(4.4 * len(ranks), 7.0), 3.2 * len(steps) + 1.3
-    figure = Figure(figsize=(wide, high), layout="constrained")
-    grid = figure.subplots(len(steps), len(ranks), squeeze=False, sharey=True)
+    columns = min(len(settings), COLUMNS)
+    rows = -(-len(settings) // columns)
+    figure = Figure(figsize=(max(4.4 * columns, 7.0), 3.2 * rows + 1.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(settings) :]:
+        axes.set_axis_off()
     handles: dict[str, Any] = {}
-    for axes, setting in zip(grid.flat, product(steps, ranks), strict=True):
+    for axes, setting in zip(grid.flat, settings, strict=False):
         inside = [each for each, cell in zip(members, cells, strict=True) if (cell.steps, cell.ranks) == setting]
-        if not inside:  # not made yet, or impossible
-            axes.set_axis_off()
-            continue
         panel(axes, inside, colours)
         axes.set_title(f"{setting[1]} ranks, {setting[0]} steps", fontsize=10)
         axes.grid(alpha=0.3)
