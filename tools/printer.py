@@ -169,7 +169,10 @@ def _exchange_lines(node: fx.Node, names: Mapping[str, str], rank: int) -> Itera
         text = exchange_text(each, rank)
         stale = "" if each.fresh == "sync" else f"{each.fresh} "
         role = "" if text.startswith(f"{each.role}(") else f" for {each.role}"
-        yield f"{name}  {placed}{stale}{text} of {source}{role}; {bytes_text(each.received(rank))}{reason}"
+        later = each.wire.received(rank) if each.repeated else 0
+        changes = f" in changes of {each.bits} bits" if each.bits else ""
+        less = f", then {bytes_text(later)}{changes}" if each.fresh != "sync" and later != each.received(rank) else ""
+        yield f"{name}  {placed}{stale}{text} of {source}{role}; {bytes_text(each.received(rank))}{less}{reason}"
 
 
 # --------------------------------------------------------------------------------------------------- graphs

@@ -126,3 +126,16 @@ def test_the_seeds_are_named_as_the_caller_names_inputs(made: Plan) -> None:
     assert seeds_text(made.program, made.program.graph, made.seeds) == [
         ("sample", "[B, C, H/2, W]", "16 rows, cut at 8")
     ]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ("compressed", r"stale halo\(.*; \d+ B, then \d+ B in changes of 2 bits$"),
+        ("no_sync", r"frozen halo\(.*; \d+ B, then 0 B$"),
+        ("stale_gn", r"stale halo\(.*; \d+ B$"),
+    ],
+)
+def test_an_exchange_says_what_displaced_steps_send(strategy: str, words: str) -> None:
+    made = plan(block(), *inputs(), world_size=2, strategy=strategy)
+    assert re.search(words, graph_text(made.program, made.graph), re.MULTILINE)
