@@ -131,9 +131,9 @@ def test_the_seeds_are_named_as_the_caller_names_inputs(made: Plan) -> None:
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
-        ("compressed", r"stale halo\(.*; \d+ B, then \d+ B in changes of 2 bits$"),
-        ("no_sync", r"frozen halo\(.*; \d+ B, then 0 B$"),
-        ("stale_gn", r"stale halo\(.*; \d+ B$"),
+        ("compressed", r"stale halo\(.*; 1\.0 kB, then 128 B in changes of 2 bits$"),
+        ("no_sync", r"frozen halo\(.*; 1\.0 kB, then 0 B$"),
+        ("stale_gn", r"stale halo\(.*; 1\.0 kB$"),
     ],
 )
 def test_an_exchange_says_what_displaced_steps_send(strategy: str, words: str) -> None:
