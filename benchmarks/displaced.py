@@ -3,7 +3,7 @@
     python -m benchmarks.displaced [--rounds 20] [--models unet mmdit] [--strategy displaced]
     python -m benchmarks.displaced --trace steps.json [--models unet]
 
-Four things take turns in every round, each several steps in a row:
+Four things take turns in every round, each with one step that is timed, after one that is not:
 
     displaced   steady steps of a stale strategy, "displaced" or another: waits are for what was launched a step before
     no_sync     the same for strategy "no_sync", which sends nothing but the output
@@ -37,7 +37,7 @@ from benchmarks.models import MODELS
 from benchmarks.trace import trace
 from fxpass.strategy import PRESETS
 
-STEPS = 1  #: timed in each turn
+STEPS = 1  #: timed in each turn, after one that is not
 STALE = [name for name, strategy in PRESETS.items() if not strategy.exact and name != "no_sync"]
 
 

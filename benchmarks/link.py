@@ -39,7 +39,7 @@ from benchmarks.trace import trace
 
 LOOPBACK = "loopback"
 STRATEGIES = ("displaced", "compressed", "no_sync", "sync")
-STEPS = 1  #: timed in each turn
+STEPS = 1  #: timed in each turn, after one that is not
 DEVICE = "fxlink"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")  # seen only inside the namespaces
 PROBE = 8 << 20  #: bytes of a plain transfer

@@ -13,7 +13,8 @@ from typing import Any
 from torch import fx, nn
 
 from .capture import capture
-from .ir.exchange import Exchange, Fetch
+from .ir.exchange import Exchange
+from .ir.fetch import Fetch
 from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
 from .passes import Build, build

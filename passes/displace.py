@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.exchange import DISPLACED, Exchange, Fetch, Freshness
+from ..ir.exchange import DISPLACED, Exchange, Freshness
+from ..ir.fetch import Fetch
 from ..ir.layout import Rows, full
 from ..ir.program import layout_of, shape_of
 
@@ -95,15 +96,15 @@ def _displaced(message: tuple[Exchange, ...], kinds: Kinds, *, steady: bool) -> 
     fresh: list[Freshness] = [getattr(kinds, "sums" if each.role == "sum" else each.role) for each in message]
     if steady:
         fresh = ["sync" if each == "sync" else "frozen" for each in fresh]
-    return tuple(
-        replace(
-            each,
-            fresh=how,
-            forecast=kinds.forecast if _forecast(each, how) else 0.0,
-            bits=kinds.bits if how == "stale" and isinstance(each, Fetch) and len(each.shape) > 1 else 0,
-        )
-        for each, how in zip(message, fresh, strict=True)
-    )
+    return tuple(_told(each, how, kinds) for each, how in zip(message, fresh, strict=True))
+
+
+def _told(exchange: Exchange, fresh: Freshness, kinds: Kinds) -> Exchange:
+    """The exchange of displaced steps: how fresh, how much of a change goes on, and in how many bits it is sent."""
+    exchange = replace(exchange, fresh=fresh, forecast=kinds.forecast if _forecast(exchange, fresh) else 0.0)
+    if isinstance(exchange, Fetch) and fresh == "stale" and len(exchange.shape) > 1:
+        return replace(exchange, bits=kinds.bits)
+    return exchange
 
 
 def _forecast(exchange: Exchange, fresh: Freshness) -> bool:

@@ -19,7 +19,8 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.exchange import Exchange, Fetch
+from ..ir.exchange import Exchange
+from ..ir.fetch import Fetch
 from ..ir.layout import Rows, own, per_rank
 from ..ir.program import layout_of, shape_of
 

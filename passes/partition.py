@@ -18,8 +18,10 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from ..ir import ops
-from ..ir.exchange import Exchange, Fetch, Moments, Reduce, Role
+from ..ir.exchange import Exchange, Role
+from ..ir.fetch import Fetch
 from ..ir.layout import WHOLE, Layout, Rows, even, full, own, per_rank
+from ..ir.merge import Moments, Reduce
 from ..ir.program import layout_of, shape_of
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from ..ir.exchange import Merged
+from ..ir.merge import Merged
 from .board import Board
 from .collectives import Collectives
 from .errors import DisagreementError

@@ -52,7 +52,7 @@ class Site:
     @property
     def coded(self) -> bool:
         """Whether displaced steps send codes of what has changed."""
-        return any(each.bits for each in self.exchanges)
+        return self.wire.exchanges != self.steady.exchanges
 
     @cached_property
     def steady(self) -> Site:

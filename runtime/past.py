@@ -18,14 +18,14 @@ class Past:
         received: by source rank, the payload of each exchange, of the step that serves now.
         before: those of the step before, where values are forecast.
         own: this rank's own values of the step that serves, where an estimator needs them.
-        known: what the others know of this rank's values, where they are told of changes.
+        known: of each exchange, what the others know of this rank's value, where they are told of changes.
         witnesses: of each exchange, the part of the own values at the last two steps on which a trend is measured.
     """
 
     received: list[Payloads] = field(default_factory=list)
     before: list[Payloads] | None = None
     own: list[Tensor] = field(default_factory=list)
-    known: list[Tensor] = field(default_factory=list)
+    known: list[Tensor | None] = field(default_factory=list)
     witnesses: list[list[Tensor]] = field(default_factory=list)
 
     def arrived(self, site: Site, received: list[Payloads]) -> None:
@@ -39,7 +39,7 @@ class Past:
             return received
         return [
             [
-                new if new is None or old is None or not each.bits else each.decoded(new, old)
+                None if new is None or old is None else each.incoming(new, old)
                 for each, new, old in zip(site.exchanges, arrived, known, strict=True)
             ]
             for arrived, known in zip(received, self.received, strict=True)
@@ -47,21 +47,13 @@ class Past:
 
     def outgoing(self, site: Site, rank: int, values: list[Tensor]) -> list[Tensor]:
         """What a displaced step sends of this rank's own values."""
-        if not site.coded:
-            return values
-        result = []
-        for i, (each, value) in enumerate(zip(site.exchanges, values, strict=True)):
-            if each.bits:
-                value, self.known[i] = each.encoded(each.told(rank, value), self.known[i])
-            result.append(value)
-        return result
+        told = [each.outgoing(rank, *own) for each, *own in zip(site.exchanges, values, self.known, strict=True)]
+        self.known = [known for _, known in told]
+        return [value for value, _ in told]
 
     def all_known(self, site: Site, rank: int, values: list[Tensor]) -> None:
         """An exact step has sent these values as they are."""
-        if site.coded:
-            self.known = [
-                each.told(rank, x).clone() if each.bits else x for each, x in zip(site.exchanges, values, strict=True)
-            ]
+        self.known = [each.known(rank, x) for each, x in zip(site.exchanges, values, strict=True)]
 
     def keep_own(self, site: Site, values: list[Tensor]) -> None:
         """What later steps need of this rank's own values."""

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.exchange import Exchange, Fetch
+from ..ir.exchange import Exchange
+from ..ir.fetch import Fetch
 from ..ir.layout import Layout, Rows
 from ..ir.program import Program, layout_of, specialize
 
@@ -170,7 +171,7 @@ def _exchange_lines(node: fx.Node, names: Mapping[str, str], rank: int) -> Itera
         stale = "" if each.fresh == "sync" else f"{each.fresh} "
         role = "" if text.startswith(f"{each.role}(") else f" for {each.role}"
         later = each.wire.received(rank) if each.repeated else 0
-        changes = f" in changes of {each.bits} bits" if each.bits else ""
+        changes = f" in changes of {each.bits} bits" if isinstance(each, Fetch) and each.bits else ""
         less = f", then {bytes_text(later)}{changes}" if each.fresh != "sync" and later != each.received(rank) else ""
         yield f"{name}  {placed}{stale}{text} of {source}{role}; {bytes_text(each.received(rank))}{less}{reason}"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..ir.exchange import Fetch
+from ..ir.fetch import Fetch
 from ..models.resolve import Options, resolve
 from ..plan import Plan, plan
 from .printer import bytes_text

@@ -14,8 +14,10 @@ from torch import fx
 from torch._ops import OpOverload
 
 from . import ops
-from .exchange import DISPLACED, Fetch, Moments
+from .exchange import DISPLACED
+from .fetch import Fetch
 from .layout import Rows
+from .merge import Moments
 from .program import calls, exchanges_of, layout_of
 
 Stage = Literal["captured", "normal", "partitioned", "displaced", "scheduled"]
@@ -107,7 +109,7 @@ def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
         if len(kinds) > 1 or any(
             (stale and not (each.role in DISPLACED and each.dtype.is_floating_point))
             or (each.fresh in ("predicted", "corrected", "local") and not isinstance(each, Moments))
-            or (each.bits and not (isinstance(each, Fetch) and each.fresh == "stale"))
+            or (isinstance(each, Fetch) and each.bits and each.fresh != "stale")
             or (isinstance(each, Fetch) and not all(h <= w for h, w in zip(each.have, each.window, strict=False)))
             for each in declared
         ):

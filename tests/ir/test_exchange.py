@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxpass.ir.exchange import Exchange, Fetch, Moments, Reduce
+from fxpass.ir.exchange import Exchange
+from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, full
+from fxpass.ir.merge import Moments, Reduce
 from fxpass.ir.ops import group_moments, group_normalize, moments
 from tests.passes.harness import cut, exchanged, rows
 
@@ -152,10 +154,11 @@ def test_receivers_of_codes_know_what_the_sender_thinks_they_know(
     order = torch.channels_last if channels_last else torch.contiguous_format
     generator = torch.Generator().manual_seed(0)
     old, new = (torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=order) for _ in range(2))
-    known = [fetch.told(r, part(old, dim, have[r])) for r in range(world)]
+    known = [fetch.known(r, part(old, dim, have[r])) for r in range(world)]
     arrived = [fetch.pack(r, part(old, dim, have[r])) for r in range(world)]
-    sent = [fetch.encoded(fetch.told(r, part(new, dim, have[r])), known[r]) for r in range(world)]
+    sent = [fetch.outgoing(r, part(new, dim, have[r]), known[r]) for r in range(world)]
     for src, (codes, now_known) in enumerate(sent):
+        assert now_known is not None
         for dst, payload in enumerate(fetch.wire.pack(src, codes)):
             if payload is None:
                 assert arrived[src][dst] is None
@@ -164,7 +167,7 @@ def test_receivers_of_codes_know_what_the_sender_thinks_they_know(
             assert tuple(payload.shape) == fetch.wire.payload_shape(src, dst)
             before = arrived[src][dst]
             assert before is not None
-            found = fetch.decoded(payload, before)
+            found = fetch.incoming(payload, before)
             rows_sent = fetch._sent[src].locate(fetch._routes[dst][src])
             assert torch.equal(found, part(now_known, dim, rows_sent))
             wanted_now = part(new, dim, fetch._routes[dst][src])

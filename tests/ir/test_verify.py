@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from fxpass.ir import ops
-from fxpass.ir.exchange import Fetch, Reduce
+from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout, full
+from fxpass.ir.merge import Reduce
 from fxpass.ir.verify import VerificationError, verify
 from tests.passes.harness import cut
 

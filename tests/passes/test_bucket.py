@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxpass.capture import capture
 from fxpass.ir import ops
-from fxpass.ir.exchange import Fetch
+from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout, PerRank, full
 from fxpass.ir.program import exchanges_of
 from fxpass.ir.verify import verify

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxpass
-from fxpass.ir.exchange import Fetch, Moments
+from fxpass.ir.fetch import Fetch
+from fxpass.ir.merge import Moments
 from fxpass.ir.program import exchanges_of
 from fxpass.models.small import case, output_tensors
 from fxpass.runtime.executor import Step

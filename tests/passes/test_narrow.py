@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxpass
-from fxpass.ir.exchange import Fetch
+from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, even, full
 from fxpass.models.small import case, output_tensors
 from fxpass.passes.narrow import windows_of

@@ -12,7 +12,7 @@ from torch import fx
 
 import fxpass
 from fxpass.ir import ops
-from fxpass.ir.exchange import Fetch
+from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import even, full
 from fxpass.ir.program import calls
 from fxpass.ir.verify import verify

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fxpass.capture import capture
-from fxpass.ir.exchange import Fetch, Moments
+from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import WHOLE, Layout, Rows, even
+from fxpass.ir.merge import Moments
 from fxpass.plan import Plan, plan
 from fxpass.tools.printer import (
     bytes_text,

@@ -1,0 +1,188 @@
+"""The exchange that moves rows: halos, keys and values, realignment, the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from math import prod
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from .coding import decode, encode, encoded_size
+from .exchange import Exchange, Payloads
+from .layout import Rows, routes
+from .ops import index_tensor, take
+
+
+@dataclass(frozen=True)
+class Fetch(Exchange):
+    """Turn a value laid out by `have` along `dim` into one laid out by `want`.
+
+    Rank k's result may be framed by `before[k]` and `after[k]` rows of `fill`: the zero padding of a convolution
+    at the border of the picture, made in the same copy as the halo::
+
+              rank 0            rank 1            rank 2
+          0 | a a a | b     a | b b b | c     b | c c c | 0
+
+    Where `bits` is not 0, displaced steps send what has changed, in so many bits per number (see `coding`), and the
+    sender keeps what the others have made of it so far.
+    """
+
+    dim: int = 0
+    have: tuple[Rows, ...] = ()
+    want: tuple[Rows, ...] = ()
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    fill: float = 0.0
+    owners: tuple[Rows, ...] = ()  #: who sends which rows, where ranks may hold unlike copies of one; default: `have`
+    window: tuple[Rows, ...] = ()  #: what displaced steps fetch in place of `want`: fewer rows; default: the same
+    bits: int = 0
+
+    @cached_property
+    def _routes(self) -> tuple[tuple[Rows, ...], ...]:
+        return routes(self.owners or self.have, self.want)
+
+    @cached_property
+    def steady(self) -> Fetch:
+        return replace(self, want=self.window, window=()) if self.window else self
+
+    @cached_property
+    def wire(self) -> Fetch:
+        if not self.bits:
+            return self.steady
+        size = encoded_size(self.shape[self._coded], self.bits)
+        shape = (*self.shape[: self._coded], size, *self.shape[self._coded + 1 :])
+        return replace(
+            self.steady,
+            shape=shape,
+            dtype=torch.uint8,
+            have=self._sent,
+            owners=self.owners or self.have,
+            forecast=0.0,
+            bits=0,
+        )
+
+    @cached_property
+    def _sent(self) -> tuple[Rows, ...]:
+        """By rank, the rows that any other is sent at displaced steps."""
+        table, ranks = self.steady._routes, range(self.world)
+        return tuple(reduce(or_, (table[dst][src] for dst in ranks if dst != src), Rows(())) for src in ranks)
+
+    @property
+    def _coded(self) -> int:
+        """The dim whose vectors are coded: the last one that is not split."""
+        last = len(self.shape) - 1
+        return last - 1 if self.dim == last else last
+
+    def known(self, rank: int, x: Tensor) -> Tensor | None:
+        return self._told(rank, x).clone() if self.bits else None
+
+    def outgoing(self, rank: int, x: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if known is None:
+            return x, None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        change = (self._told(rank, x).to(wide) - known.to(wide)).transpose(self._coded, -1)
+        codes = encode(change, self.bits).transpose(self._coded, -1)
+        return codes, self.incoming(codes, known)
+
+    def incoming(self, payload: Tensor, known: Tensor) -> Tensor:
+        if not self.bits:
+            return payload
+        change = decode(payload.transpose(self._coded, -1), known.shape[self._coded], self.bits)
+        most = torch.finfo(known.dtype).max
+        return (known + change.transpose(self._coded, -1)).clamp(-most, most).to(known.dtype)
+
+    def _told(self, rank: int, x: Tensor) -> Tensor:
+        """The rows of the own value that any other is sent at displaced steps."""
+        return take(x, self.dim, self.have[rank].locate(self._sent[rank]))
+
+    def own_numel(self, rank: int) -> int:
+        return prod(self.shape) // self.shape[self.dim] * len(self._sent[rank]) if self.bits else 0
+
+    def keep(self, rank: int, received: Payloads) -> Payloads:
+        if not self.window:
+            return received
+        result: Payloads = []
+        for part, fewer, payload in zip(self._routes[rank], self.steady._routes[rank], received, strict=True):
+            if payload is None or not fewer.runs:
+                result.append(None)
+            else:
+                result.append(take(payload, self.dim, part.locate(fewer)).clone())
+        return result
+
+    def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
+        return (*self.shape[: self.dim], len(self._routes[dst][src]), *self.shape[self.dim + 1 :])
+
+    @cached_property
+    def broadcast(self) -> bool:
+        table = self._routes
+        return all(
+            table[dst][src] == self.have[src] for dst in range(self.world) for src in range(self.world) if src != dst
+        )
+
+    def pack(self, rank: int, x: Tensor) -> Payloads:
+        result: Payloads = []
+        for dst in range(self.world):
+            rows = self._routes[dst][rank]
+            send = dst != rank and bool(rows.runs)
+            result.append(take(x, self.dim, self.have[rank].locate(rows)) if send else None)
+        return result
+
+    def framed(self, rank: int) -> tuple[int, int]:
+        """Rows of fill before and after rank `rank`'s result."""
+        return (self.before[rank], self.after[rank]) if self.before else (0, 0)
+
+    def witness(self, x: Tensor) -> Tensor:
+        """The rows at both ends, as many as are fetched from a neighbour; all where these meet."""
+        rows = max((len(part) for d, row in enumerate(self._routes) for s, part in enumerate(row) if s != d), default=0)
+        own = x.shape[self.dim]
+        if self.dim == 0 or 2 * rows >= own:
+            return x
+        return torch.cat([x.narrow(self.dim, 0, rows), x.narrow(self.dim, own - rows, rows)], self.dim)
+
+    def result_shape(self, rank: int, shape: Sequence[int]) -> tuple[int, ...]:
+        return (*shape[: self.dim], len(self.want[rank]) + sum(self.framed(rank)), *shape[self.dim + 1 :])
+
+    def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
+        want = self.want[rank]
+        before, after = self.framed(rank)
+        if not before and not after and want == self.have[rank] and self._routes[rank][rank] == want:
+            return x
+        shape = self.result_shape(rank, x.shape)
+        rows = shape[self.dim]
+        order = sorted(range(x.ndim), key=x.stride, reverse=True)  # as in memory: channels-last stays so
+        result = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
+        if before:
+            result.narrow(self.dim, 0, before).fill_(self.fill)
+        if after:
+            result.narrow(self.dim, rows - after, after).fill_(self.fill)
+        for src, part in enumerate(self._routes[rank]):
+            if not part.runs:
+                continue
+            if src == rank:
+                payload = take(x, self.dim, self.have[rank].locate(part))
+            else:
+                sent = received[src]
+                assert sent is not None, f"rank {rank} got nothing from rank {src}"
+                payload = sent
+            where = want.locate(part).shift(before)
+            if where.contiguous:
+                result.narrow(self.dim, where.start, len(where)).copy_(payload)
+            else:
+                result.index_copy_(self.dim, index_tensor(where, x.device), payload)
+        return result
+
+    def __str__(self) -> str:
+        have, want = (sorted({len(rows) for rows in side}) for side in (self.have, self.want))
+        frame = " framed" if any(self.before) or any(self.after) else ""
+        window = f", then {_sizes(sorted({len(rows) for rows in self.window}))}" if self.window else ""
+        coded = f", then changes in {self.bits} bits" if self.bits else ""
+        moved = f"{_sizes(have)} -> {_sizes(want)}{window}{coded}"
+        return f"{self.role}(dim {self.dim}: {moved} of {self.shape[self.dim]} rows{frame})"
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}..{sizes[-1]}"

@@ -1,0 +1,137 @@
+"""The exchanges in which every rank merges small results of all: moments, sums, maxima, minima."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .exchange import Earlier, Exchange, Payloads
+
+HALF = 0.5  #: share of a change that predicted moments expect of others, or to come again
+
+
+@dataclass(frozen=True)
+class Merged(Exchange):
+    """Every rank has a small result of its own, sends it to all others, and merges all of them in rank order."""
+
+    def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
+        return self.shape
+
+    @cached_property
+    def broadcast(self) -> bool:
+        return True
+
+    def pack(self, rank: int, x: Tensor) -> Payloads:
+        return [None if dst == rank else x for dst in range(self.world)]
+
+
+@dataclass(frozen=True)
+class Moments(Merged):
+    """Merge `stack([mean, M2])` of each rank's `counts[k]` elements into `stack([mean, biased variance])` of all.
+
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979);
+    merged in rank order on every rank, so that all ranks get the same bits.
+    """
+
+    counts: tuple[int, ...] = ()
+
+    def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
+        total = 0
+        mean = m2 = torch.zeros_like(x[0])
+        for part, count in zip(in_rank_order(rank, x, received), self.counts, strict=True):
+            if count == 0:
+                continue
+            delta = part[0] - mean
+            mean = mean + delta * (count / (total + count))
+            m2 = m2 + part[1] + delta * delta * (total * count / (total + count))
+            total += count
+        return torch.stack([mean, m2 / total])
+
+    def displaced(self, rank: int, x: Tensor, earlier: Earlier) -> Tensor:
+        if self.fresh in ("stale", "frozen") or not self.counts[rank]:
+            return super().displaced(rank, x, earlier)
+        if self.fresh == "local":
+            return torch.stack([x[0], x[1] / self.counts[rank]])
+        assert earlier.own is not None
+        estimate = self._corrected if self.fresh == "corrected" else self._predicted
+        return estimate(rank, x, earlier.own, earlier)
+
+    def _corrected(self, rank: int, x: Tensor, own: Tensor, earlier: Earlier) -> Tensor:
+        """The old mean of x and of x² over all ranks, plus the full change of the own ones since.
+
+        That is DistriFusion's estimator (Li et al., 2024), written so that nothing cancels. It can give a negative
+        variance: then the own one is taken.
+        """
+        variance = x[1] / self.counts[rank]
+        mean, whole = self.unpack(rank, own, earlier.received)
+        shift = x[0] - own[0]
+        moved = whole + variance - own[1] / self.counts[rank] + 2 * shift * (own[0] - mean)
+        return torch.stack([mean + shift, torch.where(moved < 0, variance, moved)])
+
+    def _predicted(self, rank: int, x: Tensor, own: Tensor, earlier: Earlier) -> Tensor:
+        """Merge the own part with an estimate of each other: moved by half the own change and half of its last one.
+
+        Means move by differences and squared deviations by ratios, so that no variance can become negative; a ratio
+        counts from 1/2 to 2. Small patches differ much from each other, and one's change says little of another's:
+        where `corrected` takes all of it for the whole, this takes half of it, for the others alone.
+        """
+        shift, growth = x[0] - own[0], _ratio(x[1], own[1])
+        expected: Payloads = []
+        for src, now in enumerate(earlier.received):
+            if now is None:
+                expected.append(None)
+                continue
+            mean, m2 = now[0] + HALF * shift, now[1] * growth**HALF
+            then = earlier.before[src] if earlier.before and earlier.pace else None
+            if then is not None:
+                share = HALF * earlier.pace
+                mean, m2 = mean + share * (now[0] - then[0]), m2 * _ratio(now[1], then[1]) ** share
+            expected.append(torch.stack([mean, m2]))
+        return self.unpack(rank, x, expected)
+
+    def __str__(self) -> str:
+        return f"moments({'x'.join(map(str, self.shape[1:]))} of {sum(self.counts)} elements)"
+
+
+@dataclass(frozen=True)
+class Reduce(Merged):
+    """Partial results of the ranks, reduced in rank order (sums in float32 at least)."""
+
+    op: Literal["sum", "amax", "amin"] = "sum"
+
+    def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
+        parts = in_rank_order(rank, x, received)
+        if self.op == "sum":
+            wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+            total = parts[0].to(wide)
+            for part in parts[1:]:
+                total = total + part.to(wide)
+            return total.to(x.dtype)
+        reduce = torch.maximum if self.op == "amax" else torch.minimum
+        result = parts[0]
+        for part in parts[1:]:
+            result = reduce(result, part)
+        return result
+
+    def __str__(self) -> str:
+        return f"{self.op}({'x'.join(map(str, self.shape))})"
+
+
+def in_rank_order(rank: int, x: Tensor, received: Payloads) -> list[Tensor]:
+    """The parts of all ranks, the own one in its place."""
+    parts: list[Tensor] = []
+    for src, payload in enumerate(received):
+        part = x if src == rank else payload
+        assert part is not None, f"rank {rank} got nothing from rank {src}"
+        parts.append(part)
+    return parts
+
+
+def _ratio(now: Tensor, then: Tensor) -> Tensor:
+    """`now / then`, between 1/2 and 2; 1 where both are 0."""
+    least = torch.finfo(now.dtype).tiny
+    return ((now + least) / (then + least)).clamp(0.5, 2)
