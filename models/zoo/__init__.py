@@ -1,0 +1,24 @@
+"""The zoo: a small configuration and inputs for every denoiser, ControlNet and autoencoder class of diffusers.
+
+One file per family, each ending in `CASES` and in `LEFT_OUT`, which says of classes without a case why they have none.
+"""
+
+from __future__ import annotations
+
+from ..case import Case
+from ..small import cases as small_cases
+from . import audio, autoencoders, controlnets, images, unets, videos
+
+FAMILIES = (unets, controlnets, images, videos, audio, autoencoders)
+
+CASES: tuple[Case, ...] = small_cases + tuple(case for family in FAMILIES for case in family.CASES)
+LEFT_OUT: dict[str, str] = {name: reason for family in FAMILIES for name, reason in family.LEFT_OUT.items()}
+
+
+def zoo_case(name: str) -> Case:
+    """The case of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {each.name: each for each in CASES}[name]

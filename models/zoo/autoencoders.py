@@ -1,0 +1,9 @@
+"""Autoencoders, each half a case of its own."""
+
+from __future__ import annotations
+
+from ..case import Case
+
+CASES: tuple[Case, ...] = ()
+
+LEFT_OUT: dict[str, str] = {}

@@ -1,0 +1,9 @@
+"""Diffusion transformers of pictures."""
+
+from __future__ import annotations
+
+from ..case import Case
+
+CASES: tuple[Case, ...] = ()
+
+LEFT_OUT: dict[str, str] = {}
