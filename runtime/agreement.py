@@ -14,7 +14,7 @@ from ..ir.merge import Merged
 from .board import Board
 from .collectives import Collectives
 from .errors import DisagreementError
-from .executor import PlanLike
+from .executor import PlanLike, Step
 from .interpreter import Site
 
 SAMPLES = 4096  #: elements looked at per weight
@@ -59,8 +59,9 @@ def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], 
 class Watch:
     """Compares the inputs of each call: ranks that drift apart (a sampler with unlike seeds) make a wrong picture.
 
-    What a call tells the others is looked at when the next one begins, so that no rank waits for another; the last
-    call of all is not looked at. On CUDA the host waits for the device to have the samples.
+    What a call tells the others is looked at when the next one begins, or when an exchange keeps this one waiting, so
+    that no rank waits for another because of it; the last call of all may not be looked at. On CUDA the host waits for
+    the device to have the samples.
 
     Args:
         inputs: a call's, by name; all have these shapes.
@@ -73,22 +74,24 @@ class Watch:
         self._watched = [i for i, tensor in enumerate(inputs) if tensor.numel()]
         self._paths = [paths[i] for i in self._watched]
         self._counts = [len(_sample(inputs[i], FEW)) for i in self._watched]
-        told = Merged("inputs", (sum(self._counts),), torch.float32, links.board.world)
+        told = Merged("inputs", (sum(self._counts) + 1,), torch.float32, links.board.world)
         session = links.open([Site(0, "inputs", "", (told,))], device)
         (self._way,) = (link.now for link in session.links.values())
+        self._board = links.board
         self._last: Tensor | None = None
 
-    def call(self, inputs: Sequence[Tensor]) -> None:
+    def call(self, inputs: Sequence[Tensor], step: Step) -> None:
         """A call begins.
 
         Raises:
             DisagreementError: at the last one some rank had other inputs; on every rank.
             RankError: a rank failed, left, or did not answer in time.
         """
-        self._compare()
-        if self._watched:
-            self._last = torch.tensor([x for i in self._watched for x in _sample(inputs[i], FEW)], dtype=torch.float32)
-            self._way.send([self._last.to(self._device)])
+        self._compare("at the call before this one")
+        samples = [x for i in self._watched for x in _sample(inputs[i], FEW)]
+        self._last = torch.tensor([*samples, float(step.exact)], dtype=torch.float32)
+        self._way.send([self._last.to(self._device)])
+        self._board.doubt = self._doubt
 
     def close(self) -> None:
         """Wait for what is under way."""
@@ -97,20 +100,28 @@ class Watch:
             self._way.receive()
             self._way.done()
 
-    def _compare(self) -> None:
+    def _doubt(self) -> None:
+        """An exchange of this call is waited for: is that because the ranks do unlike things?"""
+        if self._last is not None and self._way.arrived():
+            self._compare("at this call")
+
+    def _compare(self, when: str) -> None:
         if self._last is None:
             return
         mine, self._last = self._last, None
         parts = [mine if told[0] is None else told[0].cpu().clone() for told in self._way.receive()]
         self._way.done()
-        values = [part.split(self._counts) for part in parts]
-        for rank, theirs in enumerate(values):
-            for path, first, other in zip(self._paths, values[0], theirs, strict=True):
+        values = [part.split([*self._counts, 1]) for part in parts]
+        advice = "every rank must be given the same whole inputs (does each seed its generator alike?)"
+        for rank, (*theirs, exact) in enumerate(values):
+            for path, first, other in zip(self._paths, values[0], theirs, strict=False):
                 if not _close(first.tolist(), other.tolist()):
                     raise DisagreementError(
-                        f"rank {rank} was called with another value of `{path}` than rank 0 at the call before this "
-                        "one; every rank must be given the same whole inputs (does each seed its generator alike?)"
+                        f"rank {rank} was called with another value of `{path}` than rank 0 {when}; {advice}"
                     )
+            if not torch.equal(exact, values[0][-1]):
+                kinds = [("a displaced", "an exact")[int(each)] for each in (exact, values[0][-1])]
+                raise DisagreementError(f"rank {rank} took {when} {kinds[0]} step, rank 0 {kinds[1]} one; {advice}")
 
 
 def _facts(plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable
 
 from torch.distributed import Store
 
@@ -22,6 +23,7 @@ class Board:
         self.world = world
         self.timeout = timeout
         self.call = 0
+        self.doubt: Callable[[], None] | None = None  #: run while a call waits; raises if the ranks do unlike things
 
     def publish(self, error: BaseException) -> None:
         """Tell the others why this rank stops; the first to do so is heard."""
@@ -32,7 +34,9 @@ class Board:
             return
 
     def check(self) -> None:
-        """Raises `RankError` if another rank has failed in this call."""
+        """Raises `RankError` if another rank has failed in this call, and what `doubt` raises."""
+        if self.doubt:
+            self.doubt()
         key = f"error/{self.call}"
         if not self._has(key):
             return

@@ -145,6 +145,9 @@ class Way:
         for role, count in self._sizes:
             self._traffic[role] += count
 
+    def arrived(self) -> bool:
+        return self.lane is None or self.lane.arrived()
+
     def receive(self) -> list[Payloads]:
         return self._nothing if self.lane is None else self.lane.receive()
 

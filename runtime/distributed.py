@@ -115,6 +115,8 @@ class DistributedExecutor:
 
     def close(self) -> None:
         self._links = None
+        if self._board:
+            self._board.doubt = None
         self._broken = self._broken or "it was closed"
 
     def _met(self, device: torch.device) -> Board:
@@ -167,13 +169,17 @@ class DistributedPlan:
 
         Raises:
             RankError: another rank failed, left, or did not answer in time.
-            DisagreementError: at the last call some rank was given other inputs than the others.
+            DisagreementError: at the last call, or at this one, some rank was given other inputs than the others.
         """
         try:
-            self.watch.call(inputs)
-            return self.runner.run(self.bound.values(weights, inputs), self.sessions.at(step), step)
+            self.watch.call(inputs, step)
         except DisagreementError:  # nothing of this call is under way
             raise
+        except BaseException as error:
+            self.executor.broke(error)
+            raise
+        try:
+            return self.runner.run(self.bound.values(weights, inputs), self.sessions.at(step), step)
         except BaseException as error:
             self.executor.broke(error)
             raise

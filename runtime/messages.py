@@ -79,6 +79,10 @@ class Lane(Protocol):
         """Launch; waits at most for readers of the run before the last. `packed`: of each exchange, by destination."""
         ...
 
+    def arrived(self) -> bool:
+        """Whether `receive` would return at once."""
+        ...
+
     def receive(self) -> list[Payloads]:
         """By source, the payload of each exchange (nothing from the own rank); good until `done`.
 

@@ -65,6 +65,9 @@ class GroupLane:
             self._work = self.group.alltoall_base(receive, send.to(self.host), self.receives, self.sends)
         self._arriving = receive, starts
 
+    def arrived(self) -> bool:
+        return self._work is not None and self._work.is_completed()
+
     def receive(self) -> list[Payloads]:
         assert self._arriving is not None, "nothing was sent"
         self._wait()

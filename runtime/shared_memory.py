@@ -135,6 +135,9 @@ class MemoryLane:
             view.copy_(payload)
         self.own.flags[self.sent] = self.run
 
+    def arrived(self) -> bool:
+        return all(writer.flags[self.sent] >= self.run for writer in self.writers)
+
     def receive(self) -> list[Payloads]:
         for writer in self.writers:
             self._wait(writer, self.sent, self.run)

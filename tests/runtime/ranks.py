@@ -125,6 +125,13 @@ def everything() -> dict[str, Any]:
     drifting = parallel(model, DistributedExecutor(WORLD, timeout=60))
     seen["drifting"] = [attempt(lambda s=s: drifting(*inputs(seed=s))) for s in (0, RANK, 1, 2)]  # the second is unlike
     drifting.close()
+    # the time of one rank rises, which begins a generation for it alone; "no_sync" sends little at other steps
+    unlike = parallel(model, DistributedExecutor(WORLD, timeout=60), replace(Strategy.of("no_sync"), warmup_steps=1))
+    calls = steps(4)
+    if RANK == 1:
+        calls[2] = (calls[2][0], calls[0][1] * 1.1)
+    seen["unlike steps"] = [attempt(lambda c=c: unlike(*c)) for c in calls]
+    unlike.close()
     lonely = parallel(model, DistributedExecutor(WORLD, timeout=2))
     seen["absent"] = attempt(lambda: RANK == 0 and lonely(*inputs()))
 

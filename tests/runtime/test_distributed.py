@@ -107,6 +107,15 @@ def test_ranks_that_drift_apart_are_told_at_the_next_call(seen: list[dict[str, A
         assert "rank 1 was called with another value of `sample` than rank 0 at the call before this one" in after
 
 
+def test_ranks_that_take_unlike_steps_are_told_at_once(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        first, second, unlike, after = rank["unlike steps"]
+        assert (first, second) == ("nothing",) * 2
+        assert unlike.startswith("DisagreementError after <30 s: rank 1 was called with another value of `time")
+        assert "at this call" in unlike
+        assert "cannot go on" in after
+
+
 def test_a_rank_that_does_not_call_is_missed(seen: list[dict[str, Any]]) -> None:
     assert "RankError after <30 s: rank 0 waited 2 s for the other ranks" in seen[0]["absent"]
 
