@@ -2,6 +2,9 @@
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ from fxpass.models.small import case
 from fxpass.runtime.engine import SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
+from fxpass.strategy import Strategy
 from tests.runtime.plans import Block, block, inputs, parallel, whole
 
 
@@ -181,6 +185,44 @@ def test_an_input_that_became_a_number_is_guarded() -> None:
     module(sample, torch.tensor(4))
     with pytest.raises(GuardError, match="test_module"):
         module(sample, torch.tensor(5))
+
+
+def test_calls_from_several_threads_run_one_after_the_other(model: Block) -> None:
+    module = parallel(model, LockstepExecutor(2), replace(Strategy.of("stale_gn"), warmup_steps=1))
+    given = [inputs(seed=seed) for seed in range(8)]  # each from another noise: all steps are exact
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda call: module(*call)["sample"], given))
+    for call, output in zip(given, found, strict=True):
+        torch.testing.assert_close(output, whole(model, *call))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_two_calls_per_step_are_two_contexts_whether_the_pipeline_names_them_or_not(named: bool) -> None:
+    """As pipelines do that do not batch guidance; each branch is what it is by itself, bit for bit."""
+    model: Any = case("wan").build()
+    first, second = (case("wan").inputs(seed=seed, module=model) for seed in (1, 2))
+    second["hidden_states"] = first["hidden_states"]
+    drift = torch.randn(first["hidden_states"].shape, generator=torch.Generator().manual_seed(3))
+
+    def at(branch: dict[str, Any], k: int) -> dict[str, Any]:
+        sample = branch["hidden_states"] + 0.1 * k * drift
+        return branch | {"hidden_states": sample, "timestep": torch.tensor([900 - 100 * k])}
+
+    def split() -> Any:
+        return fxpass.parallelize(model, 2, strategy="stale_gn", warmup_steps=1, executor="lockstep")
+
+    with torch.no_grad():
+        both, found = split(), []
+        for k in range(4):
+            for name, branch in (("cond", first), ("uncond", second)):
+                with both.cache_context(name) if named else nullcontext():
+                    found.append(both(**at(branch, k)).sample)
+        for i, branch in enumerate((first, second)):
+            alone = split()
+            for k in range(4):
+                expected = alone(**at(branch, k)).sample
+                assert torch.equal(found[2 * k + i], expected)
+                assert torch.allclose(expected, model(**at(branch, k)).sample, atol=1e-5) == (k == 0)
 
 
 def test_training_mode_is_refused(module: ParallelModule) -> None:
