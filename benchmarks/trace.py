@@ -99,6 +99,9 @@ class WatchedLane:
         self.last = flight
         self.log.flights.append(flight)
 
+    def arrived(self) -> bool:
+        return self.lane.arrived()
+
     def receive(self) -> list[Payloads]:
         awaited = now()
         received = self.lane.receive()
