@@ -313,7 +313,7 @@ def _decode(decode: Decode, size: Size, draw: Draw) -> dict[str, Any]:
 def _encode(encode: Encode, size: Size, draw: Draw) -> dict[str, Any]:
     config = encode.vae.config
     scale = 2 ** (len(config.block_out_channels) - 1)
-    return {"image": draw.normal(size.batch, config.in_channels, size.rows * scale, size.cols * scale)}
+    return {"sample": draw.normal(size.batch, config.in_channels, size.rows * scale, size.cols * scale)}
 
 
 makers: dict[str, Maker] = {

@@ -280,8 +280,8 @@ cases: tuple[Case, ...] = (
     Case("wan", _wan, multiple=2, frames=3),
     Case("cogvideox_2b", lambda: _cogvideox(rotary=False), multiple=2, frames=2),
     Case("cogvideox_5b", lambda: _cogvideox(rotary=True), multiple=2, frames=2),
-    Case("vae_decode", lambda: Decode(_vae())),
-    Case("vae_encode", lambda: Encode(_vae())),
+    Case("vae_decode", lambda: Decode(_vae()), covers="AutoencoderKL"),
+    Case("vae_encode", lambda: Encode(_vae()), covers="AutoencoderKL"),
 )
 
 

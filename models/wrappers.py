@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class Decode(nn.Module):
-    """The decoder half of an image autoencoder: `[B, C, h, w]` latent -> `[B, 3, H, W]` image."""
+    """The decoder half of an autoencoder: `[B, C, h, w]` latent -> `[B, 3, H, W]` image, or video, or sound.
+
+    `noise` is what it draws, in turn: given as inputs, it is the same on all ranks. `options` are the other
+    arguments of `decode`.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.vae.decode(latent).sample
+    def forward(self, latent: Tensor, noise: Sequence[Tensor] = (), **options: Any) -> Tensor:
+        with _Given(noise):
+            decoded = self.vae.decode(latent, **options)
+        return decoded if isinstance(decoded, Tensor) else decoded[0]
 
 
 class Encode(nn.Module):
-    """The encoder half: `[B, 3, H, W]` image -> `[B, 2 C, h, w]`, mean and log-variance of the posterior."""
+    """The encoder half: `[B, 3, H, W]` image, or video, or sound -> its latent.
+
+    Where that is a posterior: its parameters, `[B, 2 C, h, w]` for mean and log-variance, or its mode if it has none.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.vae.encode(image).latent_dist.parameters
+    def forward(self, sample: Tensor, noise: Sequence[Tensor] = (), **options: Any) -> Tensor:
+        with _Given(noise):
+            encoded = self.vae.encode(sample, **options)
+        latent = encoded if isinstance(encoded, Tensor) else encoded[0]
+        if isinstance(latent, Tensor):
+            return latent
+        return latent.parameters if hasattr(latent, "parameters") else latent.mode()
+
+
+class _Given(TorchFunctionMode):
+    """Normal noise is one of these tensors in turn, and drawn when they are used up."""
+
+    def __init__(self, noise: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._left: Iterator[Tensor] = iter(noise)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.randn, torch.randn_like):
+            given = next(self._left, None)
+            if given is not None:
+                return given
+        return func(*args, **(kwargs or {}))

@@ -338,6 +338,8 @@ FORMS: dict[Any, Form] = {
     aten.split_with_sizes.default: _split,
     aten.stack.default: _stack,
     aten.cat.default: _cat,
+    aten.concat.default: _cat,
+    aten.concatenate.default: _cat,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.clone.default: _clone,

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from ..case import Case
 from ..small import cases as small_cases
-from . import audio, autoencoders, controlnets, images, unets, videos
+from . import (
+    audio,
+    audio_autoencoders,
+    autoencoders,
+    controlnets,
+    images,
+    unets,
+    video_autoencoders,
+    videos,
+)
 
-FAMILIES = (unets, controlnets, images, videos, audio, autoencoders)
+FAMILIES = (unets, controlnets, images, videos, audio, autoencoders, video_autoencoders, audio_autoencoders)
 
 CASES: tuple[Case, ...] = small_cases + tuple(case for family in FAMILIES for case in family.CASES)
 LEFT_OUT: dict[str, str] = {name: reason for family in FAMILIES for name, reason in family.LEFT_OUT.items()}

@@ -198,6 +198,11 @@ SLICING: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, tuple[int, ...]]]
     "split and unbind": (lambda x: [*x.split([1, 4, 2], 1), *x.unbind(2)], [(2, 7, 3)], {0: (0, 1, 2)}),
     "cat along": (lambda x, y: torch.cat([x, y], 1), [(2, 7, 6), (2, 4, 6)], {0: (0, 1, 2), 1: (0, 1, 2)}),
     "cat with itself": (lambda x: torch.cat([x, x * 2, x], 1), [(2, 5, 3)], {0: (0, 1, 2)}),
+    "concat and concatenate": (
+        lambda x, y: torch.concatenate([torch.concat([x, y], 1), x], 1),
+        [(2, 7, 6), (2, 4, 6)],
+        {0: (0, 1, 2), 1: (0, 1, 2)},
+    ),
     "cat in the middle": (lambda x, y: torch.cat([y, x, y], -1), [(2, 7, 6), (2, 7, 1)], {0: (0, 1, 2)}),
     "stack": (lambda x, y: torch.stack([x, y], 1), [(2, 7), (2, 7)], {0: (0, 1), 1: (0, 1)}),
     "text and image, then image": (lambda t, x: torch.cat([t, x], 1)[:, 3:] * 2, [(2, 3, 6), (2, 7, 6)], {1: (1,)}),
