@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -33,23 +33,23 @@ class Merged(Exchange):
 class Moments(Merged):
     """Merge `stack([mean, M2])` of each rank's `counts[k]` elements into `stack([mean, biased variance])` of all.
 
-    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979);
-    merged in rank order on every rank, so that all ranks get the same bits.
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979), for all
+    ranks at once: a model has dozens of these, and small operators cost their launch. Every rank merges the same parts
+    in rank order, so that all get the same bits.
     """
 
     counts: tuple[int, ...] = ()
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
-        total = 0
-        mean = m2 = torch.zeros_like(x[0])
-        for part, count in zip(in_rank_order(rank, x, received), self.counts, strict=True):
-            if count == 0:
-                continue
-            delta = part[0] - mean
-            mean = mean + delta * (count / (total + count))
-            m2 = m2 + part[1] + delta * delta * (total * count / (total + count))
-            total += count
-        return torch.stack([mean, m2 / total])
+        return self._merged(torch.stack(in_rank_order(rank, x, received)))
+
+    def _merged(self, parts: Tensor) -> Tensor:
+        """`parts` [ranks, 2, …] merged: [2, …]."""
+        means, m2 = parts.unbind(1)
+        share = _shares(self.counts, parts.dtype, parts.device).view(-1, *(1,) * (means.ndim - 1))
+        mean = (share * means).sum(0)
+        spread = m2 / sum(self.counts) + share * (means - mean).square()
+        return torch.stack([mean, spread.sum(0)])
 
     def displaced(self, rank: int, x: Tensor, earlier: Earlier) -> Tensor:
         if self.fresh in ("stale", "frozen") or not self.counts[rank]:
@@ -79,19 +79,15 @@ class Moments(Merged):
         counts from 1/2 to 2. Small patches differ much from each other, and one's change says little of another's:
         where `corrected` takes all of it for the whole, this takes half of it, for the others alone.
         """
-        shift, growth = x[0] - own[0], _ratio(x[1], own[1])
-        expected: Payloads = []
-        for src, now in enumerate(earlier.received):
-            if now is None:
-                expected.append(None)
-                continue
-            mean, m2 = now[0] + HALF * shift, now[1] * growth**HALF
-            then = earlier.before[src] if earlier.before and earlier.pace else None
-            if then is not None:
-                share = HALF * earlier.pace
-                mean, m2 = mean + share * (now[0] - then[0]), m2 * _ratio(now[1], then[1]) ** share
-            expected.append(torch.stack([mean, m2]))
-        return self.unpack(rank, x, expected)
+        now = torch.stack(in_rank_order(rank, x, earlier.received))
+        mean, m2 = now[:, 0] + HALF * (x[0] - own[0]), now[:, 1] * _ratio(x[1], own[1]) ** HALF
+        if earlier.before and earlier.pace:
+            then = torch.stack(in_rank_order(rank, x, earlier.before))
+            share = HALF * earlier.pace
+            mean, m2 = mean + share * (now[:, 0] - then[:, 0]), m2 * _ratio(now[:, 1], then[:, 1]) ** share
+        expected = torch.stack([mean, m2], 1)
+        expected[rank] = x
+        return self._merged(expected)
 
     def __str__(self) -> str:
         return f"moments({'x'.join(map(str, self.shape[1:]))} of {sum(self.counts)} elements)"
@@ -129,6 +125,13 @@ def in_rank_order(rank: int, x: Tensor, received: Payloads) -> list[Tensor]:
         assert part is not None, f"rank {rank} got nothing from rank {src}"
         parts.append(part)
     return parts
+
+
+@lru_cache(maxsize=256)
+def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Each rank's share of all elements [ranks]."""
+    total = sum(counts)
+    return torch.tensor([count / total for count in counts], dtype=dtype, device=device)
 
 
 def _ratio(now: Tensor, then: Tensor) -> Tensor:
