@@ -74,6 +74,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten.addmm.default: _product_plus,
     aten.baddbmm.default: _product_plus,
     aten.einsum.default: _einsum,
+    aten.cdist.default: _product,
     aten.scaled_dot_product_attention.default: _attention,
 }
 

@@ -306,6 +306,11 @@ def _upsample(names: tuple[str, ...]) -> Form:
     return form
 
 
+def _extreme(reduce: Any) -> Form:
+    """`x.max()` and `x.min()` over everything."""
+    return lambda b, node, x: b.emit(reduce, x, list(range(len(shape_of(x)))), False)
+
+
 FORMS: dict[Any, Form] = {
     **{
         target: _to_result_shape
@@ -363,6 +368,8 @@ FORMS: dict[Any, Form] = {
         for name in ("var", "std", "var_mean", "std_mean")
         for overload in ("default", "dim", "correction")
     },
+    aten.max.default: _extreme(aten.amax.default),
+    aten.min.default: _extreme(aten.amin.default),
     aten.native_batch_norm.default: _batch_norm,
     aten.instance_norm.default: _instance_norm,
     aten.conv1d.default: _convolution(False),

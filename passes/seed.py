@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx
 
+from ..ir.exchange import Role
 from ..ir.layout import Layout, even
 from ..ir.program import calls, exchanges_of, layout_of, shape_of
 from .cost import Cost, Target, cost, flops, node_flops
@@ -77,7 +78,7 @@ class Search:
                 graph = self.attempt({node.name: Layout(dim, rows)})
                 if graph is not None and not _moves_cuts(graph):
                     break  # coarser cuts would only be less even
-            if self.reached >= NEAR:
+            if self.best is not None and self.reached >= NEAR and not _moves_cuts(self.best[2]):
                 break
         for node, dim in candidates:
             if self.reached >= GOOD:
@@ -121,7 +122,8 @@ def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, r
         shapes = ", ".join(f"{n.name} {list(shape_of(n))}" for n in given)
         raise WorldSizeError(
             "this model cannot be shared among ranks: none of its inputs has rows to cut, as a floating-point tensor "
-            f"[batch, channels, height, width] or [batch, tokens, channels] has; it was given {shapes or 'no tensors'}"
+            "[batch, channels, height, width], [batch, tokens, channels] or [batch, samples] has; "
+            f"it was given {shapes or 'no tensors'}"
         )
     fewer = [size for size in sizes if size < world][:4]
     most = next((n for n in fewer if Search(graph, n, target, rules, inputs).run()), None)
@@ -136,7 +138,9 @@ def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
     """(input, dim) pairs, those first that most of the work depends on, then the largest; dim 0 is the batch."""
     weight = _downstream(search.graph)
     nodes = [n for n in search.graph.nodes if n.op == "placeholder" and n.name in search.inputs and "shape" in n.meta]
-    nodes = [n for n in nodes if n.meta["dtype"].is_floating_point and len(shape_of(n)) >= 3]
+    nodes = [n for n in nodes if n.meta["dtype"].is_floating_point]
+    # [batch, channels] is a condition, unless there is nothing else: then it is a signal
+    nodes = [n for n in nodes if len(shape_of(n)) >= 3] or [n for n in nodes if len(shape_of(n)) == 2]
     largest = max((weight[n] for n in nodes), default=0)
     nodes = [n for n in nodes if weight[n] > largest // 2]
     size = {n: n.meta["val"].numel() for n in nodes}
@@ -165,10 +169,9 @@ def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _moves_cuts(graph: fx.Graph) -> bool:
-    """Whether values have to be cut elsewhere on the way, as coarser cuts might spare."""
-    return any(
-        each.role in ("realign", "rebalance", "small") for _, declared in exchanges_of(graph) for each in declared
-    )
+    """Whether values have to be cut elsewhere on the way, as coarser cuts or another dim might spare."""
+    roles: tuple[Role, ...] = ("realign", "rebalance", "small", "fallback")
+    return any(each.role in roles for _, declared in exchanges_of(graph) for each in declared)
 
 
 def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:

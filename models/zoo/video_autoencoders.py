@@ -276,11 +276,11 @@ CASES: tuple[Case, ...] = (
     *halves("kvae_video", _kvae, _fours(2, time=2), covers="AutoencoderKLKVAEVideo", frames=10),
     *halves("kandinsky_sr", _kandinsky, _fours(time=2), covers="Kandinsky6SRVAE", frames=10),
     *halves("vae_minimax", _minimax, Pictures(4, 3, 8, lambda f: 22), covers="AutoencoderKLMiniMaxH3", frames=7),
-    *halves("vidtok", _vidtok, _fours(8), covers="AutoencoderVidTok", frames=3),
+    *halves("vidtok", _vidtok, Pictures(4, 3, 8, lambda f: 4 * f), covers="AutoencoderVidTok", frames=3),
     *halves(
         "vidtok_fsq",
         lambda: _vidtok(regularizer="fsq", double_z=False, codebook_size=4096),
-        _fours(8),
+        Pictures(4, 3, 8, lambda f: 4 * f),
         covers="AutoencoderVidTok",
         frames=3,
     ),

@@ -1,4 +1,4 @@
-"""Matrix products in the letters of einsum: one rule for linear, mm, bmm, matmul and einsum.
+"""Matrix products in the letters of einsum: one rule for linear, mm, bmm, matmul, einsum and cdist.
 
 A split letter of the output stays split, and operands split otherwise are fetched whole; a split letter that is
 summed over gives partial sums, which are added over the ranks (role `sum`): linear attention.
@@ -69,13 +69,18 @@ def product(p: Partitioner, op: Op, a: fx.Node, b: fx.Node) -> fx.Node:
     """`mm`, `bmm` and `matmul` of [..., M, K] and [..., K, N], batch dims broadcast."""
     if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
         raise SplitError("a product with a vector")
-    batch = string.ascii_lowercase[: len(op.shape) - 2]
-    words = []
-    for x, ends in ((a, "MK"), (b, "KN")):
-        lead = batch[len(batch) - (len(shape_of(x)) - 2) :]
-        # a dim of size 1 broadcasts: it has a letter of its own
-        words.append("".join("_" if n == 1 else c for c, n in zip(lead, shape_of(x), strict=False)) + ends)
+    batch, words = _batched((a, "MK"), (b, "KN"))
     return contract(p, op, (a, b), words, batch + "MN", tuple)
+
+
+def _batched(*operands: tuple[fx.Node, str]) -> tuple[str, list[str]]:
+    """Letters of the batch dims, and of each operand; dims of size 1 broadcast and have one of their own."""
+    batch = string.ascii_lowercase[: max(len(shape_of(x)) for x, _ in operands) - 2]
+    words = []
+    for x, ends in operands:
+        lead = batch[len(batch) - (len(shape_of(x)) - 2) :]
+        words.append("".join("_" if n == 1 else c for c, n in zip(lead, shape_of(x), strict=False)) + ends)
+    return batch, words
 
 
 def product_plus(p: Partitioner, op: Op, added: fx.Node, a: fx.Node, b: fx.Node, **scales: Any) -> fx.Node:
@@ -110,6 +115,16 @@ def einsum(p: Partitioner, op: Op, equation: str, operands: Sequence[fx.Node], *
     return contract(p, op, operands, words, output, lambda xs: (equation, xs))
 
 
+def distances(p: Partitioner, op: Op, a: fx.Node, b: fx.Node, norm: float = 2, mode: int | None = None) -> fx.Node:
+    """`cdist` of [..., M, K] and [..., N, K]. The whole numbers of rows decide how it is computed."""
+    if any(layout_of(x).dim == len(shape_of(x)) - 1 for x in (a, b)):
+        raise SplitError("the coordinates are split")
+    batch, words = _batched((a, "MK"), (b, "NK"))
+    if not mode:
+        mode = 1 if max(op.shape[-2:]) > 25 else 2
+    return contract(p, op, (a, b), words, batch + "MN", lambda ab: (*ab, norm, mode))
+
+
 TABLE = {
     aten.linear.default: linear,
     aten.mm.default: product,
@@ -118,4 +133,5 @@ TABLE = {
     aten.addmm.default: product_plus,
     aten.baddbmm.default: product_plus,
     aten.einsum.default: einsum,
+    aten.cdist.default: distances,
 }

@@ -99,7 +99,7 @@ def test_reductions_are_split(name: str, data: st.DataObject, keep: bool) -> Non
 @few
 @given(st.data())
 def test_reductions_of_everything_are_split(data: st.DataObject) -> None:
-    function = lambda x: (x.sum(), x.mean(), x.amax(), x.amin(), x.var(), x.std())  # noqa: E731
+    function = lambda x: (x.sum(), x.mean(), x.amax(), x.amin(), x.max(), x.min(), x.var(), x.std())  # noqa: E731
     split_where_promised(data, Example(function, [randn(3, 5, 6)], {0: (0, 1, 2)}))
 
 
@@ -170,6 +170,9 @@ PRODUCTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, Any]]] = {
                      {0: (0, 1), 1: (0, 1), 2: (0, 1)}),
     "addmm that adds nothing": (lambda a, x, y: torch.addmm(a, x, y, beta=0), [(4, 6), (4, 5), (5, 6)],
                                 {0: (0, 1), 1: (0, 1), 2: (0, 1)}),
+    "cdist": (torch.cdist, [(2, 7, 5), (6, 5)], {0: (0, 1), 1: (0,)}),
+    "cdist of many": (torch.cdist, [(2, 28, 5), (2, 6, 5)], {0: (0, 1), 1: (0, 1)}),
+    "cdist of another norm": (lambda x, y: torch.cdist(x, y, p=1), [(28, 5), (6, 5)], {0: (0,), 1: (0,)}),
     "baddbmm": (torch.baddbmm, [(3, 1, 6), (3, 4, 5), (3, 5, 6)], {0: (0, 2), 1: (0, 1, 2), 2: (0, 1, 2)}),
     "einsum": (
         lambda x, y: torch.einsum("bhid,bhjd->bhij", x, y), [(2, 3, 4, 5), (2, 3, 6, 5)], {0: range(4), 1: range(4)}

@@ -1,0 +1,37 @@
+"""Which values the search cuts, and along which dim."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fxpass.capture import capture
+from fxpass.ir.layout import Layout, even
+from fxpass.plan import Plan, make_plan
+from fxpass.strategy import Strategy
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def plan(function: Callable[[Tensor], Tensor], *shape: int, world: int = 2) -> Plan:
+    return make_plan(capture(Function(function), torch.randn(*shape)), world, Strategy.of("sync"))
+
+
+def test_a_signal_without_channels_is_cut_along_its_samples() -> None:
+    kernel = torch.randn(4, 1, 3)
+    found = plan(lambda x: torch.conv1d(x[:, None], kernel, padding=1), 2, 16)
+    assert list(found.seeds.values()) == [Layout(1, even(16, 2))]
+
+
+def test_a_dim_that_needs_no_gathering_is_taken_before_one_that_does() -> None:
+    kernel = torch.randn(4, 4, 1, 1)
+    found = plan(lambda x: torch.conv2d(x + x.sin().sort(2)[0][:, :, :1], kernel), 2, 4, 16, 16)
+    assert list(found.seeds.values()) == [Layout(3, even(16, 2))]
+    assert not found.fallbacks
