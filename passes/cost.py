@@ -53,7 +53,7 @@ def _product_plus(out: Shape, added: Shape, a: Shape, b: Shape, *_: Any) -> int:
 
 
 def _einsum(out: Shape, equation: str, operands: Sequence[Shape], *_: Any) -> int:
-    words = equation.replace(" ", "").split("->")[0].split(",")
+    words = equation.split("->")[0].split(",")
     sizes = {
         letter: n for word, shape in zip(words, operands, strict=True) for letter, n in zip(word, shape, strict=True)
     }

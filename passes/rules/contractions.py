@@ -101,9 +101,6 @@ def product_plus(p: Partitioner, op: Op, added: fx.Node, a: fx.Node, b: fx.Node,
 
 
 def einsum(p: Partitioner, op: Op, equation: str, operands: Sequence[fx.Node], **_: Any) -> fx.Node:
-    equation = equation.replace(" ", "")
-    if "..." in equation or "->" not in equation:
-        raise SplitError(f"einsum {equation!r} without explicit letters")
     inputs, output = equation.split("->")
     words = inputs.split(",")
     if any(len(set(word)) < len(word) for word in words):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fxpass.capture import capture
 from fxpass.capture.evaluate import evaluate
@@ -90,6 +91,10 @@ R, P, E, S, C = aten.reshape.default, aten.permute.default, aten.expand.default,
         (lambda x: F.pad(x, (0, 0)) * 1, {aten.mul.Tensor}),
         (lambda x: F.pad(x, (1, 1, 2, 2), mode="reflect"), {aten.pad.default}),
         (lambda x: torch.einsum("abcd->dcab", x), {P}),
+        (lambda x: torch.einsum("a...->...a", x), {P}),
+        (lambda x: torch.einsum("dabc", x), {P}),
+        (lambda x: pad_sequence([x[0], x[1, :2]], padding_value=2.0), None),
+        (lambda x: pad_sequence([x[0], x[1, :2]], batch_first=True, padding_side="left"), None),
         (lambda x: x.take_along_dim(x.argsort(1), 1), None),
         (lambda x: F.interpolate(x, scale_factor=2.0), {aten.upsample_nearest2d.default}),
         (lambda x: F.interpolate(x, size=(5, 5), mode="bicubic"), {aten.upsample_bicubic2d.default}),

@@ -182,7 +182,12 @@ PRODUCTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, Any]]] = {
     "einsum that sums": (lambda x: torch.einsum("abc->b", x), [(3, 4, 5)], {0: (0, 1, 2)}),
     "einsum that permutes": (lambda x: torch.einsum("nhwpqc->nchpwq", x), [(2, 4, 3, 2, 2, 3)], {0: range(6)}),
     "einsum that broadcasts": (lambda x, y: torch.einsum("bi,bj->bij", x, y), [(1, 4), (3, 5)], {0: (1,), 1: (0, 1)}),
-    "einsum without letters": (lambda x, y: torch.einsum("...i,ij->...j", x, y), [(2, 3, 4), (4, 5)], {}),
+    "einsum without letters": (lambda x, y: torch.einsum("...i,ij->...j", x, y), [(2, 3, 4), (4, 5)],
+                               {0: (0, 1, 2), 1: (0, 1)}),
+    "einsum without a result": (lambda x, y: torch.einsum("jb...,bi", x, y), [(3, 4, 5, 2), (4, 6)],
+                                {0: range(4), 1: (0, 1)}),
+    "einsum whose dots broadcast": (lambda x, y: torch.einsum("a...c,...b->...ab", x, y), [(4, 3, 5, 2), (5, 6)],
+                                    {0: range(4), 1: (0, 1)}),
     "einsum of a diagonal": (lambda x: torch.einsum("iij->ij", x), [(4, 4, 5)], {}),
 }  # fmt: skip
 
