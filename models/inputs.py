@@ -7,8 +7,6 @@ of their dtypes (some models keep a few in float32); under a fake tensor mode th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -16,49 +14,9 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
+from . import inputs_pictures, inputs_tokens
+from .draw import Draw, Maker, Size
 from .wrappers import Decode, Encode
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of one example: latent `rows` x `cols`, latent `frames` of a video, `batch`, and `text` tokens."""
-
-    rows: int
-    cols: int
-    batch: int = 1
-    frames: int = 1
-    text: int | None = None
-
-    def tokens(self, usual: int) -> int:
-        return usual if self.text is None else self.text
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Draws tensors of one dtype on one device from one generator."""
-
-    dtype: torch.dtype
-    device: torch.device
-    generator: torch.Generator
-
-    def normal(self, *shape: int) -> Tensor:
-        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float32)
-        return drawn.to(device=self.device, dtype=self.dtype)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
-
-    def full(self, value: float, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.full(shape, value, dtype=dtype or self.dtype, device=self.device)
-
-    def mask(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
-        """`[B, T]`, one where a text token is real: sample b has b fewer than three quarters."""
-        real = torch.clamp(length - length // 4 - torch.arange(batch), min=1)
-        keep = torch.arange(length)[None, :] < real[:, None]
-        return keep.to(device=self.device, dtype=dtype or self.dtype)
-
-
-Maker = Callable[[Any, Size, Draw], dict[str, Any]]
 
 
 def example_inputs(
@@ -332,4 +290,6 @@ makers: dict[str, Maker] = {
     "CogVideoXTransformer3DModel": _cogvideox,
     "Decode": _decode,
     "Encode": _encode,
+    **inputs_pictures.makers,
+    **inputs_tokens.makers,
 }

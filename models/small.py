@@ -155,7 +155,7 @@ def _pixart(additional: bool) -> nn.Module:
     )
 
 
-def _sd3(**options: Any) -> nn.Module:
+def sd3(**options: Any) -> nn.Module:
     return diffusers.SD3Transformer2DModel(
         sample_size=32,
         in_channels=4,
@@ -272,8 +272,8 @@ cases: tuple[Case, ...] = (
     Case("dit", _dit, multiple=2, square=True, text=None),
     Case("pixart_alpha", lambda: _pixart(additional=True), multiple=2),
     Case("pixart_sigma", lambda: _pixart(additional=False), multiple=2),
-    Case("sd3", _sd3, multiple=2),
-    Case("sd35", lambda: _sd3(dual_attention_layers=(0,), qk_norm="rms_norm"), multiple=2),
+    Case("sd3", sd3, multiple=2),
+    Case("sd35", lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm"), multiple=2),
     Case("flux", _flux, multiple=2),
     Case("hunyuan_dit", _hunyuan_dit, multiple=2, text=None),
     Case("sana", _sana),

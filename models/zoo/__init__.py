@@ -13,12 +13,23 @@ from . import (
     autoencoders,
     controlnets,
     images,
+    images_tokens,
     unets,
     video_autoencoders,
     videos,
 )
 
-FAMILIES = (unets, controlnets, images, videos, audio, autoencoders, video_autoencoders, audio_autoencoders)
+FAMILIES = (
+    unets,
+    controlnets,
+    images,
+    images_tokens,
+    videos,
+    audio,
+    autoencoders,
+    video_autoencoders,
+    audio_autoencoders,
+)
 
 CASES: tuple[Case, ...] = small_cases + tuple(case for family in FAMILIES for case in family.CASES)
 LEFT_OUT: dict[str, str] = {name: reason for family in FAMILIES for name, reason in family.LEFT_OUT.items()}
