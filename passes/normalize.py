@@ -37,18 +37,8 @@ def normalize(program: Program) -> Program:
                 known[env[node]] = constants[node.name]
         elif node.op == "output":
             b.graph.output(map_arg(node.args[0], env.__getitem__))
-        elif node.target is operator.getitem:
-            env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif not node.users:
-            continue
         else:
-            args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-            form = FORMS.get(node.target)
-            if form is not None:
-                env[node] = form(b, node, *args, **kwargs)
-            else:
-                whole = b.copy(node.target, args, kwargs, node.meta.get("val"))
-                env[node] = unpacked(b, whole)
+            rewrite(b, node, env)
     folded = _fold(b.graph, known)
     b.graph.eliminate_dead_code()
     kept = {n.name for n in b.graph.nodes if n.op == "placeholder" and n.users}
@@ -60,6 +50,19 @@ def normalize(program: Program) -> Program:
         weights={k: v for k, v in program.weights.items() if k in kept},
         constants={k: v for k, v in (program.constants | folded).items() if k in kept},
     )
+
+
+def rewrite(b: Builder, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+    """One operator in normal form; `env` holds what the nodes before it became."""
+    if node.target is operator.getitem:
+        env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
+    elif node.users:
+        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+        form = FORMS.get(node.target)
+        if form is not None:
+            env[node] = form(b, node, *args, **kwargs)
+        else:
+            env[node] = unpacked(b, b.copy(node.target, args, kwargs, node.meta.get("val")))
 
 
 def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:

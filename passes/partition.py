@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from ..ir import ops
 from ..ir.exchange import Exchange, Role
@@ -23,6 +24,7 @@ from ..ir.fetch import Fetch
 from ..ir.layout import WHOLE, Layout, Rows, even, full, own, per_rank
 from ..ir.merge import Moments, Reduce
 from ..ir.program import layout_of, shape_of
+from .apart import apart
 
 
 class SplitError(Exception):
@@ -217,6 +219,13 @@ class Partitioner:
     # -- the walk -------------------------------------------------------------------------------------------
 
     def _operator(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        try:
+            return self._divided(node, env)
+        except SplitError as cannot:
+            return self._gathered(node, env, str(cannot))
+
+    def _divided(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        """By the operator's rule, or in parts; raises `SplitError` where neither is known."""
         operands: list[fx.Node] = []
 
         def mapped(n: fx.Node) -> fx.Node:
@@ -227,14 +236,49 @@ class Partitioner:
         if not any(layout_of(n).split for n in operands):
             return self._as_it_is(node, args, kwargs)
         rule = self._rules.get(node.target)
-        reason = f"no rule for {node.target}"
+        refusal = SplitError(f"no rule for {node.target}")
         if rule is not None:
             try:
                 return rule(self, Op(node, node.target), *args, **kwargs)
             except SplitError as cannot:
-                reason = f"{node.target}: {cannot}"
-        args, kwargs = map_arg((args, kwargs), lambda n: self.whole(n, "fallback", reason))
-        return self._as_it_is(node, args, kwargs)
+                refusal = SplitError(f"{node.target}: {cannot}")
+        parts = apart(node)
+        if parts is None:
+            raise refusal
+        try:
+            return self._inside(parts, operands)
+        except SplitError:
+            raise refusal from None
+
+    def _inside(self, parts: fx.Graph, operands: Sequence[fx.Node]) -> Any:
+        """The values of a small graph on `operands`."""
+        env: dict[fx.Node, Any] = {}
+        supply = iter(operands)
+        for node in parts.nodes:
+            if node.op == "placeholder":
+                env[node] = next(supply)
+            elif node.op == "output":
+                return map_arg(node.args[0], env.__getitem__)
+            elif node.target is operator.getitem:
+                env[node] = env[node.args[0]][node.args[1]]
+            else:
+                env[node] = self._divided(node, env)
+        raise AssertionError("a graph without an output")
+
+    def _gathered(self, node: fx.Node, env: Mapping[fx.Node, Any], reason: str) -> Any:
+        """What cannot be split runs whole on every rank. Its rows are then cut as the operand's were, at no cost."""
+        split = [layout_of(env[n]) for n in node.all_input_nodes if layout_of(env[n]).split]
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.whole(env[n], "fallback", reason))
+        return pytree.tree_map_only(fx.Node, lambda n: self._cut(n, split), self._as_it_is(node, args, kwargs))
+
+    def _cut(self, x: fx.Node, layouts: Sequence[Layout]) -> fx.Node:
+        """A whole value cut by the first layout that it has the rows for."""
+        shape = shape_of(x)
+        for layout in layouts:
+            stop = max(rows.stop for rows in layout.rows)
+            if layout.axis < len(shape) and shape[layout.axis] == stop:
+                return self.take(x, layout.axis, layout.rows)
+        return x
 
     def _as_it_is(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         op = Op(node, node.target)

@@ -1,0 +1,98 @@
+"""An operator in terms of simpler ones, as torch itself defines it: what no rule splits may be split in parts.
+
+Composite operators (`cosine_similarity`, `kron`) are run on fake tensors, and what they call is recorded; of others
+(`softmax`, `tril`) torch has a table of definitions, which is meant for compilers and made for exactness.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._C import _dispatch_has_kernel_for_dispatch_key as _has_kernel
+from torch._decomp import decomposition_table
+from torch._ops import OpOverload
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
+
+from ..capture.forms import mutates
+from .builder import Builder
+from .normalize import rewrite
+
+
+def apart(node: fx.Node) -> fx.Graph | None:
+    """What `node` does in simpler operators, in normal form: a graph of its tensor operands, in their order.
+
+    None where torch has no definition of it, or one that asks for values.
+    """
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    values = [_Operand(leaf.meta["val"]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+    return _traced(node.target, tuple((type(v), v) for v in values), spec)
+
+
+class _Operand:
+    """A tensor operand, compared by form."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._form = (tuple(value.shape), value.stride(), value.dtype, value.device)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Operand) and self._form == other._form
+
+    def __hash__(self) -> int:
+        return hash(self._form)
+
+
+@lru_cache(maxsize=1 << 12)
+def _traced(target: Any, values: tuple[tuple[type, Any], ...], spec: pytree.TreeSpec) -> fx.Graph | None:
+    if not isinstance(target, OpOverload):
+        return None
+    composite = _has_kernel(target.name(), "CompositeImplicitAutograd")
+    if not composite and target not in decomposition_table:
+        return None
+    operands = [v.value for _, v in values if isinstance(v, _Operand)]
+
+    def function(*tensors: Tensor) -> Any:
+        supply = iter(tensors)
+        leaves = [next(supply) if isinstance(v, _Operand) else v for _, v in values]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return target(*args, **kwargs)
+
+    table = {} if composite else {target: decomposition_table[target]}
+    mode = operands[0].fake_mode
+    try:
+        with mode, torch.no_grad():
+            traced = make_fx(function, decomposition_table=table)(*operands)
+            if any(isinstance(n.target, OpOverload) and mutates(n.target) for n in traced.graph.nodes):
+                traced = make_fx(functionalize(traced, remove="mutations"))(*operands)
+            FakeTensorProp(traced, mode).propagate_dont_convert_inputs(*operands)
+    except Exception:  # torch's definition asks for values, or is not made for these operands
+        return None
+    if any(node.op == "get_attr" for node in traced.graph.nodes):
+        return None
+    result = _normal(traced.graph)
+    return None if any(node.target is target for node in result.nodes) else result
+
+
+def _normal(traced: fx.Graph) -> fx.Graph:
+    b = Builder()
+    env: dict[fx.Node, Any] = {}
+    for node in traced.nodes:
+        b.source = node
+        if isinstance(value := node.meta.get("val"), Tensor):
+            node.meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
+        if node.op == "placeholder":
+            env[node] = b.graph.placeholder(node.name)
+            env[node].meta = dict(node.meta)
+        elif node.op == "output":
+            b.graph.output(map_arg(node.args[0], env.__getitem__))
+        else:
+            rewrite(b, node, env)
+    b.graph.eliminate_dead_code()
+    return b.graph
