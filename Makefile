@@ -13,7 +13,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench bench-displaced bench-link lint format train-demo clean
+.PHONY: help demo test slow zoo bench bench-displaced bench-link lint format train-demo clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -34,6 +34,9 @@ test: .venv/.stamp  ## the tests, without the slow ones
 
 slow: .venv/.stamp  ## the slow tests: whole models, many ranks
 	$(PY) -m pytest -m slow --timeout=1800
+
+zoo: .venv/.stamp  ## sweep every denoiser, ControlNet and autoencoder class: docs/coverage.md (half an hour)
+	$(PY) -m fxpass.tools.zoo
 
 bench: .venv/.stamp  ## speed and traffic against the unsplit model
 	$(PY) -m benchmarks.run

@@ -13,25 +13,20 @@ from . import (
     autoencoders,
     controlnets,
     images,
-    images_tokens,
     unets,
     video_autoencoders,
     videos,
 )
+from .classes import available, kind_of, sources_of
 
-FAMILIES = (
-    unets,
-    controlnets,
-    images,
-    images_tokens,
-    videos,
-    audio,
-    autoencoders,
-    video_autoencoders,
-    audio_autoencoders,
+__all__ = ["CASES", "FAMILIES", "LEFT_OUT", "kind_of", "sources_of", "zoo_case"]
+
+FAMILIES = (unets, controlnets, images, videos, audio, autoencoders, video_autoencoders, audio_autoencoders)
+
+#: those that the installed diffusers has the classes for
+CASES: tuple[Case, ...] = tuple(
+    case for cases in (small_cases, *(family.CASES for family in FAMILIES)) for case in cases if available(case)
 )
-
-CASES: tuple[Case, ...] = small_cases + tuple(case for family in FAMILIES for case in family.CASES)
 LEFT_OUT: dict[str, str] = {name: reason for family in FAMILIES for name, reason in family.LEFT_OUT.items()}
 
 

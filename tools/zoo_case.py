@@ -1,0 +1,232 @@
+"""One case of the zoo, measured: captured, split over several ranks, run, and compared with the unsplit model.
+
+Inputs are others than those that the program was captured with, but for what the program has read as Python values.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import Call, CaptureError, GuardError, capture
+from ..capture.guards import broken_guard
+from ..ir.program import Program, calls
+from ..models.case import Case, output_tensors
+from ..models.zoo import kind_of, zoo_case
+from ..passes.seed import WorldSizeError
+from ..plan import Plan, make_plan
+from ..runtime.executor import EXACT, Step
+from ..runtime.lockstep import LockstepExecutor
+from ..runtime.structure import WeightTable
+from ..strategy import Strategy
+
+RANKS = (2, 3, 4, 8)
+ROWS, COLS = 32, 16
+CAPTURED, FRESH = 1, 7  #: seeds of the inputs
+TOLERANCE = 1e-5  #: largest relative difference that is rounding, in float32
+STALE = Step(exact=False, pace=1.0)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A case on so many ranks."""
+
+    error: float = float("nan")  #: largest difference of an output of a rank, over that output's largest value
+    bound: float = 0.0  #: the speed-up that the slowest rank's work allows
+    received: int = 0  #: bytes that the busiest rank receives in one exact step
+    fallbacks: tuple[tuple[str, str], ...] = ()  #: module and reason
+    refused: str = ""  #: why there is nothing else
+
+    @property
+    def exact(self) -> bool:
+        return self.error <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to tell of a case."""
+
+    name: str
+    key: str  #: of the sources that it was measured with
+    kind: str = ""  #: the class that it stands for
+    folder: str = ""  #: where diffusers has that class
+    size: str = ""
+    parameters: int = 0
+    operators: int = 0
+    read: tuple[tuple[str, str], ...] = ()  #: inputs that the model turns into Python values, and where
+    scale: float = 0.0  #: the smallest standard deviation of an output
+    change: float = 0.0  #: the least that other inputs change an output, over its largest value
+    splits: dict[int, Split] = field(default_factory=dict)
+    displaced: float | None = None  #: difference of a displaced step from the unsplit model on unchanged input
+    bf16: float | None = None  #: RMS error of the split bfloat16 model over that of the unsplit one
+    bf16_refused: str = ""
+    refused: str = ""  #: why capture refuses the model
+    failed: str = ""  #: what stopped the measurement
+    seconds: float = 0.0
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def of(data: dict[str, Any]) -> Found:
+        """From `plain`, also by way of JSON."""
+        splits = {
+            int(n): Split(**each | {"fallbacks": tuple(map(tuple, each["fallbacks"]))})
+            for n, each in data["splits"].items()
+        }
+        return Found(**data | {"splits": splits, "read": tuple(map(tuple, data["read"]))})
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A captured model, a call that it was not captured with, and the answer to it."""
+
+    module: nn.Module
+    program: Program
+    call: Call
+    expected: list[Tensor]
+
+    @torch.no_grad()
+    def run(self, plan: Plan, *steps: Step) -> list[list[Tensor]]:
+        """What each rank returns at the last step."""
+        weights = WeightTable(self.module, list(plan.program.weights.values())).tensors()
+        loaded = LockstepExecutor(plan.world_size, check=True).load(plan, weights, self.call.tensors)
+        return [loaded.run_all(weights, self.call.tensors, step) for step in steps][-1]
+
+    def error(self, ranks: list[list[Tensor]]) -> float:
+        """The largest difference of any rank's outputs; not a number if one is not."""
+        return max((difference(a, b) for found in ranks for a, b in zip(found, self.expected, strict=True)), key=_worst)
+
+
+def measure(name: str, key: str) -> Found:
+    """Everything about one case. What stops the measurement, stands in the result, too."""
+    started = time.perf_counter()
+    case = zoo_case(name)
+    facts: dict[str, Any] = {"kind": case.covers or name}
+    try:
+        for some in _facts(case):
+            facts |= some
+    except (CaptureError, GuardError) as error:
+        facts["refused"] = _sentence(error)
+    except Exception as error:
+        traceback.print_exc()
+        facts["failed"] = _sentence(error)
+    return Found(name, key, **facts, seconds=time.perf_counter() - started)
+
+
+def _facts(case: Case) -> Iterator[dict[str, Any]]:
+    module = case.build()
+    rows, cols = (max(case.multiple, size - size % case.multiple) for size in (ROWS, COLS))
+    kind, folder = kind_of(case, module)
+    yield {
+        "kind": kind,
+        "folder": folder,
+        "size": f"{rows} x {rows if case.square else cols}",
+        "parameters": sum(p.numel() for p in module.parameters()),
+    }
+    given, fresh = (case.inputs(rows, seed=seed, cols=cols, module=module) for seed in (CAPTURED, FRESH))
+    subject = captured(module, given, fresh)
+    yield _of_program(subject, given)
+    splits: dict[int, Split] = {}
+    for n in RANKS:
+        splits[n] = split(subject, n)
+        yield {"splits": splits}
+    if not splits[RANKS[0]].refused:
+        plan = make_plan(subject.program, RANKS[0], Strategy.of("displaced"))
+        yield {"displaced": subject.error(subject.run(plan, EXACT, EXACT, STALE, STALE))}
+        yield _in_bf16(case, given, fresh)
+
+
+def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) -> Subject:
+    """The model captured with `given`, and a call with `fresh` inputs.
+
+    What the program has read as a Python value stays as it was given: other values would ask for another program.
+    """
+    program = capture(module, **given)
+    old, call = Call.of(module, (), given), Call.of(module, (), fresh)
+    read = {path for guard in program.guards for path in guard.path.split(", ")}
+    tensors = [a if path in read else b for path, a, b in zip(call.paths, old.tensors, call.tensors, strict=True)]
+    args, kwargs = call.rebuild(call.with_numbers(tensors))
+    call = Call.of(module, args, kwargs)
+    if old.key != call.key or broken_guard(program, module, call.tensors) is not None:
+        raise AssertionError("the fresh inputs ask for another program")
+    if all(map(torch.equal, old.tensors, call.tensors)):
+        raise AssertionError("there are no fresh inputs: the model turns all of them into Python values")
+    with torch.no_grad():
+        return Subject(module, program, call, output_tensors(module(*args, **kwargs)))
+
+
+def split(subject: Subject, ranks: int) -> Split:
+    """The exact mode on so many ranks."""
+    try:
+        plan = make_plan(subject.program, ranks, Strategy.of("sync"))
+    except WorldSizeError as error:
+        return Split(refused=_sentence(error))
+    received = max(sum(roles.values()) for roles in plan.bytes_received_per_rank)
+    fallbacks = tuple(dict.fromkeys((each.path or "the model", each.reason) for each in plan.fallbacks))
+    return Split(subject.error(subject.run(plan, EXACT)), plan.bound, received, fallbacks)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """max abs difference / max abs."""
+    a, b = found.double(), expected.double()
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+
+
+def _of_program(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
+    with torch.no_grad():
+        other = output_tensors(subject.module(**given))
+    read = {(guard.path, guard.line.rpartition("/")[2]) for guard in subject.program.guards}
+    return {
+        "operators": sum(1 for _ in calls(subject.program.graph)),
+        "read": tuple(sorted(read)),
+        "scale": min(each.double().std().item() for each in subject.expected),
+        "change": min(map(difference, other, subject.expected)),
+    }
+
+
+def _in_bf16(case: Case, given: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """The split model in bfloat16 against the unsplit one, both by their distance from the same weights in float32."""
+    module = case.build().to(torch.bfloat16)
+    exact = copy.deepcopy(module).float()
+    given, fresh = (_cast(inputs, torch.bfloat16) for inputs in (given, fresh))
+    try:
+        subject = captured(module, given, fresh)
+    except Exception as error:
+        return {"bf16_refused": _sentence(error)}
+    args, kwargs = subject.call.rebuild(subject.call.with_numbers(subject.call.tensors))
+    with torch.no_grad():
+        wanted = output_tensors(exact(*_cast(args, torch.float32), **_cast(kwargs, torch.float32)))
+    found = subject.run(make_plan(subject.program, RANKS[0], Strategy.of("sync")), EXACT)
+    ratios = [
+        _rms(a, b) / max(_rms(c, b), 1e-30)
+        for rank in found
+        for a, b, c in zip(rank, wanted, subject.expected, strict=True)
+    ]
+    return {"bf16": max(ratios, key=_worst)}
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return torch.utils._pytree.tree_map(cast, tree)
+
+
+def _rms(found: Tensor, expected: Tensor) -> float:
+    return (found.double() - expected.double()).square().mean().sqrt().item()
+
+
+def _worst(value: float) -> float:
+    return value if value == value else float("inf")
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
