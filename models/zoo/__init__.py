@@ -16,12 +16,13 @@ from . import (
     unets,
     video_autoencoders,
     videos,
+    wan_videos,
 )
 from .classes import available, kind_of, sources_of
 
 __all__ = ["CASES", "FAMILIES", "LEFT_OUT", "kind_of", "sources_of", "zoo_case"]
 
-FAMILIES = (unets, controlnets, images, videos, audio, autoencoders, video_autoencoders, audio_autoencoders)
+FAMILIES = (unets, controlnets, images, videos, wan_videos, audio, autoencoders, video_autoencoders, audio_autoencoders)
 
 #: those that the installed diffusers has the classes for
 CASES: tuple[Case, ...] = tuple(
