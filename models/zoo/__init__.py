@@ -13,6 +13,8 @@ from . import (
     autoencoders,
     controlnets,
     images,
+    more_videos,
+    packed_videos,
     unets,
     video_autoencoders,
     videos,
@@ -22,7 +24,19 @@ from .classes import available, kind_of, sources_of
 
 __all__ = ["CASES", "FAMILIES", "LEFT_OUT", "kind_of", "sources_of", "zoo_case"]
 
-FAMILIES = (unets, controlnets, images, videos, wan_videos, audio, autoencoders, video_autoencoders, audio_autoencoders)
+FAMILIES = (
+    unets,
+    controlnets,
+    images,
+    videos,
+    wan_videos,
+    more_videos,
+    packed_videos,
+    audio,
+    autoencoders,
+    video_autoencoders,
+    audio_autoencoders,
+)
 
 #: those that the installed diffusers has the classes for
 CASES: tuple[Case, ...] = tuple(
