@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from ..ir.program import Guard, Program
 from .call import Call, flatten_output
+from .compare import alike
 from .concrete import Reader
 from .errors import CaptureError, raised_line
 from .functional import functionalize
@@ -22,6 +23,8 @@ from .functions import Functions
 from .guards import version
 from .model import Changes, check_model, kept_as_it_is, names_of, restored_on_error
 from .recorder import Recorder
+from .routing import Routing
+from .rows import resolve
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
@@ -93,10 +96,27 @@ def _warm_up(model: nn.Module, call: Call) -> bool:
 
 
 def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, is_fake: bool) -> Program:
+    program, routing, routed = _record(model, call, fake_mode, lift, is_fake)
+    for empty in (0, 1) if routing.questions else ():
+        expected = routed(empty)
+        found, _, _ = _record(model, call, fake_mode, lift, is_fake, empty)
+        if not alike(found, expected):
+            raise CaptureError(
+                f"the model asks at {routing.questions[empty]} whether an activation selects any rows, and does "
+                "something else where it does not; keep all rows and use torch.where, or pass the decision in"
+            )
+    return program
+
+
+def _record(
+    model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, is_fake: bool, empty: int | None = None
+) -> tuple[Program, Routing, Callable[[int], Program]]:
+    """A recorded run, what it asked, and its program where of every second question the answer is "none"."""
     names = names_of(model)
     recorder = Recorder(fake_mode, names)
     reader = Reader(recorder)
     recorder.read = reader
+    recorder.routing = routing = Routing(recorder, reader, empty)
     fakes = [recorder.add_input(tensor, path) for tensor, path in zip(call.tensors, call.paths, strict=True)]
     inputs = [recorder.node(fake) for fake in fakes]
     device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
@@ -106,7 +126,7 @@ def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, 
         stack.enter_context(_compiling())
         stack.enter_context(_module_paths(model, recorder))
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
-        stack.enter_context(Functions(recorder, reader, device))
+        stack.enter_context(Functions(recorder, reader, routing, device))
         stack.enter_context(recorder)
         try:
             leaves, spec = flatten_output(model(*args, **kwargs))
@@ -122,9 +142,16 @@ def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, 
         guards += [_number_guard(str(inputs[i].target), call.paths[i], call.tensors[i]) for i in call.numbers]
     if not is_fake:
         _refuse_carried(recorder, changes)
-    final, results = functionalize(recorder, results)
+    routing.check()
+    functional, results = functionalize(recorder, results)
     out_leaves = tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return _program(final, results, [str(n.target) for n in inputs], call, spec, out_leaves, tuple(guards))
+    names_of_inputs = [str(n.target) for n in inputs]
+
+    def routed(empty: int | None) -> Program:
+        final, outputs = resolve(functional, results, empty)
+        return _program(final, outputs, names_of_inputs, call, spec, out_leaves, tuple(guards))
+
+    return routed(None), routing, routed
 
 
 def _program(

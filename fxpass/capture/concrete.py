@@ -42,6 +42,11 @@ class Reader:
             self._add(_guard(", ".join(sources), value, self._recorder, needed, node, origins, shape_only))
         return result
 
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether the value of `node` mixes inputs and weights."""
+        kinds = {self._recorder.origins[n].kind for n in self._needed(node) if n.op == "placeholder"}
+        return {"input", "weight"} <= kinds
+
     def _add(self, guard: Guard) -> None:
         """Every block of a model may ask the same question."""
         assert guard.graph is not None

@@ -19,6 +19,9 @@ _METADATA = {
     *("size", "sym_size", "stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim"),
     *("is_contiguous", "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "is_same_size"),
 }
+#: joints that are a `cat` of operands with as many dims
+_SPELLINGS = {"vstack", "row_stack", "hstack", "dstack", "column_stack", "concat", "concatenate"}
+_SPELLINGS |= {"atleast_1d", "atleast_2d", "atleast_3d"}
 
 
 def name_of(op: OpOverload) -> str:
@@ -52,6 +55,8 @@ def is_kept(op: OpOverload) -> bool:
     """Whether the operator becomes one node."""
     if not is_composite(op):
         return True
+    if name_of(op) in _SPELLINGS:
+        return False
     maybe_aliases = torch.Tag.maybe_aliasing_or_mutating in op.tags  # functional by its schema only
     return not maybe_aliases and not aliases(op) and returns_tensors(op)
 

@@ -12,15 +12,19 @@ from torch.utils._mode_utils import no_dispatch
 from .concrete import Reader
 from .errors import CaptureError, model_line
 from .recorder import Recorder
+from .routing import Routing, has_counts
 
 _VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_ASKED = {Tensor.numpy: "array", Tensor.item: "item", Tensor.__bool__: "bool"}
+_SHAPES = {Tensor.shape.__get__, Tensor.size, Tensor.__len__, Tensor.numel}
 
 
 class Functions(TorchFunctionMode):
     """Active around the model together with the recorder."""
 
-    def __init__(self, recorder: Recorder, reader: Reader, device: str) -> None:
+    def __init__(self, recorder: Recorder, reader: Reader, routing: Routing, device: str) -> None:
         super().__init__()
+        self._routing = routing
         self._recorder = recorder
         self._reader = reader
         self._device = device
@@ -34,8 +38,28 @@ class Functions(TorchFunctionMode):
             return args[0].detach()  # shares memory, so that what is written there is seen
         if func is Tensor.data.__set__:
             raise CaptureError(f"the model assigns to .data at {model_line()}; use copy_ or a new tensor")
+        if func in _SHAPES and (shape := self._routing.shape(args[0])) is not None:
+            return _size(func, shape, *args[1:], **(kwargs or {}))
+        if has_counts((args, kwargs or {})):
+            return self._routing.call(func, args, kwargs or {})
+        if func in _ASKED and self._routing.is_activation(args[0]):
+            numbers = self._routing.numbers(args[0], _ASKED[func])
+            if numbers is not None:
+                return numbers
         if func in _VALUES:
             node = self._recorder.node(self._recorder.fake(args[0]))
             with no_dispatch():
                 return func(self._reader(node, shape_only=False), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _size(func: Any, shape: tuple[Any, ...], dim: int | None = None) -> Any:
+    """What functions of sizes give for a shape with counts."""
+    if func is Tensor.__len__:
+        return shape[0]
+    if func is Tensor.numel:
+        total: Any = 1
+        for size in shape:
+            total = size * total
+        return total
+    return shape if dim is None else shape[dim]

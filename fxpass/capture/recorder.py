@@ -59,6 +59,7 @@ class Recorder(TorchDispatchMode):
         self._kept: list[Any] = []  # whatever an id in the tables above belongs to must stay alive
         self._results: dict[Any, Any] = {}
         self.read: Any = None  #: set by `concrete`: value of a node, as the model asked for it
+        self.routing: Any = None  #: what `routing` makes of sizes that depend on activations; None: nothing
 
     # ------------------------------------------------------------------------------------ values and nodes
 
@@ -74,6 +75,10 @@ class Recorder(TorchDispatchMode):
         """The node of a value; weights and constants become placeholders where they are first met."""
         known = self._nodes.get(id(tensor))
         return known if known is not None else self._nodes[id(self.fake(tensor))]
+
+    def find(self, tensor: Tensor) -> fx.Node | None:
+        """The node of a value that was recorded; None of others."""
+        return self._nodes.get(id(tensor))
 
     def fake(self, tensor: Tensor, fresh: bool = False) -> Tensor:
         """The fake tensor that stands for `tensor`, itself if it is one that was recorded."""
@@ -103,11 +108,15 @@ class Recorder(TorchDispatchMode):
         """A node for `op(*args, **kwargs)`, whose fake result is known."""
         node = self.graph.call_function(op, _to_nodes(args, self), _to_nodes(kwargs, self))
         self._describe(node, result)
+        if self.routing:
+            self.routing.mark(node)
         if isinstance(result, (tuple, list)):
             for i, item in enumerate(result):
                 if isinstance(item, Tensor):
                     part = self.graph.call_function(operator.getitem, (node, i))
                     self._describe(part, item)
+                    if "rows" in node.meta:
+                        part.meta["rows"] = node.meta["rows"]
                     self.register(item, part)
         elif isinstance(result, Tensor):
             self.register(result, node)
@@ -161,6 +170,8 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(
                 f"{op} changes a tensor's shape in place at {self.current_line()}; use the form without `_`"
             )
+        if op is aten.cat.default and self.routing and (joined := self.routing.cat(*args, **kwargs)) is not None:
+            return joined
         try:
             result = self._run(op, args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
@@ -176,6 +187,8 @@ class Recorder(TorchDispatchMode):
         node = self.graph.call_function(op, _to_nodes(args, self), _to_nodes(kwargs, self))
         self._describe(node, result)
         self.writes.append(node)
+        if self.routing:
+            self.routing.mark_written(node)
 
     def _run(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         """The fake result; looked up by the operands' form, since models repeat their blocks."""
@@ -233,6 +246,8 @@ class Recorder(TorchDispatchMode):
                 shape = list(torch.broadcast_shapes(args[0].shape, args[1].shape))
                 x, mask = (aten.expand.default(t, shape) for t in args)
                 return aten.index.Tensor(x, _positions([mask]))
+        if self.routing and (result := self.routing.dynamic(op, args, kwargs)) is not None:
+            return result
         node = self.record(op, args, kwargs, None)
         real = self.read(node, shape_only=True)
         result = _map_tensors(real, self._fake_like)

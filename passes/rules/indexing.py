@@ -66,6 +66,11 @@ def gather(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node, **kwa
     return p.same(op, (x, dim, p.lay(indices, layout)), kwargs, layout=layout)
 
 
+def one_hot(p: Partitioner, op: Op, indices: fx.Node, classes: int = -1) -> fx.Node:
+    """A new last dim."""
+    return p.same(op, (indices, classes), layout=layout_of(indices))
+
+
 def made_from_shape(p: Partitioner, op: Op, x: fx.Node, *rest: object, **kwargs: object) -> fx.Node:
     """`new_zeros` and its like: `x` gives dtype and device only."""
     return p.same(op, (x, *rest), kwargs, layout=Layout())
@@ -76,6 +81,7 @@ TABLE = {
     aten.index_select.default: index_select,
     aten.index.Tensor: index,
     aten.gather.default: gather,
+    aten.one_hot.default: one_hot,
     aten.new_zeros.default: made_from_shape,
     aten.new_ones.default: made_from_shape,
     aten.new_full.default: made_from_shape,

@@ -51,6 +51,14 @@ def reduction(partial: str) -> Rule:
     return rule
 
 
+def truth(p: Partitioner, op: Op, x: fx.Node, dims: Any, keepdim: bool = False) -> fx.Node:
+    """`any` and `all` along dims."""
+    layout, inside = layout_of(x), _dims(dims, len(shape_of(x)))
+    if layout.axis in inside:
+        raise SplitError(f"works along the split dim {layout.dim}")
+    return p.same(op, (x, dims, keepdim), layout=_without(layout, inside, keepdim))
+
+
 def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
     """`x.sum()` and `x.mean()` over everything."""
     reduce = aten.sum.dim_IntList if op.target is aten.sum.default else aten.mean.dim
@@ -137,6 +145,10 @@ TABLE = {
     aten.mean.default: whole_sum,
     aten.amax.default: reduction("amax"),
     aten.amin.default: reduction("amin"),
+    aten.any.dim: truth,
+    aten.all.dim: truth,
+    aten.any.dims: truth,
+    aten.all.dims: truth,
     aten.var.correction: variance,
     aten.var_mean.correction: variance,
     aten.linalg_vector_norm.default: vector_norm,

@@ -1,0 +1,145 @@
+"""Numbers that depend on activations: how many rows a router gives to an expert.
+
+A model that routes asks for such numbers to cut its tokens by. They are answered with a `Count`, which knows of what it
+counts and has no value. A cut by counts is recorded as an operator of its own on *all* rows; `rows` makes of it a form
+that is exact whatever the router decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+_library = torch.library.Library("fxpass_rows", "DEF")
+_library.define("positions(Tensor mask) -> Tensor")
+_library.define("counts(Tensor key, int size) -> Tensor")
+_library.define("segment(Tensor x, int dim, Tensor key, int[] members) -> Tensor")
+_library.define("joined(Tensor[] parts, int dim, int size) -> Tensor")
+_library.define("asked(Tensor of, int[] members, int number) -> Tensor")
+_kind = "CompositeExplicitAutograd"
+_library.impl("positions", lambda mask: mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64), _kind)
+_library.impl("counts", lambda key, size: key.new_empty((size,), dtype=torch.int64), _kind)
+_library.impl("segment", lambda x, dim, key, members: x.new_empty(x.shape), _kind)
+_library.impl("asked", lambda of, members, number: of.new_empty(()), _kind)
+
+
+def _joined(parts: Sequence[Tensor], dim: int, size: int) -> Tensor:
+    shape = list(parts[0].shape)
+    shape[dim] = size
+    return parts[0].new_empty(shape)
+
+
+_library.impl("joined", _joined, _kind)
+
+#: `positions(mask)`: as nonzero, a row for every position; `counts(key, size)`: as bincount;
+#: `segment(x, dim, key, members)`: the rows of `x`, sorted by `key`, whose key is a member;
+#: `joined(parts, …)`: segments one after the other again;
+#: `asked(of, members, number)`: the model asked whether there are any such rows
+ops = torch.ops.fxpass_rows
+
+
+@dataclass(frozen=True)
+class Atom:
+    """How many elements of `node` have the value `member`; `None`: how many are true."""
+
+    node: fx.Node
+    member: int | None = None
+
+
+class Context(Protocol):
+    """What counts need to know."""
+
+    def total(self, atoms: dict[Atom, int], number: int) -> Any:
+        """The sum in its simplest form: a number, if the counts of all members are among the atoms."""
+        ...
+
+    def holds(self, difference: Count, relation: str) -> bool:
+        """Whether the difference is equal to ("=="), more (">") or less ("<") than zero."""
+        ...
+
+    def refuse(self, what: str) -> Any:
+        """Raises a `CaptureError`."""
+        ...
+
+
+class Count:
+    """A sum of atoms and a number."""
+
+    def __init__(self, atoms: dict[Atom, int], number: int, context: Context) -> None:
+        self.atoms = atoms
+        self.number = number
+        self._context = context
+
+    def _plus(self, other: Any, sign: int) -> Any:
+        atoms, number = dict(self.atoms), self.number
+        if isinstance(other, Count):
+            for atom, times in other.atoms.items():
+                atoms[atom] = atoms.get(atom, 0) + sign * times
+            number += sign * other.number
+        elif isinstance(other, int):
+            number += sign * int(other)
+        else:
+            return NotImplemented
+        return self._context.total(atoms, number)
+
+    def __add__(self, other: Any) -> Any:
+        return self._plus(other, 1)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._plus(other, -1)
+
+    def __rsub__(self, other: Any) -> Any:
+        return (self - other) * -1
+
+    def __mul__(self, factor: Any) -> Any:
+        if not isinstance(factor, int):
+            return NotImplemented
+        return self._context.total({a: n * factor for a, n in self.atoms.items()}, self.number * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Any:
+        return self * -1
+
+    def _compare(self, other: Any, relation: str) -> bool:
+        difference = self - other
+        if not isinstance(difference, Count):
+            return {"==": difference == 0, ">": difference > 0, "<": difference < 0}[relation]
+        return self._context.holds(difference, relation)
+
+    def __eq__(self, other: object) -> bool:
+        return self._compare(other, "==")
+
+    def __ne__(self, other: object) -> bool:
+        return not self._compare(other, "==")
+
+    def __gt__(self, other: Any) -> bool:
+        return self._compare(other, ">")
+
+    def __lt__(self, other: Any) -> bool:
+        return self._compare(other, "<")
+
+    def __ge__(self, other: Any) -> bool:
+        return not self._compare(other, "<")
+
+    def __le__(self, other: Any) -> bool:
+        return not self._compare(other, ">")
+
+    def __bool__(self) -> bool:
+        return not self._compare(0, "==")
+
+    def __hash__(self) -> int:
+        return self._refuse()
+
+    def _refuse(self, *_: Any) -> Any:
+        return self._context.refuse("a number")
+
+    __index__ = __int__ = __float__ = __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = _refuse

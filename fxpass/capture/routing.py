@@ -1,0 +1,338 @@
+"""Routing by activations while it is recorded: what the model is told of rows whose number nobody knows.
+
+Every question about a number of rows is answered as if there were some: no expert goes without a token. Whether the
+model does the same with none (it skips an expert, say) is found out by other recordings, in which every second such
+question gets the other answer: `capture` compares.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from .concrete import memory_of
+from .counts import Atom, Count, aten, ops
+from .errors import CaptureError
+
+_MOVED = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten._to_copy.default}
+_MOVED |= {aten.detach.default, aten.alias.default, aten.unsqueeze.default, aten.permute.default, aten.transpose.int}
+_MOVED |= {aten.squeeze.dim, aten.select.int, aten.slice.Tensor, aten.t.default, aten.expand.default}
+#: operators whose second result are positions, and where the argument is that says along which dim
+_DIMS = {aten.topk.default: 2, aten.sort.default: 1, aten.sort.stable: 2, aten.max.dim: 1}
+_SIZES = {Tensor.view, Tensor.reshape, Tensor.expand, torch.reshape}
+
+#: operators that bring rows back to where they came from: the result is as whole as what is written to
+RETURNS = {
+    *(aten.index_add.default, aten.index_add_.default, aten.scatter_add.default, aten.scatter_add_.default),
+    *(aten.scatter_reduce.two, aten.scatter_reduce_.two, aten.index_put.default, aten.index_put_.default),
+}
+
+
+class Routing:
+    """Answers questions about counts, and records cuts by them."""
+
+    def __init__(self, recorder: Any, reader: Any, empty: int | None = None) -> None:
+        """`empty`: 0 or 1, of every second question the one that is answered with "none"; None: no such question."""
+        self._recorder = recorder
+        self._reader = reader
+        self._pattern = empty
+        self.questions: list[str] = []  #: the line of each
+        self._answers: dict[frozenset[Atom], bool] = {}
+        self._none: set[Atom] = set()
+        self._members: dict[fx.Node, tuple[int, int]] = {}  #: key -> how many members and elements it has
+        self.used: list[fx.Node] = []  #: what answers depend on, which nothing may write to
+
+    # ------------------------------------------------------------------------------------- what counts ask
+
+    def total(self, atoms: dict[Atom, int], number: int) -> Any:
+        atoms = {atom: times for atom, times in atoms.items() if times and atom not in self._none}
+        for key in {atom.node for atom in atoms if atom.member is not None}:
+            members, size = self._members[key]
+            wanted = [a for a in (Atom(key, i) for i in range(members)) if a not in self._none]
+            found = {atoms.get(a, 0) for a in wanted}
+            if len(found) == 1 and 0 not in found:
+                number += size * found.pop()
+                atoms = {a: n for a, n in atoms.items() if a not in wanted}
+        return Count(atoms, number, self) if atoms else number
+
+    def holds(self, difference: Count, relation: str) -> bool:
+        difference = self._without_number(difference)
+        signs = set(difference.atoms.values())
+        if difference.number or len(signs) != 1:
+            return self.refuse("more than whether there are any rows")
+        empty = self._is_empty(frozenset(difference.atoms))
+        return empty if relation == "==" else not empty and (signs.pop() > 0) == (relation == ">")
+
+    def _without_number(self, count: Count) -> Count:
+        """The same with a number written as the counts of all members."""
+        atoms, number = dict(count.atoms), count.number
+        key = next(iter(atoms)).node
+        members, size = self._members.get(key, (0, 1))
+        if members and size and number % size == 0:
+            for atom in (Atom(key, i) for i in range(members)):
+                atoms[atom] = atoms.get(atom, 0) + number // size
+            atoms = {atom: times for atom, times in atoms.items() if times and atom not in self._none}
+            return Count(atoms, 0, self)
+        return count
+
+    def refuse(self, what: str) -> Any:
+        line = self._recorder.current_line()
+        raise CaptureError(
+            f"the model at {line} needs the value of an activation, {what}, so it runs differently at every call; keep "
+            "it a tensor (torch.where) or pass the decision in as an argument"
+        )
+
+    def _is_empty(self, atoms: frozenset[Atom]) -> bool:
+        if atoms not in self._answers:
+            number = len(self.questions)
+            self.questions.append(self._recorder.current_line())
+            self._answers[atoms] = empty = self._pattern is not None and number % 2 == self._pattern
+            if empty:
+                self._none |= atoms
+            of = {atom.node for atom in atoms}
+            if len(of) > 1:
+                self.refuse("the number of rows of several selections")
+            node = of.pop()
+            members = sorted(atom.member for atom in atoms if atom.member is not None)
+            with self._recorder:
+                ops.asked.default(node.meta["val"], members, number)
+        return self._answers[atoms]
+
+    def check(self) -> None:
+        """Raises `CaptureError` if something was written to that an answer depends on."""
+        written = {m for node in self._recorder.writes for m in memory_of(node.meta["val"])}
+        node = next((n for n in self.used if written & set(memory_of(n.meta["val"]))), None)
+        if node is not None:
+            raise CaptureError(
+                f"{node.target} at {node.meta['trace']} is an activation that the model decides by and writes to"
+            )
+
+    # ------------------------------------------------------------------------------------ counts of tensors
+
+    def is_activation(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and self._reader.is_activation(self._recorder.node(tensor))
+
+    def numbers(self, tensor: Tensor, form: str) -> Any:
+        """What `numpy`, `item` or `bool` give of an activation."""
+        entries = self._entries(self._recorder.node(self._recorder.fake(tensor)))
+        if entries is None:
+            return None
+        if form == "bool":
+            return entries if isinstance(entries, bool) else bool(entries[0])
+        if isinstance(entries, bool):
+            return entries
+        if form == "item" or not tensor.ndim:
+            return entries[0]
+        if tensor.ndim != 1:
+            return None
+        array = np.empty(len(entries), dtype=object)
+        array[:] = entries
+        return array
+
+    def _entries(self, node: fx.Node) -> Any:
+        """A number or `Count` for each element; of a question whether there are any rows its answer; None: unknown."""
+        self.used.append(node)
+        op: Any = node.target
+        args: Any = node.args
+        if op in (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.view.default):
+            return self._entries(args[0])
+        if op is ops.counts.default:
+            key, size = args
+            self._members[key] = (size, key.meta["val"].numel())
+            return [self.total({Atom(key, i): 1}, 0) for i in range(size)]
+        if op is aten.cumsum.default and node.meta["val"].ndim == 1:
+            entries = self._entries(args[0])
+            return entries and list(np.cumsum(np.array(entries, dtype=object)))
+        if op is operator.getitem and args[0].target is aten.unbind.int:
+            entries = self._entries(args[0].args[0])
+            return entries and [entries[args[1]]]
+        if op is aten.select.int and args[0].meta["val"].ndim == 1:
+            entries = self._entries(args[0])
+            return entries and [entries[args[2]]]
+        if op is aten.sum.default and args[0].meta["dtype"] is torch.bool:
+            return [self.total({Atom(args[0]): 1}, 0)]
+        if op is aten.sum.dim_IntList and (key := self._one_hot(args[0])) is not None:
+            return self._one_hot_sums(node, *key)
+        if op is aten.any.default and args[0].meta["dtype"] is torch.bool:
+            return bool(self.total({Atom(args[0]): 1}, 0) != 0)
+        if op in _RELATIONS and node.meta["val"].ndim == 0:
+            entries = self._entries(args[0])
+            return None if entries is None else bool(_RELATIONS[op](entries[0], args[1]))
+        return None
+
+    def _one_hot(self, node: fx.Node) -> tuple[fx.Node, int] | None:
+        """The key and the members that a tensor of zeros and ones was made of, its last dim being the members."""
+        if node.target is aten.one_hot.default:
+            key, size = node.args
+            return (key, size) if self._bound(key) == size else None  # type: ignore[arg-type, return-value]
+        if node.target in (aten._to_copy.default, aten.view.default, aten._unsafe_view.default, aten.clone.default):
+            same_last = node.meta["shape"][-1:] == node.args[0].meta["shape"][-1:]
+            return self._one_hot(node.args[0]) if same_last else None  # type: ignore[arg-type]
+        return None
+
+    def _one_hot_sums(self, node: fx.Node, key: fx.Node, size: int) -> Any:
+        if tuple(node.meta["shape"]) != (size,):
+            return None
+        self._members[key] = (size, key.meta["val"].numel())
+        return [self.total({Atom(key, i): 1}, 0) for i in range(size)]
+
+    def _bound(self, node: fx.Node) -> int | None:
+        """A number that all elements of an integer tensor are below; they are not negative."""
+        self.used.append(node)
+        if node.target in _MOVED:
+            return self._bound(node.args[0])  # type: ignore[arg-type]
+        source: Any = node.args[0] if node.args else None
+        if node.target is operator.getitem and node.args[1] == 1 and source.target in _DIMS:
+            place = _DIMS[source.target]
+            dim = source.args[place] if len(source.args) > place else source.kwargs.get("dim", -1)
+            return source.args[0].meta["shape"][dim]
+        if node.target is aten.argmax.default and len(node.args) > 1:
+            return source.meta["shape"][node.args[1]]
+        return None
+
+    # ----------------------------------------------------------------------------- operators by activations
+
+    def dynamic(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operator whose result's size depends on activations, on all rows; None where nothing is known of it."""
+        if op not in (aten.nonzero.default, aten.bincount.default) or not self.is_activation(args[0]):
+            return None
+        with self._recorder:
+            if op is aten.nonzero.default:
+                return ops.positions.default(args[0])
+            weights, least, *_ = (*args[1:], *(None, 0)[len(args) - 1 :])
+            bound = self._bound(self._recorder.node(args[0]))
+            if bound is None or weights is not None or "weights" in kwargs:
+                return None
+            return ops.counts.default(args[0], max(bound, kwargs.get("minlength", least)))
+
+    def rows(self, tensor: Tensor) -> tuple[Any, int] | None:
+        """How many rows a value really has, and how many were recorded; None if these are the same."""
+        node = self._recorder.find(tensor)
+        return None if node is None else node.meta.get("rows")
+
+    def mark(self, node: fx.Node) -> None:
+        """Note of a new node whether it has rows whose number is unknown."""
+        op: Any = node.target
+        if op is ops.positions.default:
+            mask: Any = node.args[0]
+            node.meta["rows"] = (self.total({Atom(mask): 1}, 0), mask.meta["val"].numel())
+        elif op in RETURNS:
+            known = node.args[0].meta.get("rows")
+            node.meta |= {"rows": known} if known else {}
+        elif op is not ops.joined.default and op is not ops.segment.default:
+            marked = next((n.meta["rows"] for n in node.all_input_nodes if "rows" in n.meta), None)
+            node.meta |= {"rows": marked} if marked else {}
+
+    def mark_written(self, write: fx.Node) -> None:
+        """The same of what an in-place operator writes to."""
+        self.mark(write)
+        target: Any = write.kwargs.get("out", write.args[0])
+        if "rows" in write.meta:
+            target.meta["rows"] = write.meta["rows"]
+
+    def segment(self, x: Tensor, dim: int, start: Any, stop: Any) -> Tensor:
+        """`x[start:stop]` along `dim`, by counts."""
+        size = x.shape[dim]
+        start, stop = (self.total(b.atoms, b.number) if isinstance(b, Count) else b for b in (start, stop))
+        keys = {atom.node for bound in (start, stop) if isinstance(bound, Count) for atom in bound.atoms}
+        key = keys.pop()
+        if keys or key not in self._members or self._members[key][1] != size:
+            self.refuse("a cut by the sizes of several selections")
+        members, _ = self._members[key]
+        every = [i for i in range(members) if Atom(key, i) not in self._none]
+        before, until = (self._below(bound, size, every) for bound in (start, stop))
+        inside = [i for i in every if i in until and i not in before]
+        if not inside or before != {i for i in every if i < inside[0]} or until != before | set(inside):
+            self.refuse("a cut that is not where one member ends")
+        if inside != [i for i in every if inside[0] <= i <= inside[-1]]:
+            self.refuse("a cut that is not where one member ends")
+        with self._recorder:
+            result = ops.segment.default(x, dim % x.ndim, key.meta["val"], inside)
+        count = self.total({Atom(key, i): 1 for i in inside}, 0)
+        self._recorder.node(result).meta["rows"] = (count, size)
+        return result
+
+    def _below(self, bound: Any, size: int, every: Sequence[int]) -> set[int]:
+        if not isinstance(bound, Count):
+            if bound not in (0, size):
+                self.refuse("a cut that is not where one member ends")
+            return set(every) if bound == size else set()
+        if bound.number or set(bound.atoms.values()) != {1}:
+            self.refuse("a cut that is not where one member ends")
+        return {atom.member for atom in bound.atoms if atom.member is not None}
+
+    def cat(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+        """Segments one after the other; None if none of them is one, or they are joined along another dim."""
+        counts = [self.rows(t) for t in tensors]
+        dim = dim % tensors[0].ndim
+        if not any(known and t.shape[dim] == known[1] for t, known in zip(tensors, counts, strict=True)):
+            return None
+        parts = [t for t in tensors if t.shape[dim]]
+        total = sum((known[0] if known else t.shape[dim]) for t, known in zip(tensors, counts, strict=True))
+        if isinstance(total, Count):
+            self.refuse("a joint of rows whose number is unknown")
+        with self._recorder:
+            return ops.joined.default(parts, dim, total)
+
+    # --------------------------------------------------------------------------------- functions of counts
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A function that was given counts."""
+        if func is Tensor.__getitem__:
+            x, index = args
+            first, *rest = index if isinstance(index, tuple) else (index,)
+            if isinstance(first, slice) and first.step is None:
+                start, stop = (first.start, 0), (first.stop, x.shape[0])
+                part = self.segment(x, 0, *(end if bound is None else bound for bound, end in (start, stop)))
+                return part[(slice(None), *rest)] if rest else part
+        if func in (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes):
+            x, sizes, *dim = args
+            at = dim[0] if dim else kwargs.get("dim", 0)
+            bounds = [0, *np.cumsum(np.array(sizes, dtype=object))]
+            return tuple(self.segment(x, at, a, b) for a, b in pairwise(bounds))
+        if func in (Tensor.narrow, torch.narrow):
+            x, at, start, length = args
+            return self.segment(x, at, start, start + length)
+        if func in _SIZES:
+            known = self.rows(args[0])
+            if known is not None:
+                sizes = [known[1] if isinstance(v, Count) and v.atoms == known[0].atoms else v for v in _flat(args[1:])]
+                if not any(isinstance(v, Count) for v in sizes):
+                    return func(args[0], sizes)
+        return self.refuse("a number of rows")
+
+    def shape(self, tensor: Tensor) -> tuple[Any, ...] | None:
+        """The shape of a tensor with rows whose number is unknown; None of any other."""
+        known = self.rows(tensor)
+        return known and tuple(known[0] if size == known[1] else size for size in torch.Tensor.size(tensor))
+
+
+def has_counts(value: Any) -> bool:
+    """Whether there is a count among a function's arguments."""
+    if isinstance(value, (tuple, list)):
+        return any(map(has_counts, value))
+    if isinstance(value, dict):
+        return any(map(has_counts, value.values()))
+    if isinstance(value, slice):
+        return isinstance(value.start, Count) or isinstance(value.stop, Count)
+    return isinstance(value, Count)
+
+
+def _flat(args: Any) -> list[Any]:
+    return list(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else list(args)
+
+
+_RELATIONS: dict[Any, Any] = {
+    aten.gt.Scalar: lambda a, b: a > b,
+    aten.lt.Scalar: lambda a, b: a < b,
+    aten.ge.Scalar: lambda a, b: a >= b,
+    aten.le.Scalar: lambda a, b: a <= b,
+    aten.eq.Scalar: lambda a, b: a == b,
+    aten.ne.Scalar: lambda a, b: a != b,
+}

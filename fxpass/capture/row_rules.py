@@ -1,0 +1,246 @@
+"""Operators that treat each row alone, so that a selection of rows may wait until after them.
+
+A rule is called with the resolver, the recorded operator and its operands, of which some are `Rows`; it gives `Rows`
+again or raises `RefusedError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Which of `size` rows are meant, and in which order they really are."""
+
+    size: int
+    mask: Tensor | None = None  #: of the rows; None: all
+    what: Any = None  #: identifies the mask
+    order: int | None = None  #: identifies what they are sorted by; None: as they come
+    members: tuple[int, ...] | None = None  #: of the key they are sorted by; None: all
+    empty: bool = False  #: the question is what becomes of the program if there are none
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in the place of a selection of them: row i is row `at[i]` of `base` along `dim`.
+
+    A `base` that is not fake is an index: its values are constants.
+    """
+
+    domain: Domain
+    base: Tensor
+    dim: int = 0
+    at: np.ndarray | None = None  #: None: row i
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def constant(self) -> np.ndarray | None:
+        return None if isinstance(self.base, FakeTensor) else self.base.numpy()
+
+
+class RefusedError(Exception):
+    """Why rows cannot be treated alone."""
+
+
+class Resolver(Protocol):
+    """What rules use: `rows._Resolver`."""
+
+    def emit(self, op: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    def lifted(self, x: Rows) -> Tensor: ...
+
+
+def shared(rows: Sequence[Rows]) -> Domain:
+    first = rows[0].domain
+    if any((x.domain.what, x.domain.order, x.domain.size) != (first.what, first.order, first.size) for x in rows):
+        raise RefusedError("it brings together rows of several selections")
+    return first
+
+
+def aligned(r: Resolver, rows: Sequence[Rows]) -> tuple[list[Tensor], np.ndarray | None]:
+    """Bases whose rows are each other's, and where they are."""
+    first = rows[0]
+    places = {None if x.at is None else x.at.tobytes() for x in rows}
+    if len(places) == 1 and len({x.base.shape[x.dim] for x in rows}) == 1:
+        return [x.base for x in rows], first.at
+    return [r.lifted(x) for x in rows], None
+
+
+def pointwise(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> Rows:
+    """Operands are broadcast; those that are not rows must be alike for all rows."""
+    rows = [a for a in args if isinstance(a, Rows)]
+    if len(rows) != sum(isinstance(v, Rows) for v in torch.utils._pytree.tree_leaves((args, kwargs))):
+        raise RefusedError(f"{node.target} takes rows in lists")
+    domain = shared(rows)
+    ndim = max(a.base.ndim if isinstance(a, Rows) else a.ndim for a in args if isinstance(a, (Rows, Tensor)))
+    places = {ndim - x.base.ndim + x.dim for x in rows}
+    if len(places) > 1:
+        raise RefusedError("it brings rows along several dims together")
+    dim = places.pop()
+    for a in args:
+        if isinstance(a, Tensor) and a.ndim >= ndim - dim and a.shape[dim - ndim] != 1:
+            raise RefusedError("it brings selected rows together with others")
+    bases, at = aligned(r, rows)
+    supply = iter(bases)
+    return Rows(
+        domain, r.emit(node.target, *[next(supply) if isinstance(a, Rows) else a for a in args], **kwargs), dim, at
+    )
+
+
+def _product(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> Rows:
+    """`linear`, `mm`, `matmul` and `addmm` of rows with a matrix."""
+    x, others = (args[1], [args[0], args[2]]) if node.target is aten.addmm.default else (args[0], list(args[1:]))
+    matrix = others[-1] if node.target is aten.addmm.default else others[0]
+    if (
+        not isinstance(x, Rows)
+        or any(isinstance(o, Rows) for o in others)
+        or x.dim == x.base.ndim - 1
+        or matrix.ndim > 2
+    ):
+        raise RefusedError("it multiplies other than rows by a matrix")
+    if node.target is aten.addmm.default and args[0].ndim == 2 and args[0].shape[0] != 1:
+        raise RefusedError("it brings selected rows together with others")
+    return replace(x, base=r.emit(node.target, *[x.base if a is x else a for a in args], **kwargs))
+
+
+def _along(place: int, default: Any = None) -> Callable[..., Any]:
+    """Operators along dims that must not be that of the rows; those dims are the argument `place`."""
+
+    def rule(r: Resolver, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Any:
+        dims = args[place] if len(args) > place else kwargs.get("dim", default)
+        dims = [dims] if isinstance(dims, int) else dims
+        if not isinstance(x, Rows) or not dims or x.dim in [d % x.base.ndim for d in dims]:
+            raise RefusedError(f"{node.target} works along the selected rows")
+        if any(isinstance(a, Rows) for a in args):
+            raise RefusedError(f"{node.target} takes several selections")
+        result = r.emit(node.target, x.base, *args, **kwargs)
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        dim = x.dim - (sum(d % x.base.ndim < x.dim for d in dims) if first.ndim < x.base.ndim else 0)
+        if isinstance(result, (tuple, list)):
+            return [replace(x, base=part, dim=dim) for part in result]
+        return replace(x, base=result, dim=dim)
+
+    return rule
+
+
+def _norm(r: Resolver, node: fx.Node, x: Any, shape: list[int], *args: Any, **kwargs: Any) -> Rows:
+    if not isinstance(x, Rows) or x.dim >= x.base.ndim - len(shape):
+        raise RefusedError("it takes statistics over the selected rows")
+    return replace(x, base=r.emit(node.target, x.base, shape, *args, **kwargs))
+
+
+def _reshape(r: Resolver, node: fx.Node, x: Rows, *_: Any) -> Rows:
+    """The rows must stay one dim."""
+    shape = list(node.meta["val"].shape)
+    before = prod(x.base.shape[: x.dim])
+    for dim, size in enumerate(shape):
+        if size == x.domain.size and prod(shape[:dim]) == before:
+            shape[dim] = x.base.shape[x.dim]
+            return replace(x, base=r.emit(aten.reshape.default, x.base, shape), dim=dim)
+    raise RefusedError("it merges the selected rows with another dim")
+
+
+def _permuted(order: Callable[..., list[int]]) -> Callable[..., Rows]:
+    def rule(r: Resolver, node: fx.Node, x: Rows, *args: Any) -> Rows:
+        dims = order(x.base.ndim, *args)
+        return replace(x, base=r.emit(aten.permute.default, x.base, dims), dim=dims.index(x.dim))
+
+    return rule
+
+
+def _swap(ndim: int, first: int = 0, second: int = 1) -> list[int]:
+    order = list(range(ndim))
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _expand(r: Resolver, node: fx.Node, x: Rows, sizes: list[int], **_: Any) -> Rows:
+    dim = x.dim + len(sizes) - x.base.ndim
+    sizes = [x.base.shape[x.dim] if d == dim else size for d, size in enumerate(sizes)]
+    return replace(x, base=r.emit(aten.expand.default, x.base, sizes), dim=dim)
+
+
+def _repeat(r: Resolver, node: fx.Node, x: Rows, times: list[int]) -> Rows:
+    dim = x.dim + len(times) - x.base.ndim
+    if times[dim] != 1:
+        raise RefusedError("it repeats the selected rows")
+    return replace(x, base=r.emit(aten.repeat.default, x.base, times), dim=dim)
+
+
+def _same(r: Resolver, node: fx.Node, x: Rows, *args: Any, **kwargs: Any) -> Rows:
+    return replace(x, base=r.emit(node.target, x.base, *args, **kwargs))
+
+
+def _like(r: Resolver, node: fx.Node, x: Rows, *args: Any, **kwargs: Any) -> Any:
+    """New rows, all alike; of rows that are only sorted there are as many as ever, so that these are no longer rows."""
+    result = replace(x, base=r.emit(node.target, x.base, *args, **kwargs))
+    return r.lifted(result) if x.domain.mask is None else result
+
+
+def _slice(r: Resolver, node: fx.Node, x: Rows, dim: int = 0, *span: int) -> Rows:
+    everything = x.domain.mask is None and dim % x.base.ndim == x.dim and x.domain.size == node.meta["shape"][dim]
+    return x if everything else _along(0, 0)(r, node, x, dim, *span)
+
+
+def _new(r: Resolver, node: fx.Node, x: Rows, *args: Any, **kwargs: Any) -> Tensor:
+    return r.emit(node.target, x.base, *args, **kwargs)
+
+
+def _cat(r: Resolver, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Rows:
+    parts = [x for x in parts if isinstance(x, Rows) or x.shape[dim]]
+    if len(parts) == 1:
+        return parts[0]
+    if any(not isinstance(x, Rows) or x.dim == dim % x.base.ndim for x in parts) or len({x.dim for x in parts}) > 1:
+        raise RefusedError("it joins selected rows with others")
+    bases, at = aligned(r, parts)
+    return Rows(shared(parts), r.emit(aten.cat.default, bases, dim), parts[0].dim, at)
+
+
+ALONE: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((aten.floor_divide.default, aten.floor_divide.Scalar), pointwise),
+    aten.linear.default: _product,
+    aten.mm.default: _product,
+    aten.matmul.default: _product,
+    aten.addmm.default: _product,
+    **dict.fromkeys((aten.softmax.int, aten._softmax.default, aten.log_softmax.int), _along(0)),
+    **dict.fromkeys((aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default), _along(0)),
+    aten.glu.default: _along(0, -1),
+    **dict.fromkeys((aten.argmax.default, aten.any.dim, aten.all.dim), _along(0)),
+    aten.topk.default: _along(1, -1),
+    aten.select.int: _along(0),
+    aten.slice.Tensor: _slice,
+    aten.unbind.int: _along(0, 0),
+    aten.split.Tensor: _along(1, 0),
+    aten.split_with_sizes.default: _along(1, 0),
+    aten.chunk.default: _along(1, 0),
+    aten.layer_norm.default: _norm,
+    aten.rms_norm.default: _norm,
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _reshape),
+    **dict.fromkeys((aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints), _reshape),
+    aten.permute.default: _permuted(lambda ndim, dims: [d % ndim for d in dims]),
+    aten.transpose.int: _permuted(_swap),
+    aten.t.default: _permuted(_swap),
+    aten.expand.default: _expand,
+    aten.repeat.default: _repeat,
+    aten.clone.default: _same,
+    aten._to_copy.default: _same,
+    **dict.fromkeys((aten.empty_like.default, aten.zeros_like.default, aten.full_like.default), _like),
+    **dict.fromkeys(
+        (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), _new
+    ),
+    aten.cat.default: _cat,
+}

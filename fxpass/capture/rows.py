@@ -1,0 +1,396 @@
+"""Routing by activations made static: every row goes through every expert, and what a router did not choose is masked.
+
+In a recording (see `counts`) a selection of rows, or rows sorted by their expert, stand as all the rows there are. That
+is right for operators that treat each row alone, as long as rows that are not selected do not reach the result. Both
+are *proved* here, operator by operator: `Rows` notes of a value which rows it holds and in which order; operators that
+are not known to treat rows alone are refused; where rows are brought back, those not selected are masked.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .compare import identities
+from .counts import aten, ops
+from .errors import CaptureError
+from .recorder import Recorder
+from .row_rules import ALONE, Domain, RefusedError, Rows, aligned, pointwise, shared
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The permutation that undoes a sort by the key `order`."""
+
+    order: int
+
+
+def resolve(old: Recorder, results: list[fx.Node], empty: int | None = None) -> tuple[Recorder, list[fx.Node]]:
+    """`old` itself if nothing is routed, else a recorder with an equal graph of static operators; and its results.
+
+    With `empty` (0 or 1), the graph that is left where of every second question "any such rows?" the answer is no.
+
+    Raises `CaptureError` where an operator is not known to treat rows alone.
+    """
+    if not any(getattr(node.target, "namespace", "") == "fxpass_rows" for node in old.graph.nodes):
+        return old, results
+    with torch._C._AutoDispatchBelowAutograd():
+        return _Resolver(old, empty).run(results)
+
+
+class _Resolver:
+    def __init__(self, old: Recorder, empty: int | None) -> None:
+        self.old = old
+        self.new = Recorder(old.fake_mode, {})
+        self.values: dict[fx.Node, Any] = {}
+        self.identities = identities(old.graph)
+        asked = [n for n in old.graph.nodes if n.target is ops.asked.default]
+        self.empty = {
+            (self.identities[_source(n.args[0])], tuple(n.args[1]))
+            for n in asked
+            if empty is not None and n.args[2] % 2 == empty
+        }
+        self.orders = {self.identities[n.args[2]] for n in old.graph.nodes if n.target is ops.segment.default}
+
+    def run(self, results: list[fx.Node]) -> tuple[Recorder, list[fx.Node]]:
+        for node in self.old.graph.nodes:
+            self.new.path, self.new.line = node.meta["path"], node.meta["trace"]
+            if node.op == "placeholder":
+                self._copy(node)
+                self.new.origins[self.new.node(node.meta["val"])] = self.old.origins[node]
+            elif node.target is not ops.asked.default:
+                self._call(node)
+        for node in results:
+            if not isinstance(self.values[node], Tensor):
+                raise _error(node, "an output has a size that depends on values")
+        return self.new, [self.new.node(self.values[node]) for node in results]
+
+    def _copy(self, node: fx.Node) -> None:
+        copy = self.new.graph.node_copy(node, lambda n: self.new.node(self.values[n]))
+        copy.meta = dict(node.meta)
+        self.values[node] = node.meta["val"]
+        self.new.register(node.meta["val"], copy)
+
+    def _call(self, node: fx.Node) -> None:
+        op: Any = node.target
+        rule = RULES.get(op)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        routed = any(isinstance(self.values[n], (Rows, Inverse)) for n in node.all_input_nodes)
+        starts = op in _STARTS and self._sorts(node)
+        if not routed and not starts and getattr(op, "namespace", "") != "fxpass_rows":
+            if all(self.values[n] is n.meta["val"] for n in node.all_input_nodes):
+                return self._copy(node)
+            self.values[node] = args[0][args[1]] if op is operator.getitem else self.emit(op, *args, **kwargs)
+            return None
+        if rule is None and torch.Tag.pointwise in getattr(op, "tags", ()):
+            rule = pointwise
+        try:
+            if op is operator.getitem:
+                self.values[node] = args[0][args[1]]
+            elif rule is None or any(isinstance(self.values[n], Inverse) for n in node.all_input_nodes[2:]):
+                raise RefusedError(f"{op} is not known to treat each row alone")
+            else:
+                self.values[node] = rule(self, node, *args, **kwargs)
+        except RefusedError as refusal:
+            raise _error(node, str(refusal)) from None
+
+    def _sorts(self, node: fx.Node) -> bool:
+        return self.identities[node.args[0]] in self.orders and not _descending(node.args, node.kwargs)  # type: ignore[index]
+
+    def emit(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Constants are computed, all else is recorded."""
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, FakeTensor) for leaf in leaves):
+            with self.new:
+                return op(*args, **kwargs)
+        return op(*args, **kwargs)
+
+    def lifted(self, x: Rows) -> Tensor:
+        """All rows of the domain."""
+        if x.at is None:
+            return x.base
+        shape, at, dim = list(x.base.shape), x.at, x.dim
+        before, after, rows, size = shape[:dim], shape[dim + 1 :], shape[dim], len(x.at)
+        times, each = size // rows, np.arange(rows)
+        for place, pattern in ((dim + 1, np.repeat(each, times)), (dim, np.tile(each, times))):
+            if np.array_equal(at, pattern):
+                wide = self.emit(aten.unsqueeze.default, x.base, place)
+                wide = self.emit(aten.expand.default, wide, [*shape[:place], times, *shape[place:]])
+                return self.emit(aten.reshape.default, wide, [*before, size, *after])
+        step = int(at[1]) if rows == size > 1 else 0
+        if step and rows % step == 0 and np.array_equal(at, each.reshape(-1, step).T.ravel()):
+            table = self.emit(aten.reshape.default, x.base, [*before, rows // step, step, *after])
+            table = self.emit(aten.transpose.int, table, dim, dim + 1)
+            return self.emit(aten.reshape.default, table, [*before, rows, *after])
+        return self.emit(aten.index_select.default, x.base, dim, torch.from_numpy(at.copy()))
+
+    def masked(self, x: Rows) -> Tensor:
+        """All rows of the domain, with zeros for those that are not selected."""
+        values = self.lifted(x)
+        if x.domain.mask is None:
+            return values
+        hidden = self.emit(aten.logical_not.default, x.domain.mask)
+        shape = [1] * values.ndim
+        shape[x.dim] = x.domain.size
+        return self.emit(aten.masked_fill.Scalar, values, self.emit(aten.reshape.default, hidden, shape), 0)
+
+
+def _error(node: fx.Node, why: str) -> CaptureError:
+    return CaptureError(
+        f"{node.target} at {node.meta['trace']} needs the value of an activation: the model selects rows by "
+        f"activations, and {why}; keep all rows and use torch.where, or pass the decision in as an argument"
+    )
+
+
+def _source(mask: Any) -> Any:
+    """What has a true element whenever `mask` has."""
+    while mask.target in (aten.any.dim, aten.view.default, aten._unsafe_view.default, aten.clone.default):
+        mask = mask.args[0]
+    return mask
+
+
+# -- where rows begin -------------------------------------------------------------------------------------------
+
+
+def _positions(r: _Resolver, node: fx.Node, mask: Tensor) -> Rows:
+    index = np.stack(np.unravel_index(np.arange(mask.numel()), tuple(mask.shape)), 1)
+    flat = r.emit(aten.reshape.default, mask, [mask.numel()])
+    if flat.dtype is not torch.bool:
+        flat = r.emit(aten.ne.Scalar, flat, 0)
+    what = r.identities[node.args[0]]  # type: ignore[index]
+    asked = (r.identities[_source(node.args[0])], ())
+    domain = Domain(mask.numel(), flat, ("mask", what), empty=asked in r.empty)
+    return Rows(domain, torch.from_numpy(index))
+
+
+def _sort(r: _Resolver, node: fx.Node, key: Tensor, *_: Any, **__: Any) -> Any:
+    """Rows of a key that segments are cut by."""
+    if key.ndim != 1:
+        raise RefusedError("it sorts along one of several dims")
+    order = r.identities[node.args[0]]  # type: ignore[index]
+    domain = Domain(len(key), order=order)
+    index = Rows(domain, torch.arange(len(key)))
+    return index if node.target in (aten.argsort.default, aten.argsort.stable) else (Rows(domain, key), index)
+
+
+def _descending(args: Any, kwargs: Any) -> bool:
+    return bool(args[2] if len(args) > 2 else kwargs.get("descending", False))
+
+
+def _argsort(r: _Resolver, node: fx.Node, key: Any, *rest: Any, **kwargs: Any) -> Any:
+    if not isinstance(key, Rows):
+        return _sort(r, node, key)
+    index = key.constant if key.domain.mask is None and key.at is None else None
+    in_order = index is not None and np.array_equal(index, np.arange(key.domain.size))
+    if not in_order or _descending((key, *rest), kwargs):
+        raise RefusedError("it sorts selected rows")
+    return Inverse(key.domain.order)  # type: ignore[arg-type]
+
+
+def _segment(r: _Resolver, node: fx.Node, x: Any, dim: int, key: Tensor, members: list[int]) -> Rows:
+    what = r.identities[node.args[2]]  # type: ignore[index]
+    if not isinstance(x, Rows) or x.domain.order != what or x.domain.mask is not None or x.dim != dim:
+        raise RefusedError("it cuts rows by the number of those of an expert that are not sorted by the expert")
+    flat = r.emit(aten.reshape.default, key, [key.numel()])
+    mask = r.emit(aten.eq.Scalar, flat, members[0])
+    for member in members[1:]:
+        mask = r.emit(aten.logical_or.default, mask, r.emit(aten.eq.Scalar, flat, member))
+    empty = (r.identities[_source(node.args[2])], tuple(members)) in r.empty
+    return replace(x, domain=Domain(x.domain.size, mask, (what, *members), what, tuple(members), empty))
+
+
+def _joined(r: _Resolver, node: fx.Node, parts: Sequence[Any], dim: int, size: int) -> Any:
+    """All segments in order: each row from the segment of its member."""
+    if any(not isinstance(x, Rows) or x.domain.members is None or x.dim != dim for x in parts):
+        raise RefusedError("it joins what are not segments")
+    members = [m for x in parts for m in x.domain.members]
+    if members != sorted(set(members)) or len({x.domain.order for x in parts}) != 1:
+        raise RefusedError("it joins segments in another order")
+    parts = [x for x in parts if not x.domain.empty] or parts[:1]
+    result = r.lifted(parts[0])
+    for x in parts[1:]:
+        shape = [1] * result.ndim
+        shape[dim] = size
+        mask = r.emit(aten.reshape.default, x.domain.mask, shape)
+        result = r.emit(aten.where.self, mask, r.lifted(x), result)
+    return Rows(Domain(size, order=parts[0].domain.order), result, dim)
+
+
+# -- where rows are taken and brought back ----------------------------------------------------------------------
+
+
+def _index(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
+    used = [d for d, i in enumerate(indices) if i is not None]
+    given = [indices[d] for d in used]
+    if len(given) == 1 and isinstance(given[0], Inverse):
+        if not isinstance(x, Rows) or x.domain.mask is not None or x.domain.order != given[0].order or x.dim != used[0]:
+            raise RefusedError("it puts rows back in order that were not sorted so")
+        return r.lifted(x)
+    if isinstance(x, Rows):
+        return _index_of_rows(r, x, indices)
+    if any(not isinstance(i, Rows) or i.base.ndim != 1 for i in given) or used != list(range(used[0], used[-1] + 1)):
+        raise RefusedError("it looks up by a mixture of indices")
+    domain, dim = shared(given), used[0]
+    if any(i.constant is None for i in given):
+        bases, at = aligned(r, given)
+        return Rows(domain, r.emit(aten.index.Tensor, x, [None] * dim + bases), dim, at)
+    sizes = [x.shape[d] for d in used]
+    at = _flat_index(given, sizes)
+    base = r.emit(aten.reshape.default, x, [*x.shape[:dim], prod(sizes), *x.shape[used[-1] + 1 :]])
+    return Rows(domain, base, dim, None if np.array_equal(at, np.arange(prod(sizes))) else at)
+
+
+def _index_of_rows(r: _Resolver, x: Rows, indices: Sequence[Any]) -> Rows:
+    """Look-ups along other dims."""
+    if any(isinstance(i, (Rows, Inverse)) for i in indices) or (len(indices) > x.dim and indices[x.dim] is not None):
+        raise RefusedError("it selects rows of selected rows")
+    used = [d for d, i in enumerate(indices) if i is not None]
+    if len(used) != 1 or indices[used[0]].ndim != 1:
+        raise RefusedError("it looks up by several indices")
+    return replace(x, base=r.emit(aten.index.Tensor, x.base, list(indices)))
+
+
+def _whole(x: Rows) -> np.ndarray:
+    values = x.constant
+    assert values is not None
+    return values if x.at is None else np.take(values, x.at, x.dim)
+
+
+def _flat_index(indices: Sequence[Rows], sizes: Sequence[int]) -> np.ndarray:
+    """Positions along dims of these sizes as positions along all of them as one."""
+    parts = tuple(_whole(i) % n for i, n in zip(indices, sizes, strict=True))
+    return np.asarray(np.ravel_multi_index(parts, tuple(sizes)))
+
+
+def _target(index: Any, dim: int, shape: Sequence[int]) -> np.ndarray:
+    """The row of the target that each row goes to; the index of a scatter has the `shape` of what goes there."""
+    if not isinstance(index, Rows) or index.constant is None:
+        raise RefusedError("it brings rows to places that are computed")
+    values = _whole(index)
+    if values.ndim == 1:
+        return values
+    if index.dim != dim or values.shape != tuple(shape):
+        raise RefusedError("it brings rows to other than rows")
+    values = np.moveaxis(values, dim, 0).reshape(len(index.at) if index.at is not None else values.shape[dim], -1)
+    if (values != values[:, :1]).any():
+        raise RefusedError("it brings the elements of a row to several rows")
+    return values[:, 0]
+
+
+def _add(r: _Resolver, node: fx.Node, x: Any, dim: int, index: Any, source: Any, *rest: Any, **kwargs: Any) -> Any:
+    """`index_add`, `scatter_add` and `scatter_reduce`: rows that are not selected add zero."""
+    if node.target is aten.scatter_reduce.two and (rest != ("sum",) or not kwargs.get("include_self", True)):
+        raise RefusedError("it reduces rows otherwise than by a sum")
+    if isinstance(x, (Rows, Inverse)) or not isinstance(source, Rows) or source.dim != dim % x.ndim:
+        raise RefusedError("it adds selected rows to selected rows")
+    domain, dim = shared([index, source]), dim % x.ndim
+    if domain.empty:
+        return x
+    values = r.masked(source)
+    if [n for d, n in enumerate(values.shape) if d != dim] != [n for d, n in enumerate(x.shape) if d != dim]:
+        raise RefusedError("it adds parts of rows")
+    to = _target(index, dim, values.shape)
+    if "alpha" in kwargs:
+        values = r.emit(aten.mul.Scalar, values, kwargs["alpha"])
+    if values.dtype != x.dtype:
+        values = r.emit(aten._to_copy.default, values, dtype=x.dtype)
+    rows, times = x.shape[dim], domain.size // x.shape[dim]
+    inner = list(values.shape[dim + 1 :])
+    for split, place, pattern in (
+        ([rows, times], dim + 1, np.repeat(np.arange(rows), times)),
+        ([times, rows], dim, np.tile(np.arange(rows), times)),
+    ):
+        if np.array_equal(to, pattern):
+            if times > 1:
+                values = r.emit(aten.reshape.default, values, [*values.shape[:dim], *split, *inner])
+                values = r.emit(aten.sum.dim_IntList, values, [place])
+            return r.emit(aten.add.Tensor, x, values)
+    return r.emit(aten.index_add.default, x, dim, torch.from_numpy(to.copy()), values)
+
+
+def _put(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any], source: Any, add: bool = False, *_: Any) -> Any:
+    """`x[index] = source`: rows that are not selected stay."""
+    if isinstance(source, Rows) and len(indices) == 1 and isinstance(indices[0], Tensor):
+        mask = indices[0]
+        what = ("mask", r.identities[node.args[1][0]])  # type: ignore[index]
+        if mask.dtype is not torch.bool or isinstance(x, Rows) or source.domain.what != what or add or source.dim:
+            raise RefusedError("it writes selected rows to others")
+        lead, domain = list(mask.shape), source.domain
+    else:
+        if any(not isinstance(i, Rows) or i.constant is None for i in indices) or isinstance(source, Tensor):
+            raise RefusedError("it writes to places that are computed")
+        domain = shared([*indices, source])
+        target = x.base if isinstance(x, Rows) else x
+        lead = list(target.shape[: len(indices)])
+        if add and len(indices) == 1 and not isinstance(x, Rows):
+            return _add(r, node, x, 0, indices[0], source)
+        at = _flat_index(indices, lead)
+        if add or source.dim:
+            raise RefusedError("it writes rows to places that are computed")
+        if isinstance(x, Rows) and (x.domain.mask is not None or domain.mask is not None):
+            raise RefusedError("it writes selected rows to selected rows")
+        if domain.mask is not None and len(at) > prod(lead):
+            return x if domain.empty else _put_each(r, target, lead, at, domain.mask, r.lifted(source))
+        if not np.array_equal(at, np.arange(prod(lead))):
+            raise RefusedError("it writes rows to places that are not their own")
+        mask = None if domain.mask is None else r.emit(aten.reshape.default, domain.mask, lead)
+    if domain.empty:
+        return x
+    values = r.lifted(source)
+    target = x.base if isinstance(x, Rows) else x
+    values = r.emit(aten.reshape.default, values, list(target.shape))
+    if values.dtype != target.dtype:
+        values = r.emit(aten._to_copy.default, values, dtype=target.dtype)
+    if mask is None:
+        return values
+    mask = r.emit(aten.reshape.default, mask, [*lead, *[1] * (values.ndim - len(lead))])
+    return r.emit(aten.where.self, mask, values, target)
+
+
+def _put_each(r: _Resolver, x: Tensor, lead: list[int], at: np.ndarray, mask: Tensor, values: Tensor) -> Tensor:
+    """The same where several rows may go to one place, of which torch lets any win: here the last."""
+    rows, times = prod(lead), len(at) // prod(lead)
+    shape, dim, inner = [rows, times], 1, list(x.shape[len(lead) :])
+    if np.array_equal(at, np.tile(np.arange(rows), times)):
+        shape, dim = [times, rows], 0
+    elif not np.array_equal(at, np.repeat(np.arange(rows), times)):
+        raise RefusedError("it writes rows to places that are not their own")
+    mask = r.emit(aten.reshape.default, mask, shape)
+    values = r.emit(aten.reshape.default, values, [*shape, *inner])
+    if values.dtype != x.dtype:
+        values = r.emit(aten._to_copy.default, values, dtype=x.dtype)
+    for slot in range(times):
+        chosen = r.emit(aten.reshape.default, r.emit(aten.select.int, mask, dim, slot), [*lead, *[1] * len(inner)])
+        row = r.emit(aten.reshape.default, r.emit(aten.select.int, values, dim, slot), list(x.shape))
+        x = r.emit(aten.where.self, chosen, row, x)
+    return x
+
+
+_STARTS = {aten.argsort.default, aten.argsort.stable, aten.sort.default, aten.sort.stable}
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    **ALONE,
+    ops.positions.default: _positions,
+    ops.counts.default: lambda r, node, key, size: r.emit(ops.counts.default, key, size),
+    ops.segment.default: _segment,
+    ops.joined.default: _joined,
+    aten.argsort.default: _argsort,
+    aten.argsort.stable: _argsort,
+    aten.sort.default: _sort,
+    aten.sort.stable: _sort,
+    aten.index.Tensor: _index,
+    aten.index_select.default: lambda r, node, x, dim, i: _index(r, node, x, [*[None] * (dim % x.ndim), i]),
+    aten.index_add.default: _add,
+    aten.scatter_add.default: _add,
+    aten.scatter_reduce.two: _add,
+    aten.index_put.default: _put,
+}

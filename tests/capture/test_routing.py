@@ -1,0 +1,258 @@
+"""Routing by activations: exact whatever the router decides, or refused with the line of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxpass.capture import CaptureError, capture
+from fxpass.capture.evaluate import evaluate
+from fxpass.ir.program import calls
+from fxpass.plan import make_plan
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.structure import WeightTable
+from fxpass.strategy import Strategy
+
+EXPERTS, CHOSEN, WIDTH = 4, 2, 6
+
+Body = Callable[["Experts", Tensor, Tensor, Tensor], Tensor]
+
+
+class Experts(nn.Module):
+    """Tokens are given to the experts of their highest scores by a function of (module, tokens, weights, choices)."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 8), nn.SiLU(), nn.LayerNorm(8), nn.Linear(8, WIDTH)) for _ in range(EXPERTS)
+        )
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        weights, choices = torch.topk(self.gate(tokens).softmax(-1), CHOSEN, dim=-1)
+        return self.body(self, tokens, weights, choices)
+
+
+def made(body: Body) -> Experts:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Experts(body).eval().requires_grad_(False)
+
+
+def looped(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    mask = F.one_hot(i, num_classes=EXPERTS).permute(2, 1, 0)
+    for e, expert in enumerate(m.experts):
+        slot, token = torch.where(mask[e])
+        out.index_add_(0, token, expert(x[None, token].reshape(-1, WIDTH)) * w[token, slot, None])
+    return out
+
+
+def skipped(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        token, slot = (i == e).nonzero(as_tuple=True)
+        if token.shape[0] == 0:
+            continue
+        out[token] += expert(x[token]) * w[token, slot, None]
+    return out
+
+
+def counted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    key, weight, out = i.view(-1), w.view(-1, 1), torch.zeros_like(x)
+    order, ends = key.argsort(), key.bincount().cpu().numpy().cumsum(0)
+    for e, end in enumerate(ends):
+        start = 0 if e == 0 else ends[e - 1]
+        if start == end:
+            continue
+        token = (order // CHOSEN)[start:end]
+        y = m.experts[e](x[token])
+        y.mul_(weight[order[start:end]])
+        out.scatter_reduce_(0, token.view(-1, 1).repeat(1, WIDTH), y, reduce="sum")
+    return out
+
+
+def put_back(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    counts = F.one_hot(i.view(-1), EXPERTS).sum(0).cpu().numpy()
+    order, parts, start = i.view(-1).argsort(), [], 0
+    tokens = x[order // CHOSEN]
+    for e, count in enumerate(counts):
+        if count == 0:
+            continue
+        parts.append(m.experts[e](tokens[start : start + count]))
+        start = start + count
+    joined = torch.cat(parts)
+    out = torch.empty_like(joined)
+    out[order] = joined
+    return (out.view(*i.shape, -1) * w.unsqueeze(-1)).sum(1)
+
+
+def cut_up(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    key = i.view(-1)
+    order = key.sort(stable=True)[1]
+    parts = x[order // CHOSEN].split(torch.bincount(key, minlength=EXPERTS).tolist())
+    joined = torch.cat([m.experts[e](part) for e, part in enumerate(parts)])
+    return (joined[order.argsort()].view(-1, CHOSEN, WIDTH) * w[..., None]).sum(1)
+
+
+def padded(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    key = i.view(-1)
+    order, counts = key.argsort(), torch.bincount(key, minlength=EXPERTS).tolist()
+    tokens, real = x[order // CHOSEN], sum(counts)
+    parts = torch.split(tokens[:real], split_size_or_sections=counts, dim=0)
+    joined = torch.cat([expert(part) for expert, part in zip(m.experts, parts, strict=True)])
+    joined = torch.vstack((joined, joined.new_zeros((tokens.shape[0] - real, WIDTH))))
+    return torch.zeros_like(x).index_add(0, order // CHOSEN, joined * w.view(-1)[order].unsqueeze(-1))
+
+
+def masked(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        chosen = i == e
+        if chosen.any():
+            rows = chosen.any(-1)
+            out[rows] += expert(x[rows]) * (w * chosen).sum(-1, keepdim=True)[rows]
+    return out
+
+
+def repeated(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    key, tokens = i.view(-1), x.repeat_interleave(CHOSEN, dim=0)
+    out = torch.empty_like(tokens)
+    for e, expert in enumerate(m.experts):
+        out[key == e] = expert(tokens[key == e])
+    return (out.view(*w.shape, -1) * w.unsqueeze(-1)).sum(1)
+
+
+def one_each(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    choice, out = m.gate(x).topk(1)[1].squeeze(-1), torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        out[choice == e] = expert(x[choice == e])
+    return out
+
+
+def dispatched(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    given = torch.einsum("tke,tk->te", F.one_hot(i, EXPERTS).to(w), w)
+    return torch.einsum("etd,te->td", torch.stack([expert(x) for expert in m.experts]), given)
+
+
+STYLES = [looped, skipped, counted, put_back, cut_up, padded, masked, repeated, one_each, dispatched]
+
+
+def inputs() -> list[Tensor]:
+    """Random tokens, and tokens that are all alike, so that most experts go without any."""
+    generator = torch.Generator().manual_seed(1)
+    mixed = [torch.randn(2, 6, WIDTH, generator=generator) for _ in range(6)]
+    return mixed + [torch.randn(1, 1, WIDTH, generator=generator).expand(2, 6, WIDTH).contiguous() for _ in range(6)]
+
+
+@pytest.mark.parametrize("body", STYLES, ids=lambda body: body.__name__)
+def test_routing_is_exact_whatever_the_router_decides(body: Body) -> None:
+    model = made(body)
+    program = capture(model, torch.randn(2, 6, WIDTH))
+    assert program.guards == ()
+    for x in inputs():
+        torch.testing.assert_close(evaluate(program, model, (x,)), model(x), rtol=1e-5, atol=1e-6)
+    for node in calls(program.graph):
+        assert "fxpass_rows" not in str(node.target)
+
+
+@pytest.mark.parametrize("body", STYLES, ids=lambda body: body.__name__)
+def test_each_rank_routes_its_own_tokens(body: Body) -> None:
+    model = made(body)
+    plan = make_plan(capture(model, torch.randn(2, 6, WIDTH)), 3, Strategy.of("sync"))
+    assert not plan.fallbacks
+    assert set(plan.bytes_by_role) <= {"output"}
+    weights = WeightTable(model, list(plan.program.weights.values())).tensors()
+    loaded = LockstepExecutor(3, check=True).load(plan, weights, (torch.randn(2, 6, WIDTH),))
+    for x in inputs():
+        for (found,) in loaded.run_all(weights, (x,)):
+            torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_expert_makes_of_tokens_that_are_not_its_own_is_not_seen() -> None:
+    """Not even if it is infinite."""
+
+    def body(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            token, slot = torch.where(i == e)
+            own = (i[token] == e).any(-1, keepdim=True)
+            out.index_add_(0, token, x[token] * w[token, slot, None] / own)
+        return out
+
+    model = made(body)
+    program = capture(model, torch.randn(2, 6, WIDTH))
+    x = inputs()[0]
+    assert model(x).isfinite().all()
+    torch.testing.assert_close(evaluate(program, model, (x,)), model(x))
+
+
+def noted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        token, slot = torch.where(i == e)
+        if token.numel() == 0:
+            out = out + 1
+            continue
+        out = out.index_add(0, token, expert(x[token]) * w[token, slot, None])
+    return out
+
+
+def averaged_over_hits(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    out, hits = torch.zeros_like(x), 0
+    for e, expert in enumerate(m.experts):
+        token, slot = torch.where(i == e)
+        if token.numel() == 0:
+            continue
+        hits += 1
+        out.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+    return out / hits
+
+
+def centred(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    token = torch.where(i == 0)[0]
+    return x.index_add(0, token, x[token] - x[token].mean(0))
+
+
+def unsorted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    first = i.view(-1).bincount(minlength=EXPERTS).tolist()[0]
+    return x.index_add(0, torch.arange(12).repeat_interleave(2)[:first], x.repeat_interleave(2, dim=0)[:first])
+
+
+def overwritten(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    key = i.view(-1)
+    counts = key.bincount(minlength=EXPERTS)
+    counts.clamp_(max=3)
+    order, start = key.argsort(), counts.tolist()[0]
+    return x.index_add(0, (order // CHOSEN)[:start], x[(order // CHOSEN)[:start]])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (noted, "whether an activation selects any rows, and does something else"),
+        (averaged_over_hits, "whether an activation selects any rows, and does something else"),
+        (centred, "mean.dim works along the selected rows"),
+        (unsorted, "not sorted by"),
+        (overwritten, "decides by and writes to"),
+        (lambda m, x, w, i: x / torch.where(i == 0)[0].shape[0], "needs the value of an activation, a number"),
+        (lambda m, x, w, i: x + x[i[:, 0] == 0][:1], "slice.Tensor works along the selected rows"),
+        (lambda m, x, w, i: x[i[:, 0] == 0], "an output has a size that depends on values"),
+        (lambda m, x, w, i: x * int((i == 0).sum()), "needs the value of an activation"),
+        (lambda m, x, w, i: x if (i == 0).sum() > 3 else -x, "more than whether there are any rows"),
+        (lambda m, x, w, i: x * 2 if (i == 0).any() else x, "does something else"),
+        (lambda m, x, w, i: x[i[:, 0] == 0] + x[i[:, 0] == 1], "rows of several selections"),
+    ],
+)
+def test_routing_that_is_not_of_single_rows_is_refused_with_the_line(body: Any, message: str) -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(made(body), torch.randn(2, 6, WIDTH))
+    assert message in str(caught.value)
+    assert "test_routing.py:" in str(caught.value)
