@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import torch
 from torch import nn
 
 from ..case import Case
@@ -148,6 +149,65 @@ def _mode(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
     return {"sample_posterior": False}
 
 
+def _proteina() -> nn.Module:
+    kinds, residues = 3, 6
+    return diffusers.RFD4ProteinaAutoencoder(
+        atom37_mask=[[slot % (residue + 2) == 0 for slot in range(37)] for residue in range(residues)],
+        allowed_residue_types=[[(kind + residue) % 3 > 0 for residue in range(residues)] for kind in range(kinds)],
+        latent_dim=4,
+        n_residue_types=residues,
+        num_token_types=kinds,
+        nlayers=2,
+        token_dim=16,
+        nheads=2,
+        dim_cond=8,
+        pair_repr_dim=8,
+        token_type_emb_dim=4,
+    )
+
+
+def _molecule(size: Size, draw: Draw) -> dict[str, Any]:
+    """What both halves take: which of the tokens are real, of which kind they are, and what is known of them."""
+    batch, tokens = size.batch, size.rows
+    return {
+        "padding_mask": draw.mask(batch, tokens, torch.bool),
+        "token_type": draw.integers(3, batch, tokens),
+        "atom37_mask": draw.integers(2, batch, tokens, 37).bool(),
+        "conditioning": {
+            "is_in_context_conditioning": draw.integers(8, batch, tokens) == 0,
+            "supports_local_latent": draw.integers(8, batch, tokens) > 0,
+        },
+    }
+
+
+def _atoms(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
+    given = _molecule(size, draw)
+    shape = size.batch, size.rows, 37
+    given["conditioning"] |= {
+        "chain_iid": draw.integers(3, size.batch, size.rows),
+        "incident_bond_type_counts": draw.integers(4, *shape, 10),
+        "ground_truth_element": draw.integers(20, *shape),
+        "charge": draw.integers(3, *shape) - 1,
+    }
+    return given | {"noise": [draw.normal(size.batch, size.rows, 4)]}
+
+
+def _backbone(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
+    given = _molecule(size, draw)
+    given["conditioning"] |= {"condition_sequence_1_residue": draw.integers(6, size.batch, size.rows)}
+    return given | {"ca_coors_nm": draw.normal(size.batch, size.rows, 3)}
+
+
+class _Molecules(Sounds):
+    """Positions of the atoms of each token."""
+
+    def latent(self, size: Size) -> tuple[int, ...]:
+        return size.batch, size.rows, self.channels
+
+    def sample(self, size: Size) -> tuple[int, ...]:
+        return size.batch, size.rows, self.hop, self.tracks
+
+
 CASES: tuple[Case, ...] = (
     *halves("oobleck", _oobleck, Sounds(4, 2, 6), covers="AutoencoderOobleck"),
     *halves("kvae_audio", _kvae, Sounds(4, 1, 6), covers="AutoencoderKLKVAEAudio"),
@@ -158,6 +218,14 @@ CASES: tuple[Case, ...] = (
     Case("mmaudio_vocoder", _vocoder, text=None, maker=_mel),
     Case("minimax_music_vocoder", _music, text=None, maker=_flow),
     *halves("cosmos_audio", _cosmos, Sounds(4, 2, 8), covers="Cosmos3AVAEAudioTokenizer"),
+    *halves(
+        "proteina",
+        _proteina,
+        _Molecules(4, 3, 37),
+        covers="RFD4ProteinaAutoencoder",
+        decode=_backbone,
+        encode=_atoms,
+    ),
     *halves("vae_ltx2_audio", _ltx2, _Spectrograms(4, 2, 2), covers="AutoencoderKLLTX2Audio"),
 )
 

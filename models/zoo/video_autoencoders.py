@@ -9,6 +9,7 @@ from torch import nn
 
 from ..case import Case
 from ..inputs import Draw, Size
+from ..wrappers import Decode
 from .halves import Pictures, causal, halves
 
 _wan: dict[str, Any] = {
@@ -219,6 +220,31 @@ def _temporal_decoder() -> nn.Module:
     )
 
 
+def _ltx2_diffusion() -> nn.Module:
+    """Denoises pixels by neighbourhood attention; it has no encoder."""
+    return Decode(
+        diffusers.LTX2VideoDiffusionDecoderModel(
+            latent_channels=4,
+            patch_size=2,
+            decoder_head_dim=8,
+            decoder_stage_channels=(16, 8, 8),
+            decoder_stage_depths=(1, 1, 1),
+            decoder_stage_kernels=((3, 3, 3), (3, 5, 3)),
+            decoder_upsample_strides=((1, 2, 2), (2, 1, 1)),
+            decoder_upsample_channel_reductions=(2, 1),
+            decoder_stage5_kernel=(3, 3, 3),
+            decoder_t_emb_dim=8,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=2,
+        )
+    )
+
+
+def _pixels(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
+    noise = draw.normal(size.batch, 3, 2 * size.frames - 1, 4 * size.rows, 4 * size.cols)
+    return {"latent": draw.normal(size.batch, 4, size.frames, size.rows, size.cols), "noise": [noise]}
+
+
 def _frames(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
     return {"num_frames": size.frames}
 
@@ -259,6 +285,14 @@ CASES: tuple[Case, ...] = (
         decode=_timestep,
     ),
     *halves("vae_ltx2", _ltx2, _fours(8, 8), covers="AutoencoderKLLTX2Video", frames=3, decode=_timestep),
+    Case(
+        "ltx2_diffusion_decode",
+        _ltx2_diffusion,
+        text=None,
+        maker=_pixels,
+        covers="LTX2VideoDiffusionDecoderModel",
+        frames=2,
+    ),
     *halves("vae_mochi", _mochi, _fours(time=6), covers="AutoencoderKLMochi", frames=2),
     *halves("vae_cosmos", _cosmos, _fours(), covers="AutoencoderKLCosmos", frames=3),
     *halves("vae_magvit", _magvit, _fours(time=2), covers="AutoencoderKLMagvit", frames=3),
