@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from logging import Logger
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 
@@ -67,53 +68,86 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Changes:
-    """What a recorded run did to the model's attributes, before it was undone."""
+    """What a recorded run did to what the model holds, before it was undone."""
 
-    replaced: dict[int, str] = field(default_factory=dict)  #: id of a tensor that was assigned over -> qualified name
-    grown: list[str] = field(default_factory=list)  #: lists and dicts that took up tensors of the run
+    replaced: dict[int, str] = field(default_factory=dict)  #: id of a tensor that was assigned over -> its place
+    grown: list[str] = field(default_factory=list)  #: places that took up tensors of the run, and had none before
     counted: list[str] = field(default_factory=list)  #: numbers that the same call changes each time
 
 
 @contextmanager
 def kept_as_it_is(model: nn.Module) -> Iterator[Changes]:
-    """Undo what the recorded run assigns to modules (its tensors are fake); the changes are known afterwards."""
-    before: list[tuple[str, Any, Any]] = []  # (qualified name, a dict or list, its contents)
+    """Undo what the recorded run assigns (its tensors are fake) to modules, and to containers and objects that they
+    hold, however deep; the changes are known afterwards."""
+    before: list[tuple[str, Any, Any]] = []  # (place, a dict or list, its contents)
+    seen: set[int] = set()
     for path, module in model.named_modules():
         prefix = path + "." if path else ""
-        before.append((prefix, vars(module), dict(vars(module))))
-        before += [(prefix, vars(module)[table], dict(vars(module)[table])) for table in ("_parameters", "_buffers")]
+        for table in (vars(module), module._parameters, module._buffers):
+            before.append((prefix, table, dict(table)))
         for name, value in vars(module).items():
-            if type(value) in (dict, list) and not name.startswith("_"):
-                before.append((prefix + name, value, value.copy()))
+            if name not in _OF_EVERY_MODULE:
+                before += _holders(prefix + name, value, seen)
     changes = Changes()
     try:
         yield changes
     finally:
-        for name, now, saved in before:
-            _undo(name, now, saved, changes)
+        for place, now, saved in before:
+            _undo(place, now, saved, changes)
 
 
-def _undo(name: str, now: Any, saved: Any, changes: Changes) -> None:
-    if isinstance(saved, dict):
-        same = now.keys() == saved.keys() and all(now[key] is value for key, value in saved.items())
-        dropped = {key: value for key, value in saved.items() if now.get(key) is not value}
-        values = list(now.values())
-    else:
-        same = len(now) == len(saved) and all(a is b for a, b in zip(now, saved, strict=True))
-        dropped, values = {}, now
-    if same:
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+#: what holds no state of a model
+_OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, Logger)
+
+
+def _holders(place: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any, Any]]:
+    """The dicts, lists and states of objects in `value`, each with a copy of its contents."""
+    if id(value) in seen or isinstance(value, _OPAQUE):
         return
-    changes.counted += [
-        f"{name}{key} ({value} before, {now[key]} after)"
-        for key, value in dropped.items()
-        if isinstance(value, (int, float)) and isinstance(now.get(key), (int, float)) and now[key] != value
-    ]
-    changes.replaced |= {id(value): f"{name}{key}" for key, value in dropped.items() if isinstance(value, Tensor)}
-    if (
-        name
-        and not name.endswith(".")
-        and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(list(values)))
-    ):
-        changes.grown.append(name)
+    seen.add(id(value))
+    if isinstance(value, (dict, list)):
+        yield place, value, value.copy()
+    elif (state := getattr(value, "__dict__", None)) is not None and type(state) is dict:
+        yield place + ".", state, state.copy()
+    for key, inner in _items(value):
+        yield from _holders(f"{place}.{key}", inner, seen)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    state = getattr(value, "__dict__", None)
+    return list(state.items()) if type(state) is dict and not isinstance(value, _OPAQUE) else []
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors in `value`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for _, inner in _items(value):
+            yield from _tensors(inner, seen)
+
+
+def _undo(place: str, now: Any, saved: Any, changes: Changes) -> None:
+    new, old = dict(_items(now)), dict(_items(saved))
+    if new.keys() == old.keys() and all(new[key] is value for key, value in old.items()):
+        return
+    dot = "" if not place or place.endswith(".") else "."
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if before is after:
+            continue
+        name = f"{place}{dot}{key}"
+        had = list(_tensors(before, set()))
+        changes.replaced |= {id(tensor): name for tensor in had}
+        if not had and any(isinstance(tensor, FakeTensor) for tensor in _tensors(after, set())):
+            changes.grown.append(name)
+        if isinstance(before, (int, float)) and isinstance(after, (int, float)) and before != after:
+            changes.counted.append(f"{name} ({before} before, {after} after)")
     now.clear()
     now.update(saved) if isinstance(saved, dict) else now.extend(saved)

@@ -210,7 +210,7 @@ def _allegro() -> nn.Module:
     )
     vae.enable_tiling()
     vae.enable_slicing()
-    vae.kernel, vae.stride = (8, 32, 32), (4, 16, 16)
+    vae.kernel, vae.stride = (8, 64, 32), (4, 32, 32)
     return vae
 
 
@@ -297,7 +297,7 @@ CASES: tuple[Case, ...] = (
     *halves("vae_cosmos", _cosmos, _fours(), covers="AutoencoderKLCosmos", frames=3),
     *halves("vae_magvit", _magvit, _fours(time=2), covers="AutoencoderKLMagvit", frames=3),
     *halves(
-        "vae_allegro", _allegro, Pictures(4, 3, 4, lambda f: 4 * f), covers="AutoencoderKLAllegro", frames=3, multiple=4
+        "vae_allegro", _allegro, Pictures(4, 3, 4, lambda f: 4 * f), covers="AutoencoderKLAllegro", frames=3, multiple=8
     ),
     *halves(
         "vae_temporal_decoder",

@@ -302,6 +302,68 @@ def test_what_no_graph_can_hold_is_refused_with_the_line_of_the_model(body: Any,
     assert "call" in text or "is read" in text or "test_soundness.py:" in text
 
 
+class Cache(nn.Module):
+    """Keeps what it saw in `holder`, of which `get` and `put` know the place."""
+
+    def __init__(self, holder: Any, get: Any, put: Any, reset: bool) -> None:
+        super().__init__()
+        self._holder, self.get, self.put, self.reset = holder, get, put, reset
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reset:
+            self.put(self._holder, None)
+        y = self.linear(x)
+        for part in x.split(1):  # as videos are encoded, frame by frame
+            kept = self.get(self._holder)
+            y = y + part if kept is None else y + part * kept
+            self.put(self._holder, part * 2)
+        return y
+
+
+def holders() -> dict[str, tuple[Any, Any, Any]]:
+    return {
+        "list": ([None], lambda h: h[0], lambda h, v: h.__setitem__(0, v)),
+        "nested": ({"a": [{"b": None}]}, lambda h: h["a"][0]["b"], lambda h, v: h["a"][0].update(b=v)),
+        "object": (SimpleNamespace(kept=None), lambda h: h.kept, lambda h, v: setattr(h, "kept", v)),
+        "tuple": ([(None,)], lambda h: h[0][0], lambda h, v: h.__setitem__(0, (v,))),
+    }
+
+
+@pytest.mark.parametrize("kind", holders())
+def test_what_is_carried_from_call_to_call_is_refused_wherever_it_is_kept(kind: str) -> None:
+    model = Cache(*holders()[kind], reset=False).eval()
+    assert "read, then replaced" in refused(model, torch.randn(2, 6))
+    assert type(model.get(model._holder)) is Tensor
+
+
+@pytest.mark.parametrize("kind", holders())
+def test_what_is_kept_within_a_call_only_is_no_obstacle(kind: str) -> None:
+    model = Cache(*holders()[kind], reset=True).eval()
+    with torch.no_grad():
+        program = capture(model, torch.randn(2, 6))
+        assert type(model.get(model._holder)) is Tensor
+        same(model, program, torch.randn(2, 6))
+
+
+def test_what_every_second_call_uses_is_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = SimpleNamespace(value=None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            old, self.state.value = self.state.value, None
+            if old is None:
+                self.state.value = x * 2
+                return x
+            return x + old
+
+    model = Model()
+    assert "read, then replaced" in refused(model, torch.ones(3))  # its first run has left something behind
+    assert "from call to call in state.value" in refused(model, torch.ones(3))
+
+
 def test_an_input_written_in_place_is_refused() -> None:
     class Model(nn.Module):
         def forward(self, sample: Tensor) -> Tensor:
