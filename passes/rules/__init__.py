@@ -8,6 +8,7 @@ from ..partition import Rule
 from . import (
     attention,
     contractions,
+    frames,
     indexing,
     normalization,
     pointwise,
@@ -24,6 +25,7 @@ FAMILIES = (
     slicing,
     indexing,
     windows,
+    frames,
     resampling,
     normalization,
     reductions,
