@@ -83,8 +83,7 @@ def kept_as_it_is(model: nn.Module) -> Iterator[Changes]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         prefix = path + "." if path else ""
-        for table in (vars(module), module._parameters, module._buffers):
-            before.append((prefix, table, dict(table)))
+        before += [(prefix, table, dict(table)) for table in (vars(module), module._parameters, module._buffers)]
         for name, value in vars(module).items():
             if name not in _OF_EVERY_MODULE:
                 before += _holders(prefix + name, value, seen)
