@@ -13,15 +13,30 @@ from . import (
     autoencoders,
     controlnets,
     images,
+    more_videos,
+    packed_videos,
     unets,
     video_autoencoders,
     videos,
+    wan_videos,
 )
 from .classes import available, kind_of, sources_of
 
 __all__ = ["CASES", "FAMILIES", "LEFT_OUT", "kind_of", "sources_of", "zoo_case"]
 
-FAMILIES = (unets, controlnets, images, videos, audio, autoencoders, video_autoencoders, audio_autoencoders)
+FAMILIES = (
+    unets,
+    controlnets,
+    images,
+    videos,
+    wan_videos,
+    more_videos,
+    packed_videos,
+    audio,
+    autoencoders,
+    video_autoencoders,
+    audio_autoencoders,
+)
 
 #: those that the installed diffusers has the classes for
 CASES: tuple[Case, ...] = tuple(
