@@ -7,7 +7,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
-from diffusers.models.transformers.transformer_2d_dreamlite import DreamLiteTransformer2DModel
 from torch import nn
 
 from ..case import Case
@@ -326,7 +325,7 @@ CASES: tuple[Case, ...] = (
     Case("transformer_2d_patched", _patched, multiple=2, square=True, maker=_patched_inputs),
     Case("transformer_2d_vectorised", _vectorised, maker=_vectorised_inputs),
     Case("dual_transformer_2d", lambda: DualTransformer2DModel(**_block, in_channels=8), maker=_dual_inputs),
-    Case("dreamlite", lambda: DreamLiteTransformer2DModel(**_block, in_channels=8), maker=_block_inputs),
+    Case("dreamlite", lambda: diffusers.DreamLiteTransformer2DModel(**_block, in_channels=8), maker=_block_inputs),
 )
 
 LEFT_OUT: dict[str, str] = {}
