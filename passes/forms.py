@@ -153,8 +153,10 @@ def _clone(b: Builder, node: fx.Node, x: fx.Node, *, memory_format: Any = None, 
     return b.emit(aten.clone.default, x, memory_format=memory_format)
 
 
-def _to_copy(b: Builder, node: fx.Node, x: fx.Node, **kwargs: Any) -> fx.Node:
+def _to_copy(b: Builder, node: fx.Node, x: fx.Node | float, **kwargs: Any) -> fx.Node:
     dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    if not isinstance(x, fx.Node):  # vmap leaves numbers in the place of tensors
+        return b.copy(aten.full.default, ([], x), {"dtype": dtype or node.meta["dtype"]}, node.meta["val"])
     if dtype in (None, x.meta["dtype"]) and device in (None, x.meta["val"].device):
         return x
     kept = {k: v for k, v in kwargs.items() if k in ("dtype", "device") and v is not None}

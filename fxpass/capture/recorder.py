@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import forms
+from . import flex, forms
 from .errors import CaptureError, model_line
 
 aten = torch.ops.aten
@@ -42,6 +42,8 @@ class Origin:
 
 class Recorder(TorchDispatchMode):
     """Records the operators that run while it is active into `graph`."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, fake_mode: FakeTensorMode, names: dict[int, tuple[str, str]]) -> None:
         """`names`: id of each tensor of the model -> ("weight" or "constant", qualified name)."""
@@ -152,6 +154,9 @@ class Recorder(TorchDispatchMode):
     # --------------------------------------------------------------------------------------------- dispatch
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is flex.operator:
+            with self:
+                return flex.attention(*args, **(kwargs or {}))
         if not isinstance(op, OpOverload):
             raise CaptureError(f"the higher-order operator {op} at {self.current_line()} cannot be captured")
         if forms.is_metadata(op):

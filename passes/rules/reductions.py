@@ -154,6 +154,7 @@ TABLE = {
     aten.linalg_vector_norm.default: vector_norm,
     aten.softmax.int: along(1),
     aten._softmax.default: along(1),
+    aten._safe_softmax.default: along(1),
     aten.log_softmax.int: along(1),
     aten._log_softmax.default: along(1),
     aten.cumsum.default: along(1),

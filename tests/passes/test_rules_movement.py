@@ -261,7 +261,7 @@ def test_what_only_moves_rows_moves_nothing_between_ranks(name: str) -> None:
 
 INDEXING: dict[str, tuple[Any, list[Any], dict[int, tuple[int, ...]]]] = {
     "embedding": (lambda t, i: F.embedding(i, t), [(9, 4), (2, 7)], {1: (0, 1)}),
-    "one_hot": (lambda t, i: F.one_hot(i, 9) @ t, [(9, 4), (2, 7)], {1: (0, 1)}),
+    "one_hot": (lambda t, i: F.one_hot(i, 9).to(t) @ t, [(9, 4), (2, 7)], {1: (0, 1)}),
     "index_select": (lambda x, i: x.index_select(1, i), [(2, 9, 4), (6,)], {0: (0, 2), 1: (0,)}),
     "x[i]": (lambda x, i: x[i], [(9, 4, 3), (2, 5)], {0: (1, 2), 1: (0, 1)}),
     "x[:, i]": (lambda x, i: x[:, i], [(2, 9, 4), (5,)], {0: (0, 2), 1: (0,)}),
