@@ -159,8 +159,14 @@ def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) ->
         raise AssertionError("the fresh inputs ask for another program")
     if all(map(torch.equal, old.tensors, call.tensors)):
         raise AssertionError("there are no fresh inputs: the model turns all of them into Python values")
-    with torch.no_grad():
-        return Subject(module, program, call, output_tensors(module(*args, **kwargs)))
+    return Subject(module, program, call, answer(module, call))
+
+
+@torch.no_grad()
+def answer(module: nn.Module, call: Call) -> list[Tensor]:
+    """What the unsplit model returns. Lists are made anew for it: some models take their arguments apart."""
+    args, kwargs = call.rebuild(call.with_numbers(call.tensors))
+    return output_tensors(module(*args, **kwargs))
 
 
 def split(subject: Subject, ranks: int) -> Split:
@@ -181,8 +187,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _of_program(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
-    with torch.no_grad():
-        other = output_tensors(subject.module(**given))
+    other = answer(subject.module, Call.of(subject.module, (), given))
     read = {(guard.path, guard.line.rpartition("/")[2]) for guard in subject.program.guards}
     return {
         "operators": sum(1 for _ in calls(subject.program.graph)),
@@ -202,8 +207,7 @@ def _in_bf16(case: Case, given: dict[str, Any], fresh: dict[str, Any]) -> dict[s
     except Exception as error:
         return {"bf16_refused": _sentence(error)}
     args, kwargs = subject.call.rebuild(subject.call.with_numbers(subject.call.tensors))
-    with torch.no_grad():
-        wanted = output_tensors(exact(*_cast(args, torch.float32), **_cast(kwargs, torch.float32)))
+    wanted = answer(exact, Call.of(exact, _cast(args, torch.float32), _cast(kwargs, torch.float32)))
     found = subject.run(make_plan(subject.program, RANKS[0], Strategy.of("sync")), EXACT)
     ratios = [
         _rms(a, b) / max(_rms(c, b), 1e-30)

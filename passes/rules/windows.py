@@ -202,8 +202,10 @@ def avg_pool(
     strides = _each(stride, spatial, 1) if stride else sizes
     paddings = _each(padding, spatial, 0)
     i = layout_of(x).axis - (len(op.shape) - spatial)
-    if i >= 0 and divisor_override is None and (ceil_mode or (paddings[i] and not count_include_pad)):
-        raise SplitError("windows of different size at the border are averaged")
+    if i >= 0 and divisor_override is None:
+        left = (shape_of(x)[layout_of(x).axis] + 2 * paddings[i] - sizes[i]) % strides[i]
+        if (ceil_mode and left) or (paddings[i] and not count_include_pad):
+            raise SplitError("windows of different size at the border are averaged")
     rest = (divisor_override,) if spatial > 1 else ()
     return _pool(
         p, op, x, sizes, strides, paddings, [1] * spatial, 0.0,

@@ -119,6 +119,11 @@ def test_averages_of_windows_of_unequal_size_are_right(example: Example, data: s
     split_anywhere(data, example)
 
 
+def test_averages_are_split_where_no_window_is_cut_short() -> None:
+    pool = nn.AvgPool2d(2, 2, ceil_mode=True)
+    assert "fallback" not in split(pool, [randn(1, 3, 16, 8)], {0: cut(2, (0, 5), (5, 16))}, 2).roles
+
+
 # -- resampling ------------------------------------------------------------------------------------------------------
 
 
