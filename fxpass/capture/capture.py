@@ -216,10 +216,12 @@ def _refuse_carried(recorder: Recorder, changes: Changes) -> None:
         )
     if changes.grown:
         raise CaptureError(f"the model keeps values from call to call in {', '.join(changes.grown)}")
-    for origin in recorder.origins.values():
-        if origin.real is not None and id(origin.real) in changes.replaced:
-            name = changes.replaced[id(origin.real)]
-            raise CaptureError(f"the model changes its own state while it runs: {name} is read, then replaced")
+    read = {id(origin.real): node for node, origin in recorder.origins.items() if origin.real is not None}
+    for place, old, new in changes.replaced:
+        node = read.get(id(old))
+        # a move to the device where it is already changes nothing
+        if node is not None and (new is None or recorder.node(new) is not node):
+            raise CaptureError(f"the model changes its own state while it runs: {place} is read, then replaced")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, zip_longest
 from logging import Logger
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -70,7 +70,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 class Changes:
     """What a recorded run did to what the model holds, before it was undone."""
 
-    replaced: dict[int, str] = field(default_factory=dict)  #: id of a tensor that was assigned over -> its place
+    #: (place, a tensor that stood there, what stands there instead)
+    replaced: list[tuple[str, Tensor, Tensor | None]] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)  #: places that took up tensors of the run, and had none before
     counted: list[str] = field(default_factory=list)  #: numbers that the same call changes each time
 
@@ -142,9 +143,9 @@ def _undo(place: str, now: Any, saved: Any, changes: Changes) -> None:
         if before is after:
             continue
         name = f"{place}{dot}{key}"
-        had = list(_tensors(before, set()))
-        changes.replaced |= {id(tensor): name for tensor in had}
-        if not had and any(isinstance(tensor, FakeTensor) for tensor in _tensors(after, set())):
+        had, has = list(_tensors(before, set())), list(_tensors(after, set()))
+        changes.replaced += [(name, old, new) for old, new in zip_longest(had, has[: len(had)])]
+        if not had and any(isinstance(tensor, FakeTensor) for tensor in has):
             changes.grown.append(name)
         if isinstance(before, (int, float)) and isinstance(after, (int, float)) and before != after:
             changes.counted.append(f"{name} ({before} before, {after} after)")

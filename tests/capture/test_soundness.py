@@ -346,6 +346,22 @@ def test_what_is_kept_within_a_call_only_is_no_obstacle(kind: str) -> None:
         same(model, program, torch.randn(2, 6))
 
 
+def test_a_table_that_is_moved_to_where_it_is_already_is_no_state() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.scheduler = torch.randn(6), SimpleNamespace(scales=torch.randn(6), tables=[torch.randn(6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.table = self.table.to(x.device)
+            self.scheduler.scales = self.scheduler.scales.to(x.device)
+            self.scheduler.tables = [table.to(x.device) for table in self.scheduler.tables]
+            return x * self.table + self.scheduler.scales * self.scheduler.tables[0]
+
+    model = Model()
+    same(model, capture(model, torch.randn(2, 6)), torch.randn(2, 6))
+
+
 def test_what_every_second_call_uses_is_refused() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
