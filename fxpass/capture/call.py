@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import inspect
@@ -41,7 +42,7 @@ class Call:
         """Raises `TypeError` as `model.forward` would if the arguments do not fit it, and `CaptureError` for objects
         that may hide tensors."""
         arguments, positional = _bind(model, args, kwargs)
-        register_dataclasses(arguments)
+        register_containers(arguments)
         leaves, spec = pytree.tree_flatten_with_path(arguments)
         tensors: list[Tensor] = []
         paths: list[str] = []
@@ -58,9 +59,10 @@ class Call:
         return Call(tuple(tensors), tuple(paths), numbers, (spec, kinds, _autocast()), spec, plain, positional)
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of the same call with other tensors."""
+        """The arguments of the same call with other tensors; objects are copies, for the model may write to them."""
         supply = iter(tensors)
-        arguments = pytree.tree_unflatten([next(supply) if v is ... else v for v in self._leaves], self._spec)
+        leaves = [next(supply) if v is ... else _copied(v) for v in self._leaves]
+        arguments = pytree.tree_unflatten(leaves, self._spec)
         args: list[Any] = []
         for name in self._positional:
             value = arguments.pop(name)
@@ -90,23 +92,85 @@ def _bind(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tupl
     return arguments, positional
 
 
-def register_dataclasses(value: Any) -> None:
-    """Let pytrees enter the dataclasses in `value` that nobody registered."""
+def register_containers(value: Any) -> None:
+    """Let pytrees enter the dataclasses in `value` that nobody registered, and the objects that hold tensors."""
 
     def register(leaf: Any) -> Any:
         kind = type(leaf)
-        if dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
+        if kind in pytree.SUPPORTED_NODES:
+            return leaf
+        if dataclasses.is_dataclass(kind) and not isinstance(leaf, type):
             pytree.register_dataclass(kind)
-            pytree.tree_map(register, leaf)
+        elif _is_open(leaf) and _holds_tensors(leaf):
+            _register_object(kind)
+        else:
+            return leaf
+        pytree.tree_map(register, leaf)
         return leaf
 
     pytree.tree_map(register, value)
 
 
+def _is_open(leaf: Any) -> bool:
+    """Whether what an object holds are its attributes and nothing else."""
+    kind = type(leaf)
+    slots = any(vars(base).get("__slots__") for base in kind.__mro__)
+    closed = (dict, list, tuple, set, frozenset, np.ndarray, nn.Module, Tensor)
+    return hasattr(leaf, "__dict__") and not slots and not isinstance(leaf, closed) and not callable(leaf)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, _PLAIN) or not _is_open(leaf) or not vars(leaf):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:
+        return leaf  # what cannot be copied is no container
+
+
+def _register_object(kind: type) -> None:
+    def flatten(value: Any) -> tuple[list[Any], Any]:
+        return list(vars(value).values()), tuple(vars(value))
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
+        return [(pytree.MappingKey(name), item) for name, item in vars(value).items()], tuple(vars(value))
+
+    def unflatten(values: Any, names: Any) -> Any:
+        value = object.__new__(kind)
+        vars(value).update(zip(names, values, strict=True))
+        return value
+
+    pytree.register_pytree_node(kind, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
+
+
 def flatten_output(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """`tree_flatten` that also enters dataclasses nobody registered."""
-    register_dataclasses(value)
+    """`tree_flatten` that also enters dataclasses and objects with tensors that nobody registered."""
+    register_containers(value)
     return pytree.tree_flatten(value)
+
+
+class Arguments:
+    """What a call was made with, to see what the model wrote to it."""
+
+    def __init__(self, arguments: Any) -> None:
+        self._arguments = arguments
+        self._before = self._leaves()
+        self._states = {path: _state(leaf) for path, leaf in self._before.items() if hasattr(leaf, "__dict__")}
+
+    def written(self) -> str | None:
+        """The path of something that the model put there; what it took away is of no use to the caller."""
+        for path, leaf in self._leaves().items():
+            if path not in self._before:
+                return path
+            before = self._before[path]
+            same = leaf is before or (type(leaf) is type(before) and isinstance(leaf, _PLAIN) and leaf == before)
+            if not same or (path in self._states and _state(leaf) != self._states[path]):
+                return path
+        return None
+
+    def _leaves(self) -> dict[str, Any]:
+        register_containers(self._arguments)
+        return {_text(path): leaf for path, leaf in pytree.tree_flatten_with_path(self._arguments)[0]}
 
 
 def _is_number(leaf: Any) -> bool:
@@ -127,8 +191,8 @@ def _kind(path: str, leaf: Any) -> Any:
         return (type(leaf), (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf)
     if isinstance(leaf, np.ndarray) or _holds_tensors(leaf):
         raise CaptureError(
-            f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or "
-            "lists, tuples, dicts or dataclasses of them (other containers: torch.utils._pytree.register_pytree_node)"
+            f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or lists, "
+            "tuples, dicts or objects with attributes (other containers: torch.utils._pytree.register_pytree_node)"
         )
     state = _state(leaf)
     try:
@@ -164,10 +228,23 @@ def _state(value: Any, depth: int = 3) -> Any:
     return None if inner is None else (type(value), _state(dict(inner), depth - 1))
 
 
-def _holds_tensors(leaf: Any) -> bool:
-    if isinstance(leaf, nn.Module):
+def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
+    if isinstance(leaf, Tensor):
+        return True
+    if isinstance(leaf, (nn.Module, *_PLAIN)) or not depth:
         return False
-    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(dict(getattr(leaf, "__dict__", {}))))
+    inner = list(getattr(leaf, "__dict__", {}).values())
+    names = [name for kind in type(leaf).__mro__ for name in _names(vars(kind).get("__slots__"))]
+    inner += [getattr(leaf, name) for name in names if hasattr(leaf, name)]
+    if isinstance(leaf, dict):
+        inner += leaf.values()
+    elif isinstance(leaf, (list, tuple, set, frozenset)):
+        inner += leaf
+    return any(_holds_tensors(item, depth - 1) for item in inner)
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots or ())
 
 
 def _text(path: tuple[Any, ...]) -> str:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ..ir.program import Guard, Program
-from .call import Call, flatten_output
+from .call import Arguments, Call, flatten_output
 from .compare import alike
 from .concrete import Reader
 from .errors import CaptureError, raised_line
@@ -121,6 +121,7 @@ def _record(
     inputs = [recorder.node(fake) for fake in fakes]
     device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
     args, kwargs = call.rebuild(fakes if lift else call.with_numbers(fakes))
+    arguments = Arguments((args, kwargs))
     with ExitStack() as stack:
         changes = stack.enter_context(kept_as_it_is(model))
         stack.enter_context(_compiling())
@@ -136,6 +137,11 @@ def _record(
             raise CaptureError(
                 f"the model cannot be captured: {type(error).__name__} at {raised_line(error)}: {error}"
             ) from error
+    if (path := arguments.written()) is not None:
+        raise CaptureError(
+            f"the model writes to its arguments: {path.split('.', 1)[1]} is new or another after the call, and no rank "
+            "would give it to the caller; return it instead"
+        )
     results = [recorder.node(recorder.fake(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
     guards = list(reader.guards)
     if not lift:

@@ -423,14 +423,104 @@ def test_an_argument_of_which_nothing_can_be_seen_is_refused() -> None:
     assert "'data' is a bytearray" in refused(Model(), torch.ones(2), bytearray(3))
 
 
+class Layer:
+    def __init__(self, keys: Any) -> None:
+        self.keys = keys
+
+
+class Memory:
+    """As models with a memory have them: not a dataclass, nothing that torch knows."""
+
+    def __init__(self, *keys: Tensor | None) -> None:
+        self.layers = [Layer(each) for each in keys]
+        self.length = len(keys)
+
+
+class Reads(nn.Module):
+    def forward(self, x: Tensor, cache: Memory) -> Any:
+        return [x + layer.keys * cache.length for layer in cache.layers]
+
+
+def test_tensors_in_objects_are_inputs() -> None:
+    model = Reads()
+    program = capture(model, torch.randn(3), Memory(torch.randn(3), torch.randn(3)))
+    assert program.input_paths == ("x", "cache.layers.0.keys", "cache.layers.1.keys", "cache.length")
+    same(model, program, torch.randn(3), Memory(torch.randn(3), torch.randn(3)))
+    call = Call.of(model, (torch.randn(3), Memory(torch.randn(3))), {})
+    assert call.key != Call.of(model, (torch.randn(3), Memory(torch.randn(3), torch.randn(3))), {}).key
+
+
+def test_objects_with_tensors_are_given_back_as_such() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Memory:
+            return Memory(x + 1, x * 2)
+
+    model, x = Model(), torch.randn(3)
+    program = capture(model, torch.randn(3))
+    found = evaluate(program, model, (x,))
+    assert isinstance(found, Memory)
+    assert torch.equal(found.layers[1].keys, x * 2)
+
+
+def stored(x: Tensor, cache: Any) -> None:
+    cache.layers[0].keys = x * 2
+
+
+def appended(x: Tensor, cache: Any) -> None:
+    cache.layers.append(Layer(x * 2))
+
+
+def lengthened(x: Tensor, cache: Any) -> None:
+    cache.length += 1
+
+
+def put(x: Tensor, cache: Any) -> None:
+    cache["keys"] = x * 2
+
+
+def overwritten(x: Tensor, cache: Any) -> None:
+    cache.layers[0].keys[1:] = x[1:]
+
+
+@pytest.mark.parametrize(
+    ("write", "cache"),
+    [
+        (stored, Memory(None)),
+        (stored, Memory(torch.ones(3))),
+        (appended, Memory(torch.ones(3))),
+        (lengthened, Memory(torch.ones(3))),
+        (lengthened, Memory(None)),
+        (put, {}),
+        (overwritten, Memory(torch.ones(3))),
+    ],
+)
+def test_a_write_to_an_argument_is_refused_and_leaves_it_as_it_was(write: Any, cache: Any) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, cache: Any) -> Tensor:
+            write(x, cache)
+            return x
+
+    before = copy.deepcopy(cache)
+    message = refused(Model(), torch.randn(3), cache)
+    assert "writes to its arguments" in message or "input in place: cache.layers.0.keys at " in message
+    if isinstance(cache, Memory) and write is not overwritten:
+        assert [layer.keys is None for layer in cache.layers] == [layer.keys is None for layer in before.layers]
+        assert cache.length == before.length
+
+
 def test_objects_that_hide_tensors_are_refused() -> None:
-    class Cache:
+    class Slots:
+        __slots__ = ("keys",)
+
         def __init__(self) -> None:
             self.keys = torch.ones(2)
+
+    class Table(dict[str, Tensor]):
+        pass
 
     class Model(nn.Module):
         def forward(self, x: Tensor, cache: Any) -> Tensor:
             return x
 
-    for hidden in (Cache(), np.ones(3)):
+    for hidden in (Slots(), Table(keys=torch.ones(2)), np.ones(3)):
         assert "cache" in refused(Model(), torch.ones(3), hidden)
