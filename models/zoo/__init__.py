@@ -16,6 +16,7 @@ from . import (
     images_tokens,
     more_videos,
     packed_videos,
+    unet_variants,
     unets,
     video_autoencoders,
     videos,
@@ -27,6 +28,7 @@ __all__ = ["CASES", "FAMILIES", "LEFT_OUT", "kind_of", "sources_of", "zoo_case"]
 
 FAMILIES = (
     unets,
+    unet_variants,
     controlnets,
     images,
     images_tokens,
@@ -44,7 +46,23 @@ FAMILIES = (
 CASES: tuple[Case, ...] = tuple(
     case for cases in (small_cases, *(family.CASES for family in FAMILIES)) for case in cases if available(case)
 )
-LEFT_OUT: dict[str, str] = {name: reason for family in FAMILIES for name, reason in family.LEFT_OUT.items()}
+
+_CONDITION = "makes what a denoiser is conditioned on, once per picture; it is no denoiser"
+LEFT_OUT: dict[str, str] = {name: reason for family in FAMILIES for name, reason in family.LEFT_OUT.items()} | {
+    "AceStepAudioTokenDetokenizer": _CONDITION,
+    "AceStepAudioTokenizer": _CONDITION,
+    "AceStepConditionEncoder": _CONDITION,
+    "AnimaTextConditioner": _CONDITION,
+    "AudioLDM2ProjectionModel": _CONDITION,
+    "CLIPImageProjection": _CONDITION,
+    "Ideogram4PromptEnhancerHead": _CONDITION,
+    "Kandinsky6SRLatentUpscalerBank": "scales a latent up between two denoisers, once; it is none itself",
+    "MiniMaxMusic3ConditionEncoder": _CONDITION,
+    "ReduxImageEncoder": _CONDITION,
+    "StableAudio3DurationEmbedder": _CONDITION,
+    "StableAudioProjectionModel": _CONDITION,
+    "UniDiffuserTextDecoder": "writes text from an embedding, word by word; it is no denoiser",
+}
 
 
 def zoo_case(name: str) -> Case:

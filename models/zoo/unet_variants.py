@@ -231,3 +231,5 @@ CASES: tuple[Case, ...] = (
         maker=_hints,
     ),
 )
+
+LEFT_OUT: dict[str, str] = {}

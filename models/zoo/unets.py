@@ -9,7 +9,6 @@ from torch import nn
 
 from ..case import Case
 from ..draw import Draw, Size
-from . import unet_variants
 
 _two: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
 
@@ -310,7 +309,6 @@ CASES: tuple[Case, ...] = (
     Case("dream_lite", _dream_lite, multiple=4),
     Case("audio_ldm_2", _audio_ldm_2, maker=_two_texts),
     Case("unidiffuser", _unidiffuser, multiple=32, square=True, maker=_joint),
-    *unet_variants.CASES,
 )
 
 LEFT_OUT: dict[str, str] = {
