@@ -2,8 +2,18 @@
 
 from .api import parallelize
 from .capture import CaptureError, capture
-from .plan import Plan, plan
+from .plan import FallbackError, Plan, plan
 from .runtime.errors import DisagreementError, RankError
 from .strategy import Strategy
 
-__all__ = ["CaptureError", "DisagreementError", "Plan", "RankError", "Strategy", "capture", "parallelize", "plan"]
+__all__ = [
+    "CaptureError",
+    "DisagreementError",
+    "FallbackError",
+    "Plan",
+    "RankError",
+    "Strategy",
+    "capture",
+    "parallelize",
+    "plan",
+]

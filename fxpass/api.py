@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .plan import check_target, check_world_size, make_plan
+from .ir.program import Program
+from .plan import Plan, check_target, check_world_size, make_plan
 from .runtime import distributed
 from .runtime.engine import Engine
 from .runtime.executor import Executor
@@ -34,6 +35,7 @@ def parallelize(
     executor: str = "auto",
     compile: bool = False,  # noqa: A002 - the name that torch users expect
     target: str = "auto",
+    strict: bool = False,
     timeout: float = 600.0,
     group: Any = None,
 ) -> T:
@@ -54,6 +56,8 @@ def parallelize(
         compile: put every rank's program through torch.compile's backend (Inductor). The first call takes long; what
             was compiled is found again in Inductor's cache, also by later processes. Not with "lockstep".
         target: the machine to plan for.
+        strict: refuse (`FallbackError`, at the first call) models with operators that cannot be split; else these run
+            whole on every rank, and a warning names them.
         timeout: seconds that a rank waits for another before it gives up.
         group: the process group to use (default: all processes).
 
@@ -76,7 +80,7 @@ def parallelize(
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(world_size, executor, group)
     if isinstance(model_or_pipeline, nn.Module):
-        return _wrapped(model_or_pipeline, world, chosen, executor, target, timeout, group, compile)
+        return _wrapped(model_or_pipeline, world, chosen, executor, target, strict, timeout, group, compile)
 
     from .models.pipelines import announce, denoisers
 
@@ -89,7 +93,9 @@ def parallelize(
     models = {name: getattr(model_or_pipeline, name) for name in names}
     for model in models.values():
         _refuse_parallel(model)  # before anything is replaced
-    modules = {n: _wrapped(m, world, chosen, executor, target, timeout, group, compile) for n, m in models.items()}
+    modules = {
+        n: _wrapped(m, world, chosen, executor, target, strict, timeout, group, compile) for n, m in models.items()
+    }
     for name, module in modules.items():
         setattr(model_or_pipeline, name, module)
     if not chosen.exact:
@@ -139,13 +145,25 @@ def _wrapped(
     strategy: Strategy,
     executor: str,
     target: str,
+    strict: bool,
     timeout: float,
     group: Any,
     compile: bool,  # noqa: A002
 ) -> ParallelModule:
     _refuse_parallel(model)
+
+    def planned(program: Program) -> Plan:
+        plan = make_plan(program, world, strategy, target, strict=strict)
+        if plan.gathered:
+            warnings.warn(
+                f"{len(plan.gathered)} operators cannot be split and run whole on every rank (strict=True refuses them)"
+                ":\n" + "\n".join(f"  {each}" for each in plan.gathered),
+                stacklevel=2,
+            )
+        return plan
+
     runner = _executor(executor, world, timeout, group, compile)
-    return ParallelModule(model, Engine(model, lambda program: make_plan(program, world, strategy, target), runner))
+    return ParallelModule(model, Engine(model, planned, runner))
 
 
 def _refuse_parallel(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,43 @@ class PlannedExchange:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """An operator that no rule could split: it runs whole on every rank, its operands are fetched."""
+
+    node: str  #: the operator of the captured program
+    path: str  #: the module it is in
+    shapes: tuple[tuple[int, ...], ...]  #: of the operands that are fetched
+    bytes: int  #: received by all ranks together in one step
+    reason: str
+
+    def __str__(self) -> str:
+        shapes = ", ".join("x".join(map(str, shape)) or "a number" for shape in self.shapes)
+        return f"{self.node} in {self.path or 'the model'}: {self.reason}; {shapes} fetched whole, {self.bytes} bytes"
+
+
+def _placed(graph: fx.Graph) -> Iterator[PlannedExchange]:
+    for node, declared in exchanges_of(graph):
+        for each in declared:
+            yield PlannedExchange(node.meta.get("origin", node.name), node.meta.get("path", ""), each)
+
+
+def gathered_in(graph: fx.Graph) -> tuple[Gathered, ...]:
+    """The operators of a partitioned graph that could not be split, each once."""
+    found: dict[tuple[str, str], list[PlannedExchange]] = {}
+    for each in _placed(graph):
+        if each.role == "fallback":
+            found.setdefault((each.node, each.path), []).append(each)
+    return tuple(
+        Gathered(node, path, tuple(e.declared.shape for e in some), sum(e.bytes for e in some), some[0].reason)
+        for (node, path), some in found.items()
+    )
+
+
+class FallbackError(ValueError):
+    """`strict=True`, and there are operators that no rule could split; the message lists them."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `world_size` ranks do. Every rank derives the same plan; equal plans have equal fingerprints."""
 
@@ -70,16 +107,17 @@ class Plan:
 
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:
-        return tuple(
-            PlannedExchange(node.meta.get("origin", node.name), node.meta.get("path", ""), each)
-            for node, declared in exchanges_of(self.graph)
-            for each in declared
-        )
+        return tuple(_placed(self.graph))
 
     @property
     def fallbacks(self) -> tuple[PlannedExchange, ...]:
         """Exchanges that gather what no rule could split; each has a reason."""
         return tuple(e for e in self.exchanges if e.role == "fallback")
+
+    @cached_property
+    def gathered(self) -> tuple[Gathered, ...]:
+        """The operators that they are for, each once."""
+        return gathered_in(self.graph)
 
     @property
     def seen_whole(self) -> tuple[PlannedExchange, ...]:
@@ -170,7 +208,8 @@ class Plan:
             "bytes_received_per_rank": list(self.bytes_received_per_rank),
             "state_bytes_per_rank": list(self.state_bytes_per_rank),
             "fallbacks": [
-                {"node": e.node, "path": e.path, "bytes": e.bytes, "reason": e.reason} for e in self.fallbacks
+                {"node": e.node, "path": e.path, "shapes": e.shapes, "bytes": e.bytes, "reason": e.reason}
+                for e in self.gathered
             ],
             "seconds": self.seconds,
         }  # fmt: skip
@@ -186,19 +225,26 @@ class Plan:
             f" (at most {self.bound:.2f} times as fast)",
             f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
         ]
-        lines += [f"  fallback   {e.node} in {e.path}: {e.reason}" for e in self.fallbacks]
+        lines += [f"  fallback   {each}" for each in self.gathered]
         lines += [f"  {e.node} in {e.path}: {e.reason}" for e in self.seen_whole]
         return "\n".join(lines)
 
 
-def make_plan(program: Program, world_size: int, strategy: Strategy, target: str | Target = "auto") -> Plan:
-    """Cut a captured program for `world_size` ranks. Raises `WorldSizeError` if they are too many."""
+def make_plan(
+    program: Program, world_size: int, strategy: Strategy, target: str | Target = "auto", *, strict: bool = False
+) -> Plan:
+    """Cut a captured program for `world_size` ranks. Raises as `plan` does."""
     check_world_size(world_size)
     started = time.perf_counter()
     result: Build = build(program, world_size, target_of(target, program), strategy)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), seconds)
+    if strict and plan.gathered:
+        raise FallbackError(
+            f"strict: {len(plan.gathered)} operators cannot be split and would run whole on every rank:\n"
+            + "\n".join(f"  {each}" for each in plan.gathered)
+        )
     if plan.seen_whole:
         first = plan.seen_whole[0]
         warnings.warn(
@@ -215,17 +261,19 @@ def plan(
     world_size: int,
     strategy: str | Strategy = "sync",
     target: str | Target = "auto",
+    strict: bool = False,
     **kwargs: Any,
 ) -> Plan:
     """Plan `model(*args, **kwargs)` on `world_size` ranks without running it. Weight-free (fake) models work.
 
-    Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if the ranks are too many.
+    Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if the ranks are too many,
+    and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (see `Plan.gathered`).
     """
     check_world_size(world_size)
     check_target(target)
     chosen = Strategy.of(strategy)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
-    return make_plan(program, world_size, chosen, target)
+    return make_plan(program, world_size, chosen, target, strict=strict)
 
 
 def check_world_size(world_size: Any) -> int:

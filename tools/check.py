@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Batch, Frames, Height, Model, Width
+from .console import Batch, Frames, Height, Model, Strict, Width
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ def check(
     keep_weights: Annotated[
         bool, typer.Option("--keep-weights", help="Leave parameters as they are whose values are all equal.")
     ] = False,
+    strict: Strict = False,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -59,7 +60,7 @@ def check(
     resolved = resolve(model, Options(height, width, frames, batch, torch.float32, fake=False))
     module = resolved.module.eval()
     changed = 0 if keep_weights else randomised(module)
-    found = differences(module, resolved.args, resolved.kwargs, world_size)
+    found = differences(module, resolved.args, resolved.kwargs, world_size, strict=strict)
     out = console()
     out.print(_table(found, tolerance))
     if changed:
@@ -75,11 +76,14 @@ def check(
     raise typer.Exit(0 if exact else 1)
 
 
-def differences(module: nn.Module, args: Any, kwargs: Any, world_sizes: Sequence[int]) -> list[Difference]:
+def differences(
+    module: nn.Module, args: Any, kwargs: Any, world_sizes: Sequence[int], *, strict: bool = False
+) -> list[Difference]:
     """Compare every output on every number of ranks with the unsplit module's, on inputs other than the example's.
 
     Raises:
-        ValueError: the ranks are too many, or the module's own output is not finite.
+        ValueError: the ranks are too many, with `strict` an operator cannot be split, or the module's own output is not
+            finite.
     """
     import torch
 
@@ -93,14 +97,14 @@ def differences(module: nn.Module, args: Any, kwargs: Any, world_sizes: Sequence
             raise ValueError(f"{name or 'the output'} of the unsplit model is not finite, so there is nothing to check")
     results = []
     for world in world_sizes:
-        split: Any = parallelize(module, world, executor="lockstep")
+        split: Any = parallelize(module, world, executor="lockstep", strict=strict)
         split(*args, **kwargs)
         found = named_tensors(split(*again_args, **again_kwargs))
         plan = split.plan
         split.close()
         for name, value in expected.items():
             difference = _relative(found[name], value)
-            results.append(Difference(world, name, tuple(value.shape), difference, len(plan.fallbacks), plan.bound))
+            results.append(Difference(world, name, tuple(value.shape), difference, len(plan.gathered), plan.bound))
     return results
 
 

@@ -15,6 +15,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=
 World = Annotated[int, typer.Option("--world-size", "-n", min=1, help="Ranks.")]
 StrategyName = Annotated[str, typer.Option("--strategy", help="How fresh the exchanges are.")]
 TargetName = Annotated[str, typer.Option("--target", help="The machine to plan for: auto, cpu or gpu.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse models with operators that cannot be split.")]
 Height = Annotated[int | None, typer.Option(min=1, help="Pixels of the output (small:NAME: rows of the latent).")]
 Width = Annotated[int | None, typer.Option(min=1, help="Pixels of the output (small:NAME: columns of the latent).")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames of video.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
+from .console import Batch, Frames, Height, Model, StrategyName, Strict, TargetName, Width, World
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -22,6 +22,7 @@ def plan(
     world_size: World = 2,
     strategy: StrategyName = "sync",
     target: TargetName = "auto",
+    strict: Strict = False,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -36,7 +37,7 @@ def plan(
 
     if to is not None and to != Path("-"):
         to.parent.mkdir(parents=True, exist_ok=True)
-    made = make(model, world_size, strategy, target, Options(height, width, frames, batch))
+    made = make(model, world_size, strategy, target, Options(height, width, frames, batch), strict)
     text = json.dumps(made.describe(), indent=2)
     if to == Path("-"):
         typer.echo(text)
@@ -48,7 +49,7 @@ def plan(
         out.print(f"\nwritten to {to}")
 
 
-def make(model: str, world_size: int, strategy: str, target: str, options: Any) -> Plan:
+def make(model: str, world_size: int, strategy: str, target: str, options: Any, strict: bool = False) -> Plan:
     """The plan of what `model` names; arguments that mean nothing are refused before anything is built."""
     from ..capture import capture
     from ..models.resolve import resolve
@@ -59,7 +60,7 @@ def make(model: str, world_size: int, strategy: str, target: str, options: Any) 
     check_target(target)
     resolved = resolve(model, options)
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
-    return make_plan(program, world_size=world_size, strategy=chosen, target=target)
+    return make_plan(program, world_size=world_size, strategy=chosen, target=target, strict=strict)
 
 
 def check_target(target: str) -> None:
@@ -123,9 +124,10 @@ def _ranks(plan: Plan) -> RenderableType:
 def _fallbacks(plan: Plan) -> RenderableType:
     from .printer import bytes_text
 
-    table = _table("operator", "module", "bytes", "reason")
-    for each in plan.fallbacks:
-        table.add_row(each.node, each.path or "(the model itself)", bytes_text(each.bytes), each.reason)
+    table = _table("operator", "module", "operands", "bytes", "reason")
+    for each in plan.gathered:
+        shapes = ", ".join("x".join(map(str, shape)) for shape in each.shapes)
+        table.add_row(each.node, each.path or "(the model itself)", shapes, bytes_text(each.bytes), each.reason)
     return table
 
 

@@ -39,3 +39,24 @@ def infinite() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 
 def faulty() -> nn.Module:
     raise KeyError("a bug of the user's")
+
+
+class Unsplittable(nn.Module):
+    """Calls two operators that no rule knows, one of them in a module of its own."""
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.lgamma(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.inner = self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.inner(x.exp() + 1))
+        return torch.igamma(y.exp(), x.exp()).exp()
+
+
+def unsplittable() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    return Unsplittable().eval(), (torch.randn(2, 3, 8, 6),), {}
