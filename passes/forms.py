@@ -171,6 +171,37 @@ def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx
     return _to_copy(b, node, _expand(b, node, source), dtype=x.meta["dtype"])
 
 
+def _diagonal(b: Builder, node: fx.Node, x: fx.Node, offset: int = 0, dim1: int = 0, dim2: int = 1) -> fx.Node:
+    """Every (columns + 1)-th of the flattened matrix."""
+    ndim = len(shape_of(x))
+    dim1, dim2 = dim1 % ndim, dim2 % ndim
+    x = b.permute(x, [*(d for d in range(ndim) if d not in (dim1, dim2)), dim1, dim2])
+    *lead, rows, columns = shape_of(x)
+    length = shape_of(node)[-1]
+    start = offset if offset >= 0 else -offset * columns
+    x = b.reshape(x, [*lead, rows * columns])
+    return b.slice(x, ndim - 2, start, min(start + length * (columns + 1), rows * columns), columns + 1)
+
+
+def _roll(b: Builder, node: fx.Node, x: fx.Node, shifts: Sequence[int], dims: Sequence[int] | None = None) -> fx.Node:
+    if dims:
+        return b.emit(aten.roll.default, x, shifts, dims)
+    flat = b.reshape(x, [prod(shape_of(x))])
+    return b.reshape(b.emit(aten.roll.default, flat, shifts, [0]), shape_of(x))
+
+
+def _index_put(
+    b: Builder, node: fx.Node, x: fx.Node, indices: Sequence[Any], values: fx.Node, accumulate: bool = False
+) -> fx.Node:
+    """One value where a mask is true is a choice."""
+    mask = indices[0]
+    single = len(indices) == 1 and mask.meta["dtype"] == torch.bool and prod(shape_of(values)) == 1
+    if not single or accumulate:
+        return b.emit(aten.index_put.default, x, indices, values, accumulate)
+    mask = b.reshape(mask, [*shape_of(mask), *(1,) * (len(shape_of(x)) - len(shape_of(mask)))])
+    return b.emit(aten.where.self, mask, _to_copy(b, node, b.reshape(values, []), dtype=x.meta["dtype"]), x)
+
+
 # -- look-ups ---------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +229,14 @@ def _pad(
     if not any(pad):
         return x
     if mode == "constant":
+        for i, amount in enumerate(pad):
+            if amount < 0:
+                dim = len(shape_of(x)) - 1 - i // 2
+                size = shape_of(x)[dim]
+                x = b.slice(x, dim, 0, size + amount) if i % 2 else b.slice(x, dim, -amount, size)
+        pad = [max(amount, 0) for amount in pad]
+        if not any(pad):
+            return x
         return b.emit(aten.constant_pad_nd.default, x, list(pad), 0 if value is None else value)
     return b.emit(aten.pad.default, x, list(pad), mode)
 
@@ -368,6 +407,9 @@ FORMS: dict[Any, Form] = {
     aten.type_as.default: _type_as,
     aten.copy.default: _copy,
     aten.take_along_dim.default: _take_along_dim,
+    aten.diagonal.default: _diagonal,
+    aten.roll.default: _roll,
+    aten.index_put.default: _index_put,
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: lambda b, node, x, pad, value=0: _pad(b, node, x, pad, "constant", value),
     **{getattr(aten, f"reflection_pad{n}d").default: _mirrored("reflect") for n in (1, 2, 3)},

@@ -95,18 +95,26 @@ class Moments(Merged):
 
 @dataclass(frozen=True)
 class Reduce(Merged):
-    """Partial results of the ranks, reduced in rank order (sums in float32 at least)."""
+    """Partial results of the ranks, reduced in rank order (sums and products in float32 at least).
 
-    op: Literal["sum", "amax", "amin"] = "sum"
+    `exponentials` are `stack([max, sum of exp(x - max)])`: what a softmax over all ranks needs, in one value, so that
+    an old one is right in itself.
+    """
+
+    op: Literal["sum", "prod", "amax", "amin", "exponentials"] = "sum"
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         parts = in_rank_order(rank, x, received)
-        if self.op == "sum":
+        if self.op in ("sum", "prod"):
             wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
             total = parts[0].to(wide)
             for part in parts[1:]:
-                total = total + part.to(wide)
+                total = total + part.to(wide) if self.op == "sum" else total * part.to(wide)
             return total.to(x.dtype)
+        if self.op == "exponentials":
+            most, sums = torch.stack(parts).unbind(1)
+            largest = most.amax(0)
+            return torch.stack([largest, (sums * torch.exp(most - _finite(largest))).sum(0)])
         reduce = torch.maximum if self.op == "amax" else torch.minimum
         result = parts[0]
         for part in parts[1:]:
@@ -138,3 +146,8 @@ def _ratio(now: Tensor, then: Tensor) -> Tensor:
     """`now / then`, between 1/2 and 2; 1 where both are 0."""
     least = torch.finfo(now.dtype).tiny
     return ((now + least) / (then + least)).clamp(0.5, 2)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """`x` with 0 for infinities: what may be subtracted from them."""
+    return torch.where(x.isinf(), 0, x)

@@ -107,6 +107,22 @@ def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.stack([mean, deviation * deviation])
 
 
+def located(index: Tensor, rows: Rows, size: int) -> Tensor:
+    """Positions of a dim of `size` (negative ones count from its end) among `rows`; len(rows) for all others."""
+    place = torch.full((size,), len(rows), dtype=torch.int64, device=index.device)
+    place[index_tensor(rows, index.device)] = torch.arange(len(rows), device=index.device)
+    return place[index]
+
+
+def exponentials(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """`stack([max, sum of exp(x - max)])` over `dims` (kept, size 1); of nothing -inf and 0."""
+    if not all(x.shape[dim] for dim in dims):
+        shape = [1 if d in dims else s for d, s in enumerate(x.shape)]
+        return torch.stack([x.new_full(shape, -torch.inf), x.new_zeros(shape)])
+    most = x.amax(list(dims), keepdim=True)
+    return torch.stack([most, torch.exp(x - torch.where(most.isinf(), 0, most)).sum(list(dims), keepdim=True)])
+
+
 def group_moments(x: Tensor, groups: int) -> Tensor:
     """`moments` of each (sample, group) of `x` [B, C, …]: [2, B, groups]."""
     return moments(x.reshape(x.shape[0], groups, x[0].numel() // groups), [2]).squeeze(-1)

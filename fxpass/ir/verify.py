@@ -25,7 +25,8 @@ Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
 
 aten = torch.ops.aten
 LOCAL = {getattr(ops, name) for name in ("take", "select", "resample", "moments", "group_moments", "group_normalize",
-                                         "causal_mask", "seen", "exchange", "wait")}  # fmt: skip
+                                         "exponentials", "located", "causal_mask", "seen", "exchange",
+                                         "wait")}  # fmt: skip
 #: operators that normal form has a simpler word for
 ABNORMAL = {
     aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,

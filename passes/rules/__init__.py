@@ -6,17 +6,20 @@ from typing import Any
 
 from ..partition import Rule
 from . import (
+    along,
     attention,
     contractions,
     frames,
     indexing,
     normalization,
+    patches,
     pointwise,
     reductions,
     resampling,
     slicing,
     views,
     windows,
+    writing,
 )
 
 FAMILIES = (
@@ -24,11 +27,14 @@ FAMILIES = (
     views,
     slicing,
     indexing,
+    writing,
     windows,
     frames,
+    patches,
     resampling,
     normalization,
     reductions,
+    along,
     contractions,
     attention,
 )

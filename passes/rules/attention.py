@@ -6,11 +6,12 @@ a causal one is made for the rank's own query positions.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import fx
 
 from ...ir import ops
-from ...ir.layout import Layout, per_rank
+from ...ir.layout import Layout, Rows, even, per_rank
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 from .pointwise import broadcast_to
@@ -45,13 +46,19 @@ def attention(
     )
     if batch is not None:
         if enable_gqa and batch.dim == ndim - 3:
-            raise SplitError("grouped heads are split")
+            group = op.shape[-3] // max(r.stop for r in batch.rows)  # 1 if the queries are split
+            batch = Layout(batch.dim, tuple(Rows.of(_spread(r, group)) for r in batch.rows))
+            key, value = (_each_head(p, x, shape_of(query)[-3]) for x in (key, value))
+            kwargs["enable_gqa"] = False
         query, key, value = (broadcast_to(p, x, batch, ndim) for x in (query, key, value))
         mask = broadcast_to(p, attn_mask, batch, ndim) if attn_mask is not None else None
         return p.same(op, (query, key, value, mask, dropout_p, is_causal), kwargs, layout=batch)
 
     if layout_of(query).dim == len(shape_of(query)) - 1:
-        raise SplitError("the channels of a head are split")
+        reason, length = "the channels of a head are used together", shape_of(query)[-2]
+        if length < p.world:
+            raise SplitError(reason)
+        query = p.lay(query, Layout(len(shape_of(query)) - 2, even(length, p.world)), "realign", reason)
     key = p.whole(key, "keys_values")
     value = p.whole(value, "keys_values")
     layout = layout_of(query)
@@ -68,6 +75,20 @@ def attention(
     else:
         mask = broadcast_to(p, attn_mask, layout, ndim) if attn_mask is not None else None
     return p.same(op, (query, key, value, mask, dropout_p, False), kwargs, layout=layout)
+
+
+def _spread(rows: Rows, group: int) -> np.ndarray:
+    """The heads of the groups `rows`."""
+    return (rows.array[:, None] * group + np.arange(group)).reshape(-1)
+
+
+def _each_head(p: Partitioner, x: fx.Node, heads: int) -> fx.Node:
+    """Grouped keys or values, one for each head of the queries."""
+    x = p.whole(x, "keys_values")
+    shape, dim = shape_of(x), len(shape_of(x)) - 3
+    index = ops.Index(np.arange(heads) // (heads // shape[dim]))
+    wide = (*shape[:dim], heads, *shape[dim + 1 :])
+    return p.emit(ops.select, (x, dim, index), shape=wide, dtype=x.meta["dtype"])
 
 
 TABLE = {aten.scaled_dot_product_attention.default: attention}

@@ -1,32 +1,48 @@
 """Look-ups: embedding, advanced indexing, gather. Split indices look up whole tables; a split table dim that is not
-indexed stays split."""
+indexed stays split; where it is, each rank gets the whole table and looks up its share."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from ...ir.layout import Layout
+from ...ir.layout import Layout, Rows, even
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 from .pointwise import align
+from .slicing import cut
 
 aten = torch.ops.aten
 
 
+ANY = "any row may be looked up"
+
+
+def share(p: Partitioner, rows: tuple[Rows, ...], size: int) -> tuple[Rows, ...] | None:
+    """How look-ups of `size` rows are shared out that come from a dim cut as `rows`."""
+    if max(r.stop for r in rows) == size:
+        return rows
+    return even(size, p.world) if size >= p.world else None
+
+
 def embedding(p: Partitioner, op: Op, table: fx.Node, indices: fx.Node, *rest: object) -> fx.Node:
-    if layout_of(table).split:
-        raise SplitError("the table is split")
-    return p.same(op, (table, indices, *rest), layout=layout_of(indices))
+    layout = layout_of(table)
+    if layout.dim == 1 and not layout_of(indices).split:
+        return p.same(op, (table, indices, *rest), layout=layout.at(len(op.shape) - 1))
+    return p.same(op, (p.whole(table, "realign", ANY), indices, *rest), layout=layout_of(indices))
 
 
 def index_select(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node) -> fx.Node:
-    layout, at = layout_of(x), layout_of(indices)
-    if layout.dim == dim % len(op.shape):
-        raise SplitError("looks up along the split dim")
+    layout, at, dim = layout_of(x), layout_of(indices), dim % len(op.shape)
+    if layout.dim == dim:
+        rows = at.rows if at.split else share(p, layout.rows, op.shape[dim])
+        x = p.whole(x, "realign", ANY)
+        if rows is None:
+            return p.same(op, (x, dim, indices), layout=Layout())
+        return p.same(op, (x, dim, p.take(indices, 0, rows)), layout=Layout(dim, rows))
     if layout.split:
         return p.same(op, (x, dim, p.whole(indices, "realign")), layout=layout)
-    return p.same(op, (x, dim, indices), layout=at.at(dim % len(op.shape)))
+    return p.same(op, (x, dim, indices), layout=at.at(dim))
 
 
 def index(p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None]) -> fx.Node:
@@ -36,12 +52,16 @@ def index(p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None]) -> 
     if any(i.meta["dtype"] == torch.bool for i in given):
         raise SplitError("a boolean index")
     layout = layout_of(x)
-    if layout.dim in used:
-        raise SplitError("looks up along the split dim")
     adjacent = used == list(range(used[0], used[-1] + 1))
     broadcast = torch.broadcast_shapes(*(shape_of(i) for i in given))
     start = used[0] if adjacent else 0
-    if layout.dim is not None:
+    if layout.dim in used:
+        x = p.whole(x, "realign", ANY)
+        if not any(layout_of(i).split for i in given):
+            result = p.same(op, (x, indices), layout=Layout())
+            rows = share(p, layout.rows, broadcast[0]) if broadcast else None
+            return result if rows is None else p.take(result, start, rows)
+    elif layout.dim is not None:
         indices = [p.whole(i, "realign") if i is not None else None for i in indices]
         kept = [d for d in range(len(shape_of(x))) if d not in used]
         place = kept.index(layout.dim)
@@ -54,16 +74,26 @@ def index(p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None]) -> 
 
 def gather(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node, **kwargs: object) -> fx.Node:
     dim = dim % len(op.shape)
+    for d, size in enumerate(op.shape):
+        if d != dim and shape_of(x)[d] != size:  # rows that no index is for are never looked up
+            x = shortened(p, x, d, size)
     layout = layout_of(indices) if layout_of(indices).split else layout_of(x)
-    if layout_of(x).dim == dim:
-        raise SplitError("looks up along the split dim")
-    if layout.dim != dim:
-        if shape_of(x)[layout.axis] != op.shape[layout.axis]:
-            raise SplitError("index and source differ in size along the split dim")
-        x = p.lay(x, layout)
-    else:
-        x = p.whole(x, "realign", "looked up by split indices")
-    return p.same(op, (x, dim, p.lay(indices, layout)), kwargs, layout=layout)
+    if layout.dim == dim:
+        rows = layout.rows if layout_of(indices).split else share(p, layout.rows, op.shape[dim])
+        x = p.whole(x, "realign", ANY)
+        layout = Layout() if rows is None else Layout(dim, rows)
+    elif layout.split:
+        x = p.lay(x, layout, "realign", "operands cut differently")
+    indices = p.lay(indices, layout, "realign", "operands cut differently")
+    return p.same(op, (x, dim, indices), kwargs, layout=layout)
+
+
+def shortened(p: Partitioner, x: fx.Node, dim: int, size: int) -> fx.Node:
+    """The first `size` rows of `x`."""
+    if layout_of(x).split:
+        return cut(p, x, dim, 0, size)
+    shape = (*shape_of(x)[:dim], size, *shape_of(x)[dim + 1 :])
+    return p.emit(aten.slice.Tensor, (x, dim, 0, size), shape=shape, dtype=x.meta["dtype"])
 
 
 def one_hot(p: Partitioner, op: Op, indices: fx.Node, classes: int = -1) -> fx.Node:

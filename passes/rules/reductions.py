@@ -1,8 +1,8 @@
-"""Reductions, and operators that work along one dim (softmax, cumulative sums): local unless that dim is split."""
+"""Reductions: local, unless the split dim is reduced; then the partial results of the ranks are merged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -45,18 +45,19 @@ def reduction(partial: str) -> Rule:
             mean = p.emit(aten.div.Scalar, (p.reduce(part), count), shape=op.shape, dtype=dtype)
             return p.emit(aten._to_copy.default, (mean,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
         # a rank may own nothing: of that there is a sum, but no maximum; maxima may count a row twice
-        x = p.own(x) if partial == "sum" else x
-        return p.reduce(p.same(op, (x, inside, keepdim), kwargs, layout=Layout()), partial)
+        x = p.own(x) if partial in ("sum", "prod") else x
+        dims = dims if isinstance(dims, int) else inside
+        return p.reduce(p.same(op, (x, dims, keepdim), kwargs, layout=Layout()), partial)
 
     return rule
 
 
-def truth(p: Partitioner, op: Op, x: fx.Node, dims: Any, keepdim: bool = False) -> fx.Node:
-    """`any` and `all` along dims."""
+def truth(p: Partitioner, op: Op, x: fx.Node, dims: Any = None, keepdim: bool = False) -> fx.Node:
+    """`any` and `all`."""
     layout, inside = layout_of(x), _dims(dims, len(shape_of(x)))
-    if layout.axis in inside:
-        raise SplitError(f"works along the split dim {layout.dim}")
-    return p.same(op, (x, dims, keepdim), layout=_without(layout, inside, keepdim))
+    if layout.axis not in inside:
+        return p.same(op, (x, dims, keepdim), layout=_without(layout, inside, keepdim))
+    return p.reduce(p.same(op, (x, dims, keepdim), layout=Layout()), "amax" if "any" in str(op.target) else "amin")
 
 
 def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
@@ -64,6 +65,10 @@ def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
     reduce = aten.sum.dim_IntList if op.target is aten.sum.default else aten.mean.dim
     inner = Op(op.node, reduce)
     return reduction("sum" if op.target is aten.sum.default else "mean")(p, inner, x, None, False, **kwargs)
+
+
+def whole_product(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
+    return p.reduce(p.same(op, (p.own(x),), kwargs, layout=Layout()), "prod")
 
 
 def variance(
@@ -118,26 +123,6 @@ def vector_norm(
     return p.emit(aten._to_copy.default, (root,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
 
 
-def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[..., Any]:
-    """A rule for an operator that works along the dim given at argument `place` and keeps the others apart."""
-
-    def rule(p: Partitioner, op: Op, *args: Any, **kwargs: Any) -> Any:
-        x = args[0]
-        layout, ndim = layout_of(x), len(shape_of(x))
-        dim = kwargs.get("dim", args[place] if len(args) > place else default)
-        if dim is None:
-            raise SplitError("works on the flattened tensor")
-        if dim % ndim == layout.dim:
-            raise SplitError(f"works along the split dim {layout.dim}")
-        others = [p.lay(a, layout) if isinstance(a, fx.Node) and a is not x else a for a in args]
-        others[0] = x
-        if outputs == 1:
-            return p.same(op, others, kwargs, layout=layout)
-        return p.several(op, others, kwargs, [layout] * outputs)
-
-    return rule
-
-
 TABLE = {
     aten.sum.dim_IntList: reduction("sum"),
     aten.sum.default: whole_sum,
@@ -152,14 +137,6 @@ TABLE = {
     aten.var.correction: variance,
     aten.var_mean.correction: variance,
     aten.linalg_vector_norm.default: vector_norm,
-    aten.softmax.int: along(1),
-    aten._softmax.default: along(1),
-    aten._safe_softmax.default: along(1),
-    aten.log_softmax.int: along(1),
-    aten._log_softmax.default: along(1),
-    aten.cumsum.default: along(1),
-    aten.cumprod.default: along(1),
-    aten.glu.default: along(1, -1),
-    aten.sort.default: along(1, -1, outputs=2),
-    aten.topk.default: along(2, -1, outputs=2),
+    aten.prod.dim_int: reduction("prod"),
+    aten.prod.default: whole_product,
 }

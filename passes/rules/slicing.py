@@ -18,9 +18,16 @@ aten = torch.ops.aten
 
 
 def slice_(p: Partitioner, op: Op, x: fx.Node, dim: int, start: int, end: int, step: int = 1) -> fx.Node:
+    return cut(p, x, dim, start, end, step)
+
+
+def cut(p: Partitioner, x: fx.Node, dim: int, start: int, end: int, step: int = 1) -> fx.Node:
+    """The rows start … end of a split value."""
     layout = layout_of(x)
     if layout.dim != dim:
-        return p.same(op, (x, dim, start, end, step), layout=layout)
+        shape = (*shape_of(x)[:dim], len(range(start, end, step)), *shape_of(x)[dim + 1 :])
+        args = (x, dim, start, end, step)
+        return p.emit(aten.slice.Tensor, args, shape=shape, dtype=x.meta["dtype"], layout=layout)
     if step != 1:
         return remap(p, x, dim, np.arange(start, end, step))
     kept = [have & Rows.interval(start, end) for have in layout.rows]

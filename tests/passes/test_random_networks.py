@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.passes.examples import examples
-from tests.passes.harness import layouts, split
+from tests.passes.harness import cut, layouts, split
 
 CHANNELS = 4
 
@@ -142,6 +142,88 @@ class Axial(nn.Module):
         return self.mix(x.transpose(self.dim, -1)).transpose(self.dim, -1)
 
 
+def sampled(x: Tensor) -> Tensor:
+    grid = x[:, :2].permute(0, 2, 3, 1).tanh()
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def looked_up(x: Tensor) -> Tensor:
+    order = x.mean((0, 1, 3)).argsort()
+    return x[:, :, order] + x.gather(3, x.argsort(3)) + x.index_select(2, order.flip(0))
+
+
+def added_up(x: Tensor) -> Tensor:
+    place = (x > 0).long().cumsum(2).clamp(max=x.shape[2] - 1)
+    return torch.zeros_like(x).scatter_add(2, place, x) + x.index_add(3, torch.zeros_like(place[0, 0, 0]), x)
+
+
+def unfolded(x: Tensor) -> Tensor:
+    columns = F.unfold(x, 3, padding=1)
+    return F.fold(columns * columns.mean(1, keepdim=True), x.shape[2:], 3, padding=1) / 9
+
+
+def filtered(x: Tensor) -> Tensor:
+    waves = torch.fft.rfft2(x, norm="ortho")
+    return torch.fft.irfft2(waves * waves.abs().tanh(), s=x.shape[-2:], norm="ortho")
+
+
+def handmade(x: Tensor) -> Tensor:
+    tokens = x.flatten(2)
+    weights = torch.softmax(torch.bmm(tokens.transpose(1, 2), tokens) * 0.3, -1)
+    return torch.bmm(tokens, weights.transpose(1, 2)).view_as(x)
+
+
+def resized(mode: str, **named: Any) -> Any:
+    def function(x: Tensor) -> Tensor:
+        small = F.interpolate(x, (x.shape[2] // 2 + 1, x.shape[3] // 2 + 1), mode=mode, **named)
+        return F.interpolate(small, x.shape[2:], mode=mode, **named)
+
+    return function
+
+
+#: one operator of each family, from a picture to one of the same size
+OTHERS: dict[str, Any] = {
+    "softmax of rows": lambda x: x.softmax(2),
+    "softmax of all": lambda x: x.flatten(1).log_softmax(1).view_as(x),
+    "logsumexp": lambda x: x - x.logsumexp((2, 3), keepdim=True),
+    "cumsum": lambda x: x.cumsum(2) / x.shape[2] + x.cumsum(3) / x.shape[3],
+    "largest": lambda x: x * x.argmax(2, keepdim=True) / x.shape[2] + x.max(3, keepdim=True).values,
+    "sorted": lambda x: x.sort(2).values,
+    "looked up": looked_up,
+    "added up": added_up,
+    "masked": lambda x: torch.where(x > x.mean(), x, 0.5).tril(1) + x.triu(-1),
+    "diagonal": lambda x: x + x.flatten(1)[:, :16].view(-1, 4, 4).diagonal(0, 1, 2)[:, :, None, None],
+    "unfolded": unfolded,
+    "filtered": filtered,
+    "handmade": handmade,
+    "sampled": sampled,
+    "bicubic": resized("bicubic", align_corners=True),
+    "area": resized("area"),
+    "nearest-exact": resized("nearest-exact"),
+    "pooled": lambda x: x * F.adaptive_avg_pool2d(x, 1) + F.avg_pool2d(x, 3, 1, 1) + F.max_pool2d(x, 3, 1, 1),
+    "rms": lambda x: F.rms_norm(x, x.shape[2:]),
+    "instance": F.instance_norm,
+    "batch": lambda x: F.batch_norm(x, torch.zeros(4).to(x), torch.ones(4).to(x)),
+    "local response": lambda x: F.local_response_norm(x, 3),
+    "shuffled": lambda x: F.channel_shuffle(x, 2).flip(2).roll((1, 2), (2, 3)),
+    "einsum": lambda x: torch.einsum("...hw,...hv->...wv", x, x).mean((2, 3), keepdim=True) * x,
+    "complex": lambda x: torch.view_as_real(torch.polar(x.abs(), x)).sum(-1),
+    "gated": lambda x: F.glu(torch.cat([x, x.flip(3)], 3), 3) + F.prelu(x, x.new_full((4,), 0.2)),
+}
+
+
+class Other(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        return OTHERS[self.name](x)
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
 class Network(nn.Module):
     def __init__(self, blocks: list[nn.Module], packed: bool) -> None:
         super().__init__()
@@ -167,7 +249,8 @@ def apply(block: nn.Module, x: Tensor, text: Tensor, time: Tensor) -> Tensor:
 @st.composite
 def blocks(draw: st.DrawFn, height: int, width: int, depth: int) -> nn.Module:
     can_pool = depth > 0 and height % 4 == 0 and width % 4 == 0
-    kind = draw(st.sampled_from(["conv", "attention", "windows", "statistics", "axial", *(["pooled"] * 3 * can_pool)]))
+    kinds = ["conv", "attention", "windows", "statistics", "axial", *["other"] * 4, *["pooled"] * 3 * can_pool]
+    kind = draw(st.sampled_from(kinds))
     if kind == "conv":
         modes = st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])
         block: nn.Module = Conv(
@@ -182,6 +265,8 @@ def blocks(draw: st.DrawFn, height: int, width: int, depth: int) -> nn.Module:
         block = Windows(draw(st.integers(0, 1)))
     elif kind == "statistics":
         block = Statistics()
+    elif kind == "other":
+        block = Other(draw(st.sampled_from(sorted(OTHERS))))
     elif kind == "axial":
         dim = draw(st.sampled_from([2, 3]))
         block = Axial((height, width)[dim - 2], dim)
@@ -207,6 +292,12 @@ def check(data: st.DataObject, kinds: str) -> None:
     if world <= 5 and data.draw(st.booleans(), label="split the text"):
         cuts[1] = data.draw(layouts(inputs[1].shape, world, dims=[1], kinds=kinds), label="cut of the text")
     split(network, inputs, cuts, world, exact=False)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_operator_of_each_family_on_rows_and_columns_equals_the_whole(name: str) -> None:
+    for rows in (cut(2, (0, 3), (3, 8)), cut(3, (0, 4), (3, 6)), cut(2, [0, 3, 4, 7], [1, 2, 5, 6])):
+        split(OTHERS[name], [torch.randn(2, CHANNELS, 8, 6, dtype=torch.float64)], {0: rows}, 2, exact=False)
 
 
 @examples(25)

@@ -1,0 +1,200 @@
+"""Operators that work along one dim (softmax, running sums, sorting): local, unless that dim is split.
+
+A softmax over the split dim needs one small value of every rank (its maximum and its sum of exponentials), a running
+sum the totals of the ranks before, a maximum's position the maximum and then the first row that has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir import ops
+from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.program import layout_of, shape_of
+from ..partition import Op, Partitioner, Rule, SplitError
+from .normalization import wide
+
+aten = torch.ops.aten
+
+
+def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[..., Any]:
+    """A rule for an operator that works along the dim given at argument `place` and keeps the others apart."""
+
+    def rule(p: Partitioner, op: Op, *args: Any, **kwargs: Any) -> Any:
+        x = args[0]
+        layout, ndim = layout_of(x), len(shape_of(x))
+        dim = kwargs.get("dim", args[place] if len(args) > place else default)
+        if dim is None:
+            raise SplitError("works on the flattened tensor")
+        if dim % ndim == layout.dim:
+            raise SplitError(f"works along the split dim {layout.dim}")
+        if len(op_shape(op)) < ndim:  # one row of the dim is picked: kthvalue, median
+            layout = layout.at(layout.axis - (dim % ndim < layout.axis))
+        others = [p.lay(a, layout) if isinstance(a, fx.Node) and a is not x else a for a in args]
+        others[0] = x
+        if outputs == 1:
+            return p.same(op, others, kwargs, layout=layout)
+        return p.several(op, others, kwargs, [layout] * outputs)
+
+    return rule
+
+
+def op_shape(op: Op) -> tuple[int, ...]:
+    """The shape of an operator's result, or of its first one."""
+    value = op.node.meta["val"]
+    return tuple((value[0] if isinstance(value, (tuple, list)) else value).shape)
+
+
+# -- softmax ------------------------------------------------------------------------------------------------------
+
+
+def exponentials(p: Partitioner, x: fx.Node, dims: list[int]) -> tuple[fx.Node, fx.Node]:
+    """The maximum and the sum of exp(x - maximum) over `dims` (kept, size 1), the split dim among them."""
+    kept, dtype = tuple(1 if d in dims else s for d, s in enumerate(shape_of(x))), x.meta["dtype"]
+    merged = p.reduce(p.emit(ops.exponentials, (p.own(x), dims), shape=(2, *kept), dtype=dtype), "exponentials")
+    most, total = (p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1))
+    return most, total
+
+
+def softmax(logarithm: bool) -> Rule:
+    def rule(p: Partitioner, op: Op, x: fx.Node, dim: int, *rest: Any, **kwargs: Any) -> fx.Node:
+        layout, dim = layout_of(x), dim % len(op.shape)
+        if layout.axis != dim:
+            return p.same(op, (x, dim, *rest), kwargs, layout=layout)
+        dtype = wide(op.dtype)
+        x = _to(p, x, dtype)
+        most, total = exponentials(p, x, [dim])
+        y = p.emit(aten.sub.Tensor, (x, most), shape=op.shape, dtype=dtype, layout=layout)
+        if logarithm:
+            total = p.emit(aten.log.default, (total,), shape=shape_of(total), dtype=dtype)
+            y = p.emit(aten.sub.Tensor, (y, total), shape=op.shape, dtype=dtype, layout=layout)
+        else:
+            y = p.emit(aten.exp.default, (y,), shape=op.shape, dtype=dtype, layout=layout)
+            y = p.emit(aten.div.Tensor, (y, total), shape=op.shape, dtype=dtype, layout=layout)
+        return _to(p, y, op.dtype)
+
+    return rule
+
+
+def logsumexp(p: Partitioner, op: Op, x: fx.Node, dims: Any, keepdim: bool = False) -> fx.Node:
+    layout, ndim = layout_of(x), len(shape_of(x))
+    inside = [d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))]
+    if layout.axis not in inside:
+        gone = 0 if keepdim else sum(d < layout.axis for d in inside)
+        return p.same(op, (x, dims, keepdim), layout=layout.at(layout.axis - gone))
+    dtype = wide(op.dtype)
+    most, total = exponentials(p, _to(p, x, dtype), inside)
+    y = p.emit(aten.log.default, (total,), shape=shape_of(total), dtype=dtype)
+    y = p.emit(aten.add.Tensor, (y, most), shape=shape_of(total), dtype=dtype)
+    return _to(p, p.emit(aten.reshape.default, (y, list(op.shape)), shape=op.shape, dtype=dtype), op.dtype)
+
+
+def _to(p: Partitioner, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if x.meta["dtype"] == dtype:
+        return x
+    return p.emit(aten._to_copy.default, (x,), {"dtype": dtype}, shape=shape_of(x), dtype=dtype, layout=layout_of(x))
+
+
+# -- running sums -------------------------------------------------------------------------------------------------
+
+
+def running(join: Any, neutral: float) -> Rule:
+    """`cumsum` and `cumprod`: each rank's own, joined to the total of the ranks before it."""
+
+    def rule(p: Partitioner, op: Op, x: fx.Node, dim: int, *, dtype: torch.dtype | None = None) -> fx.Node:
+        layout, ndim = layout_of(x), len(op.shape)
+        dim = dim % ndim
+        if layout.axis != dim:
+            return p.same(op, (x, dim), {"dtype": dtype}, layout=layout)
+        ordered = all(r.contiguous for r in layout.rows) and all(
+            a.stop == b.start for a, b in zip(layout.rows, layout.rows[1:], strict=False)
+        )
+        if not ordered:
+            layout = Layout(dim, even(op.shape[dim], p.world))
+            x = p.lay(x, layout, "realign", "running sums go from rank to rank")
+        inner = wide(op.dtype) if op.dtype.is_floating_point else op.dtype
+        y = p.emit(op.target, (x, dim), {"dtype": inner}, shape=op.shape, dtype=inner, layout=layout)
+        each = tuple(Rows.interval(k, k + 1) for k in range(p.world))
+        shape = tuple(p.world if d == dim else s for d, s in enumerate(op.shape))
+        last = per_rank([Rows.interval(len(r) - 1, len(r)) for r in layout.rows])
+        totals = p.emit(ops.take, (y, dim, last), shape=shape, dtype=inner, layout=Layout(dim, each))
+        totals = p.whole(totals, "sum")
+        pad = [0] * (2 * (ndim - 1 - dim)) + [1, -1]
+        totals = p.emit(aten.constant_pad_nd.default, (totals, pad, neutral), shape=shape, dtype=inner)
+        before = p.take(p.emit(op.target, (totals, dim), {"dtype": inner}, shape=shape, dtype=inner), dim, each)
+        return _to(p, p.emit(join, (y, before), shape=op.shape, dtype=inner, layout=layout), op.dtype)
+
+    return rule
+
+
+# -- positions ----------------------------------------------------------------------------------------------------
+
+
+def extreme(largest: bool, both: bool) -> Rule:
+    """`argmax` and `max` along a dim, and their like: the first of the positions that have it."""
+
+    def rule(p: Partitioner, op: Op, x: fx.Node, dim: int | None = None, keepdim: bool = False) -> Any:
+        if dim is None:
+            raise SplitError("works on the flattened tensor")
+        layout, shape = layout_of(x), shape_of(x)
+        dim = dim % len(shape)
+        if layout.axis != dim:
+            layout = layout.at(layout.axis - (not keepdim and dim < layout.axis))
+            if both:
+                return p.several(op, (x, dim, keepdim), None, [layout, layout])
+            return p.same(op, (x, dim, keepdim), layout=layout)
+        kept = tuple(1 if d == dim else s for d, s in enumerate(shape))
+        name = "amax" if largest else "amin"
+        reduce = getattr(aten, name).default
+        value = p.reduce(p.emit(reduce, (x, [dim], True), shape=kept, dtype=x.meta["dtype"]), name)
+
+        def compared(target: Any, *args: Any) -> fx.Node:
+            return p.emit(target, args, shape=shape, dtype=torch.bool, layout=layout)
+
+        found = compared(aten.logical_or.default, compared(aten.eq.Tensor, x, value), compared(aten.ne.Tensor, x, x))
+        size, device = shape[dim], op.node.meta["val"][0].device if both else op.node.meta["val"].device
+        place = p.emit(aten.arange.default, (size,), {"device": device}, shape=(size,), dtype=torch.int64)
+        column = tuple(size if d == dim else 1 for d in range(len(shape)))
+        place = p.emit(aten.reshape.default, (place, list(column)), shape=column, dtype=torch.int64)
+        place = p.emit(
+            aten.where.ScalarOther, (found, p.take(place, dim, layout.rows), size), shape=shape, dtype=torch.int64,
+            layout=layout,
+        )  # fmt: skip
+        position = p.reduce(p.emit(aten.amin.default, (place, [dim], True), shape=kept, dtype=torch.int64), "amin")
+        target = op_shape(op)
+        results = [
+            p.emit(aten.reshape.default, (r, list(target)), shape=target, dtype=r.meta["dtype"])
+            for r in (value, position)
+        ]
+        return tuple(results) if both else results[1]
+
+    return rule
+
+
+TABLE = {
+    aten.softmax.int: softmax(logarithm=False),
+    aten._softmax.default: softmax(logarithm=False),
+    aten._safe_softmax.default: along(1),
+    aten.log_softmax.int: softmax(logarithm=True),
+    aten._log_softmax.default: softmax(logarithm=True),
+    aten.logsumexp.default: logsumexp,
+    aten.cumsum.default: running(aten.add.Tensor, 0.0),
+    aten.cumprod.default: running(aten.mul.Tensor, 1.0),
+    aten.logcumsumexp.default: along(1),
+    aten.cummax.default: along(1, outputs=2),
+    aten.cummin.default: along(1, outputs=2),
+    aten.argmax.default: extreme(largest=True, both=False),
+    aten.argmin.default: extreme(largest=False, both=False),
+    aten.max.dim: extreme(largest=True, both=True),
+    aten.min.dim: extreme(largest=False, both=True),
+    aten.glu.default: along(1, -1),
+    aten.sort.default: along(1, -1, outputs=2),
+    aten.sort.stable: along(2, -1, outputs=2),
+    aten.topk.default: along(2, -1, outputs=2),
+    aten.kthvalue.default: along(2, -1, outputs=2),
+    aten.median.dim: along(1, outputs=2),
+}

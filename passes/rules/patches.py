@@ -1,0 +1,122 @@
+"""Patches of pictures as columns (`im2col`), their sum (`col2im`), and pictures sampled at the places of a grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir import ops
+from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.program import layout_of, shape_of
+from ..partition import Op, Partitioner, SplitError
+from .views import through
+from .windows import Transposed, Window, halo
+
+aten = torch.ops.aten
+
+
+def _positions(size: int, kernel: int, dilation: int, padding: int, stride: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _at(values: list[int], i: int, value: Any) -> list[Any]:
+    return [value if j == i else v for j, v in enumerate(values)]
+
+
+def im2col(
+    p: Partitioner, op: Op, x: fx.Node, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]
+) -> fx.Node:
+    """[B, C, H, W] -> [B, C * kernel, windows]."""
+    layout, shape = layout_of(x), shape_of(x)
+    if len(shape) != 4:
+        raise SplitError("without a batch")
+    if layout.dim == 0:
+        return p.same(op, (x, kernel, dilation, padding, stride), layout=layout)
+    if layout.dim == 1:
+        area = kernel[0] * kernel[1]
+        rows = tuple(Rows.of([c * area + k for c in r.array for k in range(area)]) for r in layout.rows)
+        return p.same(op, (x, kernel, dilation, padding, stride), layout=Layout(1, rows))
+    i = layout.axis - 2
+    grid = tuple(_positions(shape[2 + j], kernel[j], dilation[j], padding[j], stride[j]) for j in range(2))
+    found = halo(p, x, Window(kernel[i], stride[i], padding[i], dilation[i]), grid[i])
+    if found is None:
+        x = p.whole(x, "small", f"fewer windows than ranks along dim {layout.dim}")
+        return p.same(op, (x, kernel, dilation, padding, stride), layout=Layout())
+    x, rows, _ = found
+    flat = through(grid, Layout(i, rows), (grid[0] * grid[1],))
+    assert flat is not None
+    return p.same(op, (x, kernel, dilation, _at(padding, i, 0), stride), layout=flat.at(2))
+
+
+def col2im(
+    p: Partitioner, op: Op, x: fx.Node, size: list[int], kernel: list[int], dilation: list[int], padding: list[int],
+    stride: list[int],
+) -> fx.Node:  # fmt: skip
+    """[B, C * kernel, windows] -> [B, C, H, W], windows that overlap added: split along the rows of windows."""
+    layout, shape = layout_of(x), shape_of(x)
+    if len(shape) != 3:
+        raise SplitError("without a batch")
+    if layout.dim == 0:
+        return p.same(op, (x, size, kernel, dilation, padding, stride), layout=layout)
+    if layout.dim == 1:
+        raise SplitError("the positions in a window are split")
+    grid = tuple(_positions(size[j], kernel[j], dilation[j], padding[j], stride[j]) for j in range(2))
+    if grid[0] < p.world or size[0] < p.world:
+        x = p.whole(x, "small", "fewer rows of windows than ranks")
+        return p.same(op, (x, size, kernel, dilation, padding, stride), layout=Layout())
+    at = through((grid[0] * grid[1],), Layout(0, layout.rows), grid)
+    if at is None or at.dim != 0:
+        back = through(grid, Layout(0, even(grid[0], p.world)), (grid[0] * grid[1],))
+        assert back is not None
+        x = p.lay(x, back.at(2), "realign", "windows are cut between their rows")
+        at = Layout(0, even(grid[0], p.world))
+    spread = (*shape[:2], *grid)
+    x = p.emit(aten.reshape.default, (x, p.local(spread, at.at(2))), shape=spread, dtype=op.dtype, layout=at.at(2))
+    window = Transposed(kernel[0], stride[0], padding[0], dilation[0])
+    found = halo(p, x, window, size[0])
+    assert found is not None
+    x, rows, first = found
+    # local values, longer than needed; their whole shapes are longer than any, so that none passes for the whole
+    counts = [len(r) for r in p.rows(x, 2)]
+    high = [(n - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 for n in counts]
+    columns = (*shape[:2], per_rank([n * grid[1] for n in counts]))
+    x = p.emit(aten.reshape.default, (x, list(columns)), shape=(*shape[:2], max(counts) * grid[1] + 1), dtype=op.dtype,
+               layout=Layout(2, tuple(Rows.interval(0, n * grid[1]) for n in counts)))  # fmt: skip
+    y = p.emit(
+        op.target, (x, [per_rank(high), size[1]], kernel, dilation, _at(padding, 0, 0), stride),
+        shape=(*op.shape[:2], max(high) + 1, size[1]), dtype=op.dtype,
+        layout=Layout(2, tuple(Rows.interval(0, h) for h in high)),
+    )  # fmt: skip
+    offsets = [lo * stride[0] - padding[0] for lo in first]
+    kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
+    return p.emit(ops.take, (y, 2, kept), shape=op.shape, dtype=op.dtype, layout=Layout(2, rows))
+
+
+def grid_sampler(p: Partitioner, op: Op, x: fx.Node, grid: fx.Node, *rest: Any) -> fx.Node:
+    """`x` [B, C, …] at the places of `grid` [B, …, dims]: any place may be asked for; the places are shared out."""
+    layout, at = layout_of(x), layout_of(grid)
+    last = len(op.shape) - 1
+    if 0 in (layout.dim, at.dim):
+        layout = layout if layout.dim == 0 else at
+        return p.same(op, (p.lay(x, layout), p.lay(grid, layout), *rest), layout=layout)
+    if at.dim == last:
+        grid = p.whole(grid, "realign", "the coordinates of a place are used together")
+        at = layout_of(grid)
+    if layout.dim == 1 and not at.split:
+        return p.same(op, (x, grid, *rest), layout=layout)
+    x = p.whole(x, "realign", "any place may be sampled")
+    if not at.split and op.shape[2] >= p.world:
+        at = Layout(1, even(op.shape[2], p.world))
+        grid = p.take(grid, 1, at.rows)
+    return p.same(op, (x, grid, *rest), layout=at.at(at.axis + 1) if at.split else at)
+
+
+TABLE = {
+    aten.im2col.default: im2col,
+    aten.col2im.default: col2im,
+    aten.grid_sampler.default: grid_sampler,
+    aten.grid_sampler_2d.default: grid_sampler,
+    aten.grid_sampler_3d.default: grid_sampler,
+}

@@ -1,0 +1,118 @@
+"""Writes at positions that are values: scatter, index_add, index_put. What is written comes to all; rows stay apart.
+
+Each rank writes into its own rows, those for other ranks into a row more, which is then cut off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir import ops
+from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.program import layout_of, shape_of
+from ..partition import Op, Partitioner, Rule, SplitError
+from .pointwise import broadcast_to
+
+aten = torch.ops.aten
+ANY = "any row may be written"
+
+
+def own_rows(p: Partitioner, x: fx.Node, dim: int) -> fx.Node:
+    """`x` split along `dim`: as it is, or evenly."""
+    if layout_of(x).dim == dim:
+        return x
+    if shape_of(x)[dim] < p.world:
+        raise SplitError(f"fewer rows than ranks along dim {dim}")
+    return p.lay(x, Layout(dim, even(shape_of(x)[dim], p.world)), "realign", ANY)
+
+
+def with_room(p: Partitioner, x: fx.Node, dim: int) -> tuple[fx.Node, Layout]:
+    """`x` with a row more on every rank, where what is for others goes."""
+    layout, shape = layout_of(x), shape_of(x)
+    rows = tuple(r | Rows.interval(shape[dim], shape[dim] + 1) for r in layout.rows)
+    wide = tuple(s + (d == dim) for d, s in enumerate(shape))
+    pad = [0] * (2 * (len(shape) - 1 - dim)) + [0, 1]
+    room = Layout(dim, rows)
+    return p.emit(aten.constant_pad_nd.default, (x, pad), shape=wide, dtype=x.meta["dtype"], layout=room), room
+
+
+def local_index(p: Partitioner, index: fx.Node, layout: Layout, size: int) -> fx.Node:
+    """Where a whole `index` points on each rank; it differs from rank to rank."""
+    return p.emit(ops.located, (index, per_rank(layout.rows), size), shape=shape_of(index), dtype=torch.int64)
+
+
+def without_room(p: Partitioner, op: Op, y: fx.Node, dim: int, layout: Layout) -> fx.Node:
+    kept = per_rank([Rows.interval(0, len(r)) for r in layout.rows])
+    return p.emit(ops.take, (y, dim, kept), shape=op.shape, dtype=op.dtype, layout=layout)
+
+
+def write(aligned: bool) -> Rule:
+    """Operators of (x, dim, index, source, …); `aligned`: the index has all dims of the source, else one."""
+
+    def rule(
+        p: Partitioner, op: Op, x: fx.Node, dim: int, index: fx.Node, source: Any, *rest: Any, **kwargs: Any
+    ) -> Any:
+        ndim = len(op.shape)
+        dim = dim % ndim
+        sources = [t for t in (index, source) if isinstance(t, fx.Node) and len(shape_of(t)) == ndim]
+        layout = next((layout_of(t) for t in (x, *sources) if layout_of(t).split), None)
+        together = layout is not None and layout.dim != dim and (sources or aligned)
+        if together and all(shape_of(t)[layout.axis] == op.shape[layout.axis] for t in sources):
+            x, source = (p.lay(t, layout) if t is x or t in sources else t for t in (x, source))
+            index = p.lay(index, layout) if aligned else p.whole(index, "realign", ANY)
+            return p.same(op, (x, dim, index, source, *rest), kwargs, layout=layout)
+        if together and layout_of(x).split:
+            x = p.whole(x, "realign", ANY)  # the index is for the first rows only
+        x = own_rows(p, x, dim)
+        layout = layout_of(x)
+        index = local_index(p, p.whole(index, "realign", ANY), layout, op.shape[dim])
+        source = p.whole(source, "realign", ANY) if isinstance(source, fx.Node) else source
+        x, room = with_room(p, x, dim)
+        y = p.emit(op.target, (x, dim, index, source, *rest), kwargs, shape=shape_of(x), dtype=op.dtype, layout=room)
+        return without_room(p, op, y, dim, layout)
+
+    return rule
+
+
+def index_put(
+    p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None], values: fx.Node, accumulate: bool = False
+) -> fx.Node:
+    used = [d for d, i in enumerate(indices) if i is not None]
+    given = [i for i in indices if i is not None]
+    if any(i.meta["dtype"] == torch.bool for i in given):
+        raise SplitError("a boolean index")
+    indices = [p.whole(i, "realign", ANY) if i is not None else None for i in indices]
+    layout = layout_of(x)
+    if layout.split and layout.dim not in used:
+        broadcast = torch.broadcast_shapes(*(shape_of(i) for i in given))
+        adjacent = used == list(range(used[0], used[-1] + 1))
+        kept = [d for d in range(len(op.shape)) if d not in used]
+        place, start = kept.index(layout.axis), used[0] if adjacent else 0
+        at = layout.at(place + (len(broadcast) if place >= start else 0))
+        values = broadcast_to(p, values, at, len(broadcast) + len(kept))
+        return p.same(op, (x, indices, values, accumulate), layout=layout)
+    values = p.whole(values, "realign", ANY)
+    dim = layout.axis if layout.split else used[0]
+    x = own_rows(p, x, dim)
+    layout = layout_of(x)
+    indices[dim] = local_index(p, indices[dim], layout, op.shape[dim])  # type: ignore[arg-type]
+    x, room = with_room(p, x, dim)
+    y = p.emit(op.target, (x, indices, values, accumulate), shape=shape_of(x), dtype=op.dtype, layout=room)
+    return without_room(p, op, y, dim, layout)
+
+
+TABLE = {
+    aten.scatter.src: write(aligned=True),
+    aten.scatter.value: write(aligned=True),
+    aten.scatter.reduce: write(aligned=True),
+    aten.scatter.value_reduce: write(aligned=True),
+    aten.scatter_add.default: write(aligned=True),
+    aten.scatter_reduce.two: write(aligned=True),
+    aten.index_add.default: write(aligned=False),
+    aten.index_copy.default: write(aligned=False),
+    aten.index_fill.int_Scalar: write(aligned=False),
+    aten.index_put.default: index_put,
+}
