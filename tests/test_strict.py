@@ -23,7 +23,7 @@ NAMES = (
 COMMAND = "tests.tools.models:unsplittable"
 
 
-def model() -> tuple[nn.Module, tuple[Any, ...]]:
+def model() -> tuple[Any, tuple[Any, ...]]:
     module, inputs, _ = unsplittable()
     return module, inputs
 
