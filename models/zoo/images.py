@@ -210,6 +210,28 @@ def _z_image(**options: Any) -> nn.Module:
     )
 
 
+def _control_of_sequences(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
+    """What a ControlNet adds to the joint sequence after a layer; its parts are padded to multiples of 32."""
+    places = (size.rows // 2) * (size.cols // 2)
+    length = -(-places // 32) * 32 + -(-size.tokens(128) // 32) * 32
+    return {"controlnet_block_samples": {1: draw.normal(size.batch, length, transformer.config.dim)}}
+
+
+def _with_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
+    """A picture to edit, clean, before the noisy one; it is seen by a vision encoder as well, and amid the text."""
+    config, batch = transformer.config, range(size.batch)
+
+    def texts() -> list[Any]:
+        return [draw.normal(size.tokens(128) + i, config.cap_feat_dim) for i in range(3)]
+
+    return {
+        "x": [[draw.normal(config.in_channels, 1, size.rows, size.cols) for _ in range(2)] for _ in batch],
+        "cap_feats": [texts() for _ in batch],
+        "siglip_feats": [[draw.normal(4, 4, config.siglip_feat_dim), None] for _ in batch],
+        "image_noise_mask": [[0, 1] for _ in batch],
+    }
+
+
 def _control_of_blocks(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
     """What an SD3 ControlNet adds after the blocks."""
     config = transformer.config
@@ -295,6 +317,8 @@ CASES: tuple[Case, ...] = (
     Case("lumina_next", _lumina, multiple=2),
     Case("lumina_2", _lumina_2, multiple=2),
     Case("z_image", _z_image, multiple=2),
+    Case("z_image_controlled", _z_image, multiple=2, extra=_control_of_sequences),
+    Case("z_image_omni", lambda: _z_image(siglip_feat_dim=20), multiple=2, extra=_with_reference),
     Case("cogview3_plus", lambda: diffusers.CogView3PlusTransformer2DModel(**_cogview()), multiple=2),
     Case("cogview4", lambda: diffusers.CogView4Transformer2DModel(**_cogview(rope_axes_dim=(64, 64))), multiple=2),
     Case(
