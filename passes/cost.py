@@ -74,6 +74,8 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten.addmm.default: _product_plus,
     aten.baddbmm.default: _product_plus,
     aten.einsum.default: _einsum,
+    aten._int_mm.default: _product,
+    aten._weight_int8pack_mm.default: _product,
     aten.cdist.default: _product,
     aten.scaled_dot_product_attention.default: _attention,
 }

@@ -275,6 +275,11 @@ class Recorder(TorchDispatchMode):
             )
         if name in ("batch_norm", "instance_norm") and args[3] is not None and args[5]:
             raise CaptureError(f"{name} in training mode at {self.current_line()}; call model.eval() first")
+        if any(isinstance(value, torch.ScriptObject) for value in (*args, *kwargs.values())):
+            raise CaptureError(
+                f"{op} at {self.current_line()} keeps its weight in an object that only this process can read; "
+                "keep it as tensors (whole numbers and scales) that forward() multiplies"
+            )
         if forms.is_random(op):
             raise CaptureError(
                 f"{op} draws random numbers at {self.current_line()}: each rank would draw its own; "

@@ -73,6 +73,13 @@ def product(p: Partitioner, op: Op, a: fx.Node, b: fx.Node) -> fx.Node:
     return contract(p, op, (a, b), words, batch + "MN", tuple)
 
 
+def packed_product(p: Partitioner, op: Op, x: fx.Node, weight: fx.Node, scales: fx.Node) -> fx.Node:
+    """`_weight_int8pack_mm` of [M, K] and whole numbers [N, K] with a scale for each n."""
+    if layout_of(weight).split or layout_of(scales).split or layout_of(x).dim == 1:
+        raise SplitError("only the rows of a product with packed weights can be split")
+    return p.same(op, (x, weight, scales), layout=layout_of(x))
+
+
 def _batched(*operands: tuple[fx.Node, str]) -> tuple[str, list[str]]:
     """Letters of the batch dims, and of each operand; dims of size 1 broadcast and have one of their own."""
     batch = string.ascii_lowercase[: max(len(shape_of(x)) for x, _ in operands) - 2]
@@ -130,5 +137,7 @@ TABLE = {
     aten.addmm.default: product_plus,
     aten.baddbmm.default: product_plus,
     aten.einsum.default: einsum,
+    aten._int_mm.default: product,
+    aten._weight_int8pack_mm.default: packed_product,
     aten.cdist.default: distances,
 }

@@ -170,6 +170,12 @@ PRODUCTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, Any]]] = {
                      {0: (0, 1), 1: (0, 1), 2: (0, 1)}),
     "addmm that adds nothing": (lambda a, x, y: torch.addmm(a, x, y, beta=0), [(4, 6), (4, 5), (5, 6)],
                                 {0: (0, 1), 1: (0, 1), 2: (0, 1)}),
+    "product of whole numbers": (lambda x, y: torch._int_mm(*((9 * z).to(torch.int8) for z in (x, y))),
+                                 [(32, 16), (16, 8)], {0: (0, 1), 1: (0, 1)}),
+    "product with packed weights": (
+        lambda x, y, z: torch._weight_int8pack_mm(x.bfloat16(), (9 * y).to(torch.int8), z.bfloat16()),
+        [(5, 16), (16, 16), (16,)], {0: (0,)},
+    ),
     "cdist": (torch.cdist, [(2, 7, 5), (6, 5)], {0: (0, 1), 1: (0,)}),
     "cdist of many": (torch.cdist, [(2, 28, 5), (2, 6, 5)], {0: (0, 1), 1: (0, 1)}),
     "cdist of another norm": (lambda x, y: torch.cdist(x, y, p=1), [(28, 5), (6, 5)], {0: (0,), 1: (0,)}),
