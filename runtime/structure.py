@@ -9,11 +9,13 @@ a microsecond per module. Only where something differs is the difference looked 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DEPTH = 3
 _IRRELEVANT = ("_backward", "_state_dict", "_load_state", "_is_full_backward", "_non_persistent")  # to a forward call
@@ -58,17 +60,23 @@ class Structure:
 
 
 class WeightTable:
-    """Weights by qualified name, looked up in their modules at each call and never copied."""
+    """Weights by qualified name, looked up in their modules at each call and never copied.
+
+    What follows a weight's own name leads to a tensor that the weight is made of.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self._entries: list[tuple[dict[str, Any], str]] = []
+        self._entries: list[tuple[dict[str, Any], str, list[str]]] = []
         for name in names:
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            self._entries.append((module._parameters if leaf in module._parameters else module._buffers, leaf))
+            module: Any = model
+            first, *rest = name.split(".")
+            while first in module._modules:
+                module = module._modules[first]
+                first, *rest = rest
+            self._entries.append((module._parameters if first in module._parameters else module._buffers, first, rest))
 
     def tensors(self) -> list[Tensor]:
-        return [holder[leaf] for holder, leaf in self._entries]
+        return [reduce(getattr, rest, holder[first]) for holder, first, rest in self._entries]
 
 
 def _collect(live: Any, depth: int, seen: set[int], found: list[Any]) -> None:
@@ -118,7 +126,13 @@ def _describe(model: nn.Module) -> list[Any]:
 
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
-    return () if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
+    if tensor is None:
+        return ()
+    inside: list[Any] = []
+    if is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        inside = [type(tensor), _plain(context, DEPTH), *(_kind(getattr(tensor, name)) for name in names)]
+    return (tuple(tensor.shape), tensor.dtype, tensor.device, *inside)
 
 
 def _plain(value: Any, depth: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from ..ir.program import Program
 
 
 def lookup(model: nn.Module, name: str) -> Tensor:
-    """The parameter, buffer or plain attribute of a model that has a qualified name."""
-    owner, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(owner), attribute)
+    """The parameter, buffer or plain attribute of a model by qualified name, or a tensor that one is made of."""
+    return attrgetter(name)(model)
 
 
 def run_nodes(nodes: Iterable[fx.Node], values: dict[fx.Node, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import CaptureError
 
@@ -31,19 +32,32 @@ def check_model(model: nn.Module) -> None:
 
 
 def names_of(model: nn.Module) -> dict[int, tuple[str, str]]:
-    """id of each tensor that the model holds -> (kind, qualified name); tied weights have their first name."""
+    """id of each tensor that the model holds -> (kind, qualified name); tied weights have their first name.
+
+    A weight that is made of other tensors (a quantised one of whole numbers and scales) is named, and so are they.
+    """
     names: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
         prefix = path + "." if path else ""
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None:
-                names.setdefault(id(tensor), ("weight", prefix + name))
+                for inner, part in parts(tensor):
+                    names.setdefault(id(part), ("weight", prefix + name + inner))
     for path, module in model.named_modules():
         prefix = path + "." if path else ""
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 names.setdefault(id(value), ("constant", prefix + name))
     return names
+
+
+def parts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor and those that it is made of, with what leads to each: "", ".codes", ".codes.inner"."""
+    yield "", tensor
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            for inner, part in parts(getattr(tensor, name)):
+                yield f".{name}{inner}", part
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from . import flex, forms
 from .errors import CaptureError, model_line
@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
 
     def add_input(self, real: Tensor, path: str) -> Tensor:
         """The fake tensor that stands for an input."""
+        _refuse_subclass(real, f"the input {path}")
         fake = self._fake_like(real)
         has_value = not isinstance(real, FakeTensor)
         value = real if has_value else getattr(real, "constant", None)
@@ -89,10 +90,7 @@ class Recorder(TorchDispatchMode):
         if id(tensor) in self._fakes:
             return self._fakes[id(tensor)]
         kind, name = self._names.get(id(tensor), ("fresh" if fresh else "constant", ""))
-        if not isinstance(tensor, FakeTensor) and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            raise CaptureError(
-                f"{name or 'a tensor'} is a {type(tensor).__name__}: tensor subclasses cannot be captured"
-            )
+        _refuse_subclass(tensor, name or "a tensor")
         if tensor.is_meta and not isinstance(tensor, FakeTensor):
             raise CaptureError(f"{name or 'a tensor'} is on the meta device (offloaded?); load the weights first")
         fake = self._fake_like(tensor)
@@ -161,6 +159,8 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(f"the higher-order operator {op} at {self.current_line()} cannot be captured")
         if forms.is_metadata(op):
             return op(*args, **(kwargs or {}))
+        if any(map(is_traceable_wrapper_subclass_type, types)):  # its own class knows what the operator does
+            return self._apart(op, args, kwargs or {}) if forms.is_composite(op) else NotImplemented
         fresh = op is aten.lift_fresh.default
         args = _map_tensors(args, lambda t: self.fake(t, fresh))
         kwargs = _map_tensors(kwargs or {}, self.fake)
@@ -285,6 +285,14 @@ class Recorder(TorchDispatchMode):
                 f"{op} draws random numbers at {self.current_line()}: each rank would draw its own; "
                 "pass them in as an input"
             )
+
+
+def _refuse_subclass(tensor: Tensor, name: str) -> None:
+    if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not isinstance(tensor, FakeTensor):
+        raise CaptureError(
+            f"{name} is a {type(tensor).__name__}: of tensor subclasses only weights can be captured, and only such as "
+            "are made of plain tensors (__tensor_flatten__)"
+        )
 
 
 def _dropout(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> float:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fxpass.capture import Call, CaptureError, broken_guard, capture, outdated
 from fxpass.capture.call import flatten_output
@@ -386,6 +387,34 @@ def test_an_input_written_in_place_is_refused() -> None:
             return sample.mul_(2)
 
     assert "input in place: sample" in refused(Model(), torch.ones(3))
+
+
+def test_a_tensor_subclass_as_an_input_is_refused() -> None:
+    class Model(nn.Module):
+        def forward(self, sample: Tensor) -> Tensor:
+            return sample * 2
+
+    class Named(Tensor):
+        pass
+
+    for given in (torch.ones(3).as_subclass(Named), TwoTensor(torch.ones(3), torch.zeros(3))):
+        assert f"the input sample is a {type(given).__name__}" in refused(Model(), given)
+
+
+def test_a_weight_made_of_two_tensors_is_captured_as_two() -> None:
+    model = nn.Linear(6, 5).requires_grad_(False)
+    model.weight = nn.Parameter(TwoTensor(torch.randn(5, 6), torch.randn(5, 6)), requires_grad=False)
+    assert "a TwoTensor" in refused(model, torch.ones(2, 6))  # so is what the model returns
+    program = capture(nn.Sequential(model, First()), torch.ones(2, 6))
+    assert sorted(program.weights.values()) == ["0.bias", "0.weight.a"]
+    same(nn.Sequential(model, First()), program, torch.randn(2, 6))
+
+
+class First(nn.Module):
+    """The first of the tensors that one is made of."""
+
+    def forward(self, x: Any) -> Tensor:
+        return x.a * 1
 
 
 def test_weights_on_several_devices_are_refused() -> None:

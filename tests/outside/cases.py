@@ -133,7 +133,7 @@ outsiders = [
     Outsider("medical", lambda rows: MedicalUNet(), _medical),
     Outsider("medical_final", lambda rows: MedicalUNet(), _final),
     Outsider("audio", lambda rows: AudioUNet(), _audio),
-    Outsider("linear_attention", lambda rows: LinearDenoiser(), _linear, fallbacks=("softmax",)),
+    Outsider("linear_attention", lambda rows: LinearDenoiser(), _linear),
     Outsider("experts_soft", lambda rows: MixtureDiT("soft"), _mixture),
     Outsider("experts_dispatch", lambda rows: MixtureDiT("dispatch"), _mixture, fallbacks=("argmax",)),
     Outsider("consistency", lambda rows: ConsistencyModel(), _consistency, odd=26),
