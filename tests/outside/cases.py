@@ -52,7 +52,6 @@ class Outsider:
     call: Callable[[Given], Call]
     rows: int = 32
     odd: int = 27  #: rows that ranks cannot share out evenly, and strides do not divide where the model allows that
-    fallbacks: tuple[str, ...] = ()  #: what their reasons contain
 
     def build(self, rows: int) -> nn.Module:
         """In eval mode, parameters that are constant at first made random."""
@@ -128,15 +127,14 @@ outsiders = [
     Outsider("rearranged", lambda rows: RearrangedDiT(), _rearranged, odd=26),
     Outsider("rearranged_unconditional", lambda rows: RearrangedDiT(depth=1), _unconditional, odd=26),
     Outsider("hourglass_mask", hourglass("mask", "mask", "global"), _hourglass, odd=28),
-    Outsider("hourglass_unfold", hourglass("unfold", "global"), _hourglass, odd=26, fallbacks=("im2col",)),
-    Outsider("hourglass_windows", hourglass("windows", "global"), _hourglass, odd=26, fallbacks=("unfold",)),
+    Outsider("hourglass_unfold", hourglass("unfold", "global"), _hourglass, odd=26),
+    Outsider("hourglass_windows", hourglass("windows", "global"), _hourglass, odd=26),
     Outsider("medical", lambda rows: MedicalUNet(), _medical),
     Outsider("medical_final", lambda rows: MedicalUNet(), _final),
     Outsider("audio", lambda rows: AudioUNet(), _audio),
     Outsider("linear_attention", lambda rows: LinearDenoiser(), _linear),
     Outsider("experts_soft", lambda rows: MixtureDiT("soft"), _mixture),
-    Outsider("experts_dispatch", lambda rows: MixtureDiT("dispatch"), _mixture, fallbacks=("argmax",)),
+    Outsider("experts_dispatch", lambda rows: MixtureDiT("dispatch"), _mixture),
+    Outsider("experts_loop", lambda rows: MixtureDiT("loop"), _mixture),
     Outsider("consistency", lambda rows: ConsistencyModel(), _consistency, odd=26),
 ]
-
-looping = Outsider("experts_loop", lambda rows: MixtureDiT("loop"), _mixture)

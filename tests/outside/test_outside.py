@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import fxpass
-from fxpass.capture import Call, CaptureError
+from fxpass.capture import Call
 from fxpass.capture.call import flatten_output
 from fxpass.ir.inputs import moving
-from tests.outside.cases import Outsider, looping, outsiders
+from tests.outside.cases import Outsider, outsiders
 from tests.test_exact import EXACT, error
 
 RANKS = (2, 3, 4)
@@ -55,8 +55,7 @@ def test_a_model_of_ones_own_is_exact_on_inputs_it_was_not_captured_with(each: O
     for args, kwargs in (first, fresh):
         assert _compared(parallel(*args, **kwargs), model(*args, **kwargs)) <= EXACT
     assert parallel.plan.bound > 0.6 * ranks, str(parallel.plan)
-    others = [e.reason for e in parallel.plan.fallbacks if not any(known in e.reason for known in each.fallbacks)]
-    assert not others, str(parallel.plan)
+    assert not parallel.plan.fallbacks, str(parallel.plan)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +83,3 @@ def test_a_displaced_step_on_an_unchanged_input_equals_an_exact_one(each: Outsid
     tensors[found.timestep] = (tensors[found.timestep] * 0.9).to(tensors[found.timestep].dtype)
     args, kwargs = call.rebuild(call.with_numbers(tensors))
     assert _compared(parallel(*args, **kwargs), model(*args, **kwargs)) > EXACT
-
-
-def test_experts_that_are_called_in_a_loop_with_their_tokens_are_refused_with_the_line() -> None:
-    model: Any = looping.build(32)
-    args, kwargs = looping.arguments(32)
-    with pytest.raises(CaptureError, match=r"nonzero.*experts\.py:\d+ in forward needs the value of an activation"):
-        fxpass.parallelize(model, 2, executor="lockstep")(*args, **kwargs)
