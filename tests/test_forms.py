@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import fxpass
 from fxpass.capture import CaptureError
-from fxpass.capture.call import flatten_output, register_dataclasses
+from fxpass.capture.call import flatten_output
 from fxpass.models.small import case, cases
 from tests.outside.cases import outsiders
 from tests.outside.quantised import FORMS, QuantisedTensor, quantise, quantised
@@ -68,7 +68,7 @@ def changed(module: Any, kind: type[nn.Module], change: Callable[[Any], Any]) ->
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    register_dataclasses(value)
+    flatten_output(value)  # lets pytrees enter dataclasses
     return pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 
@@ -323,3 +323,19 @@ def test_a_weight_packed_into_an_object_is_refused_with_the_line() -> None:
     args, kwargs = arguments("uvit", module, 1)
     with pytest.raises(CaptureError, match=r"linear_dynamic.*uvit\.py:\d+ .*only this process can read"):
         fxpass.parallelize(module, 2, executor="lockstep")(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_a_model_that_decides_by_the_order_in_memory_is_given_another_program() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * (2 if x.is_contiguous() else 3)
+
+    model = Model().eval()
+    parallel = fxpass.parallelize(model, 2, executor="lockstep")
+    for x in (torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8).mT, torch.randn(1, 3, 8, 8)):
+        assert error(parallel(x), model(x)) <= EXACT

@@ -184,7 +184,7 @@ def _autocast() -> tuple[Any, ...]:
 
 def _kind(path: str, leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return ("tensor", tuple(leaf.shape), leaf.dtype, leaf.device)
+        return ("tensor", tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)  # models may ask for strides
     if _is_number(leaf):
         return ("number", type(leaf))
     if isinstance(leaf, _PLAIN):
