@@ -61,7 +61,7 @@ class Found:
     parameters: int = 0
     operators: int = 0
     read: tuple[tuple[str, str], ...] = ()  #: inputs that the model turns into Python values, and where
-    scale: float = 0.0  #: the smallest standard deviation of an output
+    scale: float = 0.0  #: the smallest root mean square of an output
     change: float = 0.0  #: the least that other inputs change an output, over its largest value
     splits: dict[int, Split] = field(default_factory=dict)
     displaced: float | None = None  #: difference of a displaced step from the unsplit model on unchanged input
@@ -192,7 +192,7 @@ def _of_program(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
     return {
         "operators": sum(1 for _ in calls(subject.program.graph)),
         "read": tuple(sorted(read)),
-        "scale": min(each.double().std().item() for each in subject.expected),
+        "scale": min(each.double().square().mean().sqrt().item() for each in subject.expected),
         "change": min(map(difference, other, subject.expected)),
     }
 
