@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from ..ir.program import shape_of
 
 aten = torch.ops.aten
+
+Form = Callable[..., Any]  #: (builder, node, *its arguments) -> its normal form
 
 
 class Builder:

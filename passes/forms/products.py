@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.program import shape_of
-from .builder import Builder
+from ...ir.program import shape_of
+from ..builder import Builder, Form
 
 aten = torch.ops.aten
 
@@ -38,3 +38,8 @@ def letters(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
         result = "..." + "".join(sorted(letter for letter in set(named) if named.count(letter) == 1))
     words = [word.replace("...", dots[len(dots) - n :]) for word, n in zip(words, counts, strict=True)]
     return words, result.replace("...", dots)
+
+
+TABLE: dict[Any, Form] = {
+    aten.einsum.default: einsum,
+}

@@ -1,0 +1,88 @@
+"""Copies and look-ups: what changes nothing goes, what changes the dtype is `_to_copy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.program import shape_of
+from ..builder import Builder, Form
+from .views import expand
+
+aten = torch.ops.aten
+
+
+def _itself(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Node:
+    return x
+
+
+def _clone(b: Builder, node: fx.Node, x: fx.Node, *, memory_format: Any = None, **_: Any) -> fx.Node:
+    """Kept where it changes the order in memory: a convolution would else do it for its weights, at every call."""
+    if memory_format in (None, torch.preserve_format) or x.meta["val"].is_contiguous(memory_format=memory_format):
+        return x
+    return b.emit(aten.clone.default, x, memory_format=memory_format)
+
+
+def _to_copy(b: Builder, node: fx.Node, x: fx.Node | float, **kwargs: Any) -> fx.Node:
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    if not isinstance(x, fx.Node):  # vmap leaves numbers in the place of tensors
+        return b.copy(aten.full.default, ([], x), {"dtype": dtype or node.meta["dtype"]}, node.meta["val"])
+    if dtype in (None, x.meta["dtype"]) and device in (None, x.meta["val"].device):
+        return x
+    kept = {k: v for k, v in kwargs.items() if k in ("dtype", "device") and v is not None}
+    return b.emit(aten._to_copy.default, x, **kept)
+
+
+def _type_as(b: Builder, node: fx.Node, x: fx.Node, other: fx.Node) -> fx.Node:
+    return _to_copy(b, node, x, dtype=other.meta["dtype"])
+
+
+def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx.Node:
+    return _to_copy(b, node, expand(b, node, source), dtype=x.meta["dtype"])
+
+
+def _index_put(
+    b: Builder, node: fx.Node, x: fx.Node, indices: Sequence[Any], values: fx.Node, accumulate: bool = False
+) -> fx.Node:
+    """One value where a mask is true is a choice."""
+    mask = indices[0]
+    single = len(indices) == 1 and mask.meta["dtype"] == torch.bool and prod(shape_of(values)) == 1
+    if not single or accumulate:
+        return b.emit(aten.index_put.default, x, indices, values, accumulate)
+    mask = b.reshape(mask, [*shape_of(mask), *(1,) * (len(shape_of(x)) - len(shape_of(mask)))])
+    return b.emit(aten.where.self, mask, _to_copy(b, node, b.reshape(values, []), dtype=x.meta["dtype"]), x)
+
+
+def _take_along_dim(b: Builder, node: fx.Node, x: fx.Node, indices: fx.Node, dim: int | None = None) -> fx.Node:
+    if dim is None:
+        x, indices = (b.reshape(t, [prod(shape_of(t))]) for t in (x, indices))
+    shapes = [list(shape_of(t)) for t in (x, indices)]
+    dim = (dim or 0) % len(shapes[0])
+    for d, sizes in enumerate(zip(*shapes, strict=True)):
+        if d != dim:
+            shapes[0][d] = shapes[1][d] = max(sizes)
+    wide = [
+        t if list(shape_of(t)) == shape else b.emit(aten.expand.default, t, shape)
+        for t, shape in zip((x, indices), shapes, strict=True)
+    ]
+    return b.emit(aten.gather.default, wide[0], dim, wide[1])
+
+
+TABLE: dict[Any, Form] = {
+    aten.clone.default: _clone,
+    aten.alias.default: _itself,
+    aten.detach.default: _itself,
+    aten.detach_.default: _itself,
+    aten.contiguous.default: lambda b, node, x, **_: _clone(b, node, x, memory_format=torch.contiguous_format),
+    aten.lift_fresh_copy.default: _itself,
+    aten.lift_fresh.default: _itself,
+    aten._to_copy.default: _to_copy,
+    aten.type_as.default: _type_as,
+    aten.copy.default: _copy,
+    aten.take_along_dim.default: _take_along_dim,
+    aten.index_put.default: _index_put,
+}

@@ -1,0 +1,86 @@
+"""Convolutions, and interpolation to explicit sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.program import shape_of
+from ..builder import Builder, Form
+
+aten = torch.ops.aten
+
+
+def _convolution(transposed: bool) -> Form:
+    def form(
+        b: Builder, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, *rest: Any, **named: Any
+    ) -> fx.Node:
+        order = ["stride", "padding"] + (
+            ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
+        )
+        given = dict(zip(order, rest, strict=False)) | named
+        spatial = len(shape_of(weight)) - 2
+
+        def each(name: str, default: int) -> list[int]:
+            value = given.get(name, default)
+            values = [value] if isinstance(value, int) else list(value)
+            return values * spatial if len(values) == 1 else values
+
+        stride, dilation = each("stride", 1), each("dilation", 1)
+        if given.get("padding") in ("same", "valid"):
+            total = [d * (k - 1) for d, k in zip(dilation, shape_of(weight)[2:], strict=True)]
+            total = total if given["padding"] == "same" else [0] * spatial
+            padding = [t // 2 for t in total]
+            uneven = [v for t in reversed(total) for v in (0, t % 2)]
+            x = b.emit(aten.constant_pad_nd.default, x, uneven) if any(uneven) else x
+        else:
+            padding = each("padding", 0)
+        batched = len(shape_of(x)) == spatial + 2
+        x = x if batched else b.reshape(x, (1, *shape_of(x)))
+        y = b.emit(
+            aten.convolution.default, x, weight, bias, stride, padding, dilation, transposed,
+            each("output_padding", 0), given.get("groups", 1),
+        )  # fmt: skip
+        return b.reshape(y, shape_of(node))
+
+    return form
+
+
+def _upsample(names: tuple[str, ...]) -> Form:
+    """`.vec` forms take a size or scale factors; the explicit forms take the size and, after the flags, scales."""
+
+    def form(b: Builder, node: fx.Node, x: fx.Node, *args: Any, **named: Any) -> fx.Node:
+        given = dict(zip(("output_size", *names, "scale_factors"), args, strict=False)) | named
+        size = list(shape_of(node)[2:])
+        flags = [given[name] for name in names]
+        scales = [None] * len(size) if given.get("output_size") is not None else list(given["scale_factors"])
+        return b.emit(node.target.overloadpacket.default, x, size, *flags, *scales)  # type: ignore[union-attr]
+
+    return form
+
+
+TABLE: dict[Any, Form] = {
+    aten.conv1d.default: _convolution(False),
+    aten.conv2d.default: _convolution(False),
+    aten.conv3d.default: _convolution(False),
+    aten.conv1d.padding: _convolution(False),
+    aten.conv2d.padding: _convolution(False),
+    aten.conv3d.padding: _convolution(False),
+    aten.conv_transpose1d.default: _convolution(True),
+    aten.conv_transpose2d.input: _convolution(True),
+    aten.conv_transpose3d.input: _convolution(True),
+    aten.upsample_nearest1d.vec: _upsample(()),
+    aten.upsample_nearest2d.vec: _upsample(()),
+    aten.upsample_nearest3d.vec: _upsample(()),
+    aten._upsample_nearest_exact1d.vec: _upsample(()),
+    aten._upsample_nearest_exact2d.vec: _upsample(()),
+    aten._upsample_nearest_exact3d.vec: _upsample(()),
+    aten.upsample_linear1d.vec: _upsample(("align_corners",)),
+    aten.upsample_bilinear2d.vec: _upsample(("align_corners",)),
+    aten.upsample_trilinear3d.vec: _upsample(("align_corners",)),
+    aten.upsample_bicubic2d.vec: _upsample(("align_corners",)),
+    aten._upsample_bilinear2d_aa.vec: _upsample(("align_corners",)),
+    aten._upsample_bicubic2d_aa.vec: _upsample(("align_corners",)),
+}
