@@ -99,6 +99,7 @@ class Plan:
     target: Target
     seeds: dict[str, Layout]  #: what is split, by name of input or value
     seconds: dict[str, float]  #: wall time of `capture`, of `plan`, and of each pass of the latter
+    attempts: int = 0  #: how many ways to cut the search tried
 
     @cached_property
     def fingerprint(self) -> str:
@@ -239,7 +240,9 @@ def make_plan(
     result: Build = build(program, world_size, target_of(target, program), strategy)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
-    plan = Plan(result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), seconds)
+    plan = Plan(
+        result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), seconds, result.attempts
+    )
     if strict and plan.gathered:
         raise FallbackError(
             f"strict: {len(plan.gathered)} operators cannot be split and would run whole on every rank:\n"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ class Draw:
         return torch.full(shape, value, dtype=dtype or self.dtype, device=self.device)
 
     def mask(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
-        """`[B, T]`, one where a text token is real: sample b has b fewer than three quarters."""
-        real = torch.clamp(length - length // 4 - torch.arange(batch), min=1)
-        keep = torch.arange(length)[None, :] < real[:, None]
-        return keep.to(device=self.device, dtype=dtype or self.dtype)
+        """`[B, T]`, one where a text token is real: sample b has b fewer than three quarters.
+
+        Never fake: models select by masks, so that shapes depend on their values.
+        """
+        with unset_fake_temporarily():
+            real = torch.clamp(length - length // 4 - torch.arange(batch), min=1)
+            keep = torch.arange(length)[None, :] < real[:, None]
+            return keep.to(device=self.device, dtype=dtype or self.dtype)
 
 
 Maker = Callable[[Any, Size, Draw], dict[str, Any]]

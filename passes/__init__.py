@@ -37,6 +37,7 @@ class Build:
     target: Target
     kinds: Kinds  #: how fresh each kind of exchange is, and how much of each neighbour attention sees
     seeds: Mapping[str, Layout] = field(default_factory=dict)
+    attempts: int = 0  #: how many ways to cut were tried
     graph: fx.Graph | None = None  #: the partitioned graph
 
     @property
@@ -59,7 +60,8 @@ def _normalize(build: Build) -> Build:
 
 
 def _seed(build: Build) -> Build:
-    return replace(build, seeds=seed(build.program.graph, build.program.inputs, build.world, build.target, RULES))
+    found = seed(build.program.graph, build.program.inputs, build.world, build.target, RULES)
+    return replace(build, seeds=found.seeds, attempts=found.attempts)
 
 
 def _partition(build: Build) -> Build:

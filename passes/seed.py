@@ -25,10 +25,20 @@ from .cost import Cost, Target, cost, flops, node_flops
 from .partition import Rule, partition
 
 Seeds = dict[str, Layout]
+OVERHEAD: tuple[Role, ...] = ("realign", "rebalance", "small", "fallback")  #: roles of exchanges that the cuts ask for
 GRAINS = (1, 2, 4, 8, 16, 32)
 NEAR = 0.9  #: of the ideal speed-up: a first cut that is worth refining rather than replacing
+TOLERATED = 0.01  #: of all bytes: more that only moves cuts is not worth a few per cent of work
 WORTHWHILE = 1.2  #: times as fast: less is replication, not a split
 GOOD = 0.97  #: of the ideal speed-up: good enough to stop
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search found."""
+
+    seeds: Seeds
+    attempts: int  #: candidates that were partitioned and judged
 
 
 class WorldSizeError(ValueError):
@@ -45,7 +55,7 @@ class Search:
     rules: Mapping[Any, Rule]
     inputs: tuple[str, ...]
     total: int = 0
-    best: tuple[tuple[int, float], Seeds, fx.Graph, Cost] | None = None
+    best: tuple[tuple[int, bool, float], Seeds, fx.Graph, Cost] | None = None
     tried: set[tuple[tuple[str, Layout], ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -59,7 +69,7 @@ class Search:
         self.tried.add(key)
         graph = partition(self.graph, self.world, seeds, self.rules)
         judged = cost(graph, self.world, self.target)
-        rank = self._unevenness(judged), judged.seconds
+        rank = self._unevenness(judged), _moved(graph) > TOLERATED, judged.seconds
         if self.best is None or rank < self.best[0]:
             self.best = rank, seeds, graph, judged
         return graph
@@ -106,16 +116,16 @@ class Search:
         return self.bound / self.world
 
 
-def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, rules: Mapping[Any, Rule]) -> Seeds:
-    """The best seeds found.
+def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, rules: Mapping[Any, Rule]) -> Found:
+    """The best seeds found, and how many candidates were tried.
 
     Raises `WorldSizeError` if no input has enough rows for `world` ranks; the message says how many ranks would do.
     """
     if world == 1:
-        return {}
+        return Found({}, 0)
     search = Search(graph, world, target, rules, inputs)
     if search.run():
-        return search.seeds
+        return Found(search.seeds, len(search.tried))
     sizes = sorted({shape_of(node)[dim] for node, dim in _candidates(replace(search, world=2))}, reverse=True)
     if not sizes:
         given = [n for n in graph.nodes if n.name in inputs and "shape" in n.meta]
@@ -137,10 +147,7 @@ def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, r
 def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
     """(input, dim) pairs, those first that most of the work depends on, then the largest; dim 0 is the batch."""
     weight = _downstream(search.graph)
-    nodes = [n for n in search.graph.nodes if n.op == "placeholder" and n.name in search.inputs and "shape" in n.meta]
-    nodes = [n for n in nodes if n.meta["dtype"].is_floating_point]
-    # [batch, channels] is a condition, unless there is nothing else: then it is a signal
-    nodes = [n for n in nodes if len(shape_of(n)) >= 3] or [n for n in nodes if len(shape_of(n)) == 2]
+    nodes = inputs_with_rows(search.graph, search.inputs)
     largest = max((weight[n] for n in nodes), default=0)
     nodes = [n for n in nodes if weight[n] > largest // 2]
     size = {n: n.meta["val"].numel() for n in nodes}
@@ -148,6 +155,13 @@ def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
         for dim in range(1, len(shape_of(node))):
             if shape_of(node)[dim] >= search.world:
                 yield node, dim
+
+
+def inputs_with_rows(graph: fx.Graph, inputs: tuple[str, ...]) -> list[fx.Node]:
+    """The inputs that could be cut: [batch, channels] is a condition, unless there is nothing else: then a signal."""
+    nodes = [n for n in graph.nodes if n.op == "placeholder" and n.name in inputs and "shape" in n.meta]
+    nodes = [n for n in nodes if n.meta["dtype"].is_floating_point]
+    return [n for n in nodes if len(shape_of(n)) >= 3] or [n for n in nodes if len(shape_of(n)) == 2]
 
 
 def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -168,10 +182,19 @@ def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
     return totals
 
 
+def _moved(graph: fx.Graph) -> float:
+    """Bytes that serve the cuts and not the model, as a share of all."""
+    total = moved = 0
+    for _, declared in exchanges_of(graph):
+        for each in declared:
+            total += each.bytes
+            moved += each.bytes if each.role in OVERHEAD else 0
+    return moved / total if total else 0.0
+
+
 def _moves_cuts(graph: fx.Graph) -> bool:
     """Whether values have to be cut elsewhere on the way, as coarser cuts or another dim might spare."""
-    roles: tuple[Role, ...] = ("realign", "rebalance", "small", "fallback")
-    return any(each.role in roles for _, declared in exchanges_of(graph) for each in declared)
+    return any(each.role in OVERHEAD for _, declared in exchanges_of(graph) for each in declared)
 
 
 def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..case import Case
 from ..draw import Draw, Size
-from ..inputs_tokens import flux_2_reference, flux_3_reference, grid
+from ..recipes.tokens import flux_2_reference, flux_3_reference, grid
 
 _small: dict[str, Any] = {
     "num_layers": 2,

@@ -20,14 +20,18 @@ aten = torch.ops.aten
 
 
 def align(p: Partitioner, shape: tuple[int, ...], values: list[fx.Node]) -> tuple[Layout, list[fx.Node]]:
-    """Bring operands that broadcast to `shape` to one layout: that of the one which would cost most to move."""
+    """Bring operands that broadcast to `shape` to one layout: the most even of those of its largest operands.
+
+    So a value that comes from few rows, unevenly shared, is cut again where it meets one of many rows.
+    """
 
     def out_layout(x: fx.Node) -> Layout | None:
         layout = layout_of(x)
         return layout.at(layout.dim + len(shape) - len(shape_of(x))) if layout.dim is not None else None
 
-    candidates = [(prod(shape_of(x)), -i, layout) for i, x in enumerate(values) if (layout := out_layout(x))]
-    layout = max(candidates, key=lambda c: c[:2])[2]
+    candidates = [(prod(shape_of(x)), layout) for x in values if (layout := out_layout(x))]
+    largest = max(size for size, _ in candidates)
+    layout = min((each for size, each in candidates if 2 * size >= largest), key=lambda each: max(each.sizes))
     return layout, [broadcast_to(p, x, layout, len(shape)) for x in values]
 
 

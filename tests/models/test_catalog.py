@@ -7,19 +7,21 @@ from torch.utils._pytree import tree_leaves
 
 from fxpass.models.catalog import catalog, get, load
 
-each_name = pytest.mark.parametrize("name", catalog)
 cheap = {"sd-vae-decode"}
+usual = ("sd15", "sdxl", "dit-xl-512", "pixart-sigma", "sd35-medium", "flux-dev", "hunyuan-dit", "sana-1600m",
+         "wan21-1.3b", "cogvideox-2b", "sd-vae-decode")  # fmt: skip
 
 
-@each_name
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in usual else pytest.mark.slow) for n in catalog])
 def test_a_model_has_as_many_parameters_as_published_and_none_holds_memory(name: str) -> None:
     module, kwargs = load(name)
     assert sum(parameter.numel() for parameter in module.parameters()) == catalog[name].parameters
     assert all(isinstance(parameter, FakeTensor) for parameter in module.parameters())
-    assert all(isinstance(leaf, FakeTensor) for leaf in tree_leaves(kwargs) if isinstance(leaf, torch.Tensor))
+    real = [x for x in tree_leaves(kwargs) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
+    assert sum(x.numel() for x in real) < 1e6, "masks of tokens have values"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in cheap else pytest.mark.slow) for n in catalog])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in cheap else pytest.mark.slow) for n in usual])
 def test_a_model_exports_without_weights_to_one_sample_per_input(name: str) -> None:
     module, kwargs = load(name)
     program = torch.export.export(module, (), kwargs, strict=False).run_decompositions({})

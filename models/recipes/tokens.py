@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .draw import Draw, Maker, Size
+from ..draw import Draw, Maker, Size
 
 
 def grid(size: Size) -> tuple[int, int]:
@@ -190,7 +190,7 @@ def _qwen_21(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
     }
 
 
-makers: dict[str, Maker] = {
+MAKERS: dict[str, Maker] = {
     "BriaTransformer2DModel": _bria,
     "BriaFiboTransformer2DModel": _bria_fibo,
     "ChromaTransformer2DModel": _chroma,

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor
 
-from .draw import Draw, Maker, Size
+from ..draw import Draw, Maker, Size
 
 
 def _latent(transformer: Any, size: Size, draw: Draw) -> Tensor:
@@ -206,7 +206,7 @@ def _z_image(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
     }
 
 
-makers: dict[str, Maker] = {
+MAKERS: dict[str, Maker] = {
     "AuraFlowTransformer2DModel": _aura_flow,
     "BriaFibo2Transformer2DModel": _bria_fibo_2,
     "CogView3PlusTransformer2DModel": _cogview,

@@ -1,0 +1,1 @@
+"""Published models by kind; each file ends in its `ENTRIES`."""
