@@ -60,23 +60,6 @@ def _hunyuan_video(transformer: diffusers.HunyuanVideoTransformer3DModel, size: 
     return inputs
 
 
-def _hunyuan_video_15(
-    transformer: diffusers.HunyuanVideo15Transformer3DModel, size: Size, draw: Draw
-) -> dict[str, Any]:
-    """Words, glyphs of quoted text, and tokens of a picture (zeros for text to video)."""
-    config = transformer.config
-    text, glyphs = size.tokens(1000), size.tokens(256)
-    return {
-        "hidden_states": _video(transformer, size, draw),
-        "timestep": draw.full(321.0, size.batch),
-        "encoder_hidden_states": draw.normal(size.batch, text, config.text_embed_dim),
-        "encoder_attention_mask": draw.mask(size.batch, text, torch.int64),
-        "encoder_hidden_states_2": draw.normal(size.batch, glyphs, config.text_embed_2_dim),
-        "encoder_attention_mask_2": draw.mask(size.batch, glyphs, torch.int64),
-        "image_embeds": draw.normal(size.batch, size.tokens(729), config.image_embed_dim),
-    }
-
-
 def _ltx(transformer: diffusers.LTXVideoTransformer3DModel, size: Size, draw: Draw) -> dict[str, Any]:
     """The latent is flattened to tokens; positions follow from its size."""
     config = transformer.config
@@ -154,7 +137,6 @@ MAKERS: dict[str, Maker] = {
     "SkyReelsV2Transformer3DModel": _wan,
     "CogVideoXTransformer3DModel": _cogvideox,
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
-    "HunyuanVideo15Transformer3DModel": _hunyuan_video_15,
     "LTXVideoTransformer3DModel": _ltx,
     "MochiTransformer3DModel": _mochi,
     "Kandinsky5Transformer3DModel": _kandinsky5,

@@ -31,7 +31,8 @@ def align(p: Partitioner, shape: tuple[int, ...], values: list[fx.Node]) -> tupl
 
     candidates = [(prod(shape_of(x)), layout) for x in values if (layout := out_layout(x))]
     largest = max(size for size, _ in candidates)
-    layout = min((each for size, each in candidates if 2 * size >= largest), key=lambda each: max(each.sizes))
+    large = [(size, layout) for size, layout in candidates if 2 * size >= largest]
+    _, layout = min(large, key=lambda each: (max(each[1].sizes) / shape[each[1].axis], -each[0]))
     return layout, [broadcast_to(p, x, layout, len(shape)) for x in values]
 
 

@@ -74,7 +74,7 @@ def test_a_size_that_the_model_does_not_take_is_refused_with_the_reason(
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(LookupError, match=r"no model named 'sdxll' in the catalog; did you mean .*sdxl"):
         get("sdxll")
-    with pytest.raises(LookupError, match="known are sd15, sdxl"):
+    with pytest.raises(LookupError, match="known are sd15, sd21, sdxl"):
         get("?")
 
 
