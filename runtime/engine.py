@@ -20,7 +20,7 @@ from .executor import EXACT, Executor, Loaded, PlanLike, Report
 from .structure import Structure, WeightTable
 
 SIGNATURES = 8  #: programs kept; the least recently used one goes first
-GUARDED = 4  #: programs of one signature that differ only in guarded values
+GUARDED = 4  #: programs of one signature that differ only in guarded values; more captures in a row are an error
 
 Planner = Callable[[Program], PlanLike]
 
@@ -49,6 +49,7 @@ class Engine:
         self._lock = threading.Lock()
         self._closed: str | None = None
         self._timesteps: Sequence[float] = ()  # of the generation, as announced
+        self._in_a_row = 0  # calls that had to be captured, since one that had not
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The model's output. Runs without autograd.
@@ -120,9 +121,15 @@ class Engine:
         for entry in entries:
             broken = broken_guard(entry.captured, self.model, call.tensors)
             if broken is None:
+                entries.remove(entry)
+                entries.append(entry)  # the least recently used one comes first
+                self._in_a_row = 0
                 return entry
         if broken is not None and len(entries) >= GUARDED:
-            raise guard_error(broken)
+            if self._in_a_row >= GUARDED:
+                raise guard_error(broken)
+            entries.pop(0).loaded.release()
+        self._in_a_row += 1
         try:
             return self._captured(call, entries)
         finally:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.capture import GuardError
 from fxpass.models.small import case
-from fxpass.runtime.engine import SIGNATURES
+from fxpass.runtime.engine import GUARDED, SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
 from fxpass.strategy import Strategy
@@ -181,10 +181,15 @@ def test_an_input_that_became_a_number_is_guarded() -> None:
         for times in (1, 3, 1):
             torch.testing.assert_close(module(sample, torch.tensor(times)), model(sample, torch.tensor(times)))
     assert module._engine.signatures == 2
-    module(sample, torch.tensor(2))
-    module(sample, torch.tensor(4))
-    with pytest.raises(GuardError, match="test_module"):
-        module(sample, torch.tensor(5))
+    for times in (2, 4, 5):
+        torch.testing.assert_close(module(sample, torch.tensor(times)), model(sample, torch.tensor(times)))
+    assert module._engine.signatures == GUARDED  # as with prompts of ever other lengths, used for many steps each
+    module(sample, torch.tensor(1))
+    module(sample, torch.tensor(5))
+    for times in (6, 7, 8, 9):
+        module(sample, torch.tensor(times))
+    with pytest.raises(GuardError, match="test_module"):  # another value at every call
+        module(sample, torch.tensor(10))
 
 
 def test_calls_from_several_threads_run_one_after_the_other(model: Block) -> None:
