@@ -13,7 +13,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow zoo bench bench-displaced bench-link lint format train-demo clean
+.PHONY: help demo test slow zoo balance bench bench-displaced bench-link lint format train-demo clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -29,14 +29,17 @@ help:
 demo: .venv/.stamp  ## a picture from a prompt, on one device and on two
 	$(PY) -m fxpass.tools.demo
 
-test: .venv/.stamp  ## the tests, without the slow ones
-	$(PY) -m pytest
+test: .venv/.stamp  ## the tests, without the slow ones, in two processes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 slow: .venv/.stamp  ## the slow tests: whole models, many ranks
 	$(PY) -m pytest -m slow --timeout=1800
 
 zoo: .venv/.stamp  ## sweep every denoiser, ControlNet and autoencoder class: docs/coverage.md (half an hour)
 	$(PY) -m fxpass.tools.zoo
+
+balance: .venv/.stamp  ## how evenly 8 ranks share the work of every published model: docs/balance.md
+	$(PY) -m fxpass.tools.balance --ranks 8 --write
 
 bench: .venv/.stamp  ## speed and traffic against the unsplit model
 	$(PY) -m benchmarks.run

@@ -157,7 +157,12 @@ def main() -> None:
         print("\n".join(table(rows)[2:]), flush=True)
         found += rows
     if options.write:
-        parts = ["# Balance", "    python -m fxpass.tools.balance --write", *_explained(), "\n".join(table(found))]
+        parts = [
+            "# Balance",
+            f"    python -m fxpass.tools.balance {' '.join(sys.argv[1:])}",
+            *_explained(),
+            "\n".join(table(found)),
+        ]
         parts += ["## Not planned", "\n".join(f"- {each}" for each in failed)] if failed else []
         (ROOT / "docs" / "balance.md").write_text("\n\n".join(parts) + "\n")
 
