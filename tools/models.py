@@ -13,7 +13,7 @@ def models() -> None:
 
     table = Table(box=None)
     for heading, justify in (("name", "left"), ("parameters", "right"), ("usual size", "right"), ("", "left")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify, no_wrap=bool(heading))  # type: ignore[arg-type]
     for entry in catalog.values():
         frames = f" x {entry.frames}" if entry.frames > 1 else ""
         size = f"{entry.height} x {entry.width}{frames}"

@@ -95,7 +95,9 @@ def index_put(
         values = broadcast_to(p, values, at, len(broadcast) + len(kept))
         return p.same(op, (x, indices, values, accumulate), layout=layout)
     values = p.whole(values, "realign", ANY)
-    dim = layout.axis if layout.split else used[0]
+    dim = layout.dim if layout.split else next((d for d in used if op.shape[d] >= p.world), None)
+    if dim is None:  # a value of few rows: every rank writes all
+        return p.same(op, (x, indices, values, accumulate), layout=layout)
     x = own_rows(p, x, dim)
     layout = layout_of(x)
     indices[dim] = local_index(p, indices[dim], layout, op.shape[dim])  # type: ignore[arg-type]
