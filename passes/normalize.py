@@ -67,18 +67,25 @@ def rewrite(b: Builder, node: fx.Node, env: dict[fx.Node, Any]) -> None:
 
 def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
     """Compute what depends on constants only; what others use of it becomes a constant."""
-    values: dict[fx.Node, Any] = dict(known)
+    foldable = set(known)
     for node in graph.nodes:
-        if node.op != "call_function" or any(word in str(node.target) for word in RANDOM):
-            continue
-        if all(n in values for n in node.all_input_nodes):
-            args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        drawn = any(word in str(node.target) for word in RANDOM)
+        if node.op == "call_function" and not drawn and foldable.issuperset(node.all_input_nodes):
+            foldable.add(node)
+    values: dict[fx.Node, Any] = dict(known)
+    waiting = {node: sum(user in foldable for user in node.users) for node in foldable}
     folded: dict[str, Tensor] = {}
     first = next(iter(graph.nodes))
-    for node, value in values.items():
-        outside = [user for user in node.users if user not in values]
-        if node.op != "call_function" or not outside or not isinstance(value, Tensor):
+    for node in [node for node in graph.nodes if node in foldable and node not in known]:
+        args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
+        value = values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for operand in node.all_input_nodes:
+            waiting[operand] -= 1
+        for done in (node, *node.all_input_nodes):
+            if not waiting[done]:
+                del values[done]  # a mask that is written row by row would be kept once per row
+        outside = [user for user in node.users if user not in foldable]
+        if not outside or not isinstance(value, Tensor):
             continue
         with graph.inserting_before(first):
             constant = graph.placeholder(f"constant_{node.name}")

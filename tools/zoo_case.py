@@ -5,7 +5,6 @@ Inputs are others than those that the program was captured with, but for what th
 
 from __future__ import annotations
 
-import copy
 import time
 import traceback
 from collections.abc import Iterator
@@ -200,7 +199,7 @@ def _of_program(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
 def _in_bf16(case: Case, given: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
     """The split model in bfloat16 against the unsplit one, both by their distance from the same weights in float32."""
     module = case.build().to(torch.bfloat16)
-    exact = copy.deepcopy(module).float()
+    exact = case.build().to(torch.bfloat16).float()
     given, fresh = (_cast(inputs, torch.bfloat16) for inputs in (given, fresh))
     try:
         subject = captured(module, given, fresh)

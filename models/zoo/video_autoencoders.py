@@ -210,7 +210,7 @@ def _allegro() -> nn.Module:
     )
     vae.enable_tiling()
     vae.enable_slicing()
-    vae.kernel, vae.stride = (8, 64, 32), (4, 32, 32)
+    vae.kernel, vae.stride = (8, 64, 64), (4, 32, 32)
     return vae
 
 
