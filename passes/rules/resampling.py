@@ -23,17 +23,18 @@ aten = torch.ops.aten
 
 
 @lru_cache(maxsize=256)
-def response(target: Any, size: int, i: int, spatial: int, args: tuple[Any, ...]) -> np.ndarray:
+def response(target: Any, size: int, i: int, spatial: int, args: tuple[Any, ...], dtype: torch.dtype) -> np.ndarray:
     """[outputs, size]: the weights of the operator along spatial dim `i`, in float64.
 
-    The other dims have size 2: torch's antialiased kernels are wrong on a single column.
+    The other dims have size 2: torch's antialiased kernels are wrong on a single column. `dtype` is that in which torch
+    computes positions: over a thousand rows, float32 is off by more than the rounding of values.
     """
     shape = [1, size] + [size if j == i else 1 for j in range(spatial)]
-    x = torch.eye(size, dtype=torch.float64).view(shape)
+    x = torch.eye(size, dtype=dtype).view(shape)
     y = target(x.expand([1, size] + [size if j == i else 2 for j in range(spatial)]).contiguous(), *args)
     for j in reversed(range(spatial)):
         y = y if j == i else y.select(2 + j, 0)
-    return y[0].T.numpy()
+    return y[0].T.double().numpy()
 
 
 def _only(values: Any, i: int, other: Any) -> Any:
@@ -53,7 +54,8 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
     if outputs < p.world:
         x = p.whole(x, "small", f"fewer rows than ranks along dim {dim}")
         return p.same(op, (x, output_size, *rest), layout=Layout())
-    weights = response(op.target, size, i, spatial, _hashable(one))
+    wide = torch.float64 if op.dtype == torch.float64 else torch.float32  # as torch's kernels of half precision, too
+    weights = response(op.target, size, i, spatial, _hashable(one), wide)
     shape = (*shape_of(x)[:dim], outputs, *shape_of(x)[dim + 1 :])
     if (np.count_nonzero(weights, axis=1) == 1).all() and (weights.sum(axis=1) == 1).all():
         x = remap(p, x, dim, weights.argmax(axis=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,6 +181,37 @@ def test_nearest_doubling_moves_nothing() -> None:
     assert split(lambda x: F.interpolate(x, scale_factor=2.0), [x], {0: cut(2, (0, 1), (1, 6))}, 2).roles == {
         "output": 1
     }
+
+
+@pytest.mark.parametrize("how", [{"size": (1000, 6)}, {"scale_factor": (1000 / 512, 1.3)}], ids=["size", "scale"])
+@pytest.mark.parametrize(
+    "named",
+    [{"mode": "nearest"}, {"mode": "nearest-exact"}, {"mode": "area"}]
+    + [{"mode": mode, "align_corners": True} for mode in ("bilinear", "bicubic")]
+    + [{"mode": mode, "antialias": antialias} for mode in ("bilinear", "bicubic") for antialias in (False, True)],
+    ids=lambda named: " ".join(str(value) for value in named.values()),
+)
+def test_positions_among_a_thousand_rows_round_as_torch_rounds_them(named: Any, how: Any) -> None:
+    x = randn(1, 2, 512, 5, dtype=torch.float32)  # positions in float64 would be off by 4e-5 of the values
+    assert split(lambda x: F.interpolate(x, **how, **named), [x], {0: evenly(2, 512, 2)}, 2).layouts[0].split
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.AdaptiveAvgPool1d(4), (2, 3, 9)),
+        (nn.AdaptiveAvgPool2d(4), (2, 3, 7, 8)),
+        (nn.AdaptiveAvgPool2d((3, 5)), (3, 7, 8)),
+        (nn.AdaptiveAvgPool2d((None, 4)), (2, 3, 7, 8)),
+        (nn.AdaptiveAvgPool3d((4, 4, 5)), (2, 3, 5, 6, 7)),
+        (lambda x: F.interpolate(x, (5, 9), mode="area"), (2, 3, 7, 8)),
+    ],
+    ids=str,
+)
+@few
+@given(data=st.data())
+def test_adaptive_pooling_is_split(module: Any, shape: tuple[int, ...], data: st.DataObject) -> None:
+    split_where_promised(data, Example(module, [randn(*shape)], {0: range(len(shape))}))
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, (2, 5)])
