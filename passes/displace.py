@@ -110,9 +110,10 @@ def _told(exchange: Exchange, fresh: Freshness, kinds: Kinds) -> Exchange:
 def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
     """Whether changes of the exchange are expected to go on: measured, that helps for halos and moments.
 
-    Keys and values pass a softmax, which turns small errors of what is large into other choices; theirs is not.
+    Keys and values pass a softmax, which turns small errors of what is large into other choices; theirs is not. A
+    signal of one dim has no samples, of each of which a trend would be measured.
     """
-    return fresh == "predicted" or (fresh == "stale" and exchange.role == "halo")
+    return fresh == "predicted" or (fresh == "stale" and exchange.role == "halo" and len(exchange.shape) > 1)
 
 
 def _owned(exchange: Exchange, unlike: bool) -> Exchange:

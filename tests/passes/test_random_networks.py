@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.passes.displaced import PRESETS, follow
 from tests.passes.examples import examples
 from tests.passes.harness import cut, layouts, split
 
@@ -277,7 +278,7 @@ def blocks(draw: st.DrawFn, height: int, width: int, depth: int) -> nn.Module:
     return Residual(block) if draw(st.booleans()) else block
 
 
-def check(data: st.DataObject, kinds: str) -> None:
+def check(data: st.DataObject, kinds: str, displaced: bool = False) -> None:
     height, width = data.draw(st.sampled_from([(8, 4), (8, 8), (12, 4), (16, 4)]), label="size")
     count = data.draw(st.integers(1, 4))
     network = Network([data.draw(blocks(height, width, 2)) for _ in range(count)], data.draw(st.booleans())).double()
@@ -291,7 +292,10 @@ def check(data: st.DataObject, kinds: str) -> None:
         cuts[0] = data.draw(layouts(inputs[0].shape, world, kinds=kinds), label="cut of the picture")
     if world <= 5 and data.draw(st.booleans(), label="split the text"):
         cuts[1] = data.draw(layouts(inputs[1].shape, world, dims=[1], kinds=kinds), label="cut of the text")
-    split(network, inputs, cuts, world, exact=False)
+    if displaced:
+        follow(network, inputs, cuts, world, data.draw(st.sampled_from(PRESETS), label="strategy"))
+    else:
+        split(network, inputs, cuts, world, exact=False)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -311,3 +315,16 @@ def test_a_random_network_on_random_cuts_equals_the_whole(data: st.DataObject) -
 @given(st.data())
 def test_many_random_networks_on_cuts_of_any_kind_equal_the_whole(data: st.DataObject) -> None:
     check(data, "uneven overlapping strided any")
+
+
+@examples(15)
+@given(st.data())
+def test_displaced_steps_of_a_random_network_equal_exact_ones_at_rest_and_agree_in_motion(data: st.DataObject) -> None:
+    check(data, "uneven overlapping", displaced=True)
+
+
+@pytest.mark.slow
+@examples(200)
+@given(st.data())
+def test_displaced_steps_of_many_random_networks_are_as_promised(data: st.DataObject) -> None:
+    check(data, "uneven overlapping strided any", displaced=True)

@@ -1,0 +1,81 @@
+"""Displaced steps of a small function: what law 4 promises of any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxpass.capture import Call, capture
+from fxpass.ir.layout import Layout
+from fxpass.ir.verify import verify
+from fxpass.passes.bucket import bucket
+from fxpass.passes.cost import TARGETS
+from fxpass.passes.displace import displace
+from fxpass.passes.narrow import narrow
+from fxpass.passes.normalize import normalize
+from fxpass.passes.partition import partition
+from fxpass.passes.rules import RULES
+from fxpass.passes.schedule import schedule
+from fxpass.plan import Plan
+from fxpass.runtime.executor import EXACT, Step
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.structure import WeightTable
+from fxpass.strategy import Strategy
+from tests.passes.harness import Function, assert_equal, refreshed
+
+PRESETS = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "pcpp")
+STALE = Step(exact=False, pace=1.0)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Displaced steps that were as promised."""
+
+    stale: int  #: how many exchanges were
+    finite: bool  #: whether what is finite at an exact step was so at displaced ones
+    moved: bool  #: whether the displaced steps in motion were off at all
+
+
+@torch.no_grad()
+def follow(
+    model: Callable[..., Any], inputs: Sequence[Any], cuts: Mapping[int, Layout], world: int, preset: str
+) -> Followed:
+    """An exact step, a displaced one at rest, two on other inputs. All inputs are ones that move.
+
+    Raises `AssertionError` where the displaced step at rest is another than the exact one, or ranks do not agree.
+    """
+    module = (model if isinstance(model, nn.Module) else Function(model)).eval()
+    strategy = Strategy.of(preset)
+    program = normalize(capture(module, *inputs))
+    seeds = {program.inputs[i]: layout for i, layout in cuts.items()}
+    graph = displace(partition(program.graph, world, seeds, RULES), strategy, program.inputs, world)
+    verify(graph, "displaced", world)
+    graph = schedule(bucket(narrow(graph, strategy.windows)))
+    verify(graph, "scheduled", world)
+    plan = Plan(program, graph, world, strategy, TARGETS["cpu"], seeds, {})
+    weights = WeightTable(module, list(program.weights.values())).tensors()
+    rest, motion = (Call.of(module, tuple(map(refreshed, inputs)), {}).tensors for _ in range(2))
+    loaded = LockstepExecutor(world, check=True).load(plan, weights, rest)
+    exact = loaded.run_all(weights, rest, EXACT)[0]
+    for found in loaded.run_all(weights, rest, STALE):
+        assert_equal(found, exact, "at rest")
+    firsts = []
+    for _ in range(2):
+        first, *others = loaded.run_all(weights, motion, STALE)
+        assert all(_same(a, b) for found in others for a, b in zip(found, first, strict=True)), "ranks differ"
+        firsts.append(first)
+    exact = loaded.run_all(weights, motion, EXACT)[0]
+    pairs = [pair for first in firsts for pair in zip(first, exact, strict=True)]
+    return Followed(
+        stale=sum(each.declared.fresh not in ("sync", "frozen") for each in plan.exchanges),
+        finite=all(a.isfinite().all() or not b.isfinite().all() for a, b in pairs),
+        moved=not all(torch.allclose(a, b, equal_nan=True) for a, b in pairs),
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

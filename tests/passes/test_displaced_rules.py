@@ -1,0 +1,72 @@
+"""Displaced steps of every rule: at rest they equal exact ones; in motion all ranks return the same, and numbers.
+
+The tables of functions are those that the exact tests go through. Here each function is cut evenly along each dim that
+its table promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.passes import (
+    test_random_networks,
+    test_rules_along,
+    test_rules_frames,
+    test_rules_movement,
+    test_rules_sums,
+    test_rules_writing,
+)
+from tests.passes.displaced import PRESETS, follow
+from tests.passes.examples import Example, randn
+from tests.passes.harness import evenly
+
+COMPARES = "softmax where most is masked"  # what equals a maximum of now and one of then: nothing is left
+
+
+def _tables() -> Iterator[tuple[str, Example]]:
+    for name, function in test_rules_along.ALONG.items():
+        yield name, Example(function, [randn(3, 5, 6)], {0: (0, 1, 2)})
+    for name, function in test_rules_sums.REDUCTIONS.items():
+        yield name, Example(lambda x, f=function: f(x, (1,), True), [randn(3, 5, 6)], {0: (0, 1, 2)})
+    for name, (module, shape, dims) in test_rules_sums.norms().items():
+        yield f"norm, {name}", Example(module.double(), [randn(*shape)], {0: dims})
+    for name, (function, shapes, promised) in test_rules_sums.PRODUCTS.items():
+        yield name, Example(function, [randn(*s) for s in shapes], promised)
+    for name, (function, shape, dims) in (test_rules_frames.FRAMES | test_rules_movement.VIEWS).items():
+        yield name, Example(function, [randn(*shape)], {0: dims})
+    for name, (function, shapes, promised) in test_rules_movement.SLICING.items():
+        yield name, Example(function, [randn(*s) for s in shapes], promised)
+    for name in test_rules_movement.INDEXING:
+        yield name, test_rules_movement.looked_up(name)
+    for name in test_rules_writing.CASES:
+        yield f"writing, {name}", test_rules_writing.example(name)
+    for name, function in test_random_networks.OTHERS.items():
+        yield f"others, {name}", Example(function, [randn(2, 4, 8, 6)], {0: (2, 3)})
+    inputs = [randn(2, 6, 3), randn(2, 5, 3), randn(2, 5, 4)]
+    yield "attention by hand", Example(test_rules_along.attention, inputs, {0: (0, 1), 1: (0, 1), 2: (0, 1)})
+
+
+EXAMPLES = dict(_tables())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_displaced_steps_of_a_rule_equal_exact_ones_at_rest_and_agree_in_motion(name: str) -> None:
+    example = EXAMPLES[name]
+    places = [(i, dim, example.inputs[i].shape[dim]) for i, dims in example.promised.items() for dim in dims]
+    for place, dim, size in places:
+        for world in range(2, min(size, 3) + 1):
+            for preset in PRESETS:
+                found = follow(example.function, example.inputs, {place: evenly(dim, size, world)}, world, preset)
+                assert found.finite or name == COMPARES, f"input {place} cut along {dim} on {world} ranks, {preset}"
+
+
+@pytest.mark.parametrize("name", ["softmax", "cumsum", "norm, instance", "linear", "others, bicubic"])
+def test_what_these_rules_exchange_is_stale(name: str) -> None:
+    """So that the test above has something to show."""
+    example = EXAMPLES[name]
+    dim = {"cumsum": 1, "softmax": 1}.get(name, 2)
+    found = follow(example.function, example.inputs, {0: evenly(dim, example.inputs[0].shape[dim], 2)}, 2, "stale_gn")
+    assert found.stale
+    assert found.moved
