@@ -42,7 +42,7 @@ def report(found: Sequence[Found], old: Sequence[str]) -> str:
         *_notes("What failed", found, _failures),
         *_notes("What is refused", found, _refusals),
         *_notes("What is gathered", found, _fallbacks),
-        *_notes("Values that models read", found, lambda each: [f"{path}, at {line}" for path, line in each.read]),
+        *_notes("Inputs whose values models read", found, _read),
         COLUMNS.format(ranks=_slashes(map(str, RANKS))),
     ]
     folders = [*FOLDERS, *sorted({each.folder for each in found} - set(FOLDERS))]
@@ -118,8 +118,22 @@ def _fallbacks(each: Found) -> list[str]:
     return [f"{reason} (in {path})" for reason, path in first.items()]
 
 
+def _read(each: Found) -> list[str]:
+    """Each input once, with the lines that read a value of it."""
+    lines: dict[str, set[str]] = {}
+    for paths, line in each.read:
+        for path in paths.split(", "):
+            lines.setdefault(path.split(".")[0], set()).add(line)
+    return [f"`{name}` at {_slashes(sorted(where))}" for name, where in lines.items()]
+
+
 def _notes(title: str, found: Sequence[Found], of: Callable[[Found], Iterator[str] | list[str]]) -> list[str]:
-    lines = [f"- {each.kind or '?'} (`{each.name}`): {'; '.join(notes)}" for each in found if (notes := list(of(each)))]
+    """A list of classes; cases of one class that have the same notes share a line."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for each in found:
+        if notes := "; ".join(of(each)):
+            names.setdefault((each.kind or "?", notes), []).append(f"`{each.name}`")
+    lines = [f"- {kind} ({', '.join(cases)}): {notes}" for (kind, notes), cases in names.items()]
     return [f"\n**{title}**\n", *lines] if lines else []
 
 

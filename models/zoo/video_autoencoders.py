@@ -267,7 +267,7 @@ CASES: tuple[Case, ...] = (
     *halves("vae_qwen21", _qwen21, _fours(sample=4), covers="AutoencoderKLQwenImage21"),
     *halves("vae_cogvideox", _cogvideox, _fours(), covers="AutoencoderKLCogVideoX", frames=5),
     *halves("vae_hunyuan_video", _hunyuan, _fours(), covers="AutoencoderKLHunyuanVideo", frames=3),
-    *halves("vae_hunyuan_video15", _hunyuan15, _fours(), covers="AutoencoderKLHunyuanVideo15", frames=3),
+    *halves("vae_hunyuan_video15", _hunyuan15, _fours(), covers="AutoencoderKLHunyuanVideo15", frames=2),
     *halves("vae_hunyuan_refiner", _refiner, _fours(time=1), covers="AutoencoderKLHunyuanImageRefiner", frames=3),
     *halves(
         "vae_ltx",

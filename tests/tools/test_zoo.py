@@ -63,6 +63,12 @@ def test_totals_count_classes_and_not_cases() -> None:
     assert "Not measured since the last change: large" in report([GOOD], ["large"])
 
 
+def test_inputs_that_models_read_are_told_once_for_all_cases_of_a_class() -> None:
+    read = (("sizes.0.1, sizes.0.0", "model.py:3"), ("sizes.0.2", "model.py:5"), ("mask", "model.py:3"))
+    text = report([replace(GOOD, read=read), replace(GOOD, name="other", read=read)], [])
+    assert "- Tiny (`tiny`, `other`): `sizes` at model.py:3 / model.py:5; `mask` at model.py:3\n" in text
+
+
 def test_a_case_over_a_limit_is_told_of_and_measured_anew_when_its_sources_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
