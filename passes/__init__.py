@@ -22,7 +22,6 @@ from .cost import Target
 from .displace import Kinds, displace
 from .narrow import narrow
 from .normalize import normalize
-from .partition import partition
 from .rules import RULES
 from .schedule import schedule
 from .seed import seed
@@ -38,6 +37,7 @@ class Build:
     kinds: Kinds  #: how fresh each kind of exchange is, and how much of each neighbour attention sees
     seeds: Mapping[str, Layout] = field(default_factory=dict)
     attempts: int = 0  #: how many ways to cut were tried
+    chosen: fx.Graph | None = None  #: what the search partitioned by these seeds
     graph: fx.Graph | None = None  #: the partitioned graph
 
     @property
@@ -61,11 +61,11 @@ def _normalize(build: Build) -> Build:
 
 def _seed(build: Build) -> Build:
     found = seed(build.program.graph, build.program.inputs, build.world, build.target, RULES)
-    return replace(build, seeds=found.seeds, attempts=found.attempts)
+    return replace(build, seeds=found.seeds, attempts=found.attempts, chosen=found.graph)
 
 
 def _partition(build: Build) -> Build:
-    return replace(build, graph=partition(build.program.graph, build.world, build.seeds, RULES))
+    return replace(build, graph=build.chosen)  # the search has done it
 
 
 def _displace(build: Build) -> Build:

@@ -76,7 +76,9 @@ class Partitioner:
                 env[node] = self._seeded(node, env[node.args[0]][node.args[1]])
             else:
                 env[node] = self._seeded(node, self._operator(node, env))
-        self._graph.eliminate_dead_code()
+        for node in reversed(self._graph.nodes):
+            if node.op == "call_function" and not node.users:
+                self._graph.erase_node(node)  # every operator is functional: no need to ask torch.fx for each
         return self._graph
 
     # -- what rules call ------------------------------------------------------------------------------------
@@ -303,7 +305,8 @@ class Partitioner:
         key = (target, _frozen(args), _frozen(kwargs))
         if key not in self._memo:
             assert self._node is not None
-            new = self._graph.call_function(target, tuple(args), dict(kwargs))
+            new = self._graph.call_function(target)
+            new.args, new.kwargs = tuple(args), dict(kwargs)  # call_function would search them for symbolic numbers
             new.meta = meta | {"path": self._node.meta.get("path", ""), "origin": self._node.name}
             self._memo[key] = new
         return self._memo[key]

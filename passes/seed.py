@@ -4,8 +4,9 @@
     2. further inputs (the text stream), while they make the slowest rank faster
     3. a value inside (the tokens after patch embedding), where rows cannot be shared out evenly
 
-Each candidate is partitioned and judged: first by how evenly it shares out the work, in steps of a fifth, then by
-its time under the cost model. (By time alone a tiny model would never be split; the user asked for it.)
+Each candidate is partitioned and judged: first by how evenly it shares out the work, in steps of a quarter, then by
+its time under the cost model. (By time alone a tiny model would never be split; the user asked for it.) Candidates
+whose rows alone are shared out less evenly than the best one's work are not tried.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ NEAR = 0.9  #: of the ideal speed-up: a first cut that is worth refining rather 
 TOLERATED = 0.01  #: of all bytes: more that only moves cuts is not worth a few per cent of work
 WORTHWHILE = 1.2  #: times as fast: less is replication, not a split
 GOOD = 0.97  #: of the ideal speed-up: good enough to stop
+HOPEFUL = 3  #: steps of unevenness: beyond it most of the work is replicated, and coarser cuts mend nothing
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Found:
 
     seeds: Seeds
     attempts: int  #: candidates that were partitioned and judged
+    graph: fx.Graph  #: partitioned by `seeds`
 
 
 class WorldSizeError(ValueError):
@@ -61,33 +64,29 @@ class Search:
     def __post_init__(self) -> None:
         self.total = flops(self.graph)
 
-    def attempt(self, seeds: Seeds) -> fx.Graph | None:
-        """Partition by one set of seeds and judge the result; None if that was done before."""
+    def attempt(self, seeds: Seeds) -> bool:
+        """Partition by one set of seeds and judge the result; whether a coarser cut might spare exchanges."""
         key = tuple(sorted(seeds.items(), key=lambda item: item[0]))
         if key in self.tried:
-            return None
+            return False
         self.tried.add(key)
         graph = partition(self.graph, self.world, seeds, self.rules)
         judged = cost(graph, self.world, self.target)
-        rank = self._unevenness(judged), _moved(graph) > TOLERATED, judged.seconds
+        unevenness = _steps(max(judged.flops_per_rank), self.total, self.world)
+        rank = unevenness, _moved(graph) > TOLERATED, judged.seconds
         if self.best is None or rank < self.best[0]:
             self.best = rank, seeds, graph, judged
-        return graph
-
-    def _unevenness(self, judged: Cost) -> int:
-        """0 where the slowest rank has at most a quarter more than its share, 1 for a quarter more than that, …"""
-        if not self.total:
-            return 0
-        return max(0, floor(log(self.world * max(judged.flops_per_rank) / self.total) / log(1.25)))
+        return unevenness <= HOPEFUL and _moves_cuts(graph)
 
     def run(self) -> bool:
         """Search; whether something was found that makes the slowest rank faster."""
         candidates = list(_candidates(self))
         for node, dim in candidates:
             for rows in _cuts(shape_of(node)[dim], self.world):
-                graph = self.attempt({node.name: Layout(dim, rows)})
-                if graph is not None and not _moves_cuts(graph):
-                    break  # coarser cuts would only be less even
+                if self.best is not None and _skew(shape_of(node)[dim], self.world) > self.best[0][0]:
+                    break
+                if not self.attempt({node.name: Layout(dim, rows)}):
+                    break
             if self.best is not None and self.reached >= NEAR and not _moves_cuts(self.best[2]):
                 break
         for node, dim in candidates:
@@ -96,9 +95,12 @@ class Search:
             if self.best is not None and node.name not in self.seeds:
                 self.attempt({**self.seeds, node.name: Layout(dim, even(shape_of(node)[dim], self.world))})
         if self.best is not None and self.reached < GOOD:
+            fruitless = 0
             for name, layout in list(_inner(self))[:4]:
-                if self.reached < GOOD:
+                before = self.reached
+                if before < GOOD and fruitless < 2:
                     self.attempt({**self.seeds, name: layout})
+                    fruitless = 0 if self.reached > before else fruitless + 1
         return self.best is not None and (not self.total or self.bound >= WORTHWHILE)
 
     @property
@@ -122,10 +124,11 @@ def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, r
     Raises `WorldSizeError` if no input has enough rows for `world` ranks; the message says how many ranks would do.
     """
     if world == 1:
-        return Found({}, 0)
+        return Found({}, 0, partition(graph, world, {}, rules))
     search = Search(graph, world, target, rules, inputs)
     if search.run():
-        return Found(search.seeds, len(search.tried))
+        assert search.best is not None
+        return Found(search.seeds, len(search.tried), search.best[2])
     sizes = sorted({shape_of(node)[dim] for node, dim in _candidates(replace(search, world=2))}, reverse=True)
     if not sizes:
         given = [n for n in graph.nodes if n.name in inputs and "shape" in n.meta]
@@ -144,17 +147,29 @@ def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, r
     )
 
 
+def _steps(most: int, total: int, world: int) -> int:
+    """0 where the slowest rank has at most a quarter more than its share, 1 for a quarter more than that, …"""
+    return max(0, floor(log(world * most / total) / log(1.25))) if total else 0
+
+
+def _skew(size: int, world: int) -> int:
+    """The same of rows."""
+    return _steps(max(map(len, even(size, world))), size, world)
+
+
 def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
-    """(input, dim) pairs, those first that most of the work depends on, then the largest; dim 0 is the batch."""
+    """(input, dim) pairs: even ones first, then those that most of the work depends on, then the largest.
+
+    Dim 0 is the batch.
+    """
     weight = _downstream(search.graph)
     nodes = inputs_with_rows(search.graph, search.inputs)
     largest = max((weight[n] for n in nodes), default=0)
     nodes = [n for n in nodes if weight[n] > largest // 2]
     size = {n: n.meta["val"].numel() for n in nodes}
-    for node in sorted(nodes, key=lambda n: (-size[n] * (weight[n] > 0.9 * largest), search.inputs.index(n.name))):
-        for dim in range(1, len(shape_of(node))):
-            if shape_of(node)[dim] >= search.world:
-                yield node, dim
+    nodes.sort(key=lambda n: (-size[n] * (weight[n] > 0.9 * largest), search.inputs.index(n.name)))
+    pairs = [(n, dim) for n in nodes for dim in range(1, len(shape_of(n))) if shape_of(n)[dim] >= search.world]
+    yield from sorted(pairs, key=lambda pair: _skew(shape_of(pair[0])[pair[1]], search.world))
 
 
 def inputs_with_rows(graph: fx.Graph, inputs: tuple[str, ...]) -> list[fx.Node]:
