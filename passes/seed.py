@@ -28,10 +28,10 @@ from .partition import Rule, partition
 Seeds = dict[str, Layout]
 OVERHEAD: tuple[Role, ...] = ("realign", "rebalance", "small", "fallback")  #: roles of exchanges that the cuts ask for
 GRAINS = (1, 2, 4, 8, 16, 32)
-NEAR = 0.9  #: of the ideal speed-up: a first cut that is worth refining rather than replacing
 TOLERATED = 0.01  #: of all bytes: more that only moves cuts is not worth a few per cent of work
 WORTHWHILE = 1.2  #: times as fast: less is replication, not a split
 GOOD = 0.97  #: of the ideal speed-up: good enough to stop
+ALIKE = 0.05  #: shares of rows that differ by less are equally even
 HOPEFUL = 3  #: steps of unevenness: beyond it most of the work is replicated, and coarser cuts mend nothing
 
 
@@ -72,7 +72,7 @@ class Search:
         self.tried.add(key)
         graph = partition(self.graph, self.world, seeds, self.rules)
         judged = cost(graph, self.world, self.target)
-        unevenness = _steps(max(judged.flops_per_rank), self.total, self.world)
+        unevenness = _steps(self.world * max(judged.flops_per_rank) / self.total) if self.total else 0
         rank = unevenness, _moved(graph) > TOLERATED, judged.seconds
         if self.best is None or rank < self.best[0]:
             self.best = rank, seeds, graph, judged
@@ -82,12 +82,14 @@ class Search:
         """Search; whether something was found that makes the slowest rank faster."""
         candidates = list(_candidates(self))
         for node, dim in candidates:
+            if self.best is not None and not self.best[0][0] and node.name not in self.seeds:
+                break  # one input shares out the work: others may join it
             for rows in _cuts(shape_of(node)[dim], self.world):
-                if self.best is not None and _skew(shape_of(node)[dim], self.world) > self.best[0][0]:
+                if self.best is not None and _steps(_share(shape_of(node)[dim], self.world)) > self.best[0][0]:
                     break
                 if not self.attempt({node.name: Layout(dim, rows)}):
                     break
-            if self.best is not None and self.reached >= NEAR and not _moves_cuts(self.best[2]):
+            if self.best is not None and self.reached >= GOOD and not _moves_cuts(self.best[2]):
                 break
         for node, dim in candidates:
             if self.reached >= GOOD:
@@ -147,18 +149,18 @@ def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, r
     )
 
 
-def _steps(most: int, total: int, world: int) -> int:
+def _steps(share: float) -> int:
     """0 where the slowest rank has at most a quarter more than its share, 1 for a quarter more than that, …"""
-    return max(0, floor(log(world * most / total) / log(1.25))) if total else 0
+    return max(0, floor(log(share) / log(1.25)))
 
 
-def _skew(size: int, world: int) -> int:
-    """The same of rows."""
-    return _steps(max(map(len, even(size, world))), size, world)
+def _share(size: int, world: int) -> float:
+    """Rows of the rank that has most, over what each should have."""
+    return world * max(map(len, even(size, world))) / size
 
 
 def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
-    """(input, dim) pairs: even ones first, then those that most of the work depends on, then the largest.
+    """(input, dim) pairs: inputs that most of the work depends on first, then the largest; even dims first.
 
     Dim 0 is the batch.
     """
@@ -167,9 +169,11 @@ def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
     largest = max((weight[n] for n in nodes), default=0)
     nodes = [n for n in nodes if weight[n] > largest // 2]
     size = {n: n.meta["val"].numel() for n in nodes}
-    nodes.sort(key=lambda n: (-size[n] * (weight[n] > 0.9 * largest), search.inputs.index(n.name)))
-    pairs = [(n, dim) for n in nodes for dim in range(1, len(shape_of(n))) if shape_of(n)[dim] >= search.world]
-    yield from sorted(pairs, key=lambda pair: _skew(shape_of(pair[0])[pair[1]], search.world))
+    for node in sorted(nodes, key=lambda n: (-size[n] * (weight[n] > 0.9 * largest), search.inputs.index(n.name))):
+        shape = shape_of(node)
+        dims = [dim for dim in range(1, len(shape)) if shape[dim] >= search.world]
+        for dim in sorted(dims, key=lambda d: floor((_share(shape[d], search.world) - 1) / ALIKE)):
+            yield node, dim
 
 
 def inputs_with_rows(graph: fx.Graph, inputs: tuple[str, ...]) -> list[fx.Node]:

@@ -8,15 +8,8 @@ from fxpass.models.catalog import catalog
 from fxpass.tools.balance import Balance, measured
 
 QUICK = ("sdxl", "flux-dev")
-OPEN = {
-    "mochi": "text is picked out by its mask, which is gathered: small fallbacks",
-    "hunyuan-image-21": "two masked text streams joined sample by sample: small fallbacks, and a long search",
-    "qwen-image": "60 blocks of two streams: capture and plan take 25 s",
-    "wan-vae-decode": "it decodes frame by frame: a graph so large that the search takes 40 s",
-}  #: models that miss an aim, and why
 each_model = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in catalog if name not in OPEN],
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in catalog]
 )
 
 
