@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from fxpass.capture import CaptureError
+from fxpass.capture import Call, CaptureError
 from fxpass.models.zoo import CASES, zoo_case
-from fxpass.tools.zoo_case import CAPTURED, COLS, FRESH, ROWS, captured, split
+from fxpass.tools.zoo_case import CAPTURED, COLS, FRESH, ROWS, answer, blind, captured, split
 
 SLICE = (
     "unet_1d",  # cubic filters, one dim
@@ -41,6 +41,7 @@ def test_a_case_is_exact(name: str) -> None:
     except CaptureError:
         assert name not in SLICE
         return  # refused: nothing can be wrong
+    assert not list(blind(subject.expected, answer(module, Call.of(module, (), given))))
     for ranks in (2, 3):
         found = split(subject, ranks)
         assert found.exact or (found.refused and name not in SLICE), found

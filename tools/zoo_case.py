@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..capture import Call, CaptureError, GuardError, capture
 from ..capture.guards import broken_guard
+from ..ir.exchange import DISPLACED, Exchange
 from ..ir.program import Program, calls
 from ..models.case import Case, output_tensors
 from ..models.zoo import kind_of, zoo_case
 from ..passes.seed import WorldSizeError
 from ..plan import Plan, make_plan
 from ..runtime.executor import EXACT, Step
-from ..runtime.lockstep import LockstepExecutor
+from ..runtime.lockstep import LockstepExecutor, Tamper
 from ..runtime.structure import WeightTable
 from ..strategy import Strategy
 
@@ -30,6 +31,8 @@ RANKS = (2, 3, 4, 8)
 ROWS, COLS = 32, 16
 CAPTURED, FRESH = 1, 7  #: seeds of the inputs
 TOLERANCE = 1e-5  #: largest relative difference that is rounding, in float32
+VISIBLE = 1e-3  #: what changes less than this, relatively, shows little
+MOVED, AT_LIMITS = 0.05, 0.5  #: the least share of an output that inputs should change, the most that may be clamped
 STALE = Step(exact=False, pace=1.0)
 
 
@@ -62,6 +65,7 @@ class Found:
     read: tuple[tuple[str, str], ...] = ()  #: inputs that the model turns into Python values, and where
     scale: float = 0.0  #: the smallest root mean square of an output
     change: float = 0.0  #: the least that other inputs change an output, over its largest value
+    blind: tuple[str, ...] = ()  #: why being exact says little of this case
     splits: dict[int, Split] = field(default_factory=dict)
     displaced: float | None = None  #: difference of a displaced step from the unsplit model on unchanged input
     bf16: float | None = None  #: RMS error of the split bfloat16 model over that of the unsplit one
@@ -80,7 +84,8 @@ class Found:
             int(n): Split(**each | {"fallbacks": tuple(map(tuple, each["fallbacks"]))})
             for n, each in data["splits"].items()
         }
-        return Found(**data | {"splits": splits, "read": tuple(map(tuple, data["read"]))})
+        lists = {"read": tuple(map(tuple, data["read"])), "blind": tuple(data.get("blind", ()))}
+        return Found(**data | {"splits": splits} | lists)
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,17 @@ class Subject:
     call: Call
     expected: list[Tensor]
 
-    @torch.no_grad()
-    def run(self, plan: Plan, *steps: Step) -> list[list[Tensor]]:
+    def run(self, plan: Plan, *steps: Step, tamper: Tamper | None = None) -> list[list[Tensor]]:
         """What each rank returns at the last step."""
+        return list(self.runs(plan, *((self.call, step) for step in steps), tamper=tamper))[-1]
+
+    @torch.no_grad()
+    def runs(self, plan: Plan, *steps: tuple[Call, Step], tamper: Tamper | None = None) -> Iterator[list[list[Tensor]]]:
+        """What each rank returns at each step."""
         weights = WeightTable(self.module, list(plan.program.weights.values())).tensors()
-        loaded = LockstepExecutor(plan.world_size, check=True).load(plan, weights, self.call.tensors)
-        return [loaded.run_all(weights, self.call.tensors, step) for step in steps][-1]
+        loaded = LockstepExecutor(plan.world_size, tamper=tamper, check=True).load(plan, weights, self.call.tensors)
+        for call, step in steps:
+            yield loaded.run_all(weights, call.tensors, step)
 
     def error(self, ranks: list[list[Tensor]]) -> float:
         """The largest difference of any rank's outputs; not a number if one is not."""
@@ -138,9 +148,10 @@ def _facts(case: Case) -> Iterator[dict[str, Any]]:
         splits[n] = split(subject, n)
         yield {"splits": splits}
     if not splits[RANKS[0]].refused:
-        plan = make_plan(subject.program, RANKS[0], Strategy.of("displaced"))
-        yield {"displaced": subject.error(subject.run(plan, EXACT, EXACT, STALE, STALE))}
+        yield {"displaced": displaced(subject, Call.of(module, (), given))}
         yield _in_bf16(case, given, fresh)
+        unseen = tuple(idle(subject))
+        yield {"blind": (*blind(subject.expected, answer(module, Call.of(module, (), given))), *unseen)}
 
 
 def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) -> Subject:
@@ -177,6 +188,46 @@ def split(subject: Subject, ranks: int) -> Split:
     received = max(sum(roles.values()) for roles in plan.bytes_received_per_rank)
     fallbacks = tuple(dict.fromkeys((each.path or "the model", each.reason) for each in plan.fallbacks))
     return Split(subject.error(subject.run(plan, EXACT)), plan.bound, received, fallbacks)
+
+
+def displaced(subject: Subject, other: Call) -> float:
+    """How far a displaced step on unchanged inputs is from the unsplit model; on changed ones all ranks must agree."""
+    plan = make_plan(subject.program, RANKS[0], Strategy.of("displaced"))
+    exact, stale = (subject.call, EXACT), (subject.call, STALE)
+    *_, rest, moved = subject.runs(plan, exact, exact, stale, stale, (other, STALE))
+    if not all(torch.equal(a, b) for ranks in moved[1:] for a, b in zip(ranks, moved[0], strict=True)):
+        raise AssertionError("ranks return unlike outputs at a displaced step")
+    return subject.error(rest)
+
+
+def blind(found: Sequence[Tensor], other: Sequence[Tensor]) -> Iterator[str]:
+    """Of outputs for two sets of inputs: which of them would look right even if much were wrong."""
+    for i, (a, b) in enumerate((a.double(), b.double()) for a, b in zip(found, other, strict=True)):
+        scale = a.square().mean().sqrt()
+        moved = ((a - b).abs() > VISIBLE * scale).double().mean().item()
+        at_limits = ((a == a.amax()) | (a == a.amin())).double().mean().item()
+        if not (scale > 0 and a.isfinite().all()):
+            yield f"output {i} is nothing, or no number"
+        elif moved < MOVED:
+            yield f"output {i} is the same in {1 - moved:.0%} of its places, whatever the inputs"
+        elif at_limits > AT_LIMITS and a.numel() > 4:
+            yield f"output {i} is as large or as small as can be in {at_limits:.0%} of its places"
+
+
+def idle(subject: Subject) -> Iterator[str]:
+    """Kinds of exchanges that hardly change an output, be it all noise that arrives."""
+    plan = make_plan(subject.program, RANKS[0], Strategy.of("sync"))
+    for role in sorted({each.role for each in plan.exchanges} & set(DISPLACED)):
+
+        def noise(node: str, at: Exchange, src: int, dst: int, payload: Tensor, role: str = role) -> Tensor:
+            if at.role != role:
+                return payload
+            if not payload.is_floating_point():
+                return payload.roll(1)
+            return torch.randn_like(payload) * payload.std(correction=0) + payload.mean()
+
+        if (error := subject.error(subject.run(plan, EXACT, tamper=noise))) < VISIBLE:
+            yield f"noise in place of all {role} changes outputs by {error:.0e} only"
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

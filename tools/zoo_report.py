@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 
-from .zoo_case import RANKS, TOLERANCE, Found
+from .zoo_case import RANKS, TOLERANCE, VISIBLE, Found
 
 FOLDERS = {
     "unets": "UNets",
@@ -13,7 +13,6 @@ FOLDERS = {
     "controlnets": "ControlNets",
     "autoencoders": "Autoencoders",
 }
-VISIBLE = 1e-3  #: an output that other inputs change less than this, relatively, tests little
 INTRODUCTION = """\
 # Coverage
 
@@ -100,6 +99,7 @@ def _failures(each: Found) -> Iterator[str]:
         yield f"displaced step off by {each.displaced:.0e} on unchanged input"
     if each.bf16 is not None and not each.bf16 <= 2:
         yield f"{each.bf16:.1f} times the unsplit model's error in bf16"
+    yield from (f"a blind test: {reason}" for reason in each.blind)
     if each.splits and not (each.change > VISIBLE and each.scale > 0):
         yield f"other inputs change an output by no more than {each.change:.0e}: a blind test"
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxpass.capture import Call
 from fxpass.models.case import Case
 from fxpass.models.zoo import zoo_case
 from fxpass.models.zoo.classes import available
@@ -44,6 +45,7 @@ def test_what_was_found_survives_json() -> None:
         ({"bf16": 3.0}, "3.0 times the unsplit model's error"),
         ({"change": 0.0}, "a blind test"),
         ({"scale": float("nan")}, "a blind test"),
+        ({"blind": ("output 0 is nothing",)}, "a blind test: output 0 is nothing"),
         ({"refused": "CaptureError: no", "splits": {}}, "`tiny`): CaptureError: no"),
         ({"failed": "it took more than 3 seconds", "splits": {}}, "`tiny`): it took more than 3 seconds"),
     ],
@@ -120,6 +122,58 @@ def test_a_wrong_rank_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not measuring.split(wrong, 2).exact
     nothing = replace(subject, expected=[each * float("nan") for each in subject.expected])
     assert not measuring.split(nothing, 2).exact
+
+
+NORMAL = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("found", "other", "told"),
+    [
+        (NORMAL, NORMAL.flip(0), ""),
+        (NORMAL * 0, NORMAL, "output 0 is nothing, or no number"),
+        (NORMAL / 0, NORMAL, "output 0 is nothing, or no number"),
+        (NORMAL, NORMAL + 1e-5, "output 0 is the same in 100% of its places, whatever the inputs"),
+        (NORMAL, NORMAL + 9 * (torch.arange(384).view(2, 3, 8, 8) < 4), "output 0 is the same in 99% of its places"),
+        ((9 * NORMAL).clamp(-1, 1), NORMAL, "output 0 is as large or as small as can be in 9"),
+    ],
+)
+def test_an_output_that_shows_little_is_told_of(found: Tensor, other: Tensor, told: str) -> None:
+    reasons = list(measuring.blind([found], [other]))
+    assert [reason[: len(told)] for reason in reasons] == ([told] if told else [])
+
+
+class Faint(nn.Module):
+    """A convolution whose rows are seen or not."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.conv, self.share = nn.Conv2d(3, 3, 3, padding=1), share
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return sample + self.conv(sample * 2) * self.share
+
+
+def test_an_exchange_of_which_nothing_is_seen_is_told_of() -> None:
+    given, fresh = ({"sample": torch.randn(1, 3, 16, 8)} for _ in range(2))
+    assert not list(measuring.idle(measuring.captured(Faint(1.0).eval(), given, fresh)))
+    (reason,) = measuring.idle(measuring.captured(Faint(1e-5).eval(), given, fresh))
+    assert "noise in place of all halo" in reason
+
+
+def test_ranks_that_disagree_at_a_displaced_step_stop_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, fresh = ({"sample": torch.randn(1, 3, 16, 8)} for _ in range(2))
+    model = nn.Sequential(Faint(1.0), Faint(1.0)).eval()
+    names = {"input": given["sample"]}, {"input": fresh["sample"]}
+    subject = measuring.captured(model, *names)
+    other = Call.of(model, (), names[0])
+    assert measuring.displaced(subject, other) <= measuring.TOLERANCE
+    runs = measuring.Subject.runs
+    monkeypatch.setattr(
+        measuring.Subject, "runs", lambda *given: ([[x + k for x in y] for k, y in enumerate(z)] for z in runs(*given))
+    )
+    with pytest.raises(AssertionError, match="unlike outputs"):
+        measuring.displaced(subject, other)
 
 
 def _of_the_future(layers: int) -> nn.Module:
