@@ -125,8 +125,8 @@ def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, r
 
     Raises `WorldSizeError` if no input has enough rows for `world` ranks; the message says how many ranks would do.
     """
-    if world == 1:
-        return Found({}, 0, partition(graph, world, {}, rules))
+    if world == 1 or not any(0 not in node.meta.get("shape", ()) for node in calls(graph)):
+        return Found({}, 0, partition(graph, world, {}, rules))  # alone, or nothing to compute: an empty batch
     search = Search(graph, world, target, rules, inputs)
     if search.run():
         assert search.best is not None

@@ -8,7 +8,7 @@ question gets the other answer: `capture` compares.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from .errors import CaptureError
 _MOVED = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten._to_copy.default}
 _MOVED |= {aten.detach.default, aten.alias.default, aten.unsqueeze.default, aten.permute.default, aten.transpose.int}
 _MOVED |= {aten.squeeze.dim, aten.select.int, aten.slice.Tensor, aten.t.default, aten.expand.default}
+_AS_LONG = {aten._to_copy.default, aten.clone.default, aten.alias.default, aten.view.default, aten.cumsum.default}
 #: operators whose second result are positions, and where the argument is that says along which dim
 _DIMS = {aten.topk.default: 2, aten.sort.default: 1, aten.sort.stable: 2, aten.max.dim: 1}
 _SIZES = {Tensor.view, Tensor.reshape, Tensor.expand, torch.reshape}
@@ -140,10 +141,10 @@ class Routing:
         self.used.append(node)
         op: Any = node.target
         args: Any = node.args
-        if op in (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.view.default):
+        if op in _AS_LONG - {aten.cumsum.default}:
             return self._entries(args[0])
         if op is ops.counts.default:
-            key, size = args
+            key, size, _ = args
             self._members[key] = (size, key.meta["val"].numel())
             return [self.total({Atom(key, i): 1}, 0) for i in range(size)]
         if op is aten.cumsum.default and node.meta["val"].ndim == 1:
@@ -209,7 +210,15 @@ class Routing:
             bound = self._bound(self._recorder.node(args[0]))
             if bound is None or weights is not None or "weights" in kwargs:
                 return None
-            return ops.counts.default(args[0], max(bound, kwargs.get("minlength", least)))
+            least = kwargs.get("minlength", least)
+            return ops.counts.default(args[0], max(bound, least), least < bound)
+
+    def _sources(self, tensor: Tensor) -> Iterator[fx.Node]:
+        """The node of a value and those that it is as long as."""
+        node: Any = self._recorder.find(tensor)
+        while isinstance(node, fx.Node):
+            yield node
+            node = node.args[0] if node.args and node.target in _AS_LONG else None
 
     def rows(self, tensor: Tensor) -> tuple[Any, int] | None:
         """How many rows a value really has, and how many were recorded; None if these are the same."""
@@ -309,6 +318,8 @@ class Routing:
 
     def shape(self, tensor: Tensor) -> tuple[Any, ...] | None:
         """The shape of a tensor with rows whose number is unknown; None of any other."""
+        if any(node.target is ops.counts.default and node.args[2] for node in self._sources(tensor)):
+            self.refuse("the largest value that is counted (give bincount a minlength)")
         known = self.rows(tensor)
         return known and tuple(known[0] if size == known[1] else size for size in torch.Tensor.size(tensor))
 

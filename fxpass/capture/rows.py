@@ -71,7 +71,10 @@ class _Resolver:
         for node in results:
             if not isinstance(self.values[node], Tensor):
                 raise _error(node, "an output has a size that depends on values")
-        return self.new, [self.new.node(self.values[node]) for node in results]
+        found = [self.new.node(self.values[node]) for node in results]
+        if (node := next((n for n in _ancestors(found) if n.target is ops.counts.default), None)) is not None:
+            raise _error(node, "its size depends on the largest value; give bincount a minlength")
+        return self.new, found
 
     def _copy(self, node: fx.Node) -> None:
         copy = self.new.graph.node_copy(node, lambda n: self.new.node(self.values[n]))
@@ -148,6 +151,15 @@ def _error(node: fx.Node, why: str) -> CaptureError:
         f"{node.target} at {node.meta['trace']} needs the value of an activation: the model selects rows by "
         f"activations, and {why}; keep all rows and use torch.where, or pass the decision in as an argument"
     )
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found, left = set(nodes), list(nodes)
+    while left:
+        new = [n for n in left.pop().all_input_nodes if n not in found]
+        found.update(new)
+        left += new
+    return found
 
 
 def _source(mask: Any) -> Any:
@@ -374,13 +386,21 @@ def _put_each(r: _Resolver, x: Tensor, lead: list[int], at: np.ndarray, mask: Te
     return x
 
 
+def _counts(r: _Resolver, node: fx.Node, key: Tensor, size: int, open: bool) -> Tensor:  # noqa: A002
+    """As many numbers as there are members; a `bincount` that has fewer serves for cuts only."""
+    if open:
+        return r.emit(ops.counts.default, key, size, open)
+    key = r.emit(aten.reshape.default, key, [-1, 1])
+    return r.emit(aten.sum.dim_IntList, r.emit(aten.eq.Tensor, key, torch.arange(size, device=key.device)), [0])
+
+
 _STARTS = {aten.argsort.default, aten.argsort.stable, aten.sort.default, aten.sort.stable}
 
 
 RULES: dict[Any, Callable[..., Any]] = {
     **ALONE,
     ops.positions.default: _positions,
-    ops.counts.default: lambda r, node, key, size: r.emit(ops.counts.default, key, size),
+    ops.counts.default: _counts,
     ops.segment.default: _segment,
     ops.joined.default: _joined,
     aten.argsort.default: _argsort,

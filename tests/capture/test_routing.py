@@ -142,6 +142,11 @@ def dispatched(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     return torch.einsum("etd,te->td", torch.stack([expert(x) for expert in m.experts]), given)
 
 
+def balanced(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    """The numbers of tokens are used as a tensor."""
+    return x * (1 + i.view(-1).bincount(minlength=EXPERTS)[i[:, :1]] / 10)
+
+
 STYLES = [looped, skipped, counted, put_back, cut_up, padded, masked, repeated, one_each, dispatched]
 
 
@@ -152,7 +157,7 @@ def inputs() -> list[Tensor]:
     return mixed + [torch.randn(1, 1, WIDTH, generator=generator).expand(2, 6, WIDTH).contiguous() for _ in range(6)]
 
 
-@pytest.mark.parametrize("body", STYLES, ids=lambda body: body.__name__)
+@pytest.mark.parametrize("body", [*STYLES, balanced], ids=lambda body: body.__name__)
 def test_routing_is_exact_whatever_the_router_decides(body: Body) -> None:
     model = made(body)
     program = capture(model, torch.randn(2, 6, WIDTH))
@@ -246,6 +251,14 @@ def overwritten(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
         (lambda m, x, w, i: x + x[i[:, 0] == 0][:1], "slice.Tensor works along the selected rows"),
         (lambda m, x, w, i: x[i[:, 0] == 0], "an output has a size that depends on values"),
         (lambda m, x, w, i: x * int((i == 0).sum()), "needs the value of an activation"),
+        (lambda m, x, w, i: x * len(i.view(-1).bincount()), "the largest value that is counted"),
+        (lambda m, x, w, i: x * i.view(-1).bincount().cumsum(0).shape[0], "the largest value that is counted"),
+        (lambda m, x, w, i: x * i.view(-1).bincount().float().mean(), "size depends on the largest value"),
+        (lambda m, x, w, i: (x, i.view(-1).bincount()), "size depends on the largest value"),
+        (lambda m, x, w, i: x * i.view(-1).bincount(minlength=EXPERTS).tolist()[0], "a number"),
+        (lambda m, x, w, i: x * (i.view(-1).bincount(minlength=EXPERTS).tolist()[0] + 0.5), "a number"),
+        (lambda m, x, w, i: x * len(str(i.view(-1).bincount(minlength=EXPERTS).tolist()[0])), "a number"),
+        (lambda m, x, w, i: x * len(f"{i.view(-1).bincount(minlength=EXPERTS).tolist()}"), "a number"),
         (lambda m, x, w, i: x if (i == 0).sum() > 3 else -x, "more than whether there are any rows"),
         (lambda m, x, w, i: x * 2 if (i == 0).any() else x, "does something else"),
         (lambda m, x, w, i: x[i[:, 0] == 0] + x[i[:, 0] == 1], "rows of several selections"),

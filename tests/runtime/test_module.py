@@ -398,6 +398,18 @@ def test_inputs_without_rows_are_named() -> None:
         fxpass.plan(torch.nn.Linear(8, 8), torch.randn(8), world_size=2)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 8, 8), (0, 6, 4)])
+def test_an_empty_batch_is_run_by_every_rank(shape: tuple[int, ...]) -> None:
+    model = nn.Conv2d(4, 5, 3).eval() if len(shape) == 4 else nn.Linear(4, 5).eval()
+    module = fxpass.parallelize(model, 2, executor="lockstep")
+    assert module(torch.randn(shape)).shape == model(torch.randn(shape)).shape
+
+
+def test_a_model_that_computes_nothing_gives_its_input_back() -> None:
+    x = torch.randn(1, 4, 8)
+    assert fxpass.parallelize(nn.Identity().eval(), 2, executor="lockstep")(x) is x
+
+
 def test_a_release_that_fails_still_closes_the_executor() -> None:
     executor = LockstepExecutor(2)
     module = parallel(block(), executor)
