@@ -167,7 +167,7 @@ def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
     weight = _downstream(search.graph)
     nodes = inputs_with_rows(search.graph, search.inputs)
     largest = max((weight[n] for n in nodes), default=0)
-    nodes = [n for n in nodes if weight[n] > largest // 2]
+    nodes = [n for n in nodes if weight[n] > largest // 2 or not largest]
     size = {n: n.meta["val"].numel() for n in nodes}
     for node in sorted(nodes, key=lambda n: (-size[n] * (weight[n] > 0.9 * largest), search.inputs.index(n.name))):
         shape = shape_of(node)

@@ -1,9 +1,10 @@
 """Notice cheaply that a model is no longer the one that was captured.
 
 A program bakes in everything but the values of weights and inputs: which modules there are, shapes, processors, scales.
-`Structure` remembers the model's own state, three levels into plain containers and objects, and compares it in C: about
-a microsecond per module. Only where something differs is the difference looked at: other *values* of parameters
-(replaced tensors of the same shape) are no change, a new adapter, another processor or another scale is.
+`Structure` remembers the model's own state and its classes', three levels into plain containers and objects, and
+compares it in C: about a microsecond per module. Only where something differs is the difference looked at: other
+*values* of parameters (replaced tensors of the same shape) are no change, a new adapter, another processor or another
+scale is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DEPTH = 3
-_IRRELEVANT = ("_backward", "_state_dict", "_load_state", "_is_full_backward", "_non_persistent")  # to a forward call
+_IRRELEVANT = (
+    "_backward",
+    "_state_dict",
+    "_load_state",
+    "_is_full_backward",
+    "_non_persistent",
+    "__annotat",
+)  # to forward
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 _OPAQUE = (nn.Module, Tensor, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 
@@ -49,14 +57,19 @@ class Structure:
     def _snapshot(self) -> None:
         seen: set[int] = set()
         self._live: list[Any] = []
-        for module in self.model.modules():
-            state = vars(module)
+        for state in [vars(each) for each in (*_classes(self.model), *self.model.modules())]:
             self._live.append(state)
             for name, value in state.items():
                 inner = None if name.startswith(_IRRELEVANT) else _inside(value)
                 if inner is not None:
                     _collect(inner, DEPTH - 1, seen, self._live)
-        self._copies = [dict(live) if isinstance(live, dict) else type(live)(live) for live in self._live]
+        self._copies = [type(live)(live) if isinstance(live, (list, set)) else dict(live) for live in self._live]
+
+
+def _classes(model: nn.Module) -> list[type]:
+    """The classes of a model's modules, but for torch's own: their attributes are the modules' too."""
+    kinds = dict.fromkeys(base for kind in {type(m): None for m in model.modules()} for base in kind.__mro__)
+    return [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
 
 
 class WeightTable:
@@ -115,6 +128,9 @@ class _Same:
 
 def _describe(model: nn.Module) -> list[Any]:
     description: list[Any] = []
+    for kind in _classes(model):
+        state = {name: value for name, value in vars(kind).items() if not name.startswith(_IRRELEVANT)}
+        description.append((kind, _plain(state, DEPTH)))
     first: dict[int, int] = {}  # a tensor that has two names is a weight of one name in a program
     for name, module in model.named_modules():
         state = dict(vars(module))

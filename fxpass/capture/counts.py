@@ -18,13 +18,13 @@ aten = torch.ops.aten
 
 _library = torch.library.Library("fxpass_rows", "DEF")
 _library.define("positions(Tensor mask) -> Tensor")
-_library.define("counts(Tensor key, int size, bool open) -> Tensor")
+_library.define("counts(Tensor key, int size, bool upto) -> Tensor")
 _library.define("segment(Tensor x, int dim, Tensor key, int[] members) -> Tensor")
 _library.define("joined(Tensor[] parts, int dim, int size) -> Tensor")
 _library.define("asked(Tensor of, int[] members, int number) -> Tensor")
 _kind = "CompositeExplicitAutograd"
 _library.impl("positions", lambda mask: mask.new_empty((mask.numel(), mask.ndim), dtype=torch.int64), _kind)
-_library.impl("counts", lambda key, size, open: key.new_empty((size,), dtype=torch.int64), _kind)
+_library.impl("counts", lambda key, size, upto: key.new_empty((size,), dtype=torch.int64), _kind)
 _library.impl("segment", lambda x, dim, key, members: x.new_empty(x.shape), _kind)
 _library.impl("asked", lambda of, members, number: of.new_empty(()), _kind)
 
@@ -37,8 +37,8 @@ def _joined(parts: Sequence[Tensor], dim: int, size: int) -> Tensor:
 
 _library.impl("joined", _joined, _kind)
 
-#: `positions(mask)`: as nonzero, a row for every position; `counts(key, size, open)`: as bincount, which
-#: if `open` has as many numbers as the largest key asks for, at most `size`;
+#: `positions(mask)`: as nonzero, a row for every position; `counts(key, size, upto)`: as bincount, which
+#: if `upto` has as many numbers as the largest key asks for, at most `size`;
 #: `segment(x, dim, key, members)`: the rows of `x`, sorted by `key`, whose key is a member;
 #: `joined(parts, …)`: segments one after the other again;
 #: `asked(of, members, number)`: the model asked whether there are any such rows

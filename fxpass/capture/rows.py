@@ -386,10 +386,10 @@ def _put_each(r: _Resolver, x: Tensor, lead: list[int], at: np.ndarray, mask: Te
     return x
 
 
-def _counts(r: _Resolver, node: fx.Node, key: Tensor, size: int, open: bool) -> Tensor:  # noqa: A002
+def _counts(r: _Resolver, node: fx.Node, key: Tensor, size: int, upto: bool) -> Tensor:
     """As many numbers as there are members; a `bincount` that has fewer serves for cuts only."""
-    if open:
-        return r.emit(ops.counts.default, key, size, open)
+    if upto:
+        return r.emit(ops.counts.default, key, size, upto)
     key = r.emit(aten.reshape.default, key, [-1, 1])
     return r.emit(aten.sum.dim_IntList, r.emit(aten.eq.Tensor, key, torch.arange(size, device=key.device)), [0])
 

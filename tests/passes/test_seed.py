@@ -35,3 +35,7 @@ def test_a_dim_that_needs_no_gathering_is_taken_before_one_that_does() -> None:
     found = plan(lambda x: torch.conv2d(x + x.sin().sort(2)[0][:, :, :1], kernel), 2, 4, 16, 16)
     assert list(found.seeds.values()) == [Layout(3, even(16, 2))]
     assert not found.fallbacks
+
+
+def test_a_model_of_no_flops_is_cut_as_any_other() -> None:
+    assert list(plan(torch.sin, 1, 4, 8).seeds.values()) == [Layout(1, even(4, 2))]

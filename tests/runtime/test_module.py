@@ -123,6 +123,28 @@ def test_a_changed_structure_is_captured_anew(module: ParallelModule, model: Blo
     assert module._engine.signatures == 1
 
 
+def test_what_is_changed_of_a_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        scales: dict[str, float] = {"x": 1.0}  # noqa: RUF012
+
+        def factor(self) -> float:
+            return 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.silu(x) * self.scales["x"] * self.factor()
+
+    x, module = torch.randn(1, 4, 8), fxpass.parallelize(Model().eval(), 2, executor="lockstep")
+    assert torch.equal(module(x), module.unwrapped(x))
+    plan = module.plan
+    assert torch.equal(module(x + 1), module.unwrapped(x + 1))
+    assert Model.__annotations__
+    assert module.plan is plan
+    Model.scales["x"] = 3.0
+    assert torch.equal(module(x), module.unwrapped(x))
+    monkeypatch.setattr(Model, "factor", lambda self: 5.0)
+    assert torch.equal(module(x), module.unwrapped(x))
+
+
 def test_weights_that_are_tied_or_untied_are_captured_anew(module: ParallelModule, model: Block) -> None:
     model.query.weight = model.key.weight
     check(module, model)
