@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from ..ir.program import Guard, Program
 from .call import Arguments, Call, flatten_output
-from .compare import alike
+from .compare import alike, check_values
 from .concrete import Reader
 from .errors import CaptureError, raised_line
 from .functional import functionalize
@@ -31,7 +31,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     """Capture `model(*args, **kwargs)` as a `Program`. Weight-free (fake) models work.
 
     The model runs once eagerly (some build tables at their first call; not if it is fake) and once on fake tensors;
-    it is left as it was.
+    it is left as it was. The program runs once, too: it must return what the model returned.
 
     Raises `CaptureError` if it is in training mode where that matters, changes its own state, decides by the values of
     activations, or uses what cannot be traced.
@@ -50,7 +50,7 @@ def capture_call(model: nn.Module, call: Call) -> Program:
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), _autocast_cache_off(), restored_on_error(model):
         lift = bool(call.numbers)
         if not is_fake:
-            lift = _warm_up(model, call) and lift
+            expected, lift = _warm_up(model, call)
         warm = time.perf_counter()
         mode = fake_mode if is_fake and fake_mode is not None else FakeTensorMode()
         try:
@@ -59,12 +59,19 @@ def capture_call(model: nn.Module, call: Call) -> Program:
             if not lift:
                 raise
             program = _trace(model, call, mode, False, is_fake)
-    program.seconds |= {"warm up": warm - started, "capture": time.perf_counter() - warm}
+        recorded = time.perf_counter()
+        if not is_fake:
+            check_values(program, model, call, expected)
+    program.seconds |= {
+        "warm up": warm - started,
+        "capture": recorded - warm,
+        "compare": time.perf_counter() - recorded,
+    }
     return program
 
 
-def _warm_up(model: nn.Module, call: Call) -> bool:
-    """Run the model eagerly; whether it does the same with its number arguments as tensors, and with other numbers."""
+def _warm_up(model: nn.Module, call: Call) -> tuple[list[Any], bool]:
+    """What the model returns, run eagerly; whether it takes tensors for its number arguments, whatever the numbers."""
 
     def run(tensors: Sequence[Any]) -> list[Any]:
         args, kwargs = call.rebuild(tensors)
@@ -77,9 +84,9 @@ def _warm_up(model: nn.Module, call: Call) -> bool:
             return False  # whatever a model that wants a number does with a tensor
         return True
 
-    expected = run(call.with_numbers(call.tensors))
-    if not call.numbers or not alike(call.tensors, expected):
-        return False
+    first = run(call.with_numbers(call.tensors))
+    if not call.numbers or not alike(call.tensors, first):
+        return first, False
     # a neutral number (a scale of 1) would hide that its tensor is ignored
     numbers = list(call.with_numbers(call.tensors))
     for i, number in call.numbers.items():
@@ -87,12 +94,12 @@ def _warm_up(model: nn.Module, call: Call) -> bool:
     try:
         expected = run(numbers)
     except Exception:
-        return True  # the model does not take the other number
+        return first, True  # the model does not take the other number
     tensors = [
         torch.as_tensor(new).to(t) if i in call.numbers else t
         for i, (t, new) in enumerate(zip(call.tensors, numbers, strict=True))
     ]
-    return alike(tensors, expected)
+    return first, alike(tensors, expected)
 
 
 def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, is_fake: bool) -> Program:

@@ -1,15 +1,18 @@
-"""Do two recorded graphs compute the same?"""
+"""Do two recorded graphs compute the same? Does one compute what the model does?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ir.program import Program
+from .call import Call, flatten_output
+from .errors import CaptureError
+from .evaluate import evaluate
 
 
 def identities(
@@ -55,3 +58,35 @@ def alike(first: Program, second: Program) -> bool:
         numbers = identities(program.graph, leaf, known)
         outputs.append([numbers[node] for node in program.graph.find_nodes(op="output")[0].args[0]])
     return outputs[0] == outputs[1]
+
+
+def check_values(program: Program, model: nn.Module, call: Call, expected: Sequence[Any]) -> None:
+    """Raises `CaptureError` if the program returns something else than the model did for the same call.
+
+    Rounding differs where operators were taken apart, so what is judged is the root mean square of the difference, by
+    the square root of the unit of rounding.
+    """
+    found = flatten_output(evaluate(program, model, call.tensors))[0]
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    dtypes = {torch.float32, *(v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point())}
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+    off = [_off(*each) for each in zip(found, expected, strict=True)] if len(found) == len(expected) else [float("inf")]
+    if not max(off, default=0.0) <= rounding:
+        raise CaptureError(
+            f"what was recorded returns something else than the model did: output {off.index(max(off))} is off by "
+            f"{max(off):.0e} of its size. Either the model does not do the same twice, or it does something else when "
+            "torch.compiler.is_compiling() is true; make both the same"
+        )
+
+
+def _off(found: Any, expected: Any) -> float:
+    """The root mean square of a difference, relative to that of what is expected; infinite where not comparable."""
+    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
+        return float("inf") if isinstance(found, Tensor) or isinstance(expected, Tensor) else 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = found.to(wide), expected.to(wide)
+    if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+        return float("inf")
+    kept = b.isfinite()
+    difference, size = (a - b)[kept].abs().square().sum(), b[kept].abs().square().sum()
+    return (difference / size).sqrt().item() if difference > 0 else 0.0

@@ -19,8 +19,14 @@ def lookup(model: nn.Module, name: str) -> Tensor:
     return attrgetter(name)(model)
 
 
-def run_nodes(nodes: Iterable[fx.Node], values: dict[fx.Node, Any]) -> Any:
-    """Compute call nodes in order into `values`, which has the placeholders'; returns what the output node holds."""
+def run_nodes(
+    nodes: Iterable[fx.Node], values: dict[fx.Node, Any], done: Mapping[fx.Node, Sequence[fx.Node]] | None = None
+) -> Any:
+    """Compute call nodes in order into `values`, which has the placeholders'; returns what the output node holds.
+
+    Args:
+        done: after each node, the values that nothing needs any more.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for device in {v.device.type for v in values.values() if isinstance(v, Tensor)}:
@@ -30,6 +36,8 @@ def run_nodes(nodes: Iterable[fx.Node], values: dict[fx.Node, Any]) -> Any:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                for old in done.get(node, ()) if done else ():
+                    del values[old]
             elif node.op == "output":
                 return fx.node.map_arg(node.args[0], values.__getitem__)
     return None
@@ -57,6 +65,17 @@ def evaluate(program: Program, model: nn.Module, tensors: Sequence[Tensor]) -> A
     """What `model` would return for the tensors of a call, computed by its program."""
     inputs = dict(zip(program.inputs, tensors, strict=True))
     values = bind(program.graph, model, program.weights, program.constants, inputs)
-    results = iter(run_nodes(program.graph.nodes, values))
+    results = iter(run_nodes(program.graph.nodes, values, _done(program.graph)))
     leaves = [next(results) if leaf is ... else leaf for leaf in program.out_leaves]
     return pytree.tree_unflatten(leaves, program.out_spec)
+
+
+def _done(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The values that each node is the last to use."""
+    done: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        new = [n for n in (node, *node.all_input_nodes) if n not in seen]
+        seen.update(new)
+        done[node] = new
+    return done
