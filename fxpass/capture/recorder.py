@@ -264,7 +264,7 @@ class Recorder(TorchDispatchMode):
         name = forms.name_of(op)
         if "dropout" in name and len(args) > 2 and args[2] and args[1]:
             raise CaptureError(f"dropout in training mode at {self.current_line()}; call model.eval() first")
-        if "attention" in name and _dropout(op, args, kwargs):
+        if "attention" in name and _argument(op, args, kwargs, "dropout_p", 0.0):
             raise CaptureError(
                 f"attention with dropout at {self.current_line()}; pass dropout_p=0.0 when the model is in eval mode"
             )
@@ -280,7 +280,11 @@ class Recorder(TorchDispatchMode):
                 f"{op} at {self.current_line()} keeps its weight in an object that only this process can read; "
                 "keep it as tensors (whole numbers and scales) that forward() multiplies"
             )
-        if forms.is_random(op):
+        if (
+            forms.is_random(op)
+            and _argument(op, args, kwargs, "train", True)
+            and _argument(op, args, kwargs, "dropout", 1)
+        ):
             raise CaptureError(
                 f"{op} draws random numbers at {self.current_line()}: each rank would draw its own; "
                 "pass them in as an input"
@@ -295,10 +299,10 @@ def _refuse_subclass(tensor: Tensor, name: str) -> None:
         )
 
 
-def _dropout(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> float:
-    """The probability that an attention operator is given."""
-    place = next((i for i, a in enumerate(op._schema.arguments) if a.name == "dropout_p"), len(args))
-    return args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)
+def _argument(op: OpOverload, args: Any, kwargs: dict[str, Any], name: str, default: Any) -> Any:
+    """What an operator is given as the argument of that name; `default` where it has none."""
+    place = next((i for i, a in enumerate(op._schema.arguments) if a.name == name), len(args))
+    return args[place] if place < len(args) else kwargs.get(name, default)
 
 
 def _positions(index: Any) -> list[Any]:
