@@ -16,6 +16,7 @@ from tests.passes.harness import evenly, split
 
 X = (3, 5, 6)
 EVERY = (0, 1, 2)
+LSTM, GRU = (kind(4, 3, batch_first=True, bidirectional=True).double() for kind in (nn.LSTM, nn.GRU))
 PARTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, tuple[int, ...]]]] = {
     "cosine_similarity": (lambda x, y: F.cosine_similarity(x, y, 1), [X, X], {0: EVERY, 1: EVERY}),
     "pairwise_distance": (F.pairwise_distance, [(5, 6), (5, 6)], {0: (0, 1), 1: (0, 1)}),
@@ -47,6 +48,8 @@ PARTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, tuple[int, ...]]]] 
     "nansum": (lambda x: torch.where(x > 1, torch.nan, x).nansum(1), [X], {0: EVERY}),
     "nanmean": (lambda x: torch.where(x > 1, torch.nan, x).nanmean(1), [X], {0: EVERY}),
     "renorm": (lambda x: x.renorm(2, 1, 1.0), [X], {0: (0, 1, 2)}),
+    "lstm": (lambda x: LSTM(x)[0], [(2, 5, 4)], {0: (0, 1)}),
+    "gru": (lambda x: GRU(x)[0], [(2, 5, 4)], {0: (0, 1)}),
     "block_diag": (torch.block_diag, [(3, 4), (2, 3)], {0: (0, 1), 1: (0, 1)}),
     "mse_loss": (lambda x, y: F.mse_loss(x, y, reduction="none"), [X, X], {0: EVERY, 1: EVERY}),
     "kl_div": (lambda x, y: F.kl_div(x, y.exp(), reduction="none"), [X, X], {0: EVERY, 1: EVERY}),

@@ -217,6 +217,7 @@ SLICING: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, tuple[int, ...]]]
     "replicate 3d": (lambda x: F.pad(x, (0, 0, 0, 0, 2, 0), mode="replicate"), [(1, 2, 4, 5, 3)], {0: (1, 2, 3, 4)}),
     "circular 1d": (lambda x: F.pad(x, (2, 3), mode="circular"), [(2, 3, 7)], {0: (0, 1, 2)}),
     "circular 2d": (lambda x: F.pad(x, (2, 3, 1, 2), mode="circular"), [(2, 3, 6, 7)], {0: (0, 1, 2, 3)}),
+    "circular 3d": (lambda x: F.pad(x, (1, 2, 0, 1, 2, 1), mode="circular"), [(1, 2, 4, 5, 3)], {0: (1, 2, 3, 4)}),
     "flip": (lambda x: x.flip(1), [(2, 7, 6)], {0: (0, 1, 2)}),
     "flip two": (lambda x: x.flip(1, -1), [(2, 7, 6)], {0: (0, 1, 2)}),
     "roll": (lambda x: x.roll(2, 1), [(2, 7, 6)], {0: (0, 1, 2)}),

@@ -28,6 +28,9 @@ def norms() -> dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]]:  #
         "layer without bias": (nn.LayerNorm(6, bias=False), (2, 7, 6), (0, 1, 2)),
         "rms": (nn.RMSNorm(6), (2, 7, 6), (0, 1)),
         "batch": (nn.BatchNorm2d(4), (2, 4, 6, 5), (0, 2, 3)),
+        "batch of one dim": (nn.BatchNorm1d(4), (2, 4, 9), (0, 2)),
+        "batch of its own statistics": (nn.BatchNorm3d(4, track_running_stats=False), (2, 4, 5, 3, 4), (0, 2, 3, 4)),
+        "instance of known statistics": (nn.InstanceNorm1d(4, track_running_stats=True), (2, 4, 9), (0, 2)),
         "instance": (nn.InstanceNorm2d(4, affine=True), (2, 4, 6, 5), (0, 2, 3)),
     }
     for module, _, _ in cases.values():
