@@ -307,7 +307,8 @@ class Partitioner:
             assert self._node is not None
             new = self._graph.call_function(target)
             new.args, new.kwargs = tuple(args), dict(kwargs)  # call_function would search them for symbolic numbers
-            new.meta = meta | {"path": self._node.meta.get("path", ""), "origin": self._node.name}
+            about = self._node.meta
+            new.meta = meta | {"path": about.get("path", ""), "origin": about.get("origin", self._node.name)}
             self._memo[key] = new
         return self._memo[key]
 

@@ -24,6 +24,7 @@ from ..ir.layout import Layout, even
 from ..ir.program import calls, exchanges_of, layout_of, shape_of
 from .cost import Cost, Target, cost, flops, node_flops
 from .partition import Rule, partition
+from .trim import trim
 
 Seeds = dict[str, Layout]
 OVERHEAD: tuple[Role, ...] = ("realign", "rebalance", "small", "fallback")  #: roles of exchanges that the cuts ask for
@@ -70,7 +71,7 @@ class Search:
         if key in self.tried:
             return False
         self.tried.add(key)
-        graph = partition(self.graph, self.world, seeds, self.rules)
+        graph = trim(partition(self.graph, self.world, seeds, self.rules), self.graph, self.world, self.rules)
         judged = cost(graph, self.world, self.target)
         unevenness = _steps(self.world * max(judged.flops_per_rank) / self.total) if self.total else 0
         rank = unevenness, _moved(graph) > TOLERATED, judged.seconds

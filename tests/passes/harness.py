@@ -1,6 +1,6 @@
 """What every test of the passes does: split a small function on some cuts and hold it against law 1.
 
-`split` captures, normalizes, partitions and buckets a function; runs the ranks in lockstep; and compares, on
+`split` captures, normalizes, partitions, trims and buckets a function; runs the ranks in lockstep; and compares, on
 every rank, *each value of the whole program* with the part of it that its layout promises.
 """
 
@@ -27,6 +27,7 @@ from fxpass.passes.bucket import bucket
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import Partitioner
 from fxpass.passes.rules import RULES
+from fxpass.passes.trim import trim
 
 
 class Function(nn.Module):
@@ -113,7 +114,7 @@ def split(
             for rank, env in enumerate(envs):
                 check_part(env[local], whole[node], layout_of(local), rank, node)
 
-    canonical = bucket(graph)
+    canonical = bucket(trim(graph, program.graph, world, RULES))
     verify(canonical, "partitioned", world)
     error = 0.0
     for outputs in (list(env[output_of(canonical)]) for env in lockstep(canonical, world, values)):

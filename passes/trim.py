@@ -1,0 +1,142 @@
+"""trim: what the ranks only take rows of is computed in those rows alone. Exact.
+
+A value that depends on nothing that is cut is whole on every rank: the embeddings of the tokens' own timesteps, a table
+of positions. Where all its users take rows of it, its operator is given rows of the operands instead, and these are
+looked at in turn. How the operands would have to lie is guessed; the operator's rule says whether the guess was right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from ..ir import ops
+from ..ir.exchange import Exchange
+from ..ir.layout import Layout, own
+from ..ir.program import layout_of, shape_of
+from .partition import Op, Partitioner, Rule, SplitError
+from .rules.views import through
+
+aten = torch.ops.aten
+
+
+def trim(graph: fx.Graph, source: fx.Graph, world: int, rules: Mapping[Any, Rule]) -> fx.Graph:
+    """Trim `graph`, the partitioned form of `source`, in place."""
+    trimmer = _Trimmer(graph, source, world, rules)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function":
+            trimmer.visit(node)
+    return graph
+
+
+class _Trimmer(Partitioner):
+    """Emits into a graph that is partitioned already, and never an exchange."""
+
+    def __init__(self, graph: fx.Graph, source: fx.Graph, world: int, rules: Mapping[Any, Rule]) -> None:
+        super().__init__(source, world, {}, rules)
+        self._graph = graph
+        self._origins = {node.name: node for node in source.nodes}
+        self._takes = {(n.args[0], layout_of(n)): n for n in graph.nodes if n.target is ops.take}
+
+    def visit(self, x: fx.Node) -> None:
+        if not x.users:
+            self._erase(x)
+            return
+        wanted, op = self._wanted(x), self._op(x)
+        for operands in _guesses(x, wanted) if wanted and op else ():
+            self._node, self._memo = x, {}
+            with self._graph.inserting_before(x):
+                result = self._from_rows(op, x, wanted, operands)
+                if result is not None:
+                    self._replace(x, result)
+                    return
+            for node in reversed(self._memo.values()):
+                if not node.users:
+                    self._erase(node)
+
+    def _op(self, x: fx.Node) -> Op | None:
+        """The operator that `x` is, whole operands and all, if there is a rule for it."""
+        source = self._origins.get(x.meta.get("origin"))
+        known = x.target in self._rules and source is not None and source.target is x.target
+        if not known or source.meta.get("shape") != x.meta.get("shape"):
+            return None
+        return None if any(layout_of(a).split for a in x.all_input_nodes) else Op(source, x.target)
+
+    def _wanted(self, x: fx.Node) -> Layout | None:
+        """The rows of a whole value that its users take, if they do nothing else and need not all of it."""
+        if layout_of(x).split or any(user.target is not ops.take for user in x.users):
+            return None
+        layouts = [layout_of(user) for user in x.users]
+        dims = {layout.dim for layout in layouts}
+        if len(dims) > 1 or None in dims:
+            return None
+        rows = layouts[0].rows
+        for layout in layouts[1:]:
+            rows = tuple(a | b for a, b in zip(rows, layout.rows, strict=True))
+        dim, size = layouts[0].axis, shape_of(x)[layouts[0].axis]
+        shared_out = all(r.runs for r in rows) and sum(map(len, own(rows))) == size and min(map(len, rows)) < size
+        return Layout(dim, rows) if shared_out else None
+
+    def _from_rows(self, op: Op, x: fx.Node, wanted: Layout, operands: dict[fx.Node, Layout]) -> fx.Node | None:
+        """`wanted` rows of `x`, if the operator's rule makes exactly these of rows of its operands."""
+        rows = {a: self._rows_of(a, layout) for a, layout in operands.items()}
+        args, kwargs = map_arg((x.args, x.kwargs), lambda a: rows.get(a, a))
+        try:
+            if not rows:  # expanded along the dim
+                return self.same(op, (args[0], self.local(op.shape, wanted)), layout=wanted)
+            result = self._rules[op.target](self, op, *args, **kwargs)
+        except SplitError:
+            return None
+        return result if isinstance(result, fx.Node) and layout_of(result) == wanted else None
+
+    def _rows_of(self, a: fx.Node, layout: Layout) -> fx.Node:
+        """A take, one for all its users; they come later than what is being visited."""
+        taken = self._takes.get((a, layout))
+        assert self._node is not None
+        if taken is None:
+            taken = self._takes[a, layout] = self.take(a, layout.axis, layout.rows)
+        elif self._node < taken:
+            self._node.prepend(taken)
+        return taken
+
+    def _replace(self, x: fx.Node, result: fx.Node) -> None:
+        for user in list(x.users):
+            user.replace_all_uses_with(self.take(result, layout_of(user).axis, layout_of(user).rows))
+            self._erase(user)
+        self._erase(x)
+
+    def _erase(self, node: fx.Node) -> None:
+        if node.target is ops.take:
+            self._takes.pop((node.args[0], layout_of(node)), None)  # type: ignore[arg-type]
+        self._graph.erase_node(node)
+
+    def _exchange(self, x: fx.Node, declared: Exchange, shape: Any, layout: Layout) -> fx.Node:
+        raise SplitError("nothing travels for a value that every rank has")
+
+
+def _guesses(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
+    """Rows of which operands, and which, might give `wanted` rows of `x`."""
+    first, shape = x.args[0], shape_of(x)
+    if x.target is aten.reshape.default:
+        back = through(shape, wanted, shape_of(first))
+        if back is not None:
+            yield {first: back}
+    elif x.target is aten.permute.default:
+        yield {first: wanted.at(x.args[1][wanted.axis])}
+    elif x.target is aten.embedding.default:
+        yield {x.args[1]: wanted}
+    else:
+        places = {a: wanted.axis - (len(shape) - len(shape_of(a))) for a in x.all_input_nodes}
+        alike = {
+            a: wanted.at(place)
+            for a, place in places.items()
+            if place >= 0 and shape_of(a)[place] == shape[wanted.axis]
+        }
+        if alike or x.target is aten.expand.default:
+            yield alike
+        if len(alike) > 1 and first in alike:  # weights, keys and values are whole
+            yield {first: alike[first]}

@@ -1,0 +1,77 @@
+"""What the ranks only take rows of is computed in those rows alone."""
+
+from __future__ import annotations
+
+import operator
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import fx
+
+from fxpass.ir.program import calls, layout_of
+from tests.passes.examples import few, randn
+from tests.passes.harness import evenly, layouts, split
+
+W, V, K = randn(6, 6), randn(6), randn(2, 4, 6)
+T = (2, 8, 6)
+#: functions of a value [2, 8, 6] that is cut along dim 1 or 2, and of one of another shape that is not; along which
+#: of these dims nothing stays whole
+TRIMMED: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "pointwise": (lambda x, t: x * t.cos().exp(), T, (1, 2)),
+    "a layer": (lambda x, t: x + F.silu(F.linear(F.silu(F.linear(t, W, V)), W)), T, (1,)),
+    "an embedding of times": (lambda x, t: x + F.linear((t.reshape(16, 1) * V).sin(), W, V).reshape(T), (2, 8), (1,)),
+    "modulation": (lambda x, t: (lambda s: x * s[:, :, 0] + s[:, :, 1])(t.reshape(2, 8, 2, 6).sin()), (2, 8, 12), (1,)),
+    "a norm": (lambda x, t: x * F.layer_norm(t, (6,), V, V), T, (1,)),
+    "a product": (lambda x, t: x + torch.matmul(t, W), T, (1,)),
+    "queries": (lambda x, t: x + F.scaled_dot_product_attention(t, K, K), T, (1,)),
+    "other dims": (lambda x, t: x + t.sin().permute(0, 2, 1), (2, 6, 8), (1, 2)),
+    "expanded": (lambda x, t: x + F.linear(t.sin().expand(2, 8, 6), W), (2, 1, 6), (1,)),
+    "joined": (lambda x, t: x + torch.cat([t.sin(), t.cos()], 2), (2, 8, 3), (1,)),
+    "a table": (lambda x, t: x + F.embedding((t > 0).long(), W[:2]), (2, 8), (1,)),
+    "softmax": (lambda x, t: x + t.softmax(2), T, (1,)),
+}  # fmt: skip
+
+
+def whole_values(graph: fx.Graph) -> list[str]:
+    """What operators yield on every rank for all rows."""
+    nodes = [n for n in calls(graph) if "shape" in n.meta and n.target is not operator.getitem]
+    return [n.format_node() or "" for n in nodes if not layout_of(n).split and prod(n.meta["shape"]) >= 16]
+
+
+@pytest.mark.parametrize(("name", "dim"), [(name, dim) for name, case in TRIMMED.items() for dim in case[2]])
+@few
+@given(data=st.data())
+def test_what_ranks_only_take_rows_of_is_computed_in_rows(name: str, dim: int, data: st.DataObject) -> None:
+    function, shape, _ = TRIMMED[name]
+    layout = data.draw(layouts(T, 2, dims=(dim,)))
+    graph = split(function, (randn(*T), randn(*shape)), {0: layout}, 2).graph
+    assert not whole_values(graph)
+
+
+def test_what_is_used_whole_as_well_stays_whole() -> None:
+    def function(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        t = F.linear(t, W)
+        return x + t.sin(), t
+
+    found = split(function, (randn(*T), randn(*T)), {0: evenly(1, 8, 2)}, 2, exact=False)
+    (layer,) = [n for n in calls(found.graph) if n.target is torch.ops.aten.linear.default]
+    (sine,) = [n for n in calls(found.graph) if n.target is torch.ops.aten.sin.default]
+    assert not layout_of(layer).split
+    assert layout_of(sine).split
+
+
+def test_rows_taken_twice_are_computed_once() -> None:
+    kernel = randn(6, 6, 3)
+
+    def function(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t = F.linear(t, W)
+        return x + t + F.conv1d((x + t.sin()).permute(0, 2, 1), kernel, padding=1).permute(0, 2, 1)
+
+    found = split(function, (randn(*T), randn(*T)), {0: evenly(1, 8, 2)}, 2)
+    layers = [n for n in calls(found.graph) if n.target is torch.ops.aten.linear.default]
+    assert [layout_of(n) for n in layers] == [evenly(1, 8, 2)]
