@@ -48,13 +48,18 @@ def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx
 def _index_put(
     b: Builder, node: fx.Node, x: fx.Node, indices: Sequence[Any], values: fx.Node, accumulate: bool = False
 ) -> fx.Node:
-    """One value where a mask is true is a choice."""
-    mask = indices[0]
-    single = len(indices) == 1 and mask.meta["dtype"] == torch.bool and prod(shape_of(values)) == 1
-    if not single or accumulate:
+    """One row, the same wherever a mask is true, is a choice."""
+    mask, before = indices[-1], len(indices) - 1
+    masked = mask.meta["dtype"] == torch.bool and all(i is None for i in indices[:-1])
+    after = len(shape_of(x)) - before - len(shape_of(mask))
+    given = shape_of(values)
+    place = len(given) - 1 - after  # of the dim that counts what is true
+    if not masked or accumulate or (place >= 0 and given[place] != 1):
         return b.emit(aten.index_put.default, x, indices, values, accumulate)
-    mask = b.reshape(mask, [*shape_of(mask), *(1,) * (len(shape_of(x)) - len(shape_of(mask)))])
-    return b.emit(aten.where.self, mask, _to_copy(b, node, b.reshape(values, []), dtype=x.meta["dtype"]), x)
+    if place >= 0:
+        values = b.reshape(values, [*given[:place], *(1 for _ in shape_of(mask)), *given[place + 1 :]])
+    mask = b.reshape(mask, [*shape_of(mask), *(1,) * after])
+    return b.emit(aten.where.self, mask, _to_copy(b, node, values, dtype=x.meta["dtype"]), x)
 
 
 def _take_along_dim(b: Builder, node: fx.Node, x: fx.Node, indices: fx.Node, dim: int | None = None) -> fx.Node:

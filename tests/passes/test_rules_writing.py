@@ -27,6 +27,18 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return x
 
 
+def masked_rows(x: Tensor, mask: Tensor, row: Tensor) -> Tensor:
+    x = x.clone()
+    x[mask > 0] = row
+    return x
+
+
+def masked_columns(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, mask > 0] = rows
+    return x
+
+
 def put(x: Tensor, i: Tensor, values: Tensor) -> Tensor:
     x = x.clone()
     x[:, i] = values
@@ -70,6 +82,8 @@ CASES: dict[str, tuple[Any, list[Any], dict[int, tuple[int, ...]]]] = {
     ),
     "x[mask] = number": (masked, [(3, 5), (3, 5)], {0: (0, 1), 1: (0, 1)}),
     "x[rows] = number": (masked, [X, (3,)], {0: EVERY, 1: (0,)}),
+    "x[mask] = row": (masked_rows, [X, (3, 5), (6,)], {0: EVERY, 1: (0, 1), 2: (0,)}),
+    "x[:, mask] = rows": (masked_columns, [X, (5,), (3, 1, 6)], {0: EVERY, 1: (0,), 2: (0, 2)}),
     "diagonal": (lambda x: x.diagonal(1, 1, 2), [(3, 5, 6)], {0: EVERY}),
     "diagonal below": (lambda x: x.diagonal(-2, 2, 0), [(4, 5, 6)], {0: EVERY}),
     "trace": (lambda x: x.trace(), [(5, 5)], {0: (0, 1)}),
