@@ -99,7 +99,7 @@ class Search:
                 self.attempt({**self.seeds, node.name: Layout(dim, even(shape_of(node)[dim], self.world))})
         if self.best is not None and self.reached < GOOD:
             fruitless = 0
-            for name, layout in list(_inner(self))[:4]:
+            for name, layout in _inner(self)[:4]:
                 before = self.reached
                 if before < GOOD and fruitless < 2:
                     self.attempt({**self.seeds, name: layout})
@@ -227,15 +227,23 @@ def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:
     return found
 
 
-def _inner(search: Search) -> Iterator[tuple[str, Layout]]:
-    """Values that most of the work depends on, unevenly split or whole, along a dim that could be shared out evenly."""
+def _inner(search: Search) -> list[tuple[str, Layout]]:
+    """Values that most of the work depends on, unevenly split or whole, along a dim that could be shared out evenly.
+
+    First come those where streams begin that depend on nothing cut: each rank takes its rows at no cost.
+    """
     assert search.best is not None
     seen: set[tuple[int, ...]] = set()
+    free: list[tuple[str, Layout]] = []
+    anew: list[tuple[str, Layout]] = []
     laid = {n.meta.get("origin"): layout_of(n) for n in search.best[2].nodes if n.target is not operator.getitem}
     after = _after([n for n in search.graph.nodes if n.name in search.seeds])
+    streams: set[fx.Node] = set()
     for node in calls(search.graph):
         shape = node.meta.get("shape")
-        if node not in after or node.name not in laid or shape is None or len(shape) < 3 or shape in seen:
+        if node.name not in laid or shape is None or len(shape) < 3 or shape in seen:
+            continue
+        if node in streams and node not in after:
             continue
         layout = laid[node.name]
         dim = layout.dim if layout.dim is not None else max(range(1, len(shape) - 1), key=lambda d: shape[d])
@@ -245,8 +253,11 @@ def _inner(search: Search) -> Iterator[tuple[str, Layout]]:
         if layout.dim is not None and max(layout.sizes) <= 1.02 * max(map(len, rows)):
             continue
         seen.add(shape)
-        if sum(map(node_flops, _after([node]))) > search.total // 2:
-            yield node.name, Layout(dim, rows)
+        following = _after([node])
+        if sum(map(node_flops, following)) > search.total // 2:
+            (anew if node in after else free).append((node.name, Layout(dim, rows)))
+            streams |= set() if node in after else following
+    return free + anew
 
 
 def _after(nodes: list[fx.Node]) -> set[fx.Node]:

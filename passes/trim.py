@@ -40,31 +40,35 @@ class _Trimmer(Partitioner):
         super().__init__(source, world, {}, rules)
         self._graph = graph
         self._origins = {node.name: node for node in source.nodes}
-        self._takes = {(n.args[0], layout_of(n)): n for n in graph.nodes if n.target is ops.take}
+        self._takes: dict[tuple[Any, Layout], fx.Node] = {
+            (n.args[0], layout_of(n)): n for n in graph.nodes if n.target is ops.take
+        }
 
     def visit(self, x: fx.Node) -> None:
         if not x.users:
             self._erase(x)
             return
         wanted, op = self._wanted(x), self._op(x)
-        for operands in _guesses(x, wanted) if wanted and op else ():
+        if wanted is None or op is None:
+            return
+        for operands in _guesses(x, wanted):
             self._node, self._memo = x, {}
             with self._graph.inserting_before(x):
                 result = self._from_rows(op, x, wanted, operands)
                 if result is not None:
                     self._replace(x, result)
                     return
-            for node in reversed(self._memo.values()):
+            for node in reversed(list(self._memo.values())):
                 if not node.users:
                     self._erase(node)
 
     def _op(self, x: fx.Node) -> Op | None:
         """The operator that `x` is, whole operands and all, if there is a rule for it."""
-        source = self._origins.get(x.meta.get("origin"))
-        known = x.target in self._rules and source is not None and source.target is x.target
-        if not known or source.meta.get("shape") != x.meta.get("shape"):
+        source = self._origins.get(x.meta.get("origin", ""))
+        if source is None or x.target not in self._rules or any(layout_of(a).split for a in x.all_input_nodes):
             return None
-        return None if any(layout_of(a).split for a in x.all_input_nodes) else Op(source, x.target)
+        same = source.target is x.target and source.meta.get("shape") == x.meta.get("shape")
+        return Op(source, x.target) if same else None
 
     def _wanted(self, x: fx.Node) -> Layout | None:
         """The rows of a whole value that its users take, if they do nothing else and need not all of it."""
@@ -111,7 +115,7 @@ class _Trimmer(Partitioner):
 
     def _erase(self, node: fx.Node) -> None:
         if node.target is ops.take:
-            self._takes.pop((node.args[0], layout_of(node)), None)  # type: ignore[arg-type]
+            self._takes.pop((node.args[0], layout_of(node)), None)
         self._graph.erase_node(node)
 
     def _exchange(self, x: fx.Node, declared: Exchange, shape: Any, layout: Layout) -> fx.Node:
@@ -120,15 +124,16 @@ class _Trimmer(Partitioner):
 
 def _guesses(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
     """Rows of which operands, and which, might give `wanted` rows of `x`."""
-    first, shape = x.args[0], shape_of(x)
+    args: Any = x.args
+    first, shape = args[0], shape_of(x)
     if x.target is aten.reshape.default:
         back = through(shape, wanted, shape_of(first))
         if back is not None:
             yield {first: back}
     elif x.target is aten.permute.default:
-        yield {first: wanted.at(x.args[1][wanted.axis])}
+        yield {first: wanted.at(args[1][wanted.axis])}
     elif x.target is aten.embedding.default:
-        yield {x.args[1]: wanted}
+        yield {args[1]: wanted}
     else:
         places = {a: wanted.axis - (len(shape) - len(shape_of(a))) for a in x.all_input_nodes}
         alike = {

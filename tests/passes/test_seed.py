@@ -39,3 +39,16 @@ def test_a_dim_that_needs_no_gathering_is_taken_before_one_that_does() -> None:
 
 def test_a_model_of_no_flops_is_cut_as_any_other() -> None:
     assert list(plan(torch.sin, 1, 4, 8).seeds.values()) == [Layout(1, even(4, 2))]
+
+
+def test_a_stream_made_inside_is_cut_beside_the_input() -> None:
+    weight = torch.randn(64, 64)
+
+    class Joined(nn.Module):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            text = nn.functional.pad(text, (0, 0, 0, 26))[None]  # the text itself has too few rows, and no batch
+            joined = torch.cat([text @ weight, x @ weight], 1)
+            return nn.functional.scaled_dot_product_attention(joined @ weight, joined @ weight, joined)[:, 32:]
+
+    found = make_plan(capture(Joined(), torch.randn(1, 32, 64), torch.randn(6, 64)), 4, Strategy.of("sync"))
+    assert found.bound > 3.9
