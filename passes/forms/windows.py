@@ -1,4 +1,4 @@
-"""Convolutions, and interpolation to explicit sizes."""
+"""Convolutions, adaptive maxima, and interpolation to explicit sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ...ir.program import shape_of
-from ..builder import Builder, Form
+from ..builder import Builder, Form, unpacked
 
 aten = torch.ops.aten
 
@@ -61,7 +61,26 @@ def _upsample(names: tuple[str, ...]) -> Form:
     return form
 
 
+def _adaptive_max(b: Builder, node: fx.Node, x: fx.Node, size: list[int]) -> Any:
+    """Maxima of maxima: windows of one size are pooled, others are cut out. Positions are left to the operator."""
+    if any(user.args[1] == 1 and user.users for user in node.users):
+        return unpacked(b, b.copy(node.target, (x, size), {}, node.meta["val"]))
+    spatial = len(shape_of(x)) - len(size)
+    kernel = [1 if n == 1 or shape_of(x)[d] % n else shape_of(x)[d] // n for d, n in enumerate(size, spatial)]
+    if any(k > 1 for k in kernel):
+        x = b.emit(getattr(aten, f"max_pool{len(size)}d").default, x, kernel)
+    for d, n in enumerate(size, spatial):
+        length = shape_of(x)[d]
+        if n != length:
+            windows = [b.slice(x, d, i * length // n, -(-(i + 1) * length // n)) for i in range(n)]
+            x = b.cat([b.emit(aten.amax.default, window, [d], True) for window in windows], d)
+    return x, None
+
+
 TABLE: dict[Any, Form] = {
+    aten.adaptive_max_pool1d.default: _adaptive_max,
+    aten.adaptive_max_pool2d.default: _adaptive_max,
+    aten.adaptive_max_pool3d.default: _adaptive_max,
     aten.conv1d.default: _convolution(False),
     aten.conv2d.default: _convolution(False),
     aten.conv3d.default: _convolution(False),

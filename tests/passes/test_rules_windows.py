@@ -205,6 +205,11 @@ def test_positions_among_a_thousand_rows_round_as_torch_rounds_them(named: Any, 
         (nn.AdaptiveAvgPool2d((3, 5)), (3, 7, 8)),
         (nn.AdaptiveAvgPool2d((None, 4)), (2, 3, 7, 8)),
         (nn.AdaptiveAvgPool3d((4, 4, 5)), (2, 3, 5, 6, 7)),
+        (nn.AdaptiveMaxPool1d(4), (2, 3, 9)),
+        (nn.AdaptiveMaxPool2d(1), (2, 3, 7, 8)),
+        (nn.AdaptiveMaxPool2d((None, 4)), (3, 7, 8)),
+        (nn.AdaptiveMaxPool2d((3, 4)), (2, 3, 7, 8)),
+        (nn.AdaptiveMaxPool3d((4, 2, 5)), (2, 3, 5, 6, 7)),
         (partial(F.interpolate, size=5, mode="area"), (2, 3, 9)),
         (partial(F.interpolate, size=(5, 9), mode="area"), (2, 3, 7, 8)),
         (partial(F.interpolate, size=(4, 4, 9), mode="area"), (1, 3, 6, 5, 7)),
@@ -223,6 +228,12 @@ def test_adaptive_pooling_is_split(module: Any, shape: tuple[int, ...], data: st
 @given(data=st.data())
 def test_adaptive_pooling_is_right(size: Any, shape: tuple[int, ...], data: st.DataObject) -> None:
     split_anywhere(data, Example(nn.AdaptiveAvgPool2d(size), [randn(*shape)]))
+
+
+@few
+@given(data=st.data())
+def test_the_positions_of_adaptive_maxima_are_right(data: st.DataObject) -> None:
+    split_anywhere(data, Example(nn.AdaptiveMaxPool2d((3, 4), return_indices=True), [randn(2, 3, 7, 8)]))
 
 
 @few
