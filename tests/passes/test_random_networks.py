@@ -174,6 +174,20 @@ def handmade(x: Tensor) -> Tensor:
     return torch.bmm(tokens, weights.transpose(1, 2)).view_as(x)
 
 
+def attended(x: Tensor, blocks: bool) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)[:, None]
+    place = torch.arange(tokens.shape[2]) // 3
+    named: dict[str, Any] = {"attn_mask": place[:, None] == place} if blocks else {"is_causal": True}
+    y = F.scaled_dot_product_attention(tokens, tokens, tokens.flip(-1), **named)
+    return y[:, 0].transpose(1, 2).reshape(x.shape)
+
+
+def turned(x: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.flatten(2).transpose(1, 2).unflatten(2, (2, 2)).contiguous())
+    angles = torch.arange(pairs.shape[1], dtype=x.dtype)[:, None] / torch.tensor([1.0, 3.0], dtype=x.dtype)
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(2).mT.reshape(x.shape)
+
+
 def resized(mode: str, **named: Any) -> Any:
     def function(x: Tensor) -> Tensor:
         small = F.interpolate(x, (x.shape[2] // 2 + 1, x.shape[3] // 2 + 1), mode=mode, **named)
@@ -189,6 +203,12 @@ OTHERS: dict[str, Any] = {
     "logsumexp": lambda x: x - x.logsumexp((2, 3), keepdim=True),
     "cumsum": lambda x: x.cumsum(2) / x.shape[2] + x.cumsum(3) / x.shape[3],
     "largest": lambda x: x * x.argmax(2, keepdim=True) / x.shape[2] + x.max(3, keepdim=True).values,
+    "largest few": lambda x: x - x.topk(2, 2).values.mean(2, keepdim=True) + x.topk(3, 1).values.sum(1, keepdim=True),
+    "adaptive": lambda x: x + F.interpolate(F.adaptive_max_pool2d(x, (2, 1)), x.shape[2:]),
+    "causal": lambda x: attended(x, blocks=False),
+    "blocks": lambda x: attended(x, blocks=True),
+    "turned": turned,
+    "antialiased": resized("bilinear", antialias=True),
     "sorted": lambda x: x.sort(2).values,
     "looked up": looked_up,
     "added up": added_up,
