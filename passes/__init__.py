@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from ..ir.garbage import collection_paused
 from ..ir.inputs import moving_names
 from ..ir.layout import Layout
 from ..ir.program import Program
@@ -95,6 +96,7 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
+@collection_paused()
 def build(program: Program, world: int, target: Target, kinds: Kinds, *, after: str | None = None) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
 

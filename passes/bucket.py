@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..ir import ops
+from ..ir.nodes import append, append_copy
 
 
 @dataclass
@@ -36,7 +37,7 @@ def bucket(graph: fx.Graph) -> fx.Graph:
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.target is not ops.exchange and not _is_result(node):
-            env[node] = result.node_copy(node, env.__getitem__)
+            env[node] = append_copy(result, node, env.__getitem__)
         for group in due.get(position[node], ()):
             _emit(result, group, env)
     result.lint()
@@ -73,12 +74,10 @@ def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
 def _emit(result: fx.Graph, group: _Group, env: dict[fx.Node, fx.Node]) -> None:
     values = [env[value] for node in group.members for value in node.args[0]]  # type: ignore[union-attr,index]
     declared = [exchange for node in group.members for exchange in node.args[1]]  # type: ignore[union-attr]
-    merged = result.call_function(ops.exchange, (tuple(values), tuple(declared)))
-    merged.meta = dict(group.members[0].meta)
+    merged = append(result, ops.exchange, (tuple(values), tuple(declared)), meta=group.members[0].meta)
     offset = 0
     for node in group.members:
         for item in node.users:
             index = offset + item.args[1]  # type: ignore[operator]
-            env[item] = result.call_function(operator.getitem, (merged, index))
-            env[item].meta = dict(item.meta)
+            env[item] = append(result, operator.getitem, (merged, index), meta=item.meta)
         offset += len(node.args[1])  # type: ignore[arg-type]

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ..capture.fakes import form_of
+from ..ir.nodes import append
 from ..ir.program import shape_of
 
 aten = torch.ops.aten
@@ -24,18 +27,21 @@ class Builder:
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.source: fx.Node | None = None
+        self._values: dict[Any, Any] = {}
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        fake = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
-        return self.copy(target, args, kwargs, _run(target, fake))
+        fakes = map_arg((args, kwargs), lambda n: n.meta["val"])
+        key = target, form_of(fakes)
+        if key not in self._values:
+            self._values[key] = _run(target, *fakes)
+        return self.copy(target, args, kwargs, self._values[key])
 
     def copy(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         assert self.source is not None
-        node = self.graph.call_function(target, tuple(args), dict(kwargs))
-        node.meta = {k: v for k, v in self.source.meta.items() if k in ("path", "trace")} | {"val": value}
+        meta = {k: v for k, v in self.source.meta.items() if k in ("path", "trace")} | {"val": value}
         if isinstance(value, Tensor):
-            node.meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
-        return node
+            meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
+        return append(self.graph, target, args, kwargs, meta)
 
     def reshape(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
         return x if tuple(shape) == shape_of(x) else self.emit(aten.reshape.default, x, list(shape))
@@ -57,9 +63,8 @@ class Builder:
         return joined if joined.meta["dtype"] == dtype else self.emit(aten._to_copy.default, joined, dtype=dtype)
 
 
-def _run(target: Any, args_kwargs: Any) -> Any:
-    args, kwargs = args_kwargs
-    fakes = [leaf for leaf in pytree.tree_leaves(args_kwargs) if isinstance(leaf, torch._subclasses.FakeTensor)]
+def _run(target: Any, args: Any, kwargs: Any) -> Any:
+    fakes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch._subclasses.FakeTensor)]
     if not fakes:
         return target(*args, **kwargs)
     with fakes[0].fake_mode:

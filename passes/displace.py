@@ -21,6 +21,7 @@ from ..ir import ops
 from ..ir.exchange import DISPLACED, Exchange, Freshness
 from ..ir.fetch import Fetch
 from ..ir.layout import Rows, full
+from ..ir.nodes import append_copy
 from ..ir.program import layout_of, shape_of
 
 _view = torch.ops.aten.view.default
@@ -60,7 +61,7 @@ def displace(graph: fx.Graph, kinds: Kinds, inputs: Collection[str], world: int)
             values = [_agreed(result, env[v], world, "output") if env[v] in unlike else env[v] for v in node.args[0]]
             result.output(type(node.args[0])(values))
             continue
-        new = env[node] = result.node_copy(node, env.__getitem__)
+        new = env[node] = append_copy(result, node, env.__getitem__)
         stale = False
         if node.target is ops.exchange:
             declared = _displaced(node.args[1], kinds, steady=node not in moving)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from ..ir.exchange import Exchange, Role
 from ..ir.fetch import Fetch
 from ..ir.layout import WHOLE, Layout, Rows, even, full, own, per_rank
 from ..ir.merge import Moments, Reduce
+from ..ir.nodes import append
 from ..ir.program import layout_of, shape_of
 from .apart import apart
 
@@ -305,11 +306,9 @@ class Partitioner:
         key = (target, _frozen(args), _frozen(kwargs))
         if key not in self._memo:
             assert self._node is not None
-            new = self._graph.call_function(target)
-            new.args, new.kwargs = tuple(args), dict(kwargs)  # call_function would search them for symbolic numbers
             about = self._node.meta
-            new.meta = meta | {"path": about.get("path", ""), "origin": about.get("origin", self._node.name)}
-            self._memo[key] = new
+            origin = {"path": about.get("path", ""), "origin": about.get("origin", self._node.name)}
+            self._memo[key] = append(self._graph, target, args, kwargs, meta | origin)
         return self._memo[key]
 
 

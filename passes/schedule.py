@@ -14,6 +14,7 @@ import operator
 from torch import fx
 
 from ..ir import ops
+from ..ir.nodes import append, append_copy
 
 AHEAD = 64  #: operators past the oldest launch under way from which one may be taken
 
@@ -76,17 +77,15 @@ class _Scheduler:
         return found
 
     def _place(self, node: fx.Node) -> None:
-        self.env[node] = self.new.node_copy(node, self.env.__getitem__)
+        self.env[node] = append_copy(self.new, node, self.env.__getitem__)
         if node not in self.results:
             self._done(node)
 
     def _wait(self, node: fx.Node) -> None:
         launch = self.env[node]
-        wait = self.new.call_function(ops.wait, (launch, launch.args[0]))
-        wait.meta = dict(node.meta)
+        wait = append(self.new, ops.wait, (launch, launch.args[0]), meta=node.meta)
         for item in self.results[node]:
-            self.env[item] = self.new.call_function(operator.getitem, (wait, item.args[1]))
-            self.env[item].meta = dict(item.meta)
+            self.env[item] = append(self.new, operator.getitem, (wait, item.args[1]), meta=item.meta)
             self._done(item)
 
     def _done(self, node: fx.Node) -> None:

@@ -13,6 +13,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from ..ir.garbage import collection_paused
+from ..ir.nodes import append_copy
 from ..ir.program import Guard, Program
 from .call import Arguments, Call, flatten_output
 from .compare import alike, check_values
@@ -102,6 +104,7 @@ def _warm_up(model: nn.Module, call: Call) -> tuple[list[Any], bool]:
     return first, alike(tensors, expected)
 
 
+@collection_paused()
 def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, is_fake: bool) -> Program:
     program, routing, routed = _record(model, call, fake_mode, lift, is_fake)
     for empty in (0, 1) if routing.questions else ():
@@ -191,7 +194,7 @@ def _program(
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in [*placeholders, *(n for n in old.nodes if n.op == "call_function" and n in live)]:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node] = append_copy(graph, node, copies.__getitem__)
         if node.op == "placeholder":
             copies[node].name = str(node.target)
     graph.output(tuple(copies[node] for node in results))

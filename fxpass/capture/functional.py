@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir.nodes import append_copy
 from . import forms
 from .concrete import memory_of
 from .errors import CaptureError
@@ -78,8 +79,7 @@ class _Rewriter:
         for node in self._old.graph.nodes:
             self._new.path, self._new.line = node.meta["path"], node.meta["trace"]
             if node.op == "placeholder":
-                copy = self._new.graph.node_copy(node)
-                copy.meta = dict(node.meta)
+                copy = append_copy(self._new.graph, node)
                 self._new.origins[copy] = self._old.origins[node]
                 self._new.register(node.meta["val"], copy)
                 self._values[node] = node.meta["val"]
@@ -98,8 +98,7 @@ class _Rewriter:
             self._aliases[node] = _Alias(alias.base, (*alias.views, node))
             return
         value = node.meta["val"]
-        copy = self._new.graph.node_copy(node, lambda n: self._new.node(self._read(n)))
-        copy.meta = dict(node.meta)
+        copy = append_copy(self._new.graph, node, lambda n: self._new.node(self._read(n)))
         self._new.register(value, copy)
         if shared and isinstance(value, Tensor):
             self._aliases[node] = _Alias(_Base(value), ())

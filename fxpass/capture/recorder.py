@@ -25,8 +25,10 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
+from ..ir.nodes import append
 from . import flex, forms
 from .errors import CaptureError, model_line
+from .fakes import Form, form_of
 
 aten = torch.ops.aten
 
@@ -106,15 +108,13 @@ class Recorder(TorchDispatchMode):
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], result: Any) -> fx.Node:
         """A node for `op(*args, **kwargs)`, whose fake result is known."""
-        node = self.graph.call_function(op, _to_nodes(args, self), _to_nodes(kwargs, self))
-        self._describe(node, result)
+        node = self._call(op, args, kwargs, result)
         if self.routing:
             self.routing.mark(node)
         if isinstance(result, (tuple, list)):
             for i, item in enumerate(result):
                 if isinstance(item, Tensor):
-                    part = self.graph.call_function(operator.getitem, (node, i))
-                    self._describe(part, item)
+                    part = append(self.graph, operator.getitem, (node, i), meta=self._described(item))
                     if "rows" in node.meta:
                         part.meta["rows"] = node.meta["rows"]
                     self.register(item, part)
@@ -125,10 +125,14 @@ class Recorder(TorchDispatchMode):
     def current_line(self) -> str:
         return self.line or model_line()
 
-    def _describe(self, node: fx.Node, value: Any) -> None:
-        node.meta = {"val": value, "path": self.path, "trace": self.current_line()}
+    def _call(self, op: Any, args: Any, kwargs: dict[str, Any], value: Any) -> fx.Node:
+        return append(self.graph, op, _to_nodes(args, self), _to_nodes(kwargs, self), self._described(value))
+
+    def _described(self, value: Any) -> dict[str, Any]:
+        meta = {"val": value, "path": self.path, "trace": self.current_line()}
         if isinstance(value, Tensor):
-            node.meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
+            meta |= {"shape": tuple(value.shape), "dtype": value.dtype}
+        return meta
 
     def _placeholder(self, fake: Tensor, name: str, origin: Origin) -> None:
         first = next(iter(self.graph.nodes), None)
@@ -189,8 +193,7 @@ class Recorder(TorchDispatchMode):
 
     def _record_write(self, op: OpOverload, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """The tensor that is written to keeps its node."""
-        node = self.graph.call_function(op, _to_nodes(args, self), _to_nodes(kwargs, self))
-        self._describe(node, result)
+        node = self._call(op, args, kwargs, result)
         self.writes.append(node)
         if self.routing:
             self.routing.mark_written(node)
@@ -200,16 +203,16 @@ class Recorder(TorchDispatchMode):
         if forms.aliases(op):
             with self.fake_mode:
                 return op(*args, **kwargs)
-        key = (op, _form(args), _form(kwargs))
+        key = (op, form_of(args), form_of(kwargs))
         if key not in self._results:
             with self.fake_mode:
                 result = op(*args, **kwargs)
-            self._results[key] = _form(result)
+            self._results[key] = form_of(result)
             return result
         return self._revive(self._results[key])
 
     def _revive(self, form: Any) -> Any:
-        if isinstance(form, _Form):
+        if isinstance(form, Form):
             return self._new_fake(form.data)
         if isinstance(form, tuple) and form and form[0] in (tuple, list):
             return form[0](self._revive(item) for item in form[1:])
@@ -314,22 +317,6 @@ def _positions(index: Any) -> list[Any]:
         else:
             plain.append(item)
     return plain
-
-
-@dataclass(frozen=True)
-class _Form:
-    data: tuple[Any, ...]
-
-
-def _form(value: Any) -> Any:
-    """What a fake result depends on, hashable; 1, 1.0 and True differ."""
-    if isinstance(value, Tensor):
-        return _Form((tuple(value.shape), value.stride(), value.dtype, value.device))
-    if isinstance(value, (tuple, list)):
-        return (type(value) if type(value) in (tuple, list) else tuple, *map(_form, value))
-    if isinstance(value, dict):
-        return tuple((k, _form(v)) for k, v in value.items())
-    return (type(value).__name__, value)
 
 
 def _map_tensors(value: Any, change: Any) -> Any:

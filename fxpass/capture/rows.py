@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..ir.nodes import append_copy
 from .compare import identities
 from .counts import aten, ops
 from .errors import CaptureError
@@ -77,8 +78,7 @@ class _Resolver:
         return self.new, found
 
     def _copy(self, node: fx.Node) -> None:
-        copy = self.new.graph.node_copy(node, lambda n: self.new.node(self.values[n]))
-        copy.meta = dict(node.meta)
+        copy = append_copy(self.new.graph, node, lambda n: self.new.node(self.values[n]))
         self.values[node] = node.meta["val"]
         self.new.register(node.meta["val"], copy)
 

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from . import ops
 from .exchange import Exchange
 from .layout import WHOLE, Layout, PerRank
+from .nodes import append_copy
 
 
 @dataclass
@@ -92,7 +93,7 @@ def specialize(graph: fx.Graph, rank: int) -> fx.Graph:
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        new = result.node_copy(node, env.__getitem__)
+        new = append_copy(result, node, env.__getitem__)
         new.args = _chosen(new.args, rank)
         new.kwargs = _chosen(new.kwargs, rank)
         layout = layout_of(node)

@@ -1,0 +1,43 @@
+"""New nodes at the end of a graph.
+
+As torch.fx's own `call_function` and `node_copy`, in a third of the time: these search all arguments for symbolic
+numbers, spell the operator's name anew and sort the node into the graph's tables once per attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import fx
+from torch.fx.node import map_arg
+
+
+def append(
+    graph: fx.Graph, target: Any, args: Any, kwargs: Any = None, meta: Mapping[str, Any] | None = None
+) -> fx.Node:
+    """A call of `target`; `meta` is copied."""
+    node = graph.create_node("call_function", target, name=_name(target))
+    return _filled(node, tuple(args), dict(kwargs or {}), meta or {})
+
+
+def append_copy(graph: fx.Graph, node: fx.Node, change: Callable[[fx.Node], Any] = lambda n: n) -> fx.Node:
+    """A copy of `node`, which is of another graph, with its operands changed; the name stays if it is free."""
+    args, kwargs = map_arg(node.args, change), map_arg(node.kwargs, change)  # which may append operators, too
+    return _filled(graph.create_node(node.op, node.target, name=node.name), args, kwargs, node.meta)
+
+
+def _filled(node: fx.Node, args: Any, kwargs: Any, meta: Mapping[str, Any]) -> fx.Node:
+    if args:
+        node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    node.meta.update(meta)
+    return node
+
+
+@cache
+def _name(target: Any) -> str:
+    """What torch.fx would call it: `add_tensor` for `aten.add.Tensor`."""
+    return fx.Graph().call_function(target).name
