@@ -1,4 +1,4 @@
-"""New nodes at the end of a graph.
+"""New nodes at the insertion point of a graph, which is its end unless said otherwise.
 
 As torch.fx's own `call_function` and `node_copy`, in a third of the time: these search all arguments for symbolic
 numbers, spell the operator's name anew and sort the node into the graph's tables once per attribute.
