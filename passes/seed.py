@@ -1,7 +1,7 @@
 """seed: which values are split, along which dim, where the cuts lie; searched by cost, never by name.
 
     1. one input and dim (the picture's rows, the tokens), with cuts on multiples of 1, 2, 4 … rows
-    2. further inputs (the text stream), while they make the slowest rank faster
+    2. further inputs (the text stream; several of one shape at once), while they make the slowest rank faster
     3. a value inside (the tokens after patch embedding), where rows cannot be shared out evenly
 
 Each candidate is partitioned and judged: first by how evenly it shares out the work, in steps of a quarter, then by
@@ -96,10 +96,13 @@ class Search:
             if self.reached >= GOOD:
                 break
             if self.best is not None and node.name not in self.seeds:
-                self.attempt({**self.seeds, node.name: Layout(dim, even(shape_of(node)[dim], self.world))})
-        if self.best is not None and self.reached < GOOD:
+                layout = Layout(dim, even(shape_of(node)[dim], self.world))
+                alike = [n for n, d in candidates if (shape_of(n), d) == (shape_of(node), dim)]
+                self.attempt({n.name: layout for n in alike} | self.seeds)  # one of many may not be worth its exchanges
+                self.attempt({node.name: layout} | self.seeds)
+        for values in _inner(self) if self.best is not None and self.reached < GOOD else ():
             fruitless = 0
-            for name, layout in _inner(self)[:4]:
+            for name, layout in values[:4]:
                 before = self.reached
                 if before < GOOD and fruitless < 2:
                     self.attempt({**self.seeds, name: layout})
@@ -227,10 +230,10 @@ def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:
     return found
 
 
-def _inner(search: Search) -> list[tuple[str, Layout]]:
+def _inner(search: Search) -> tuple[list[tuple[str, Layout]], list[tuple[str, Layout]]]:
     """Values that most of the work depends on, unevenly split or whole, along a dim that could be shared out evenly.
 
-    First come those where streams begin that depend on nothing cut: each rank takes its rows at no cost.
+    Apart come those where streams begin that depend on nothing cut: each rank takes its rows at no cost.
     """
     assert search.best is not None
     seen: set[tuple[int, ...]] = set()
@@ -254,10 +257,11 @@ def _inner(search: Search) -> list[tuple[str, Layout]]:
             continue
         seen.add(shape)
         following = _after([node])
-        if sum(map(node_flops, following)) > search.total // 2:
+        own = node in after or any(map(node_flops, following - after))
+        if own and sum(map(node_flops, following)) > search.total // 2:
             (anew if node in after else free).append((node.name, Layout(dim, rows)))
             streams |= set() if node in after else following
-    return free + anew
+    return free, anew
 
 
 def _after(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -52,3 +52,18 @@ def test_a_stream_made_inside_is_cut_beside_the_input() -> None:
 
     found = make_plan(capture(Joined(), torch.randn(1, 32, 64), torch.randn(6, 64)), 4, Strategy.of("sync"))
     assert found.bound > 3.9
+
+
+def test_inputs_of_one_shape_join_together() -> None:
+    kernel = torch.randn(8, 8, 3, 3)
+
+    class Guided(nn.Module):
+        def forward(self, x: Tensor, *hints: Tensor) -> Tensor:
+            for hint in hints:
+                x = x + nn.functional.group_norm(torch.conv2d(hint, kernel, padding=1), 2)
+            for _ in range(4):
+                x = torch.conv2d(x, kernel, padding=1)
+            return x
+
+    found = make_plan(capture(Guided(), *(torch.randn(1, 8, 8, 8) for _ in range(4))), 2, Strategy.of("sync"))
+    assert found.bound == 2.0
