@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.passes.examples import Example, examples, few, randn, split_anywhere, split_where_promised
 from tests.passes.harness import evenly, layouts, split
@@ -96,6 +98,35 @@ def test_rotary_embedding_in_halves_is_split(data: st.DataObject) -> None:
 
     result = split_where_promised(data, Example(rope, [randn(2, 3, 7, 8), randn(7, 8), randn(7, 8)], {0: (0, 1, 2)}))
     assert set(result.roles) <= {"output"}
+
+
+# -- layers of torch -------------------------------------------------------------------------------------------------
+
+
+def layers() -> dict[str, Example]:
+    """What models are made of that do not write their own attention: [B, L, 8], most of them with text [B, 5, 8]."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    first = nn.MultiheadAttention(8, 2).double()
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double().eval()
+    decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True, norm_first=True).double()
+    causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+    x, text = randn(2, 7, 8), randn(2, 5, 8)
+    return {
+        "attention": Example(lambda x: attention(x, x, x, need_weights=False)[0], [x], {0: (0, 1)}),
+        "attention with its weights": Example(lambda x: list(attention(x, x, x)), [x], {0: (0, 1)}),
+        "attention to text": Example(lambda x, y: attention(x, y, y)[0], [x, text], {0: (0, 1), 1: (0, 1)}),
+        "attention, tokens first": Example(lambda x: first(x, x, x)[0], [randn(7, 2, 8)], {0: (0, 1)}),
+        "encoder": Example(nn.TransformerEncoder(encoder, 2).double(), [x], {0: (0, 1)}),
+        "encoder with a mask": Example(partial(encoder, src_mask=causal, is_causal=True), [x], {0: (0, 1)}),
+        "decoder": Example(decoder, [x, text], {0: (0, 1), 1: (0, 1)}),
+    }
+
+
+@pytest.mark.parametrize("name", layers())
+@few
+@given(data=st.data())
+def test_layers_of_torch_are_split_along_samples_and_tokens(name: str, data: st.DataObject) -> None:
+    split_where_promised(data, layers()[name])
 
 
 # -- what no rule knows ----------------------------------------------------------------------------------------------
