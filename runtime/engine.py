@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from ..capture import Call, broken_guard, capture_call, guard_error, outdated
+from ..capture import Call, broken_guard, capture_call, check_memory, guard_error, outdated, returned
 from ..ir.program import Program
 from .clock import Clock
 from .executor import EXACT, Executor, Loaded, PlanLike, Report
@@ -69,6 +68,7 @@ class Engine:
                 self.executor.begin()
                 call = Call.of(self.model, args, kwargs)
                 entry = self._entry(call)
+                check_memory(entry.captured, self.model, call)
                 self.plan = entry.plan
                 step = entry.clock.step(call.tensors) if entry.clock else EXACT
                 outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
@@ -76,7 +76,7 @@ class Engine:
                 self._restart()  # some exchanges may have been those of the new step already
                 self.executor.failed(error)
                 raise
-            return _rebuilt(entry.plan.program, outputs)
+            return returned(entry.plan.program, outputs, call)
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
         """A generation begins, with these timesteps if they are known: the next step of every program is exact."""
@@ -179,9 +179,3 @@ class Engine:
             entry.loaded.release()
         self._entries.clear()
         self._structure = None
-
-
-def _rebuilt(program: Program, outputs: Sequence[Tensor]) -> Any:
-    supply = iter(outputs)
-    leaves = [next(supply) if leaf is ... else leaf for leaf in program.out_leaves]
-    return pytree.tree_unflatten(leaves, program.out_spec)

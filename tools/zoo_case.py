@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Call, CaptureError, GuardError, capture
+from ..capture import Call, CaptureError, GuardError, capture, unsplit
 from ..capture.guards import broken_guard
 from ..ir.exchange import DISPLACED, Exchange
 from ..ir.program import Program, calls
-from ..models.case import Case, output_tensors
+from ..models.case import Case
 from ..models.zoo import kind_of, zoo_case
 from ..passes.seed import WorldSizeError
 from ..plan import Plan, make_plan
@@ -163,8 +163,7 @@ def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) ->
     old, call = Call.of(module, (), given), Call.of(module, (), fresh)
     read = {path for guard in program.guards for path in guard.path.split(", ")}
     tensors = [a if path in read else b for path, a, b in zip(call.paths, old.tensors, call.tensors, strict=True)]
-    args, kwargs = call.rebuild(call.with_numbers(tensors))
-    call = Call.of(module, args, kwargs)
+    call = Call.of(module, (), call.rebuild(call.with_numbers(tensors)))
     if old.key != call.key or broken_guard(program, module, call.tensors) is not None:
         raise AssertionError("the fresh inputs ask for another program")
     if all(map(torch.equal, old.tensors, call.tensors)):
@@ -174,9 +173,8 @@ def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) ->
 
 @torch.no_grad()
 def answer(module: nn.Module, call: Call) -> list[Tensor]:
-    """What the unsplit model returns. Lists are made anew for it: some models take their arguments apart."""
-    args, kwargs = call.rebuild(call.with_numbers(call.tensors))
-    return output_tensors(module(*args, **kwargs))
+    """What the unsplit model returns, and writes to its arguments."""
+    return unsplit(module, call)
 
 
 def split(subject: Subject, ranks: int) -> Split:
@@ -256,8 +254,8 @@ def _in_bf16(case: Case, given: dict[str, Any], fresh: dict[str, Any]) -> dict[s
         subject = captured(module, given, fresh)
     except Exception as error:
         return {"bf16_refused": _sentence(error)}
-    args, kwargs = subject.call.rebuild(subject.call.with_numbers(subject.call.tensors))
-    wanted = answer(exact, Call.of(exact, _cast(args, torch.float32), _cast(kwargs, torch.float32)))
+    same = subject.call.rebuild(subject.call.with_numbers(subject.call.tensors))
+    wanted = answer(exact, Call.of(exact, (), _cast(same, torch.float32)))
     found = subject.run(make_plan(subject.program, RANKS[0], Strategy.of("sync")), EXACT)
     ratios = [
         _rms(a, b) / max(_rms(c, b), 1e-30)

@@ -1,8 +1,21 @@
 """From a model and example inputs to one functional ATen graph on whole tensors."""
 
+from .arguments import check_memory, returned, unsplit
 from .call import Call
 from .capture import capture, capture_call
 from .errors import CaptureError, GuardError
 from .guards import broken_guard, guard_error, outdated
 
-__all__ = ["Call", "CaptureError", "GuardError", "broken_guard", "capture", "capture_call", "guard_error", "outdated"]
+__all__ = [
+    "Call",
+    "CaptureError",
+    "GuardError",
+    "broken_guard",
+    "capture",
+    "capture_call",
+    "check_memory",
+    "guard_error",
+    "outdated",
+    "returned",
+    "unsplit",
+]

@@ -9,6 +9,7 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type, slice)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type, slice)
+UNSEEN = type("Unseen", (), {})()  #: of an object what nobody can look at
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Call:
     paths: tuple[str, ...]  #: what the caller calls each tensor, e.g. "added_cond_kwargs.time_ids"
     numbers: dict[int, float]  #: those of `tensors` that the caller gave as Python numbers
     key: tuple[Any, ...]  #: hashable; equal for calls that one program can serve, guards aside
+    arguments: dict[str, Any]  #: as the caller gave them, by name
     _spec: pytree.TreeSpec
     _leaves: tuple[Any, ...]
     _positional: tuple[str, ...]
+    _alike: tuple[int, ...]  #: of each tensor the first place where the same one was given
 
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
@@ -56,18 +60,25 @@ class Call:
                 paths.append(_text(path))
         plain = tuple(... if isinstance(leaf, Tensor) or _is_number(leaf) else leaf for _, leaf in leaves)
         kinds = tuple(_kind(_text(path), leaf) for path, leaf in leaves)
-        return Call(tuple(tensors), tuple(paths), numbers, (spec, kinds, _autocast()), spec, plain, positional)
+        first: dict[int, int] = {}
+        alike = tuple(first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors))  # `x is y` may be asked
+        key = (spec, kinds, alike, _autocast())
+        return Call(tuple(tensors), tuple(paths), numbers, key, arguments, spec, plain, positional, alike)
 
-    def rebuild(self, tensors: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of the same call with other tensors; objects are copies, for the model may write to them."""
-        supply = iter(tensors)
-        leaves = [next(supply) if v is ... else _copied(v) for v in self._leaves]
-        arguments = pytree.tree_unflatten(leaves, self._spec)
-        args: list[Any] = []
+    def rebuild(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        """The arguments of the same call with other tensors, one given twice being one; containers and objects are
+        copies, for the model may write to them."""
+        supply = iter([tensors[i] for i in self._alike])
+        leaves = [next(supply) if v is ... else copied(v) for v in self._leaves]
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def run(self, model: nn.Module, arguments: dict[str, Any]) -> Any:
+        """`model` called with what `rebuild` gave."""
+        named, args = dict(arguments), []
         for name in self._positional:
-            value = arguments.pop(name)
+            value = named.pop(name)
             args.extend(value) if isinstance(value, tuple) and name == self._positional[-1] else args.append(value)
-        return args, arguments
+        return model(*args, **named)
 
     def with_numbers(self, tensors: Sequence[Any]) -> list[Any]:
         """`tensors` with the caller's own numbers in their places."""
@@ -101,7 +112,7 @@ def register_containers(value: Any) -> None:
             return leaf
         if dataclasses.is_dataclass(kind) and not isinstance(leaf, type):
             pytree.register_dataclass(kind)
-        elif _is_open(leaf) and _holds_tensors(leaf):
+        elif is_open(leaf) and _holds_tensors(leaf):
             _register_object(kind)
         else:
             return leaf
@@ -111,7 +122,7 @@ def register_containers(value: Any) -> None:
     pytree.tree_map(register, value)
 
 
-def _is_open(leaf: Any) -> bool:
+def is_open(leaf: Any) -> bool:
     """Whether what an object holds are its attributes and nothing else."""
     kind = type(leaf)
     slots = any(vars(base).get("__slots__") for base in kind.__mro__)
@@ -119,8 +130,9 @@ def _is_open(leaf: Any) -> bool:
     return hasattr(leaf, "__dict__") and not slots and not isinstance(leaf, closed) and not callable(leaf)
 
 
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, _PLAIN) or not _is_open(leaf) or not vars(leaf):
+def copied(leaf: Any) -> Any:
+    """A copy of an object that holds other things."""
+    if isinstance(leaf, PLAIN) or not is_open(leaf) or not vars(leaf):
         return leaf
     try:
         return copy.deepcopy(leaf)
@@ -136,7 +148,7 @@ def _register_object(kind: type) -> None:
         return [(pytree.MappingKey(name), item) for name, item in vars(value).items()], tuple(vars(value))
 
     def unflatten(values: Any, names: Any) -> Any:
-        value = object.__new__(kind)
+        value = (SimpleNamespace if issubclass(kind, SimpleNamespace) else object).__new__(kind)
         vars(value).update(zip(names, values, strict=True))
         return value
 
@@ -147,30 +159,6 @@ def flatten_output(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """`tree_flatten` that also enters dataclasses and objects with tensors that nobody registered."""
     register_containers(value)
     return pytree.tree_flatten(value)
-
-
-class Arguments:
-    """What a call was made with, to see what the model wrote to it."""
-
-    def __init__(self, arguments: Any) -> None:
-        self._arguments = arguments
-        self._before = self._leaves()
-        self._states = {path: _state(leaf) for path, leaf in self._before.items() if hasattr(leaf, "__dict__")}
-
-    def written(self) -> str | None:
-        """The path of something that the model put there; what it took away is of no use to the caller."""
-        for path, leaf in self._leaves().items():
-            if path not in self._before:
-                return path
-            before = self._before[path]
-            same = leaf is before or (type(leaf) is type(before) and isinstance(leaf, _PLAIN) and leaf == before)
-            if not same or (path in self._states and _state(leaf) != self._states[path]):
-                return path
-        return None
-
-    def _leaves(self) -> dict[str, Any]:
-        register_containers(self._arguments)
-        return {_text(path): leaf for path, leaf in pytree.tree_flatten_with_path(self._arguments)[0]}
 
 
 def _is_number(leaf: Any) -> bool:
@@ -187,18 +175,20 @@ def _kind(path: str, leaf: Any) -> Any:
         return ("tensor", tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)  # models may ask for strides
     if _is_number(leaf):
         return ("number", type(leaf))
-    if isinstance(leaf, _PLAIN):
+    if isinstance(leaf, PLAIN):
         return (type(leaf), (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf)
     if isinstance(leaf, np.ndarray) or _holds_tensors(leaf):
         raise CaptureError(
             f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or lists, "
             "tuples, dicts or objects with attributes (other containers: torch.utils._pytree.register_pytree_node)"
         )
-    state = _state(leaf)
+    state = state_of(leaf)
+    if is_open(leaf) and vars(leaf) and _all_seen(state):
+        return (type(leaf), state)  # the model is given a copy, so that it cannot tell one from another
     try:
         hash(leaf)
     except TypeError:
-        if state is None:
+        if state is UNSEEN:
             raise CaptureError(
                 f"the argument {path!r} is a {type(leaf).__name__}, and nothing shows whether it changes from call to "
                 "call; pass tensors, numbers, strings, or lists, tuples and dicts of them"
@@ -210,28 +200,34 @@ def _kind(path: str, leaf: Any) -> Any:
         return (type(leaf), leaf)
 
 
-def _state(value: Any, depth: int = 3) -> Any:
-    """What of an object a program has baked in, hashable, so many levels deep; None where nothing can be seen."""
+def state_of(value: Any, depth: int = 5) -> Any:
+    """What of an object a program has baked in, hashable, so many levels deep; `UNSEEN` where there may be more."""
     if isinstance(value, slice):
         return repr(value)
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return (type(value), value)
-    if not depth or isinstance(value, nn.Module):
-        return None
+    if not depth or isinstance(value, (Tensor, nn.Module)):
+        return UNSEEN
     if isinstance(value, dict):
-        return tuple((key, _state(item, depth - 1)) for key, item in value.items())
+        return tuple((key, state_of(item, depth - 1)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(_state(item, depth - 1) for item in value)
+        return tuple(state_of(item, depth - 1) for item in value)
     if isinstance(value, (set, frozenset)):
-        return frozenset(_state(item, depth - 1) for item in value)
-    inner = getattr(value, "__dict__", None)
-    return None if inner is None else (type(value), _state(dict(inner), depth - 1))
+        return frozenset(state_of(item, depth - 1) for item in value)
+    if (inner := getattr(value, "__dict__", None)) is None:
+        return UNSEEN
+    seen = (type(value), state_of(dict(inner), depth - 1))
+    return seen if is_open(value) else (UNSEEN, *seen)
+
+
+def _all_seen(state: Any) -> bool:
+    return state is not UNSEEN and (not isinstance(state, (tuple, frozenset)) or all(map(_all_seen, state)))
 
 
 def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
     if isinstance(leaf, Tensor):
         return True
-    if isinstance(leaf, (nn.Module, *_PLAIN)) or not depth:
+    if isinstance(leaf, (nn.Module, *PLAIN)) or not depth:
         return False
     inner = list(getattr(leaf, "__dict__", {}).values())
     names = [name for kind in type(leaf).__mro__ for name in _names(vars(kind).get("__slots__"))]

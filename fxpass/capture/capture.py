@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from ..ir.garbage import collection_paused
 from ..ir.nodes import append_copy
 from ..ir.program import Guard, Program
-from .call import Arguments, Call, flatten_output
+from .arguments import Arguments, own, results_of
+from .call import Call
 from .compare import alike, check_values
-from .concrete import Reader
+from .concrete import Reader, memory_of
 from .errors import CaptureError, raised_line
 from .functional import functionalize
 from .functions import Functions
@@ -76,8 +78,8 @@ def _warm_up(model: nn.Module, call: Call) -> tuple[list[Any], bool]:
     """What the model returns, run eagerly; whether it takes tensors for its number arguments, whatever the numbers."""
 
     def run(tensors: Sequence[Any]) -> list[Any]:
-        args, kwargs = call.rebuild(tensors)
-        return flatten_output(model(*args, **kwargs))[0]
+        tensors = [own(each) if isinstance(each, Tensor) else each for each in tensors]
+        return results_of(lambda copies: call.run(model, copies), call, tensors)
 
     def alike(tensors: Sequence[Any], expected: list[Any]) -> bool:
         try:
@@ -130,8 +132,8 @@ def _record(
     fakes = [recorder.add_input(tensor, path) for tensor, path in zip(call.tensors, call.paths, strict=True)]
     inputs = [recorder.node(fake) for fake in fakes]
     device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
-    args, kwargs = call.rebuild(fakes if lift else call.with_numbers(fakes))
-    arguments = Arguments((args, kwargs))
+    copies = call.rebuild(fakes if lift else call.with_numbers(fakes))
+    arguments = Arguments(call, copies)
     with ExitStack() as stack:
         changes = stack.enter_context(kept_as_it_is(model))
         stack.enter_context(_compiling())
@@ -140,19 +142,19 @@ def _record(
         stack.enter_context(Functions(recorder, reader, routing, device))
         stack.enter_context(recorder)
         try:
-            leaves, spec = flatten_output(model(*args, **kwargs))
+            output = call.run(model, copies)
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(
                 f"the model cannot be captured: {type(error).__name__} at {raised_line(error)}: {error}"
             ) from error
-    if (path := arguments.written()) is not None:
-        raise CaptureError(
-            f"the model writes to its arguments: {path.split('.', 1)[1]} is new or another after the call, and no rank "
-            "would give it to the caller; return it instead"
-        )
+    noted, entries = arguments.changes()
+    leaves, spec = arguments.flatten(output, entries)
+    memory = {m for write in recorder.writes for m in memory_of(write.meta["val"])}
+    written = [i for i, n in enumerate(inputs) if i not in call.numbers and memory & set(memory_of(n.meta["val"]))]
     results = [recorder.node(recorder.fake(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
+    results += [inputs[i] for i in written]
     guards = list(reader.guards)
     if not lift:
         guards += [_number_guard(str(inputs[i].target), call.paths[i], call.tensors[i]) for i in call.numbers]
@@ -165,7 +167,8 @@ def _record(
 
     def routed(empty: int | None) -> Program:
         final, outputs = resolve(functional, results, empty)
-        return _program(final, outputs, names_of_inputs, call, spec, out_leaves, tuple(guards))
+        program = _program(final, outputs, names_of_inputs, call, spec, out_leaves, tuple(guards))
+        return replace(program, written=tuple(written), changes=tuple(noted))
 
     return routed(None), routing, routed
 

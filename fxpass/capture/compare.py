@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ir.program import Program
-from .call import Call, flatten_output
+from .arguments import own, results_of
+from .call import Call
 from .errors import CaptureError
 from .evaluate import evaluate
 
@@ -66,7 +68,12 @@ def check_values(program: Program, model: nn.Module, call: Call, expected: Seque
     Rounding differs where operators were taken apart, so what is judged is the root mean square of the difference, by
     the square root of the unit of rounding.
     """
-    found = flatten_output(evaluate(program, model, call.tensors))[0]
+    tensors = [own(tensor) for tensor in call.tensors]
+
+    def run(copies: dict[str, Any]) -> Any:
+        return evaluate(program, model, replace(call, tensors=tuple(tensors), arguments=copies))
+
+    found = results_of(run, call, call.with_numbers(tensors))
     values = (node.meta.get("val") for node in program.graph.nodes)
     dtypes = {torch.float32, *(v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point())}
     rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..ir.program import Guard, fingerprint
@@ -11,6 +12,8 @@ from .errors import CaptureError
 from .evaluate import run_nodes
 from .guards import plain, shapes
 from .recorder import Origin, Recorder
+
+aten = torch.ops.aten
 
 
 class Reader:
@@ -33,13 +36,13 @@ class Reader:
         needed = self._needed(node)
         origins = {n: self._recorder.origins[n] for n in needed if n.op == "placeholder"}
         self._check(node, origins)
-        values: dict[fx.Node, Any] = {n: origin.real for n, origin in origins.items()}
-        run_nodes(needed, values)
-        result = values[node]
+        graph = self._graph(needed, node)
+        reals = {str(n.target): origin.real for n, origin in origins.items()}
+        result = run_nodes(graph.nodes, {n: reals[str(n.target)] for n in graph.find_nodes(op="placeholder")})
         sources = [origin.name for origin in origins.values() if origin.kind in ("input", "weight")]
         if sources:
             value = shapes(result) if shape_only else plain(result)
-            self._add(_guard(", ".join(sources), value, self._recorder, needed, node, origins, shape_only))
+            self._add(_guard(", ".join(sources), value, self._recorder, graph, origins, shape_only))
         return result
 
     def is_activation(self, node: fx.Node) -> bool:
@@ -69,6 +72,19 @@ class Reader:
         if missing:
             raise CaptureError(f"{what} needs the value of {', '.join(missing)}, which is fake; give a real tensor")
 
+    def _graph(self, needed: list[fx.Node], node: fx.Node) -> fx.Graph:
+        """What computes `node`, on copies of what is written to on the way."""
+        written = {m for each in needed if each in self._recorder.writes for m in memory_of(each.meta["val"])}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for each in needed:
+            copies[each] = graph.node_copy(each, copies.__getitem__)
+            copies[each].meta = {}
+            if each.op == "placeholder" and written & set(memory_of(each.meta["val"])):
+                copies[each] = graph.call_function(aten.clone.default, (copies[each],))
+        graph.output(copies[node])
+        return graph
+
     def _needed(self, target: fx.Node) -> list[fx.Node]:
         """What must run to get `target`: its ancestors, and whatever wrote to their memory before; in order."""
         needed: set[fx.Node] = set()
@@ -95,17 +111,10 @@ def _guard(
     path: str,
     value: Any,
     recorder: Recorder,
-    needed: list[fx.Node],
-    node: fx.Node,
+    graph: fx.Graph,
     origins: dict[fx.Node, Origin],
     shape_only: bool,
 ) -> Guard:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for each in needed:
-        copies[each] = graph.node_copy(each, copies.__getitem__)
-        copies[each].meta = {}
-    graph.output(copies[node])
     weights = {str(n.target): o.name for n, o in origins.items() if o.kind == "weight"}
     constants = {
         str(n.target): o.real for n, o in origins.items() if o.kind in ("constant", "fresh") and o.real is not None

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ..ir.program import Program
+from .arguments import check_memory, returned
+from .call import Call
 
 
 def lookup(model: nn.Module, name: str) -> Tensor:
@@ -61,13 +62,12 @@ def bind(
     return values
 
 
-def evaluate(program: Program, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
-    """What `model` would return for the tensors of a call, computed by its program."""
-    inputs = dict(zip(program.inputs, tensors, strict=True))
+def evaluate(program: Program, model: nn.Module, call: Call) -> Any:
+    """What `model` would return, computed by its program; writes to the call's arguments as it would."""
+    inputs = dict(zip(program.inputs, call.tensors, strict=True))
     values = bind(program.graph, model, program.weights, program.constants, inputs)
-    results = iter(run_nodes(program.graph.nodes, values, _done(program.graph)))
-    leaves = [next(results) if leaf is ... else leaf for leaf in program.out_leaves]
-    return pytree.tree_unflatten(leaves, program.out_spec)
+    check_memory(program, model, call)
+    return returned(program, run_nodes(program.graph.nodes, values, _done(program.graph)), call)
 
 
 def _done(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

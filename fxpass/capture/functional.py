@@ -41,19 +41,19 @@ class _Alias:
 def functionalize(old: Recorder, results: list[fx.Node]) -> tuple[Recorder, list[fx.Node]]:
     """`old` itself if nothing writes in place, else a recorder with an equal graph of pure operators; and its results.
 
-    Raises `CaptureError` where a weight, buffer, attribute or input is written to.
+    An input that is written to has its newest value as a result. Raises `CaptureError` where a weight, buffer or
+    attribute is written to.
     """
     if not old.writes:
         return old, results
     written = {m for node in old.writes for m in memory_of(_target(node).meta["val"])}
     for node, origin in old.origins.items():
-        if origin.kind != "fresh" and written & set(memory_of(node.meta["val"])):
+        if origin.kind not in ("fresh", "input") and written & set(memory_of(node.meta["val"])):
             write = next(
                 w for w in old.writes if set(memory_of(_target(w).meta["val"])) & set(memory_of(node.meta["val"]))
             )
-            what = "input" if origin.kind == "input" else "own state"
             raise CaptureError(
-                f"the model changes its {what} in place: {origin.name or 'a tensor'} at {write.meta['trace']}; "
+                f"the model changes its own state in place: {origin.name or 'a tensor'} at {write.meta['trace']}; "
                 "make a copy first, or return the new value"
             )
     with torch._C._AutoDispatchBelowAutograd():
@@ -82,7 +82,7 @@ class _Rewriter:
                 copy = append_copy(self._new.graph, node)
                 self._new.origins[copy] = self._old.origins[node]
                 self._new.register(node.meta["val"], copy)
-                self._values[node] = node.meta["val"]
+                self._hold(node)
             elif node in self._old.writes:
                 self._write(node)
             else:
@@ -100,7 +100,12 @@ class _Rewriter:
         value = node.meta["val"]
         copy = append_copy(self._new.graph, node, lambda n: self._new.node(self._read(n)))
         self._new.register(value, copy)
-        if shared and isinstance(value, Tensor):
+        self._hold(node)
+
+    def _hold(self, node: fx.Node) -> None:
+        """A value of its own: the base of those that share its memory, if any of them is written to."""
+        value = node.meta["val"]
+        if self._written & set(memory_of(value)) and isinstance(value, Tensor):
             self._aliases[node] = _Alias(_Base(value), ())
         else:
             self._values[node] = value

@@ -31,6 +31,8 @@ from .nodes import append_copy
 class Program:
     """A captured model: `graph(weights…, constants…, inputs…) -> flat outputs`, all whole tensors.
 
+    The last outputs are the new values of the inputs `written`.
+
     The weights stay the model's own: they are named here by placeholder and looked up at each call.
     """
 
@@ -39,8 +41,10 @@ class Program:
     constants: dict[str, Tensor]  #: placeholder -> tensor made while capturing (position tables, masks)
     inputs: tuple[str, ...]  #: placeholders of the tensor inputs, in the order of the flattened call
     input_paths: tuple[str, ...]  #: what the caller calls them, e.g. "added_cond_kwargs.time_ids"
-    out_spec: pytree.TreeSpec  #: the structure of the outputs (tuples, dataclasses)
-    out_leaves: tuple[Any, ...]  #: the flattened outputs that are no tensors; `...` where a tensor goes
+    out_spec: pytree.TreeSpec  #: the structure of (what the model returns, what it puts into each of `changes`)
+    out_leaves: tuple[Any, ...]  #: of that what is no tensor, flattened; `...` where an output of the graph goes
+    written: tuple[int, ...] = ()  #: inputs that the model writes to in place
+    changes: tuple[Change, ...] = ()  #: what else it changes of its arguments
     guards: tuple[Guard, ...] = ()  #: values that inputs must have for this program to be theirs
     seconds: dict[str, float] = field(default_factory=dict)  #: time spent per stage
     attributes: dict[str, str] = field(default_factory=dict)  #: constant -> the plain attribute of the model that it is
@@ -51,6 +55,21 @@ class Program:
 
     def __str__(self) -> str:
         return f"Program({sum(1 for _ in calls(self.graph))} operators, inputs {', '.join(self.input_paths)})"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller has given: the arguments' entry under these keys, one inside the other."""
+
+    place: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """The model changes a dict, list or object that it is given."""
+
+    place: tuple[Any, ...]  #: the keys that lead there
+    removed: tuple[Any, ...]  #: keys
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxpass.capture import CaptureError, capture
+from fxpass.capture import Call, CaptureError, capture
 from fxpass.capture.evaluate import evaluate
 
 
@@ -69,4 +69,4 @@ def test_an_encoder_that_skips_padded_tokens_is_refused_or_right() -> None:
         capture(padded(nested=True), torch.randn(2, 7, 8), padding)
     model, x = padded(nested=False), torch.randn(2, 7, 8)
     program = capture(model, torch.randn(2, 7, 8), padding)
-    torch.testing.assert_close(evaluate(program, model, (x, padding)), model(x, padding))
+    torch.testing.assert_close(evaluate(program, model, Call.of(model, (x, padding), {})), model(x, padding))

@@ -50,7 +50,7 @@ def test_a_value_read_from_an_input_is_guarded(body: Any, first: Tensor, fits: T
         call = Call.of(model, (torch.randn(5, 4), value), {})
         assert broken_guard(program, model, call.tensors) is None
         with torch.no_grad():
-            torch.testing.assert_close(evaluate(program, model, call.tensors), model(call.tensors[0], value))
+            torch.testing.assert_close(evaluate(program, model, call), model(call.tensors[0], value))
     assert broken_guard(program, model, (torch.randn(5, 4), breaks)) is not None
 
 
@@ -78,7 +78,7 @@ def test_a_number_is_a_tensor_of_the_program(number: float) -> None:
     assert program.guards == ()
     assert call.key == Call.of(model, (x,), {"other": number}).key
     assert call.key != Call.of(model, (x, "text"), {}).key
-    torch.testing.assert_close(evaluate(program, model, call.tensors), model(x, number + 1).detach())
+    torch.testing.assert_close(evaluate(program, model, call), model(x, number + 1).detach())
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_number_that_the_model_needs_as_such_is_guarded(body: Any) -> None:
     program = capture(model, x, 0.5)
     call, other = Call.of(model, (x, 0.5), {}), Call.of(model, (x, 0.6), {})
     assert broken_guard(program, model, call.tensors) is None
-    torch.testing.assert_close(evaluate(program, model, call.tensors), model(x, 0.5).detach())
+    torch.testing.assert_close(evaluate(program, model, call), model(x, 0.5).detach())
     guard = broken_guard(program, model, other.tensors)
     assert guard is not None
     with pytest.raises(GuardError, match="'other' into the Python value"):
@@ -136,4 +136,4 @@ def test_complex_numbers_are_captured() -> None:
     model, x = Model(body), torch.randn(5, 4)
     program = capture(model, x, torch.rand(2))
     angle = torch.rand(2)
-    torch.testing.assert_close(evaluate(program, model, (x, angle)), model(x, angle).detach())
+    torch.testing.assert_close(evaluate(program, model, Call.of(model, (x, angle), {})), model(x, angle).detach())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from fxpass.capture import CaptureError, capture
+from fxpass.capture import Call, CaptureError, capture
 from fxpass.capture.evaluate import evaluate
 from fxpass.plan import make_plan
 from fxpass.runtime.lockstep import LockstepExecutor
@@ -112,7 +112,7 @@ def test_the_program_equals_the_model(body: Body) -> None:
     program = capture(model, torch.randn(2, TOKENS, 6))
     x = torch.randn(2, TOKENS, 6)
     assert program.guards == ()
-    torch.testing.assert_close(evaluate(program, model, (x,)), model(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(evaluate(program, model, Call.of(model, (x,), {})), model(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("body", FLEX, ids=lambda body: body.__name__)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxpass.capture import CaptureError, capture
+from fxpass.capture import Call, CaptureError, capture
 from fxpass.capture.evaluate import evaluate
 from fxpass.ir.program import calls
 from fxpass.plan import make_plan
@@ -163,7 +163,7 @@ def test_routing_is_exact_whatever_the_router_decides(body: Body) -> None:
     program = capture(model, torch.randn(2, 6, WIDTH))
     assert program.guards == ()
     for x in inputs():
-        torch.testing.assert_close(evaluate(program, model, (x,)), model(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(evaluate(program, model, Call.of(model, (x,), {})), model(x), rtol=1e-5, atol=1e-6)
     for node in calls(program.graph):
         assert "fxpass_rows" not in str(node.target)
 
@@ -196,7 +196,7 @@ def test_what_an_expert_makes_of_tokens_that_are_not_its_own_is_not_seen() -> No
     program = capture(model, torch.randn(2, 6, WIDTH))
     x = inputs()[0]
     assert model(x).isfinite().all()
-    torch.testing.assert_close(evaluate(program, model, (x,)), model(x))
+    torch.testing.assert_close(evaluate(program, model, Call.of(model, (x,), {})), model(x))
 
 
 def noted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def test_the_program_equals_the_model_on_fresh_inputs(case: Case) -> None:
     assert broken_guard(program, model, call.tensors) is None
     with torch.no_grad():
         expected = output_tensors(model(**fresh))
-        found = output_tensors(evaluate(program, model, call.tensors))
+        found = output_tensors(evaluate(program, model, call))
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max()
     for node in calls(program.graph):

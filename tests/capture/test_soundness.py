@@ -41,13 +41,23 @@ class Block(nn.Module):
 def same(model: nn.Module, program: Program, *args: Any, **kwargs: Any) -> Any:
     call = Call.of(model, args, kwargs)
     assert broken_guard(program, model, call.tensors) is None
+    own = call.rebuild(call.with_numbers([tensor.clone() for tensor in call.tensors]))
     with torch.no_grad():
-        expected, found = model(*args, **kwargs), evaluate(program, model, call.tensors)
+        expected, found = call.run(model, own), evaluate(program, model, call)
+    assert_alike(call.arguments, own)
+    assert_alike(found, expected)
+    return found
+
+
+def assert_alike(found: Any, expected: Any) -> None:
     (leaves, form), (wanted, wanted_form) = flatten_output(found), flatten_output(expected)
     assert form == wanted_form
     for leaf, other in zip(leaves, wanted, strict=True):
-        assert torch.equal(leaf, other) if isinstance(leaf, Tensor) else leaf == other
-    return found
+        assert type(leaf) is type(other)
+        if isinstance(leaf, Tensor):
+            assert torch.equal(leaf, other)
+        else:
+            assert leaf == other or (hasattr(leaf, "__dict__") and vars(leaf) == vars(other))
 
 
 def captured(body: Callable[[Block, Tensor], Any]) -> Program:
@@ -381,14 +391,6 @@ def test_what_every_second_call_uses_is_refused() -> None:
     assert "from call to call in state.value" in refused(model, torch.ones(3))
 
 
-def test_an_input_written_in_place_is_refused() -> None:
-    class Model(nn.Module):
-        def forward(self, sample: Tensor) -> Tensor:
-            return sample.mul_(2)
-
-    assert "input in place: sample" in refused(Model(), torch.ones(3))
-
-
 def test_a_tensor_subclass_as_an_input_is_refused() -> None:
     class Model(nn.Module):
         def forward(self, sample: Tensor) -> Tensor:
@@ -486,55 +488,9 @@ def test_objects_with_tensors_are_given_back_as_such() -> None:
 
     model, x = Model(), torch.randn(3)
     program = capture(model, torch.randn(3))
-    found = evaluate(program, model, (x,))
+    found = evaluate(program, model, Call.of(model, (x,), {}))
     assert isinstance(found, Memory)
     assert torch.equal(found.layers[1].keys, x * 2)
-
-
-def stored(x: Tensor, cache: Any) -> None:
-    cache.layers[0].keys = x * 2
-
-
-def appended(x: Tensor, cache: Any) -> None:
-    cache.layers.append(Layer(x * 2))
-
-
-def lengthened(x: Tensor, cache: Any) -> None:
-    cache.length += 1
-
-
-def put(x: Tensor, cache: Any) -> None:
-    cache["keys"] = x * 2
-
-
-def overwritten(x: Tensor, cache: Any) -> None:
-    cache.layers[0].keys[1:] = x[1:]
-
-
-@pytest.mark.parametrize(
-    ("write", "cache"),
-    [
-        (stored, Memory(None)),
-        (stored, Memory(torch.ones(3))),
-        (appended, Memory(torch.ones(3))),
-        (lengthened, Memory(torch.ones(3))),
-        (lengthened, Memory(None)),
-        (put, {}),
-        (overwritten, Memory(torch.ones(3))),
-    ],
-)
-def test_a_write_to_an_argument_is_refused_and_leaves_it_as_it_was(write: Any, cache: Any) -> None:
-    class Model(nn.Module):
-        def forward(self, x: Tensor, cache: Any) -> Tensor:
-            write(x, cache)
-            return x
-
-    before = copy.deepcopy(cache)
-    message = refused(Model(), torch.randn(3), cache)
-    assert "writes to its arguments" in message or "input in place: cache.layers.0.keys at " in message
-    if isinstance(cache, Memory) and write is not overwritten:
-        assert [layer.keys is None for layer in cache.layers] == [layer.keys is None for layer in before.layers]
-        assert cache.length == before.length
 
 
 def test_objects_that_hide_tensors_are_refused() -> None:

@@ -81,5 +81,5 @@ def test_a_displaced_step_on_an_unchanged_input_equals_an_exact_one(each: Outsid
     tensors = list(call.tensors)
     tensors[found.sample] = tensors[found.sample] + 0.3 * torch.randn(tensors[found.sample].shape)
     tensors[found.timestep] = (tensors[found.timestep] * 0.9).to(tensors[found.timestep].dtype)
-    args, kwargs = call.rebuild(call.with_numbers(tensors))
-    assert _compared(parallel(*args, **kwargs), model(*args, **kwargs)) > EXACT
+    kwargs = call.rebuild(call.with_numbers(tensors))
+    assert _compared(call.run(parallel, kwargs), call.run(model, kwargs)) > EXACT

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fxpass.capture import capture
+from fxpass.capture import Call, capture
 from fxpass.capture.evaluate import evaluate
 from fxpass.ir.program import calls
 from fxpass.ir.verify import ABNORMAL, verify
@@ -40,7 +40,7 @@ def normalized(function: Any, *inputs: Any) -> set[Any]:
     verify(after.graph, "normal")
     assert len(list(calls(after.graph))) <= 4 * len(list(calls(before.graph)))
     fresh = [torch.randn_like(x) if x.is_floating_point() else x for x in inputs if isinstance(x, Tensor)]
-    one, other = (evaluate(program, model, fresh) for program in (before, after))
+    one, other = (evaluate(program, model, Call.of(model, fresh, {})) for program in (before, after))
     flat = [[x] if isinstance(x, Tensor) else list(x) for x in (one, other)]
     assert_equal(flat[1], flat[0], "normalized")
     found = words(after.graph)

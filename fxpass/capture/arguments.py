@@ -1,0 +1,199 @@
+"""What a model does to its arguments: caches of keys and values that it fills, counters in dicts, tensors in place.
+
+A recorded run is given copies of all containers. What it put into them, or took out, is noted by place and done again
+to the caller's own after each call; a tensor that it wrote to in place is an output of the program, and is copied back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..ir.program import Change, Given, Program
+from .call import PLAIN, Call, copied, flatten_output, is_open, state_of
+from .errors import CaptureError
+
+_GONE = object()
+
+
+class Arguments:
+    """The copies that a run of `call` is given, to see afterwards what the model wrote to them."""
+
+    def __init__(self, call: Call, copies: dict[str, Any]) -> None:
+        self._given = dict(_places(call.arguments))
+        self._copies = dict(_places(copies))
+        self._before = {place: _inside(value) for place, value in self._copies.items()}
+        self._states = {
+            place: state_of(value)
+            for place, value in self._copies.items()
+            if not self._before[place] and not isinstance(value, (Tensor, nn.Module, *PLAIN))
+        }
+        self._owned: dict[int, Given] = {}
+        for place, value in self._copies.items():
+            if isinstance(value, Tensor) or _table(value) is not None:
+                self._owned.setdefault(id(value), Given(place))
+
+    def changes(self) -> tuple[list[Change], list[dict[Any, Any]]]:
+        """What was taken out of each container, and what was put into it.
+
+        Raises `CaptureError` for a change of what cannot be changed in the same way again.
+        """
+        changes: list[Change] = []
+        entries: list[dict[Any, Any]] = []
+        for place, value in self._copies.items():
+            before, after = self._before[place], _inside(value)
+            new = {key: item for key, item in after.items() if not _same(item, before.get(key, _GONE))}
+            gone = tuple(key for key in before if key not in after)
+            silent = place in self._states and not after and state_of(value) != self._states[place]
+            if not (new or gone or silent):
+                continue
+            path = ".".join(map(str, (*place, *list(new)[:1])))
+            if silent or _table(value) is None or value is self._given.get(place):
+                raise CaptureError(
+                    f"the model writes to its arguments: {path} is new or another after the call, and nothing shows "
+                    f"how to write to a {type(value).__name__}; keep it in a list, a dict or an object with attributes"
+                )
+            changes.append(Change(place, gone))
+            entries.append(new)
+        return changes, entries
+
+    def flatten(self, output: Any, entries: list[dict[Any, Any]]) -> tuple[list[Any], pytree.TreeSpec]:
+        """Outputs and entries; what of them the caller has given is a `Given`."""
+        flatten_output((output, entries))  # registers what is in them
+        leaves, spec = pytree.tree_flatten((output, entries), is_leaf=lambda value: id(value) in self._owned)
+        return [self._owned.get(id(leaf), leaf) for leaf in leaves], spec
+
+
+def check_memory(program: Program, model: nn.Module, call: Call) -> None:
+    """Raises `CaptureError` if what the program writes to is something else as well, which would change meanwhile."""
+    if not program.written and not program.changes:
+        return
+    spans = {path: _span(tensor) for path, tensor in zip(call.paths, call.tensors, strict=True)}
+    first = {id(tensor): path for path, tensor in reversed([*zip(call.paths, call.tensors, strict=True)])}
+    others = {path: span for path, span in spans.items() if path in first.values()}
+    others |= {name: _span(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    others |= {name: _span(program.constants[place]) for place, name in program.attributes.items()}
+    for path in (call.paths[i] for i in program.written):
+        start, end = spans[path]
+        for name, (begin, stop) in others.items():
+            if name != path and start < stop and begin < end:
+                raise CaptureError(
+                    f"the model writes to {path}, which shares memory with {name}: give it a copy of one of them"
+                )
+    holders = [id(value) for _, value in _places(call.arguments)]
+    for change in program.changes:
+        if holders.count(id(_find(call.arguments, change.place))) > 1:
+            raise CaptureError(
+                f"the model writes to {'.'.join(map(str, change.place))}, which was given to it twice; give it a copy"
+            )
+
+
+def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
+    """What the model would return, once its arguments were written to as it would have."""
+    written = [call.tensors[i] for i in program.written]
+    shared = {_memory(tensor) for tensor in (*written, *program.constants.values())}
+    supply = iter([tensor.clone() if _memory(tensor) in shared else tensor for tensor in outputs])
+    leaves = [_leaf(leaf, supply, call) for leaf in program.out_leaves]
+    output, entries = pytree.tree_unflatten(leaves, program.out_spec)
+    for tensor, value in zip(written, supply, strict=True):
+        tensor.copy_(value)
+    for change, new in zip(program.changes, entries, strict=True):
+        _apply(_table(_find(call.arguments, change.place)), change.removed, new)
+    return output
+
+
+def results_of(run: Callable[[dict[str, Any]], Any], call: Call, tensors: Sequence[Any]) -> list[Any]:
+    """What a run on copies of the arguments returns and writes, flat; `tensors` are its own."""
+    copies = call.rebuild(tensors)
+    arguments = Arguments(call, copies)
+    result = flatten_output((run(copies), arguments.changes()[1]))[0]
+    return result + [each for i, each in enumerate(tensors) if i not in call.numbers]
+
+
+def unsplit(model: nn.Module, call: Call) -> list[Tensor]:
+    """What the model itself gives where its program's graph has outputs. The caller's arguments stay as they are."""
+    tensors = [own(tensor) for tensor in call.tensors]
+    versions = [tensor._version for tensor in tensors]
+    copies = call.rebuild(call.with_numbers(tensors))
+    arguments = Arguments(call, copies)
+    leaves, _ = arguments.flatten(call.run(model, copies), arguments.changes()[1])
+    written = [tensor for tensor, version in zip(tensors, versions, strict=True) if tensor._version != version]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + written
+
+
+def _leaf(leaf: Any, supply: Iterator[Tensor], call: Call) -> Any:
+    if leaf is ...:
+        return next(supply)
+    return _find(call.arguments, leaf.place) if isinstance(leaf, Given) else copied(leaf)
+
+
+def _apply(table: Any, removed: tuple[Any, ...], new: dict[Any, Any]) -> None:
+    for key in reversed(removed):
+        del table[key]
+    for key, item in new.items():
+        if isinstance(table, list) and key == len(table):
+            table.append(item)
+        else:
+            table[key] = item
+
+
+def _places(value: Any, place: tuple[Any, ...] = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """`value` and all that is in it, by the keys that lead there."""
+    yield place, value
+    if id(value) not in above:
+        for key, inner in _inside(value).items():
+            yield from _places(inner, (*place, key), (*above, id(value)))
+
+
+def _find(value: Any, place: tuple[Any, ...]) -> Any:
+    for key in place:
+        value = _inside(value)[key]
+    return value
+
+
+def _inside(value: Any) -> dict[Any, Any]:
+    """What is in a container, by key."""
+    table = value if isinstance(value, tuple) else _table(value)
+    if table is None and isinstance(value, dict):
+        table = value
+    elif table is None and type(value) in pytree.SUPPORTED_NODES:
+        table = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)[0]
+    return {} if table is None else dict(table) if isinstance(table, dict) else dict(enumerate(table))
+
+
+def _table(value: Any) -> Any:
+    """The dict or list through which a container can be written to."""
+    if type(value) in (dict, list, OrderedDict, defaultdict):
+        return value
+    return vars(value) if not isinstance(value, PLAIN) and is_open(value) else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and isinstance(one, PLAIN) and one == other)
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, in the same order, for a run that may write to it."""
+    if torch._debug_has_internal_overlap(tensor) == 1:
+        return tensor  # nothing can write to it
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where its first element begins and its last one ends."""
+    if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor) or not tensor.numel():
+        return (0, 0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()

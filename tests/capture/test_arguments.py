@@ -1,0 +1,287 @@
+"""What a model does to its arguments is done to the caller's own, once per call; who is who stays so."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxpass
+from fxpass.capture import Call, CaptureError, capture, unsplit
+from fxpass.capture.call import flatten_output
+from fxpass.runtime.module import ParallelModule
+from tests.capture.test_soundness import Layer, Memory, assert_alike
+
+Body = Callable[[Tensor, Any], Any]
+
+
+class Model(nn.Module):
+    """A function of what a linear layer makes of the first argument, and of the others as they are."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.body = body
+
+    def forward(self, x: Tensor, *others: Any) -> Any:
+        return self.body(self.linear(x), *others)
+
+
+def sample() -> Tensor:
+    return torch.randn(1, 6, 6)
+
+
+class Space(SimpleNamespace):
+    """Not the one that other tests use: once tensors were seen in a kind of object, its numbers are inputs."""
+
+
+def parallel(body: Callable[..., Any], ranks: int = 2) -> tuple[Model, ParallelModule]:
+    model = Model(body).eval()
+    return model, fxpass.parallelize(model, ranks, executor="lockstep")  # type: ignore[return-value]
+
+
+def alike(model: nn.Module, module: nn.Module, x: Tensor, *others: Any) -> Any:
+    """One call of both: outputs and arguments are alike afterwards."""
+    own = copy.deepcopy((x, *others))
+    with torch.no_grad():
+        expected, found = model(*own), module(x, *others)
+    for one, other in ((found, expected), ((x, *others), own)):
+        assert_close(one, other)
+    return found
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Tensors to rounding, all else as it is."""
+    pairs = zip(*(flatten_output(each)[0] for each in (found, expected)), strict=True)
+    for one, other in pairs:
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(one, other)
+    whole = [torch.utils._pytree.tree_map_only(Tensor, lambda t: t.shape, each) for each in (found, expected)]
+    assert_alike(*whole)
+
+
+def stored(x: Tensor, cache: Any) -> Tensor:
+    cache.layers[0].keys = x * 2
+    return x
+
+
+def filled(x: Tensor, cache: Any) -> Tensor:
+    cache.layers[0].keys[:, 1:].copy_(x[:, 1:])
+    cache.layers[0].keys[:, 0] += 1
+    return x + cache.layers[0].keys.sum()
+
+
+def through_data(x: Tensor, cache: Any) -> Tensor:
+    cache.layers[0].keys.data.mul_(2)
+    return x + cache.layers[0].keys
+
+
+def appended(x: Tensor, cache: Any) -> Tensor:
+    cache.layers.append(Layer(x * 2))
+    return x
+
+
+def emptied(x: Tensor, cache: Any) -> Tensor:
+    return x + cache.layers.pop(0).keys
+
+
+def renamed(x: Tensor, cache: Any) -> Tensor:
+    cache.values = cache.layers[0].keys
+    cache.layers[0].keys = None
+    del cache.length
+    return x
+
+
+def noted(x: Tensor, cache: Any) -> Tensor:
+    cache.mode, cache.seen, cache.shape = "full", True, (x.shape[1], [x * 3])
+    return x
+
+
+def old_and_new(x: Tensor, cache: Any) -> tuple[Tensor, ...]:
+    keys = cache.layers[0].keys
+    old = keys.clone()
+    keys.add_(x)
+    return old, keys[:, 1:], keys.view(-1), keys
+
+
+@pytest.mark.parametrize(
+    "body", [stored, filled, through_data, appended, emptied, renamed, noted, old_and_new], ids=lambda b: b.__name__
+)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_a_model_writes_to_a_cache_is_written_to_the_callers(body: Body, ranks: int) -> None:
+    model, module = parallel(body, ranks)
+    for _ in range(2):
+        alike(model, module, sample(), Memory(sample(), sample()))
+    assert module._engine.signatures == 1
+
+
+def test_a_cache_without_tensors_is_filled() -> None:
+    class Empty(Memory):
+        """Of a kind that was not seen with tensors yet."""
+
+    model, module = parallel(stored)
+    for _ in range(3):
+        alike(model, module, sample(), Empty(None))
+    assert module._engine.signatures == 2
+    alike(model, module, sample(), Empty(sample()))
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, list, Space])
+def test_a_cache_of_any_kind_that_grows_from_call_to_call(kind: type) -> None:
+    def body(x: Tensor, cache: Any) -> Tensor:
+        table = vars(cache) if kind is Space else cache
+        old = list(table) if kind is list else list(table.values())
+        for each in old:
+            x = x + each.mean()
+        table.append(x) if kind is list else table.update({f"step {len(old)}": x})
+        return x
+
+    (model, module), cache = parallel(body), kind()
+    if kind is Space:
+        cache.first = sample()
+    for _ in range(3):
+        alike(model, module, sample(), cache)
+
+
+def test_a_cache_that_a_program_has_filled_serves_the_next() -> None:
+    """Also if all that was put there is a constant."""
+
+    def body(x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        if "sum" not in cache:
+            cache["sum"] = torch.zeros(6)
+        cache["sum"].add_(x.sum((0, 1)))
+        cache["ones"] = torch.ones(6)
+        return x + cache["sum"]
+
+    model, module = parallel(body)
+    for _ in range(2):
+        cache: dict[str, Tensor] = {}
+        for _ in range(3):
+            alike(model, module, sample(), cache)
+            cache["ones"].mul_(7)
+
+
+def test_a_number_that_counts_up_asks_for_a_program_each_time() -> None:
+    def body(x: Tensor, cache: Any) -> Tensor:
+        cache.length += 1
+        return x * cache.length
+
+    (model, module), cache = parallel(body), Memory(sample())
+    for _ in range(3):
+        alike(model, module, sample(), cache)
+    assert type(cache.length) is int
+
+
+def test_capture_writes_nothing() -> None:
+    def body(x: Tensor, y: Tensor, cache: Any) -> Tensor:
+        y.mul_(2)
+        if y.sum() > 0:  # a guard on what was written
+            stored(y, cache)
+        return filled(x + y, cache)
+
+    model, (y, cache) = Model(body).eval(), (torch.ones(1, 6, 6), Memory(sample()))
+    before = copy.deepcopy((y, cache))
+    program = capture(model, sample(), y, cache)
+    assert_alike((y, cache), before)
+    assert [guard.path for guard in program.guards] == ["others.0"]
+    unsplit(model, Call.of(model, (sample(), y, cache), {}))
+    assert_alike((y, cache), before)
+    module = fxpass.parallelize(model, 2, executor="lockstep")
+    for sign in (1, -1, 1):
+        alike(model, module, sample(), sign * torch.ones(1, 6, 6), Memory(sample()))
+
+
+def test_tensors_that_change_places() -> None:
+    def body(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        old = y.clone()
+        y.copy_(z)
+        z.copy_(old)
+        return x
+
+    alike(*parallel(body), sample(), sample(), sample())
+
+
+def test_what_is_returned_as_it_was_given_is_the_callers_own() -> None:
+    def body(x: Tensor, y: Tensor, cache: Any) -> Any:
+        y.add_(1)
+        cache["y"] = y
+        return x, y, cache, {"layers": cache["layers"]}
+
+    model, module = parallel(body)
+    y, cache = sample(), {"layers": [sample()]}
+    found = alike(model, module, sample(), y, cache)
+    assert found[1] is y
+    assert found[2] is cache
+    assert cache["y"] is y
+    assert found[3]["layers"] is cache["layers"]
+
+
+def test_whether_two_arguments_are_one_tensor_may_be_asked() -> None:
+    model, module = parallel(lambda x, y, z: x * 2 if y is z else x + z)
+    y = sample()
+    for z in (y, sample(), y):
+        alike(model, module, sample(), y, z)
+
+
+def test_a_write_to_a_tensor_that_is_given_twice_is_seen_in_both_places() -> None:
+    model, module = parallel(lambda x, y, z: x + y.mul_(2) + z)
+    y = sample()
+    alike(model, module, sample(), y, y)
+    alike(model, module, sample(), y, sample())
+
+
+def test_parts_of_one_tensor_may_be_written_to() -> None:
+    model, module = parallel(lambda x, y, z: x + y.mul_(2) + z)
+    y, z = torch.randn(2, 1, 6, 6)
+    alike(model, module, sample(), y, z)
+
+
+def test_a_write_to_memory_that_something_else_sees_is_refused() -> None:
+    model, module = parallel(lambda x, y, *z: x + y.mul_(2).sum() + sum(each.sum() for each in z))
+    y = sample()
+    alike(model, module, sample(), y, y.clone())
+    for other in (y.view(6, 6)[None], y[:, 1:]):
+        with pytest.raises(CaptureError, match=r"writes to others\.0, which shares memory with others\.1"):
+            module(sample(), y, other)
+    with pytest.raises(CaptureError, match=r"shares memory with linear\.weight"):
+        module(sample(), model.linear.weight.detach()[None])
+
+
+def test_a_container_that_is_given_twice_and_written_to_is_refused() -> None:
+    def body(x: Tensor, one: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
+        one["x"] = x
+        return x + other.get("x", 0)
+
+    model, module = parallel(body)
+    one: dict[str, Tensor] = {}
+    alike(model, module, sample(), {}, {})
+    with pytest.raises(CaptureError, match=r"writes to others\.0, which was given to it twice"):
+        module(sample(), one, one)
+
+
+class Marked:
+    """An object that nobody can see into."""
+
+    __slots__ = ("__dict__",)
+
+    def __call__(self) -> None: ...
+
+
+def test_a_write_to_what_cannot_be_written_to_again_is_refused() -> None:
+    def count(x: Tensor, marked: Any) -> Tensor:
+        marked.count = getattr(marked, "count", 0) + 1
+        return x
+
+    def add(x: Tensor, marked: Any) -> Tensor:
+        marked.add(len(marked))
+        return x
+
+    for write, argument in ((count, Marked()), (add, {"a", "b"})):
+        with pytest.raises(CaptureError, match=r"the model writes to its arguments: others\.0 is new .* write to a"):
+            capture(Model(write), sample(), argument)
