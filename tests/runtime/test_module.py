@@ -133,7 +133,8 @@ def test_what_is_changed_of_a_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.silu(x) * self.scales["x"] * self.factor()
 
-    x, module = torch.randn(1, 4, 8), fxpass.parallelize(Model().eval(), 2, executor="lockstep")
+    x = torch.randn(1, 4, 8)
+    module: Any = fxpass.parallelize(Model().eval(), 2, executor="lockstep")
     assert torch.equal(module(x), module.unwrapped(x))
     plan = module.plan
     assert torch.equal(module(x + 1), module.unwrapped(x + 1))
