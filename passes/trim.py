@@ -133,7 +133,8 @@ def _guesses(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
     elif x.target is aten.permute.default:
         yield {first: wanted.at(args[1][wanted.axis])}
     elif x.target is aten.embedding.default:
-        yield {args[1]: wanted}
+        if wanted.axis < len(shape_of(args[1])):  # else columns of the table
+            yield {args[1]: wanted}
     else:
         places = {a: wanted.axis - (len(shape) - len(shape_of(a))) for a in x.all_input_nodes}
         alike = {

@@ -75,3 +75,8 @@ def test_rows_taken_twice_are_computed_once() -> None:
     found = split(function, (randn(*T), randn(*T)), {0: evenly(1, 8, 2)}, 2)
     layers = [n for n in calls(found.graph) if n.target is torch.ops.aten.linear.default]
     assert [layout_of(n) for n in layers] == [evenly(1, 8, 2)]
+
+
+def test_columns_of_a_table_that_is_looked_up_whole_are_right() -> None:
+    columns = evenly(2, 6, 2)
+    split(lambda x, t: x + F.embedding((t > 0).long(), W[:2]), (randn(*T), randn(2, 8)), {0: columns}, 2, exact=False)
