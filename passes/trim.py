@@ -144,5 +144,5 @@ def _guesses(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
         }
         if alike or x.target is aten.expand.default:
             yield alike
-        if len(alike) > 1 and first in alike:  # weights, keys and values are whole
+        if len(alike) > 1 and isinstance(first, fx.Node) and first in alike:  # weights, keys and values are whole
             yield {first: alike[first]}
