@@ -1,4 +1,4 @@
-"""bucket: exchanges that are ready together travel together (K and V; all outputs). Exact.
+"""bucket: exchanges that are ready together travel together (K and V; all outputs), as they lie in memory. Exact.
 
 Equal exchanges are one node already, and those that move nothing were never declared: `partition` emits each
 operator on each value once.
@@ -7,12 +7,16 @@ operator on each value once.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import fx
 
 from ..ir import ops
+from ..ir.fetch import Fetch
 from ..ir.nodes import append, append_copy
+from ..ir.program import shape_of
 
 
 @dataclass
@@ -73,11 +77,23 @@ def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
 
 def _emit(result: fx.Graph, group: _Group, env: dict[fx.Node, fx.Node]) -> None:
     values = [env[value] for node in group.members for value in node.args[0]]  # type: ignore[union-attr,index]
-    declared = [exchange for node in group.members for exchange in node.args[1]]  # type: ignore[union-attr]
-    merged = append(result, ops.exchange, (tuple(values), tuple(declared)), meta=group.members[0].meta)
+    declared: tuple[Any, ...] = tuple(
+        replace(exchange, order=order_of(value)) if isinstance(exchange, Fetch) else exchange
+        for node in group.members
+        for value, exchange in zip(*node.args, strict=True)  # type: ignore[arg-type]
+    )
+    merged = append(result, ops.exchange, (tuple(values), declared), meta=group.members[0].meta)
     offset = 0
     for node in group.members:
         for item in node.users:
             index = offset + item.args[1]  # type: ignore[operator]
             env[item] = append(result, operator.getitem, (merged, index), meta=item.meta)
         offset += len(node.args[1])  # type: ignore[arg-type]
+
+
+def order_of(value: fx.Node) -> tuple[int, ...]:
+    """The dims of a value as they lie in memory, the outermost first, where it is a transposed view; else ()."""
+    if value.target is not torch.ops.aten.permute.default:
+        return ()
+    dims = [dim % len(shape_of(value)) for dim in value.args[1]]  # type: ignore[union-attr]
+    return tuple(dims.index(place) for place in range(len(dims)))

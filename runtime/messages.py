@@ -26,11 +26,16 @@ class Slot:
     offset: int  #: bytes
     shape: tuple[int, ...]
     dtype: torch.dtype
+    order: tuple[int, ...]  #: dims as they lie in the buffer; () if in turn
 
     def of(self, buffer: Tensor) -> Tensor:
         """The payload as a view of `buffer` (bytes)."""
         end = self.offset + prod(self.shape) * self.dtype.itemsize
-        return buffer[self.offset : end].view(self.dtype).view(self.shape)
+        flat = buffer[self.offset : end].view(self.dtype)
+        if not self.order:
+            return flat.view(self.shape)
+        places = [self.order.index(dim) for dim in range(len(self.shape))]
+        return flat.view([self.shape[dim] for dim in self.order]).permute(places)
 
 
 class Message:
@@ -41,7 +46,8 @@ class Message:
         self.size = 0  #: bytes
         for exchange in exchanges:
             count = exchange.numel(src, dst)
-            self.slots.append(Slot(self.size, exchange.payload_shape(src, dst), exchange.dtype) if count else None)
+            slot = Slot(self.size, exchange.payload_shape(src, dst), exchange.dtype, exchange.order)
+            self.slots.append(slot if count else None)
             self.size += -(-count * exchange.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
     def write(self, payloads: Payloads, buffer: Tensor) -> None:

@@ -64,6 +64,8 @@ class Exchange:
     Where `forecast` is not 0, a change is expected to go on: what was sent at the last two steps, a and then b, serves
     as b + trend (b - a). The trend is measured on the own values, whose change in this step is known, and is taken from
     0 to `forecast`: where changes turn back, which forecasts would amplify, there is none.
+
+    `order` lists the operand's dims as they lie in memory, the outermost first; () if in turn. Payloads travel so.
     """
 
     role: Role
@@ -73,6 +75,7 @@ class Exchange:
     reason: str = ""
     fresh: Freshness = field(default="sync", kw_only=True)
     forecast: float = field(default=0.0, kw_only=True)
+    order: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def repeated(self) -> bool:

@@ -14,14 +14,16 @@ from torch import Tensor, fx, nn
 
 from fxpass.capture import capture
 from fxpass.ir import ops
+from fxpass.ir.exchange import Payloads
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout, PerRank, full
 from fxpass.ir.program import exchanges_of
 from fxpass.ir.verify import verify
-from fxpass.passes.bucket import bucket
+from fxpass.passes.bucket import bucket, order_of
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
+from fxpass.runtime.messages import Message
 from tests.passes.examples import examples
 from tests.passes.harness import cut, evenly, lockstep, output_of
 
@@ -163,3 +165,34 @@ def test_numbers_are_kept_and_messages_are_fewer(data: st.DataObject) -> None:
     for one, other in zip(lockstep(before, 2, values), lockstep(after, 2, values), strict=True):
         for a, b in zip(one[output_of(before)], other[output_of(after)], strict=True):
             assert torch.equal(a, b)
+
+
+class Heads(nn.Module):
+    """Attention of two heads: operands are transposed views [B, H, N, D] of projections [B, N, H D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(2, 8, 2, 3).transpose(1, 2) for f in (torch.sin, torch.cos, torch.tanh))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 8, 6)
+
+
+def test_a_transposed_value_travels_as_it_lies_in_memory() -> None:
+    graph = bucket(partitioned(Heads(), torch.randn(2, 8, 6), evenly(1, 8, 2)))
+    (_, (key, value)), (_, (output,)) = exchanges_of(graph)
+    assert key.order == value.order == (0, 2, 1, 3)
+    assert output.order == ()
+    message = Message((key, value), 0, 1)
+    buffer = torch.empty(message.size, dtype=torch.uint8)
+    own: Payloads = [torch.randn(2, 4, 2, 3).transpose(1, 2) for _ in range(2)]
+    message.write(own, buffer)
+    arrived = message.read(buffer)
+    assert [x.stride() for x in arrived if x is not None] == [x.stride() for x in own if x is not None]
+    torch.testing.assert_close(arrived, own, rtol=0, atol=0)
+
+
+@given(st.permutations(range(4)))
+def test_the_order_of_any_transposition_is_that_of_its_strides(dims: list[int]) -> None:
+    value = torch.empty(2, 3, 4, 5).permute(dims)
+    graph = fx.Graph()
+    node = graph.call_function(aten.permute.default, (graph.placeholder("x"), dims))
+    node.meta["shape"] = tuple(value.shape)
+    assert list(order_of(node) or range(4)) == sorted(range(4), key=value.stride, reverse=True)
