@@ -78,7 +78,7 @@ def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
 def _emit(result: fx.Graph, group: _Group, env: dict[fx.Node, fx.Node]) -> None:
     values = [env[value] for node in group.members for value in node.args[0]]  # type: ignore[union-attr,index]
     declared: tuple[Any, ...] = tuple(
-        replace(exchange, order=order_of(value)) if isinstance(exchange, Fetch) else exchange
+        replace(exchange, order=order) if isinstance(exchange, Fetch) and (order := order_of(value)) else exchange
         for node in group.members
         for value, exchange in zip(*node.args, strict=True)  # type: ignore[arg-type]
     )

@@ -21,17 +21,19 @@ from torch import fx
 
 from ..ir.exchange import Role
 from ..ir.layout import Layout, even
-from ..ir.program import calls, exchanges_of, layout_of, shape_of
+from ..ir.program import calls, exchanges_of, layout_of, reached, shape_of
 from .cost import Cost, Target, cost, flops, node_flops
 from .partition import Rule, partition
 from .trim import trim
 
 Seeds = dict[str, Layout]
 OVERHEAD: tuple[Role, ...] = ("realign", "rebalance", "small", "fallback")  #: roles of exchanges that the cuts ask for
+USERS = operator.attrgetter("users")
 GRAINS = (1, 2, 4, 8, 16, 32)
 TOLERATED = 0.01  #: of all bytes: more that only moves cuts is not worth a few per cent of work
 WORTHWHILE = 1.2  #: times as fast: less is replication, not a split
 GOOD = 0.97  #: of the ideal speed-up: good enough to stop
+INNER = 4  #: values inside that are tried, of each kind
 ALIKE = 0.05  #: shares of rows that differ by less are equally even
 HOPEFUL = 3  #: steps of unevenness: beyond it most of the work is replicated, and coarser cuts mend nothing
 
@@ -102,7 +104,7 @@ class Search:
                 self.attempt({node.name: layout} | self.seeds)
         for values in _inner(self) if self.best is not None and self.reached < GOOD else ():
             fruitless = 0
-            for name, layout in values[:4]:
+            for name, layout in values:
                 before = self.reached
                 if before < GOOD and fruitless < 2:
                     self.attempt({**self.seeds, name: layout})
@@ -240,7 +242,7 @@ def _inner(search: Search) -> tuple[list[tuple[str, Layout]], list[tuple[str, La
     free: list[tuple[str, Layout]] = []
     anew: list[tuple[str, Layout]] = []
     laid = {n.meta.get("origin"): layout_of(n) for n in search.best[2].nodes if n.target is not operator.getitem}
-    after = _after([n for n in search.graph.nodes if n.name in search.seeds])
+    after = reached([n for n in search.graph.nodes if n.name in search.seeds], USERS)
     streams: set[fx.Node] = set()
     for node in calls(search.graph):
         shape = node.meta.get("shape")
@@ -256,19 +258,12 @@ def _inner(search: Search) -> tuple[list[tuple[str, Layout]], list[tuple[str, La
         if layout.dim is not None and max(layout.sizes) <= 1.02 * max(map(len, rows)):
             continue
         seen.add(shape)
-        following = _after([node])
+        found = anew if node in after else free
+        if len(found) == INNER:
+            continue
+        following = reached([node], USERS)
         own = node in after or any(map(node_flops, following - after))
         if own and sum(map(node_flops, following)) > search.total // 2:
-            (anew if node in after else free).append((node.name, Layout(dim, rows)))
+            found.append((node.name, Layout(dim, rows)))
             streams |= set() if node in after else following
     return free, anew
-
-
-def _after(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Everything that depends on one of `nodes`."""
-    found, waiting = set(nodes), list(nodes)
-    while waiting:
-        users = [user for user in waiting.pop().users if user not in found]
-        found.update(users)
-        waiting += users
-    return found

@@ -26,7 +26,7 @@ _IRRELEVANT = (
     "_is_full_backward",
     "_non_persistent",
     "__annotat",
-)  # to forward
+)  #: how names begin that mean nothing to a forward call
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 _OPAQUE = (nn.Module, Tensor, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 

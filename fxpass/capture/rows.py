@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ir.nodes import append_copy
+from ..ir.program import reached
 from .compare import identities
 from .counts import aten, ops
 from .errors import CaptureError
@@ -73,7 +74,8 @@ class _Resolver:
             if not isinstance(self.values[node], Tensor):
                 raise _error(node, "an output has a size that depends on values")
         found = [self.new.node(self.values[node]) for node in results]
-        if (node := next((n for n in _ancestors(found) if n.target is ops.counts.default), None)) is not None:
+        needed = reached(found, operator.attrgetter("all_input_nodes"))
+        if (node := next((n for n in needed if n.target is ops.counts.default), None)) is not None:
             raise _error(node, "its size depends on the largest value; give bincount a minlength")
         return self.new, found
 
@@ -151,15 +153,6 @@ def _error(node: fx.Node, why: str) -> CaptureError:
         f"{node.target} at {node.meta['trace']} needs the value of an activation: the model selects rows by "
         f"activations, and {why}; keep all rows and use torch.where, or pass the decision in as an argument"
     )
-
-
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found, left = set(nodes), list(nodes)
-    while left:
-        new = [n for n in left.pop().all_input_nodes if n not in found]
-        found.update(new)
-        left += new
-    return found
 
 
 def _source(mask: Any) -> Any:

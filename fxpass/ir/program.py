@@ -13,7 +13,7 @@ and may have `PerRank` arguments; `specialize` turns it into the static-shape gr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,6 +91,17 @@ class Guard:
 def calls(graph: fx.Graph) -> Iterator[fx.Node]:
     """The operators of a graph, in order."""
     return (node for node in graph.nodes if node.op == "call_function")
+
+
+def reached(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """`nodes` and all that `step` leads to: what depends on them, or what they depend on."""
+    found = set(nodes)
+    waiting = list(found)
+    while waiting:
+        new = [node for node in step(waiting.pop()) if node not in found]
+        found.update(new)
+        waiting += new
+    return found
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
