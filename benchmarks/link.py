@@ -72,8 +72,8 @@ class Link:
 def main() -> None:
     parser = argparse.ArgumentParser(description="two ranks over an emulated network link")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--rates", nargs="+", default=["1gbit", "300mbit"], metavar="RATE", help="as tc writes it")
-    parser.add_argument("--burst", default="1mbit", metavar="SIZE", help="what may leave at once, as tc writes it")
+    parser.add_argument("--rates", nargs="+", type=amount, default=["1gbit", "300mbit"], help="a second, as in 300mbit")
+    parser.add_argument("--burst", type=amount, default="1mbit", help="what may leave at once, as in 256kbit")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of two steps per rate instead")
     options = parser.parse_args()
     if "RANK" in os.environ:
@@ -85,6 +85,12 @@ def main() -> None:
         for number in SIGNALS:
             signal.signal(number, interrupted)
         sys.exit(run_ranks())
+
+
+def amount(text: str) -> str:
+    """`text`, if it is a number of bits with a unit. Raises `ValueError` if not."""
+    bits(text)
+    return text
 
 
 def interrupted(number: int, _: Any) -> None:
@@ -218,12 +224,12 @@ def checked(link: Link) -> float:
     return reached
 
 
-def bits(rate: str) -> float:
-    """Bits per second of a rate as tc writes it. Raises `ValueError` for another unit than those of `UNITS`."""
+def bits(text: str) -> float:
+    """Bits of an amount as tc writes it. Raises `ValueError` for another unit than those of `UNITS`."""
     for unit, factor in UNITS.items():
-        if rate.endswith(unit):
-            return float(rate.removesuffix(unit)) * factor
-    raise ValueError(f"a rate is a number of {', '.join(UNITS)}, not {rate!r}")
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * factor
+    raise ValueError(f"an amount is a number of {', '.join(UNITS)}, not {text!r}")
 
 
 @torch.no_grad()

@@ -57,3 +57,13 @@ def test_a_rank_that_dies_takes_the_other_and_the_namespaces_with_it(
     assert len(seen) == 2
     assert [rank.returncode for rank in started] == [3 if rank == dead else -15 for rank in range(2)]
     assert not existing() & seen
+
+
+@pytest.mark.parametrize("option", ["--rates", "--burst"])
+def test_what_is_no_amount_is_refused_before_anything_is_made(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(link.sys, "argv", ["link", option, "much"])
+    with pytest.raises(SystemExit):
+        link.main()
+    assert f"argument {option}: invalid amount value: 'much'" in capsys.readouterr().err
