@@ -49,17 +49,18 @@ class Collectives:
         wires = [site.wire for site in sites if site.repeated and site.wire is not site]
         routes = [Route(site, self.board.rank, self.board.world) for site in [*sites, *wires]]
         loud = [route for route in routes if not route.silent]
-        lanes: Sequence[Lane] | None = None
-        if device.type == "cpu":
-            lanes = open_lanes([route.site for route in loud], loud, self.board, self._opened)
-        if lanes is None:
-            lanes = [
-                GroupLane(route, self.group if route.site.stale else self.urgent, device, self.blocking, self.board)
-                for route in loud
-            ]
+        lanes = self.lanes(loud, device)
         lane_of: dict[Site, Lane] = {route.site: lane for route, lane in zip(loud, lanes, strict=True)}
         ways = {route.site: Way(route, lane_of.get(route.site), self.traffic) for route in routes}
         return Session({site: Link(self.board.rank, site, ways[site], ways.get(site.wire)) for site in sites})
+
+    def lanes(self, routes: Sequence[Route], device: torch.device) -> Sequence[Lane]:
+        """What carries the messages of each route."""
+        seen = device.type == "cpu" and open_lanes([route.site for route in routes], routes, self.board, self._opened)
+        return seen or [
+            GroupLane(route, self.group if route.site.stale else self.urgent, device, self.blocking, self.board)
+            for route in routes
+        ]
 
 
 class Sessions:

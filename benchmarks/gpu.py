@@ -1,0 +1,325 @@
+"""What one GPU tells of many: a rank's program, timed where its messages come from a modelled link.
+
+    python -m benchmarks.gpu [--models sdxl] [--ranks 2 4 8] [--links nvlink pcie] [--compile]
+
+A published model at its usual size, with random weights, runs whole; then the slowest rank's program of an n-rank plan
+runs alone. Its messages are packed, sent and unpacked as always, but on a *loopback*: a side stream idles for as long
+as the link would take, then copies as many bytes as would come. So what is measured is the computing, the packing, the
+traffic in this GPU's memory and what overlaps; what is modelled is the link. NCCL's own kernels, which take some of the
+processors, and other ranks that are late are in neither: these are projections.
+
+    exact      lockstep on this GPU, all ranks: the error against the unsplit model, and that one's own against float32
+    ceiling    the displaced program with the exchanges left out
+    displaced  steady steps of the strategy
+    sync       exact steps
+
+Runs on CPUs as well (there the loopback sleeps), where only the numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxpass
+from benchmarks.harness import DISPLACED, Keeping, Kept
+from fxpass.capture import Call
+from fxpass.ir.program import specialize
+from fxpass.models.catalog import cast, get
+from fxpass.models.small import output_tensors
+from fxpass.passes.cost import flops
+from fxpass.runtime.collectives import Collectives, Sessions
+from fxpass.runtime.executor import EXACT, Bound, Step
+from fxpass.runtime.interpreter import RankProgram
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.messages import Route
+from fxpass.runtime.process_group import GroupLane
+from fxpass.runtime.runner import Runner
+from fxpass.runtime.structure import WeightTable
+
+WARM = 2  #: steps before the clock starts
+
+
+@dataclass(frozen=True)
+class Link:
+    """What carries a rank's messages, as a model."""
+
+    bandwidth: float  #: bytes per second that a rank receives
+    latency: float  #: seconds that a message takes however small it is
+
+    def seconds(self, size: int) -> float:
+        return self.latency + size / self.bandwidth
+
+
+#: about what NCCL's collectives reach between the GPUs of one machine
+LINKS = {"nvlink": Link(350e9, 15e-6), "pcie": Link(20e9, 20e-6)}
+
+
+# -- a loopback in place of a process group ------------------------------------------------------------------------
+
+
+class Loopback:
+    """A group whose other ranks send what this one sends; messages take their turn on one link."""
+
+    def __init__(self, device: torch.device, link: Link) -> None:
+        self.link = link
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.cycles = _cycles_per_second() if self.stream else 0.0
+        self.free = 0.0  #: without a stream: when the link has carried all messages so far
+
+    def _allgather_base(self, receive: Tensor, send: Tensor) -> Message:
+        return self._carried(receive, send, receive.numel() - send.numel())
+
+    def alltoall_base(self, receive: Tensor, send: Tensor, receives: Sequence[int], sends: Sequence[int]) -> Message:
+        return self._carried(receive, send, receive.numel())
+
+    def _carried(self, receive: Tensor, send: Tensor, size: int) -> Message:
+        seconds = self.link.seconds(size)
+        if self.stream is None:
+            self.free = max(self.free, time.perf_counter()) + seconds
+            _fill(receive, send)
+            return Message(self.free, None)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            torch.cuda._sleep(int(seconds * self.cycles))
+            _fill(receive, send)
+            arrival = torch.cuda.Event()
+            arrival.record()
+        for buffer in (receive, send):
+            buffer.record_stream(self.stream)
+        return Message(0.0, arrival)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a collective returns: on its way until `wait`."""
+
+    due: float
+    arrival: Any
+
+    def wait(self) -> None:
+        if self.arrival is not None:
+            self.arrival.wait()
+        else:
+            time.sleep(max(0.0, self.due - time.perf_counter()))
+
+    def is_completed(self) -> bool:
+        return self.arrival.query() if self.arrival is not None else self.due < time.perf_counter()
+
+
+def _fill(receive: Tensor, send: Tensor) -> None:
+    for part in receive.split(max(1, send.numel())):
+        part[: send.numel()].copy_(send[: part.numel()])
+
+
+def _cycles_per_second() -> float:
+    cycles = 100_000_000
+    torch.cuda._sleep(cycles)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    torch.cuda._sleep(cycles)
+    ended.record()
+    ended.synchronize()
+    return cycles / (began.elapsed_time(ended) / 1e3)
+
+
+@dataclass
+class Alone:
+    """What links read of a board, where nobody else is."""
+
+    rank: int
+    world: int
+    timeout: float = 600.0
+
+
+class LoopbackLinks(Collectives):
+    """A rank's links, all of them on one loopback."""
+
+    def lanes(self, routes: Sequence[Route], device: torch.device) -> Sequence[GroupLane]:
+        return [GroupLane(route, self.group, device, self.blocking, self.board) for route in routes]
+
+
+class OneRank:
+    """The program of one rank of a plan, run alone."""
+
+    def __init__(self, plan: fxpass.Plan, rank: int, model: nn.Module, call: Call, link: Link, compiled: bool) -> None:
+        (device,) = {each.device for each in model.parameters()}
+        loopback = Loopback(device, link)
+        board: Any = Alone(rank, plan.world_size)
+        self.code = RankProgram.of(specialize(plan.graph, rank), rank)
+        self.sessions = Sessions(LoopbackLinks(loopback, loopback, False, board), self.code.sites, device)
+        self.bound = Bound.of(self.code, plan.program, device)
+        self.runner = Runner(self.code, compiled)
+        self.weights = WeightTable(model, list(plan.program.weights.values())).tensors()
+        self.call = call
+
+    def step(self, step: Step, transport: Any = None) -> list[Tensor]:
+        values = self.bound.values(self.weights, self.call.tensors)
+        return self.runner.run(values, transport or self.sessions.at(step), step)
+
+    def without_exchanges(self) -> Callable[[], list[Tensor]]:
+        """The displaced program, with each exchange's results as they are now."""
+        self.step(EXACT)
+        keeping = Keeping(self.sessions.at(DISPLACED))
+        self.step(DISPLACED, keeping)
+        kept = Kept(keeping.results)
+        return lambda: self.step(DISPLACED, kept)
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+
+def published(name: str, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of the catalog with random weights, and the inputs of one call."""
+    entry = get(name)
+    torch.manual_seed(0)
+    with device:
+        module = entry.build()
+    module = cast(module, dtype or entry.dtype, device).eval()
+    return module, entry.inputs(module, entry.height, entry.width)
+
+
+def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """The median of so many steps."""
+    taken = []
+    for turn in range(WARM + steps):
+        _settled(device)
+        began = time.perf_counter()
+        step()
+        _settled(device)
+        if turn >= WARM:
+            taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def peak(step: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a step allocates beyond what is there before it."""
+    if device.type != "cuda":
+        return 0
+    _settled(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    _settled(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _settled(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rms(found: Tensor, expected: Tensor) -> float:
+    """Root-mean-square error, as a part of the root mean square of what is expected."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+@torch.no_grad()
+def measure(name: str, options: argparse.Namespace) -> None:
+    """Print what was found of one model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, inputs = published(name, None, device)
+    call = Call.of(model, (), inputs)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    count = sum(each.numel() for each in model.parameters())
+    print(
+        f"{name}: {count / 1e6:.0f} M parameters, {next(model.parameters()).dtype}, torch {torch.__version__}, {where}"
+    )
+
+    run = lambda: output_tensors(model(**inputs))  # noqa: E731
+    whole = seconds(run, options.steps, device)
+    print(f"  whole model       {whole * 1e3:8.1f} ms   {peak(run, device) / 2**20:7.0f} MiB of activations")
+    began = time.perf_counter()
+    program = fxpass.capture(model, **inputs)
+    print(f"  captured in       {time.perf_counter() - began:8.1f} s")
+    work = flops(program.graph)
+    print(f"  work              {work / 1e12:8.2f} TFLOP, {work / whole / 1e12:.0f} TFLOP/s")
+    if options.exact:
+        exact(name, program, model, call, options.ranks, run()[0], device)
+    for world in options.ranks:
+        began = time.perf_counter()
+        plan = fxpass.plan(program, world_size=world, strategy=options.strategy)
+        rank = max(range(world), key=plan.flops_per_rank.__getitem__)
+        print(f"  {world} ranks, rank {rank}: bound {plan.bound:.2f}, planned in {time.perf_counter() - began:.1f} s")
+        for compiled in (False, True) if options.compile else (False,):
+            projected(plan, rank, model, call, whole, compiled, options, device)
+    if options.compile:
+        alone(program, model, call, inputs, options.steps, device)
+
+
+def exact(
+    name: str, program: Any, model: nn.Module, call: Call, ranks: Sequence[int], unsplit: Tensor, device: torch.device
+) -> None:
+    """All ranks in lockstep, against the unsplit model in the same precision and in float32."""
+    full, inputs = published(name, torch.float32, device)
+    for theirs, ours in zip(full.parameters(), model.parameters(), strict=True):
+        theirs.data.copy_(ours.data)
+    given = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    reference = output_tensors(full(**given))[0]
+    del full
+    print(f"  unsplit against float32: rms {rms(unsplit, reference):.2e}")
+    for world in ranks:
+        plan = fxpass.plan(program, world_size=world)
+        weights = WeightTable(model, list(plan.program.weights.values())).tensors()
+        found = LockstepExecutor(world).load(plan, weights, call.tensors).run_all(weights, call.tensors)
+        same = all(torch.equal(each[0], found[0][0]) for each in found)
+        print(
+            f"  {world} ranks: rms {rms(found[0][0], unsplit):.2e} of the unsplit model, "
+            f"{rms(found[0][0], reference):.2e} of float32; all ranks alike: {same}"
+        )
+
+
+def projected(
+    plan: fxpass.Plan,
+    rank: int,
+    model: nn.Module,
+    call: Call,
+    whole: float,
+    compiled: bool,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    kind = "compiled" if compiled else "eager"
+    for link in options.links:
+        one = OneRank(plan, rank, model, call, LINKS[link], compiled)
+        steps = {"ceiling": one.without_exchanges()}
+        steps |= {key: lambda o=one, s=s: o.step(s) for key, s in (("displaced", DISPLACED), ("sync", EXACT))}
+        found = {key: seconds(step, options.steps, device) for key, step in steps.items()}
+        text = "   ".join(f"{key} {value * 1e3:7.1f} ms ({whole / value:.2f}x)" for key, value in found.items())
+        memory = peak(lambda o=one: o.step(DISPLACED), device) / 2**20
+        print(f"    {kind:<8} {link:<7} {text}   {memory:6.0f} MiB of activations", flush=True)
+
+
+def alone(program: Any, model: nn.Module, call: Call, inputs: dict[str, Any], steps: int, device: torch.device) -> None:
+    """One rank, compiled, against `torch.compile` of the model."""
+    one = OneRank(fxpass.plan(program, world_size=1), 0, model, call, LINKS["nvlink"], True)
+    ours = seconds(lambda: one.step(EXACT), steps, device)
+    compiled = torch.compile(model)
+    theirs = seconds(lambda: compiled(**inputs), steps, device)
+    print(f"  compiled: fxpass with 1 rank {ours * 1e3:.1f} ms, torch.compile {theirs * 1e3:.1f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="a rank's program on one GPU, with a modelled link")
+    parser.add_argument("--models", nargs="+", default=["sdxl"], help="names of `fxpass models`")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
+    parser.add_argument("--strategy", default="displaced")
+    parser.add_argument("--steps", type=int, default=10, help="timed; the median counts")
+    parser.add_argument("--exact", action="store_true", help="also compare all ranks with the unsplit model")
+    parser.add_argument("--compile", action="store_true", help="also compiled; takes minutes")
+    options = parser.parse_args()
+    for name in options.models:
+        measure(name, options)
+
+
+if __name__ == "__main__":
+    main()
