@@ -86,6 +86,10 @@ class WatchedLane:
         self.log = log
         self.last: Flight | None = None
 
+    @property
+    def lasting(self) -> bool:
+        return self.lane.lasting
+
     def send(self, packed: list[Payloads]) -> None:
         began = now()
         self.lane.send(packed)

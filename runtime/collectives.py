@@ -146,6 +146,10 @@ class Way:
         for role, count in self._sizes:
             self._traffic[role] += count
 
+    @property
+    def lasting(self) -> bool:
+        return self.lane is None or self.lane.lasting
+
     def arrived(self) -> bool:
         return self.lane is None or self.lane.arrived()
 
@@ -211,8 +215,8 @@ class Link:
         return results
 
     def _arrived(self, way: Way, received: list[Payloads]) -> None:
-        """Keep the payloads: in the way's lane if they are used once more, else as copies."""
-        if self.site.forecast or (self.site.coded and way is self.now):
+        """Keep the payloads: in the way's lane if they are used once more, else as copies, unless they last."""
+        if (self.site.forecast or (self.site.coded and way is self.now)) and not way.lasting:
             received = copied(received)
         self.past.arrived(self.site, received)
         if self.site.forecast or self.site.coded or (self.site.steady is not self.site and way is self.now):

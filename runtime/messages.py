@@ -7,7 +7,6 @@ of bytes, each payload on a multiple of 16. Sizes follow from the declarations a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Protocol
 
 import torch
@@ -19,23 +18,30 @@ from .interpreter import Site
 ALIGNMENT = 16  #: bytes
 
 
+class Buffer:
+    """Bytes that hold messages."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self._typed: dict[torch.dtype, Tensor] = {}
+
+    def view(self, slot: Slot, message: int) -> Tensor:
+        """The payload in `slot` of the message that begins at byte `message`, by one operator: each has its cost."""
+        typed = self._typed.get(slot.dtype)
+        if typed is None:
+            typed = self._typed[slot.dtype] = self.data.view(slot.dtype)
+        start = (message + slot.offset) // slot.dtype.itemsize
+        return typed.as_strided(slot.shape, slot.strides, typed.storage_offset() + start)
+
+
 @dataclass(frozen=True)
 class Slot:
-    """Where a payload lies in a buffer."""
+    """Where a payload lies in a message."""
 
     offset: int  #: bytes
     shape: tuple[int, ...]
+    strides: tuple[int, ...]  #: elements
     dtype: torch.dtype
-    order: tuple[int, ...]  #: dims as they lie in the buffer; () if in turn
-
-    def of(self, buffer: Tensor) -> Tensor:
-        """The payload as a view of `buffer` (bytes)."""
-        end = self.offset + prod(self.shape) * self.dtype.itemsize
-        flat = buffer[self.offset : end].view(self.dtype)
-        if not self.order:
-            return flat.view(self.shape)
-        places = [self.order.index(dim) for dim in range(len(self.shape))]
-        return flat.view([self.shape[dim] for dim in self.order]).permute(places)
 
 
 class Message:
@@ -46,18 +52,31 @@ class Message:
         self.size = 0  #: bytes
         for exchange in exchanges:
             count = exchange.numel(src, dst)
-            slot = Slot(self.size, exchange.payload_shape(src, dst), exchange.dtype, exchange.order)
+            shape = exchange.payload_shape(src, dst)
+            slot = Slot(self.size, shape, _strides(shape, exchange.order), exchange.dtype)
             self.slots.append(slot if count else None)
             self.size += -(-count * exchange.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
-    def write(self, payloads: Payloads, buffer: Tensor) -> None:
+    def write(self, payloads: Payloads, buffer: Buffer, start: int) -> None:
+        """Lay the message down in `buffer` from byte `start` on, a multiple of `ALIGNMENT`."""
         for slot, payload in zip(self.slots, payloads, strict=True):
             if slot is not None:
                 assert payload is not None
-                slot.of(buffer).copy_(payload)
+                buffer.view(slot, start).copy_(payload)
 
-    def read(self, buffer: Tensor) -> Payloads:
-        return [None if slot is None else slot.of(buffer) for slot in self.slots]
+    def read(self, buffer: Buffer, start: int) -> Payloads:
+        """The payloads of the message that begins at byte `start`, as views of `buffer`."""
+        return [None if slot is None else buffer.view(slot, start) for slot in self.slots]
+
+
+def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a dense tensor whose dims lie in `order`, the outermost first; () if in turn."""
+    strides = [1] * len(shape)
+    count = 1
+    for dim in reversed(order or range(len(shape))):
+        strides[dim] = count
+        count *= shape[dim]
+    return tuple(strides)
 
 
 class Route:
@@ -80,6 +99,11 @@ class Route:
 
 class Lane(Protocol):
     """One exchange node's way to the other ranks. Each run is one `send`, one `receive` and one `done`."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what was received stays as it is after `done`, for as long as it is held."""
+        ...
 
     def send(self, packed: list[Payloads]) -> None:
         """Launch; waits at most for readers of the run before the last. `packed`: of each exchange, by destination."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from datetime import timedelta
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..ir.exchange import Payloads
 from .board import POLL, Board
-from .messages import Message, Route
+from .messages import Buffer, Message, Route
 
 SMALL = 1 << 16  #: bytes; up to here gloo is faster at an all-to-all than at an all-gather (0.6 ms against 1.0 ms)
 
@@ -28,6 +27,8 @@ class GroupLane:
             look at the board.
     """
 
+    lasting = True  # each run has buffers of its own
+
     def __init__(self, route: Route, group: Any, device: torch.device, blocking: bool, board: Board) -> None:
         self.route = route
         self.group = group
@@ -36,34 +37,35 @@ class GroupLane:
         self.blocking = blocking
         self.board = board
         rank, world = route.rank, route.world
-        # The same large blob to all: an all-gather, padded to the largest, unless that pads by more than a quarter.
+        # The same blob to all: an all-gather, padded to the largest, unless that pads by more than a quarter.
         blobs = [Message(route.site.exchanges, r, (r + 1) % world).size for r in range(world)]
         self.blob = max(blobs)
         even = 4 * self.blob * world <= 5 * sum(blobs)
-        self.gather = all(e.broadcast for e in route.site.exchanges) and even and self.blob > SMALL
+        self.gather = all(e.broadcast for e in route.site.exchanges) and even and self.blob > (SMALL if blocking else 0)
         self.sends = [route.outgoing[r].size if r != rank else 0 for r in range(world)]
         self.receives = [route.incoming[r].size if r != rank else 0 for r in range(world)]
+        # where each rank's message begins in what arrives
+        self.starts = [self.blob * r for r in range(world)] if self.gather else [*accumulate([0, *self.receives[:-1]])]
         self._work: Any = None
-        self._arriving: tuple[Tensor, Sequence[int]] | None = None
+        self._arriving: Tensor | None = None
 
     def send(self, packed: list[Payloads]) -> None:
         rank, world = self.route.rank, self.route.world
         if self.gather:
             other = (rank + 1) % world
             send = torch.empty(self.blob, dtype=torch.uint8, device=self.device)
-            self.route.outgoing[other].write([payloads[other] for payloads in packed], send)
+            self.route.outgoing[other].write([payloads[other] for payloads in packed], Buffer(send), 0)
             receive = torch.empty(self.blob * world, dtype=torch.uint8, device=self.host)
-            starts = [self.blob * r for r in range(world + 1)]
             self._work = self.group._allgather_base(receive, send.to(self.host))
         else:
             send = torch.empty(sum(self.sends), dtype=torch.uint8, device=self.device)
-            for dst, (start, stop) in enumerate(pairwise(accumulate(self.sends, initial=0))):
+            buffer = Buffer(send)
+            for dst, start in enumerate(accumulate(self.sends[:-1], initial=0)):
                 if dst != rank:
-                    self.route.outgoing[dst].write([payloads[dst] for payloads in packed], send[start:stop])
+                    self.route.outgoing[dst].write([payloads[dst] for payloads in packed], buffer, start)
             receive = torch.empty(sum(self.receives), dtype=torch.uint8, device=self.host)
-            starts = list(accumulate(self.receives, initial=0))
             self._work = self.group.alltoall_base(receive, send.to(self.host), self.receives, self.sends)
-        self._arriving = receive, starts
+        self._arriving = receive
 
     def arrived(self) -> bool:
         return self._work is not None and self._work.is_completed()
@@ -71,17 +73,16 @@ class GroupLane:
     def receive(self) -> list[Payloads]:
         assert self._arriving is not None, "nothing was sent"
         self._wait()
-        buffer, starts = self._arriving
-        buffer = buffer.to(self.device)
+        buffer = Buffer(self._arriving.to(self.device))
         self._work = self._arriving = None
         nothing: Payloads = [None] * len(self.route.site.exchanges)
         return [
-            nothing if src == self.route.rank else self.route.incoming[src].read(buffer[start:stop])
-            for src, (start, stop) in enumerate(pairwise(starts))
+            nothing if src == self.route.rank else self.route.incoming[src].read(buffer, start)
+            for src, start in enumerate(self.starts)
         ]
 
     def done(self) -> None:
-        pass  # each run has buffers of its own
+        pass
 
     def _wait(self) -> None:
         if not self.blocking:

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..ir.exchange import Payloads
 from .board import POLL, Board
 from .interpreter import Site
-from .messages import Message, Route
+from .messages import Buffer, Message, Route
 
 TOKEN = 16  #: bytes that tell an owner's file from another process's of the same number
 FLAG = 64  #: bytes per flag: a cache line, so that ranks that poll do not slow those that write
@@ -72,11 +72,7 @@ class Mapped:
         self.file = file
         self.memory = mmap.mmap(file.fileno(), size)
         self.flags = memoryview(self.memory).cast("q")
-        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
-
-    def views(self, message: Message, offset: int) -> Payloads:
-        """The payloads of a message that begins at `offset`."""
-        return message.read(self.bytes[offset : offset + message.size])
+        self.buffer = Buffer(torch.frombuffer(self.memory, dtype=torch.uint8))
 
     def ended(self) -> bool:
         """Whether its owner, another process, is gone. (Shared locks exclude the owner's only, not each other.)"""
@@ -98,6 +94,8 @@ def read_flag(node: int) -> int:
 class MemoryLane:
     """An exchange node through shared memory."""
 
+    lasting = False  # the run after the next has the same buffer
+
     def __init__(self, node: int, route: Route, files: Sequence[Mapped], boxes: Sequence[Outbox], board: Board) -> None:
         self.route = route
         self.board = board
@@ -116,14 +114,14 @@ class MemoryLane:
                 [
                     (view, i, dst)
                     for offsets, dst in once.items()
-                    for i, view in enumerate(self.own.views(places[dst][0], offsets[turn]))
+                    for i, view in enumerate(places[dst][0].read(self.own.buffer, offsets[turn]))
                     if view is not None
                 ]
             )
             self.incoming.append([nothing] * route.world)
             for src in route.incoming:
                 message, offsets = boxes[src].places[node][route.rank]
-                self.incoming[turn][src] = files[src].views(message, offsets[turn])
+                self.incoming[turn][src] = message.read(files[src].buffer, offsets[turn])
 
     def send(self, packed: list[Payloads]) -> None:
         self.run += 1

@@ -19,9 +19,10 @@ _METADATA = {
     *("size", "sym_size", "stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim"),
     *("is_contiguous", "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "is_same_size"),
 }
-#: joints that are a `cat` of operands with as many dims
+#: taken apart: joints that are a `cat` of operands with as many dims, and so on
 _SPELLINGS = {"vstack", "row_stack", "hstack", "dstack", "column_stack", "concat", "concatenate"}
 _SPELLINGS |= {"atleast_1d", "atleast_2d", "atleast_3d"}
+_SPELLINGS |= {"pad_sequence"}  # torch 2.11 has a fake of it that does not take all of its arguments
 
 
 def name_of(op: OpOverload) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from math import prod
 from operator import or_
 
@@ -124,6 +124,8 @@ class Fetch(Exchange):
         )
 
     def pack(self, rank: int, x: Tensor) -> Payloads:
+        if self.broadcast:
+            return [x if dst != rank and self.have[rank].runs else None for dst in range(self.world)]
         result: Payloads = []
         for dst in range(self.world):
             rows = self._routes[dst][rank]
@@ -137,11 +139,15 @@ class Fetch(Exchange):
 
     def witness(self, x: Tensor) -> Tensor:
         """The rows at both ends, as many as are fetched from a neighbour; all where these meet."""
-        rows = max((len(part) for d, row in enumerate(self._routes) for s, part in enumerate(row) if s != d), default=0)
-        own = x.shape[self.dim]
+        rows, own = self._most, x.shape[self.dim]
         if self.dim == 0 or 2 * rows >= own:
             return x
         return torch.cat([x.narrow(self.dim, 0, rows), x.narrow(self.dim, own - rows, rows)], self.dim)
+
+    @cached_property
+    def _most(self) -> int:
+        """Rows that one rank sends another, at most."""
+        return max((len(part) for d, row in enumerate(self._routes) for s, part in enumerate(row) if s != d), default=0)
 
     def result_shape(self, rank: int, shape: Sequence[int]) -> tuple[int, ...]:
         return (*shape[: self.dim], len(self.want[rank]) + sum(self.framed(rank)), *shape[self.dim + 1 :])
@@ -159,20 +165,20 @@ class Fetch(Exchange):
             result.narrow(self.dim, 0, before).fill_(self.fill)
         if after:
             result.narrow(self.dim, rows - after, after).fill_(self.fill)
-        for src, part in enumerate(self._routes[rank]):
-            if not part.runs:
-                continue
+        inner = result.narrow(self.dim, before, len(want)) if before or after else result
+        places, in_turn = _places(want, self._routes[rank])
+        parts: list[Tensor] = []
+        for src, _ in places:
+            payload = received[src]
             if src == rank:
-                payload = take(x, self.dim, self.have[rank].locate(part))
-            else:
-                sent = received[src]
-                assert sent is not None, f"rank {rank} got nothing from rank {src}"
-                payload = sent
-            where = want.locate(part).shift(before)
-            if where.contiguous:
-                result.narrow(self.dim, where.start, len(where)).copy_(payload)
-            else:
-                result.index_copy_(self.dim, index_tensor(where, x.device), payload)
+                payload = take(x, self.dim, self.have[rank].locate(self._routes[rank][rank]))
+            assert payload is not None, f"rank {rank} got nothing from rank {src}"
+            parts.append(payload)
+        if in_turn and parts:  # one operator, not one for each part
+            torch.cat(parts, self.dim, out=inner)
+            return result
+        for (_, where), payload in zip(places, parts, strict=True):
+            inner.index_copy_(self.dim, index_tensor(where, x.device), payload)
         return result
 
     def __str__(self) -> str:
@@ -182,6 +188,14 @@ class Fetch(Exchange):
         coded = f", then changes in {self.bits} bits" if self.bits else ""
         moved = f"{_sizes(have)} -> {_sizes(want)}{window}{coded}"
         return f"{self.role}(dim {self.dim}: {moved} of {self.shape[self.dim]} rows{frame})"
+
+
+@lru_cache(maxsize=4096)
+def _places(want: Rows, parts: tuple[Rows, ...]) -> tuple[tuple[tuple[int, Rows], ...], bool]:
+    """Who sends which local rows of `want`, in their order; whether each one's are an interval."""
+    places = [(src, want.locate(part)) for src, part in enumerate(parts) if part.runs]
+    places.sort(key=lambda place: place[1].start)
+    return tuple(places), all(where.contiguous for _, where in places)
 
 
 def _sizes(sizes: Sequence[int]) -> str:

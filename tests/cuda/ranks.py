@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import fxpass
 from fxpass.models.small import case, output_tensors
@@ -31,7 +32,7 @@ def plain(device: str) -> None:
 
 
 def on(device: str, given: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
+    return pytree.tree_map_only(Tensor, lambda x: x.to(device), given)
 
 
 def steps(name: str, device: str, **options: Any) -> list[list[Tensor]]:

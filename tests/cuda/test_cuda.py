@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import fxpass
 from fxpass.models.small import case, cases, output_tensors
@@ -62,7 +63,7 @@ def test_low_precision_is_as_near_to_float32_as_unsplit(name: str, dtype: torch.
     model: Any = case(name).build().to(DEVICE)
     low = copy.deepcopy(model).to(dtype)
     given = on(DEVICE, case(name).inputs(rows=32, batch=2, seed=1, module=model))
-    cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    cast = pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, given)
     found = output_tensors(fxpass.parallelize(low, 3, executor="lockstep")(**cast))
     for a, b, wanted in zip(found, output_tensors(low(**cast)), output_tensors(model(**given)), strict=True):
         assert a.dtype == b.dtype

@@ -211,6 +211,7 @@ class Pooled(torch.nn.Module):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+@torch.no_grad()
 def test_what_every_rank_holds_of_a_stale_sum_is_one_ranks_at_the_outputs(ranks: int) -> None:
     torch.manual_seed(0)
     model = Pooled().eval()
