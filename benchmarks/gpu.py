@@ -1,6 +1,6 @@
 """What one GPU tells of many: a rank's program, timed where its messages come from a modelled link.
 
-    python -m benchmarks.gpu [--models sdxl] [--ranks 2 4 8] [--links nvlink pcie] [--compile]
+    python -m benchmarks.gpu [--models sdxl] [--size 2048] [--ranks 2 4 8] [--links nvlink pcie] [--compile]
 
 A published model at its usual size, with random weights, runs whole; then the slowest rank's program of an n-rank plan
 runs alone. Its messages are packed, sent and unpacked as always, but on a *loopback*: a side stream idles for as long
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import fxpass
 from benchmarks.harness import DISPLACED, Keeping, Kept
 from fxpass.capture import Call
-from fxpass.ir.program import specialize
+from fxpass.ir.program import Program, specialize
 from fxpass.models.catalog import cast, get
 from fxpass.models.small import output_tensors
 from fxpass.passes.cost import flops
@@ -149,16 +149,21 @@ class LoopbackLinks(Collectives):
 class OneRank:
     """The program of one rank of a plan, run alone."""
 
-    def __init__(self, plan: fxpass.Plan, rank: int, model: nn.Module, call: Call, link: Link, compiled: bool) -> None:
-        (device,) = {each.device for each in model.parameters()}
-        loopback = Loopback(device, link)
-        board: Any = Alone(rank, plan.world_size)
+    def __init__(self, plan: fxpass.Plan, rank: int, model: nn.Module, call: Call, compiled: bool) -> None:
+        (self.device,) = {each.device for each in model.parameters()}
+        self.board: Any = Alone(rank, plan.world_size)
         self.code = RankProgram.of(specialize(plan.graph, rank), rank)
-        self.sessions = Sessions(LoopbackLinks(loopback, loopback, False, board), self.code.sites, device)
-        self.bound = Bound.of(self.code, plan.program, device)
+        self.bound = Bound.of(self.code, plan.program, self.device)
         self.runner = Runner(self.code, compiled)
         self.weights = WeightTable(model, list(plan.program.weights.values())).tensors()
         self.call = call
+        self.over(LINKS["nvlink"])
+
+    def over(self, link: Link) -> None:
+        """Messages travel by this link from now on."""
+        loopback = Loopback(self.device, link)
+        self.sessions = Sessions(LoopbackLinks(loopback, loopback, False, self.board), self.code.sites, self.device)
+        self.step(EXACT)
 
     def step(self, step: Step, transport: Any = None) -> list[Tensor]:
         values = self.bound.values(self.weights, self.call.tensors)
@@ -166,7 +171,6 @@ class OneRank:
 
     def without_exchanges(self) -> Callable[[], list[Tensor]]:
         """The displaced program, with each exchange's results as they are now."""
-        self.step(EXACT)
         keeping = Keeping(self.sessions.at(DISPLACED))
         self.step(DISPLACED, keeping)
         kept = Kept(keeping.results)
@@ -176,14 +180,16 @@ class OneRank:
 # -- measuring -----------------------------------------------------------------------------------------------------
 
 
-def published(name: str, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """A model of the catalog with random weights, and the inputs of one call."""
+def published(
+    name: str, size: int | None, dtype: torch.dtype | None, device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of the catalog with random weights, and the inputs of one call for pictures of `size` pixels squared."""
     entry = get(name)
     torch.manual_seed(0)
     with device:
         module = entry.build()
     module = cast(module, dtype or entry.dtype, device).eval()
-    return module, entry.inputs(module, entry.height, entry.width)
+    return module, entry.inputs(module, size or entry.height, size or entry.width)
 
 
 def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
@@ -226,7 +232,7 @@ def rms(found: Tensor, expected: Tensor) -> float:
 def measure(name: str, options: argparse.Namespace) -> None:
     """Print what was found of one model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, inputs = published(name, None, device)
+    model, inputs = published(name, options.size, None, device)
     call = Call.of(model, (), inputs)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     count = sum(each.numel() for each in model.parameters())
@@ -243,7 +249,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     work = flops(program.graph)
     print(f"  work              {work / 1e12:8.2f} TFLOP, {work / whole / 1e12:.0f} TFLOP/s")
     if options.exact:
-        exact(name, program, model, call, options.ranks, run()[0], device)
+        exact(name, program, model, call, run()[0], options, device)
     for world in options.ranks:
         began = time.perf_counter()
         plan = fxpass.plan(program, world_size=world, strategy=options.strategy)
@@ -256,17 +262,23 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 
 def exact(
-    name: str, program: Any, model: nn.Module, call: Call, ranks: Sequence[int], unsplit: Tensor, device: torch.device
+    name: str,
+    program: Program,
+    model: nn.Module,
+    call: Call,
+    unsplit: Tensor,
+    options: argparse.Namespace,
+    device: torch.device,
 ) -> None:
     """All ranks in lockstep, against the unsplit model in the same precision and in float32."""
-    full, inputs = published(name, torch.float32, device)
+    full, inputs = published(name, options.size, torch.float32, device)
     for theirs, ours in zip(full.parameters(), model.parameters(), strict=True):
         theirs.data.copy_(ours.data)
     given = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     reference = output_tensors(full(**given))[0]
     del full
     print(f"  unsplit against float32: rms {rms(unsplit, reference):.2e}")
-    for world in ranks:
+    for world in options.ranks:
         plan = fxpass.plan(program, world_size=world)
         weights = WeightTable(model, list(plan.program.weights.values())).tensors()
         found = LockstepExecutor(world).load(plan, weights, call.tensors).run_all(weights, call.tensors)
@@ -287,20 +299,21 @@ def projected(
     options: argparse.Namespace,
     device: torch.device,
 ) -> None:
+    one = OneRank(plan, rank, model, call, compiled)
     kind = "compiled" if compiled else "eager"
     for link in options.links:
-        one = OneRank(plan, rank, model, call, LINKS[link], compiled)
+        one.over(LINKS[link])
         steps = {"ceiling": one.without_exchanges()}
-        steps |= {key: lambda o=one, s=s: o.step(s) for key, s in (("displaced", DISPLACED), ("sync", EXACT))}
+        steps |= {key: lambda s=s: one.step(s) for key, s in (("displaced", DISPLACED), ("sync", EXACT))}
         found = {key: seconds(step, options.steps, device) for key, step in steps.items()}
         text = "   ".join(f"{key} {value * 1e3:7.1f} ms ({whole / value:.2f}x)" for key, value in found.items())
-        memory = peak(lambda o=one: o.step(DISPLACED), device) / 2**20
+        memory = peak(lambda: one.step(DISPLACED), device) / 2**20
         print(f"    {kind:<8} {link:<7} {text}   {memory:6.0f} MiB of activations", flush=True)
 
 
 def alone(program: Any, model: nn.Module, call: Call, inputs: dict[str, Any], steps: int, device: torch.device) -> None:
     """One rank, compiled, against `torch.compile` of the model."""
-    one = OneRank(fxpass.plan(program, world_size=1), 0, model, call, LINKS["nvlink"], True)
+    one = OneRank(fxpass.plan(program, world_size=1), 0, model, call, True)
     ours = seconds(lambda: one.step(EXACT), steps, device)
     compiled = torch.compile(model)
     theirs = seconds(lambda: compiled(**inputs), steps, device)
@@ -310,6 +323,7 @@ def alone(program: Any, model: nn.Module, call: Call, inputs: dict[str, Any], st
 def main() -> None:
     parser = argparse.ArgumentParser(description="a rank's program on one GPU, with a modelled link")
     parser.add_argument("--models", nargs="+", default=["sdxl"], help="names of `fxpass models`")
+    parser.add_argument("--size", type=int, help="pixels of a side; the model's usual size by default")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--strategy", default="displaced")

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 import fxpass
 from fxpass.models.small import case, cases, output_tensors
-from tests.cuda.ranks import RUNS, on, plain, steps
+from tests.cuda.ranks import NAMES, RUNS, on, plain, steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DEVICE = "cuda:0"
@@ -70,12 +70,25 @@ def test_low_precision_is_as_near_to_float32_as_unsplit(name: str, dtype: torch.
         assert 0 < rms(a, wanted) <= 2 * rms(b, wanted)
 
 
-@pytest.mark.timeout(280)
-def test_processes_on_a_gpu_do_as_ranks_in_lockstep_at_every_step(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "tests.cuda.ranks", str(tmp_path)]
+def _torchrun(world: int, folder: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [*torchrun, "-m", "tests.cuda.ranks", str(folder)]
     run = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=270, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.timeout(280)
+def test_one_process_goes_through_nccl(tmp_path: Path) -> None:
+    _torchrun(1, tmp_path)
+    expected = steps(NAMES[0], DEVICE, strategy="sync", world_size=1, executor="lockstep")
+    for one, other in zip(torch.load(tmp_path / "alone.pt"), expected, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert error(a, b) <= EXACT
+
+
+@pytest.mark.timeout(280)
+def test_processes_on_a_gpu_do_as_ranks_in_lockstep_at_every_step(tmp_path: Path) -> None:
+    _torchrun(2, tmp_path)
     for name, strategy, compiled in RUNS:
         expected = steps(name, DEVICE, strategy=strategy, world_size=2, executor="lockstep")
         for rank in (0, 1):
