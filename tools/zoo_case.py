@@ -222,7 +222,8 @@ def idle(subject: Subject) -> Iterator[str]:
                 return payload
             if not payload.is_floating_point():
                 return payload.roll(1)
-            return torch.randn_like(payload) * payload.std(correction=0) + payload.mean()
+            spread = payload.std(correction=0)  # none of a single number
+            return torch.randn_like(payload) * spread + payload.mean() if spread else 2 * payload
 
         if (error := subject.error(subject.run(plan, EXACT, tamper=noise))) < VISIBLE:
             yield f"noise in place of all {role} changes outputs by {error:.0e} only"
