@@ -305,6 +305,36 @@ def test_quantised_weights_are_split_like_any(name: str, form: str) -> None:
     assert any(weight.endswith("codes") for weight in parallel.plan.program.weights.values())
 
 
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"])
+@pytest.mark.parametrize("name", ["flux", pytest.param("unet_sd", marks=SLOW)])
+@torch.no_grad()
+def test_weights_that_torchao_has_quantised_are_split_like_any(name: str, config: str) -> None:
+    torchao: Any = pytest.importorskip("torchao.quantization")
+    module = build(name)
+    torchao.quantize_(module, getattr(torchao, config)())
+    parallel: Any = fxpass.parallelize(module, 2, executor="lockstep")
+    assert_exact(parallel, name)
+    assert any(weight.endswith("weight.qdata") for weight in parallel.plan.program.weights.values())
+
+
+@pytest.mark.parametrize("name", ["flux", "unet_sd"])
+@torch.no_grad()
+def test_activations_that_torchao_quantises_are_as_near_to_float32_as_unsplit(name: str) -> None:
+    """Where a number lies between two codes, its last bit decides: the unsplit model moves as far by such a change."""
+    torchao: Any = pytest.importorskip("torchao.quantization")
+    module = build(name)
+    low = copy.deepcopy(module)
+    torchao.quantize_(low, torchao.Int8DynamicActivationInt8WeightConfig())
+    parallel: Any = fxpass.parallelize(low, 2, executor="lockstep")
+    for seed in (1, 2):
+        args, kwargs = arguments(name, module, seed)
+        found, unsplit, exact = (tensors(each(*args, **kwargs))[0] for each in (parallel, low, module))
+        assert _rms(unsplit, exact) > 1e-5
+        assert _rms(found, exact) <= 2 * _rms(unsplit, exact)
+        assert _rms(found, unsplit) <= _rms(unsplit, exact)
+    assert not parallel.plan.fallbacks
+
+
 @pytest.mark.parametrize("executor", ["lockstep", "spawn"])
 @torch.no_grad()
 def test_a_quantised_weight_that_is_replaced_or_changed_is_seen(executor: str) -> None:
