@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpass
+from benchmarks.displaced import STALE
 from benchmarks.harness import DISPLACED, Keeping, Kept
 from fxpass.capture import Call
 from fxpass.ir.program import Program, specialize
@@ -324,13 +325,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="a rank's program on one GPU, with a modelled link")
     parser.add_argument("--models", nargs="+", default=["sdxl"], help="names of `fxpass models`")
     parser.add_argument("--size", type=int, help="pixels of a side; the model's usual size by default")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--ranks", type=int, nargs="+", choices=range(2, 65), metavar="N", default=[2, 4, 8])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
-    parser.add_argument("--strategy", default="displaced")
+    parser.add_argument("--strategy", choices=STALE, default="displaced")
     parser.add_argument("--steps", type=int, default=10, help="timed; the median counts")
     parser.add_argument("--exact", action="store_true", help="also compare all ranks with the unsplit model")
     parser.add_argument("--compile", action="store_true", help="also compiled; takes minutes")
     options = parser.parse_args()
+    for name in options.models:
+        try:
+            entry = get(name)
+            entry.latent(options.size or entry.height, options.size or entry.width, entry.frames)
+        except (LookupError, ValueError) as error:
+            parser.error(str(error))
     for name in options.models:
         measure(name, options)
 
