@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fxpass
 from benchmarks.displaced import STALE
-from benchmarks.harness import DISPLACED, Keeping, Kept
+from benchmarks.harness import DISPLACED, Keeping, Kept, heading
 from fxpass.capture import Call
 from fxpass.ir.program import Program, specialize
 from fxpass.models.catalog import cast, get
@@ -46,6 +47,7 @@ from fxpass.runtime.runner import Runner
 from fxpass.runtime.structure import WeightTable
 
 WARM = 2  #: steps before the clock starts
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
@@ -75,49 +77,51 @@ class Loopback:
         self.cycles = _cycles_per_second() if self.stream else 0.0
         self.free = 0.0  #: without a stream: when the link has carried all messages so far
 
-    def _allgather_base(self, receive: Tensor, send: Tensor) -> Message:
+    def _allgather_base(self, receive: Tensor, send: Tensor) -> Arrival:
         return self._carried(receive, send, receive.numel() - send.numel())
 
-    def alltoall_base(self, receive: Tensor, send: Tensor, receives: Sequence[int], sends: Sequence[int]) -> Message:
+    def alltoall_base(self, receive: Tensor, send: Tensor, receives: Sequence[int], sends: Sequence[int]) -> Arrival:
         return self._carried(receive, send, receive.numel())
 
-    def _carried(self, receive: Tensor, send: Tensor, size: int) -> Message:
+    def _carried(self, receive: Tensor, send: Tensor, size: int) -> Arrival:
         seconds = self.link.seconds(size)
         if self.stream is None:
             self.free = max(self.free, time.perf_counter()) + seconds
             _fill(receive, send)
-            return Message(self.free, None)
+            return Arrival(self.free, None)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             torch.cuda._sleep(int(seconds * self.cycles))
             _fill(receive, send)
-            arrival = torch.cuda.Event()
-            arrival.record()
+            event = torch.cuda.Event()
+            event.record()
         for buffer in (receive, send):
             buffer.record_stream(self.stream)
-        return Message(0.0, arrival)
+        return Arrival(0.0, event)
 
 
 @dataclass(frozen=True)
-class Message:
+class Arrival:
     """What a collective returns: on its way until `wait`."""
 
     due: float
-    arrival: Any
+    event: Any  #: of the stream that brings it, if there is one
 
     def wait(self) -> None:
-        if self.arrival is not None:
-            self.arrival.wait()
+        if self.event is not None:
+            self.event.wait()
         else:
             time.sleep(max(0.0, self.due - time.perf_counter()))
 
     def is_completed(self) -> bool:
-        return self.arrival.query() if self.arrival is not None else self.due < time.perf_counter()
+        return self.event.query() if self.event is not None else self.due < time.perf_counter()
 
 
 def _fill(receive: Tensor, send: Tensor) -> None:
-    for part in receive.split(max(1, send.numel())):
-        part[: send.numel()].copy_(send[: part.numel()])
+    """As many bytes move as would come: what is sent, then nothing."""
+    size = min(receive.numel(), send.numel())
+    receive[:size].copy_(send[:size])
+    receive[size:].zero_()
 
 
 def _cycles_per_second() -> float:
@@ -182,15 +186,15 @@ class OneRank:
 
 
 def published(
-    name: str, size: int | None, dtype: torch.dtype | None, device: torch.device
+    name: str, options: argparse.Namespace, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model of the catalog with random weights, and the inputs of one call for pictures of `size` pixels squared."""
+    """A model of the catalog with random weights, and the inputs of one call."""
     entry = get(name)
     torch.manual_seed(0)
     with device:
         module = entry.build()
     module = cast(module, dtype or entry.dtype, device).eval()
-    return module, entry.inputs(module, size or entry.height, size or entry.width)
+    return module, entry.inputs(module, options.size or entry.height, options.size or entry.width)
 
 
 def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
@@ -233,13 +237,10 @@ def rms(found: Tensor, expected: Tensor) -> float:
 def measure(name: str, options: argparse.Namespace) -> None:
     """Print what was found of one model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, inputs = published(name, options.size, None, device)
+    model, inputs = published(name, options, DTYPES.get(options.dtype), device)
     call = Call.of(model, (), inputs)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    count = sum(each.numel() for each in model.parameters())
-    print(
-        f"{name}: {count / 1e6:.0f} M parameters, {next(model.parameters()).dtype}, torch {torch.__version__}, {where}"
-    )
+    print(heading(name, model, f"{next(model.parameters()).dtype}, {where}, medians of {options.steps} steps"))
 
     run = lambda: output_tensors(model(**inputs))  # noqa: E731
     whole = seconds(run, options.steps, device)
@@ -250,11 +251,12 @@ def measure(name: str, options: argparse.Namespace) -> None:
     work = flops(program.graph)
     print(f"  work              {work / 1e12:8.2f} TFLOP, {work / whole / 1e12:.0f} TFLOP/s")
     if options.exact:
-        exact(name, program, model, call, run()[0], options, device)
+        exact(name, program, model, inputs, run()[0], options, device)
     for world in options.ranks:
         began = time.perf_counter()
         plan = fxpass.plan(program, world_size=world, strategy=options.strategy)
-        rank = max(range(world), key=plan.flops_per_rank.__getitem__)
+        received = [sum(roles.values()) for roles in plan.bytes_received_per_rank]
+        rank = max(range(world), key=lambda r: (plan.flops_per_rank[r], received[r]))
         print(f"  {world} ranks, rank {rank}: bound {plan.bound:.2f}, planned in {time.perf_counter() - began:.1f} s")
         for compiled in (False, True) if options.compile else (False,):
             projected(plan, rank, model, call, whole, compiled, options, device)
@@ -266,17 +268,21 @@ def exact(
     name: str,
     program: Program,
     model: nn.Module,
-    call: Call,
+    inputs: dict[str, Any],
     unsplit: Tensor,
     options: argparse.Namespace,
     device: torch.device,
 ) -> None:
     """All ranks in lockstep, against the unsplit model in the same precision and in float32."""
-    full, inputs = published(name, options.size, torch.float32, device)
+    call = Call.of(model, (), inputs)
+    full, _ = published(name, options, torch.float32, device)
     for theirs, ours in zip(full.parameters(), model.parameters(), strict=True):
         theirs.data.copy_(ours.data)
-    given = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    given = pytree.tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, inputs)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     reference = output_tensors(full(**given))[0]
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     del full
     print(f"  unsplit against float32: rms {rms(unsplit, reference):.2e}")
     for world in options.ranks:
@@ -324,6 +330,7 @@ def alone(program: Any, model: nn.Module, call: Call, inputs: dict[str, Any], st
 def main() -> None:
     parser = argparse.ArgumentParser(description="a rank's program on one GPU, with a modelled link")
     parser.add_argument("--models", nargs="+", default=["sdxl"], help="names of `fxpass models`")
+    parser.add_argument("--dtype", choices=DTYPES, help="the precision that the model is usually run in by default")
     parser.add_argument("--size", type=int, help="pixels of a side; the model's usual size by default")
     parser.add_argument("--ranks", type=int, nargs="+", choices=range(2, 65), metavar="N", default=[2, 4, 8])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))

@@ -182,7 +182,7 @@ class Plan:
     @property
     def state_bytes_per_rank(self) -> tuple[int, ...]:
         """Bytes that each rank keeps from one step to the next, per guidance branch: what it received, and its own old
-        moments where they are corrected."""
+        moments where they are corrected. (Buffers of process groups hold padding and, of all-gathers, the own part.)"""
         return tuple(sum(each.declared.kept(rank) for each in self.exchanges) for rank in range(self.world_size))
 
     @property

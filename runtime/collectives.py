@@ -56,8 +56,11 @@ class Collectives:
 
     def lanes(self, routes: Sequence[Route], device: torch.device) -> Sequence[Lane]:
         """What carries the messages of each route."""
-        seen = device.type == "cpu" and open_lanes([route.site for route in routes], routes, self.board, self._opened)
-        return seen or [
+        if device.type == "cpu":
+            shared = open_lanes([route.site for route in routes], routes, self.board, self._opened)
+            if shared is not None:
+                return shared
+        return [
             GroupLane(route, self.group if route.site.stale else self.urgent, device, self.blocking, self.board)
             for route in routes
         ]

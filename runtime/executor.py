@@ -54,7 +54,7 @@ class Loaded(Protocol):
     """A plan that an executor has made ready."""
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
-        """The flat outputs.
+        """The flat outputs; gradients must be off.
 
         Args:
             weights: the model's own tensors, in the order of `plan.program.weights`.

@@ -25,13 +25,13 @@ class Buffer:
         self.data = data
         self._typed: dict[torch.dtype, Tensor] = {}
 
-    def view(self, slot: Slot, message: int) -> Tensor:
-        """The payload in `slot` of the message that begins at byte `message`, by one operator: each has its cost."""
+    def view(self, slot: Slot, start: int) -> Tensor:
+        """The payload in `slot` of the message that begins at byte `start`, by one operator: each has its cost."""
         typed = self._typed.get(slot.dtype)
         if typed is None:
             typed = self._typed[slot.dtype] = self.data.view(slot.dtype)
-        start = (message + slot.offset) // slot.dtype.itemsize
-        return typed.as_strided(slot.shape, slot.strides, typed.storage_offset() + start)
+        place = typed.storage_offset() + (start + slot.offset) // slot.dtype.itemsize
+        return typed.as_strided(slot.shape, slot.strides, place)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Message:
 
     def write(self, payloads: Payloads, buffer: Buffer, start: int) -> None:
         """Lay the message down in `buffer` from byte `start` on, a multiple of `ALIGNMENT`."""
+        self._check(buffer, start)
         for slot, payload in zip(self.slots, payloads, strict=True):
             if slot is not None:
                 assert payload is not None
@@ -66,11 +67,17 @@ class Message:
 
     def read(self, buffer: Buffer, start: int) -> Payloads:
         """The payloads of the message that begins at byte `start`, as views of `buffer`."""
+        self._check(buffer, start)
         return [None if slot is None else buffer.view(slot, start) for slot in self.slots]
+
+    def _check(self, buffer: Buffer, start: int) -> None:
+        """Views are bounded by memory alone: a wrong one would be another message's."""
+        assert start % ALIGNMENT == 0, f"a message begins at byte {start}"
+        assert start + self.size <= buffer.data.numel(), f"{self.size} bytes from {start} on in {buffer.data.numel()}"
 
 
 def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a dense tensor whose dims lie in `order`, the outermost first; () if in turn."""
+    """Of a dense tensor whose dims lie in `order`, the outermost first; in turn if that is ()."""
     strides = [1] * len(shape)
     count = 1
     for dim in reversed(order or range(len(shape))):
@@ -102,7 +109,7 @@ class Lane(Protocol):
 
     @property
     def lasting(self) -> bool:
-        """Whether what was received stays as it is after `done`, for as long as it is held."""
+        """Whether what was received stays as it is after `done`; it keeps the memory of all that came with it."""
         ...
 
     def send(self, packed: list[Payloads]) -> None:

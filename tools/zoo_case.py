@@ -221,9 +221,9 @@ def idle(subject: Subject) -> Iterator[str]:
             if at.role != role:
                 return payload
             if not payload.is_floating_point():
-                return payload.roll(1)
+                return payload.roll(1) if payload.numel() > 1 else payload + 1
             spread = payload.std(correction=0)  # none of a single number
-            return torch.randn_like(payload) * spread + payload.mean() if spread else 2 * payload
+            return torch.randn_like(payload) * spread + payload.mean() if spread else 2 * payload + 1
 
         if (error := subject.error(subject.run(plan, EXACT, tamper=noise))) < VISIBLE:
             yield f"noise in place of all {role} changes outputs by {error:.0e} only"

@@ -168,11 +168,12 @@ class Fetch(Exchange):
         inner = result.narrow(self.dim, before, len(want)) if before or after else result
         places, in_turn = _places(want, self._routes[rank])
         parts: list[Tensor] = []
-        for src, _ in places:
+        for src, where in places:
             payload = received[src]
             if src == rank:
                 payload = take(x, self.dim, self.have[rank].locate(self._routes[rank][rank]))
             assert payload is not None, f"rank {rank} got nothing from rank {src}"
+            assert payload.shape[self.dim] == len(where), f"rank {rank} got {payload.shape} from rank {src}"
             parts.append(payload)
         if in_turn and parts:  # one operator, not one for each part
             torch.cat(parts, self.dim, out=inner)

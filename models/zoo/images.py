@@ -14,7 +14,6 @@ from ..draw import Draw, Size
 from ..small import sd3
 
 
-@torch.no_grad()
 def _aura_flow() -> nn.Module:
     module = diffusers.AuraFlowTransformer2DModel(
         sample_size=32,
@@ -27,7 +26,7 @@ def _aura_flow() -> nn.Module:
     )
     for name, layer in module.named_modules():
         if ".attn." in name and isinstance(layer, nn.Linear):
-            layer.weight.mul_(4)  # or what attention finds hardly shows in the output
+            layer.weight.data *= 4  # or what attention finds hardly shows in the output
     return module
 
 

@@ -1,0 +1,112 @@
+"""Lanes over a process group, as NCCL's are used: any payloads, in buffers that hold garbage until they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxpass.ir.fetch import Fetch
+from fxpass.ir.layout import Rows, full
+from fxpass.ir.merge import Reduce
+from fxpass.runtime.interpreter import Site
+from fxpass.runtime.messages import Route
+from fxpass.runtime.past import results_now
+from fxpass.runtime.process_group import GroupLane
+from tests.passes.harness import rows
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool]
+CPU = torch.device("cpu")
+
+
+class Mailbox:
+    """One rank's end of a group whose messages arrive when they are awaited."""
+
+    def __init__(self, ends: list[Mailbox]) -> None:
+        self.ends = ends
+        self.rank = len(ends)
+        ends.append(self)
+        self.sent: list[Tensor] = []  #: by destination
+        self.deliver: Callable[[], None] = lambda: None
+
+    def _allgather_base(self, receive: Tensor, send: Tensor) -> Mailbox:
+        return self._launched(receive, [send.clone()] * len(self.ends), [len(send)] * len(self.ends))
+
+    def alltoall_base(self, receive: Tensor, send: Tensor, receives: list[int], sends: list[int]) -> Mailbox:
+        return self._launched(receive, list(send.clone().split(sends)), receives)
+
+    def _launched(self, receive: Tensor, sent: list[Tensor], receives: list[int]) -> Mailbox:
+        self.sent = sent
+
+        def deliver() -> None:
+            for src, (start, stop) in enumerate(pairwise(accumulate(receives, initial=0))):
+                receive[start:stop] = self.ends[src].sent[self.rank]
+
+        receive.random_(0, 255)
+        self.deliver = deliver
+        return self
+
+    def wait(self) -> None:
+        self.deliver()
+
+
+def through_lanes(site: Site, values: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[bool]]:
+    """By rank, the results of each exchange; whether all ranks gathered."""
+    world = len(values)
+    ends: list[Mailbox] = []
+    nobody: Any = None
+    lanes = [GroupLane(Route(site, rank, world), Mailbox(ends), CPU, False, nobody) for rank in range(world)]
+    for rank, lane in enumerate(lanes):
+        lane.send([each.pack(rank, x) for each, x in zip(site.exchanges, values[rank], strict=True)])
+    received = [lane.receive() for lane in lanes]
+    results = [results_now(site, rank, values[rank], received[rank]) for rank in range(world)]
+    return results, [lane.gather for lane in lanes]
+
+
+def part(fetch: Fetch, whole: Tensor, mine: Rows) -> Tensor:
+    return whole.index_select(fetch.dim, torch.tensor(mine.array.tolist(), dtype=torch.int64))
+
+
+@given(st.data(), st.integers(2, 4), st.integers(1, 3))
+def test_any_message_comes_as_it_was_sent(data: st.DataObject, world: int, count: int) -> None:
+    exchanges: list[Any] = []
+    wholes = []
+    for _ in range(count):
+        shape = [2, 3, 2]
+        dim = data.draw(st.integers(0, 2))
+        size = shape[dim] = data.draw(st.integers(world, 9))
+        dtype, order = data.draw(st.sampled_from(DTYPES)), data.draw(st.permutations(range(3)))
+        have = data.draw(rows(size, world))
+        want = data.draw(st.just(full(size, world)) | rows(size, world, kinds="uneven overlap"))
+        exchanges.append(
+            Fetch("realign", tuple(shape), dtype, world, dim=dim, have=have, want=want, order=tuple(order))
+        )
+        wholes.append((torch.randn(shape) * 9).to(dtype))
+    pairs = list(zip(exchanges, wholes, strict=True))
+    found, gathered = through_lanes(
+        Site(0, "site", "", tuple(exchanges)), [[part(e, x, e.have[r]) for e, x in pairs] for r in range(world)]
+    )
+    assert len(set(gathered)) == 1
+    for rank, results in enumerate(found):
+        for (e, whole), result in zip(pairs, results, strict=True):
+            assert torch.equal(result, part(e, whole, e.want[rank]))
+
+
+def test_what_all_send_alike_is_gathered_however_small() -> None:
+    total = Reduce("sum", (3,), torch.float32, 3)
+    found, gathered = through_lanes(Site(0, "site", "", (total,)), [[torch.full((3,), float(r))] for r in range(3)])
+    assert all(gathered)
+    assert [result.tolist() for (result,) in found] == [[3.0] * 3] * 3
+
+
+def test_a_payload_of_another_size_is_no_row_of_the_result() -> None:
+    halves = (Rows.interval(0, 2), Rows.interval(2, 4))
+    halo = Fetch("halo", (4, 3), torch.float32, 2, dim=0, have=halves, want=full(4, 2))
+    with pytest.raises(AssertionError, match=r"rank 0 got .* from rank 1"):
+        halo.unpack(0, torch.ones(2, 3), [None, torch.ones(1, 3)])
