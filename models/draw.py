@@ -43,13 +43,17 @@ class Draw:
     def full(self, value: float, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.full(shape, value, dtype=dtype or self.dtype, device=self.device)
 
+    def lengths(self, batch: int, length: int) -> list[int]:
+        """How many tokens of each sample are real, of `length`."""
+        return [max(1, length - length // 4 - b) for b in range(batch)]
+
     def mask(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
         """`[B, T]`, one where a text token is real: sample b has b fewer than three quarters.
 
         Never fake: models select by masks, so that shapes depend on their values.
         """
         with unset_fake_temporarily():
-            real = torch.clamp(length - length // 4 - torch.arange(batch), min=1)
+            real = torch.tensor(self.lengths(batch, length))
             keep = torch.arange(length)[None, :] < real[:, None]
             return keep.to(device=self.device, dtype=dtype or self.dtype)
 

@@ -198,7 +198,7 @@ def _prx(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 def _z_image(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
     """Pictures and texts come as lists; the texts differ in length."""
     config = transformer.config
-    lengths = draw.mask(size.batch, size.tokens(128), torch.int64).sum(dim=1).tolist()
+    lengths = draw.lengths(size.batch, size.tokens(128))
     return {
         "x": [draw.normal(config.in_channels, 1, size.rows, size.cols) for _ in range(size.batch)],
         "t": draw.full(0.321, size.batch),
