@@ -43,6 +43,11 @@ class Draw:
     def full(self, value: float, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.full(shape, value, dtype=dtype or self.dtype, device=self.device)
 
+    def known(self, value: float, *shape: int) -> Tensor:
+        """`full`, but never fake: models decide by these values what they compute."""
+        with unset_fake_temporarily():
+            return self.full(value, *shape)
+
     def lengths(self, batch: int, length: int) -> list[int]:
         """How many tokens of each sample are real, of `length`."""
         return [max(1, length - length // 4 - b) for b in range(batch)]

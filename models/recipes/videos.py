@@ -28,6 +28,15 @@ def _wan(transformer: diffusers.WanTransformer3DModel, size: Size, draw: Draw) -
     return inputs
 
 
+def _wan_vace(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
+    """The video that steers is seen by some of the blocks, by each as much as its scale says."""
+    config = transformer.config
+    return _wan(transformer, size, draw) | {
+        "control_hidden_states": draw.normal(size.batch, config.vace_in_channels, size.frames, size.rows, size.cols),
+        "control_hidden_states_scale": draw.full(1, len(config.vace_layers)),
+    }
+
+
 def _cogvideox(transformer: diffusers.CogVideoXTransformer3DModel, size: Size, draw: Draw) -> dict[str, Any]:
     config = transformer.config
     text = size.tokens(config.max_text_seq_length)
@@ -60,6 +69,23 @@ def _hunyuan_video(transformer: diffusers.HunyuanVideoTransformer3DModel, size: 
     return inputs
 
 
+def _hunyuan_video_15(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
+    """Two texts, both padded, and the embedding of a picture: zero where there is none."""
+    config, text, glyphs = transformer.config, size.tokens(1000), size.tokens(256)
+    inputs: dict[str, Any] = {
+        "hidden_states": _video(transformer, size, draw),
+        "timestep": draw.full(321.0, size.batch),
+        "encoder_hidden_states": draw.normal(size.batch, text, config.text_embed_dim),
+        "encoder_attention_mask": draw.mask(size.batch, text),
+        "encoder_hidden_states_2": draw.normal(size.batch, glyphs, config.text_embed_2_dim),
+        "encoder_attention_mask_2": draw.mask(size.batch, glyphs),
+        "image_embeds": draw.known(config.task_type == "i2v", size.batch, 729, config.image_embed_dim),
+    }
+    if config.use_meanflow:
+        inputs["timestep_r"] = draw.full(300.0, size.batch)
+    return inputs
+
+
 def _ltx(transformer: diffusers.LTXVideoTransformer3DModel, size: Size, draw: Draw) -> dict[str, Any]:
     """The latent is flattened to tokens; positions follow from its size."""
     config = transformer.config
@@ -74,6 +100,32 @@ def _ltx(transformer: diffusers.LTXVideoTransformer3DModel, size: Size, draw: Dr
         "width": size.cols,
         "rope_interpolation_scale": (8 / 25, 32, 32),
     }
+
+
+def _ltx_2(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
+    """Video and sound, 25 pieces a second, as tokens, and where each lies; learned tokens pad the text."""
+    config, text, rate = transformer.config, size.tokens(1024), 24.0
+    pieces = round((1 + 8 * (size.frames - 1)) / rate * 25)
+    seen = draw.full(1, size.batch, text, dtype=torch.int64)
+    inputs = {
+        "hidden_states": draw.normal(size.batch, size.frames * size.rows * size.cols, config.in_channels),
+        "audio_hidden_states": draw.normal(size.batch, pieces, config.audio_in_channels),
+        "encoder_hidden_states": draw.normal(size.batch, text, config.caption_channels),
+        "audio_encoder_hidden_states": draw.normal(size.batch, text, config.caption_channels),
+        "timestep": draw.full(321.0, size.batch),
+        "encoder_attention_mask": seen,
+        "audio_encoder_attention_mask": seen,
+        "num_frames": size.frames,
+        "height": size.rows,
+        "width": size.cols,
+        "fps": rate,
+        "audio_num_frames": pieces,
+        "video_coords": transformer.rope.prepare_video_coords(
+            size.batch, size.frames, size.rows, size.cols, draw.device, fps=rate
+        ),
+        "audio_coords": transformer.audio_rope.prepare_audio_coords(size.batch, pieces, draw.device),
+    }
+    return inputs | {"sigma": inputs["timestep"]} if config.cross_attn_mod else inputs
 
 
 def _mochi(transformer: diffusers.MochiTransformer3DModel, size: Size, draw: Draw) -> dict[str, Any]:
@@ -134,10 +186,13 @@ def _sana_video(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 MAKERS: dict[str, Maker] = {
     "WanTransformer3DModel": _wan,
+    "WanVACETransformer3DModel": _wan_vace,
     "SkyReelsV2Transformer3DModel": _wan,
     "CogVideoXTransformer3DModel": _cogvideox,
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
+    "HunyuanVideo15Transformer3DModel": _hunyuan_video_15,
     "LTXVideoTransformer3DModel": _ltx,
+    "LTX2VideoTransformer3DModel": _ltx_2,
     "MochiTransformer3DModel": _mochi,
     "Kandinsky5Transformer3DModel": _kandinsky5,
     "AllegroTransformer3DModel": _allegro,
