@@ -24,4 +24,19 @@ def _stable_audio(transformer: diffusers.StableAudioDiTModel, size: Size, draw: 
     }
 
 
-MAKERS: dict[str, Maker] = {"StableAudioDiTModel": _stable_audio}
+def _ace_step(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
+    """What is known of the sound lies beside the noise; text, lyrics and timbre are one sequence."""
+    config = transformer.config
+    channels = config.audio_acoustic_hidden_dim
+    return {
+        "hidden_states": draw.normal(size.batch, size.rows, channels),
+        "timestep": draw.full(0.321, size.batch),
+        "timestep_r": draw.full(0.2, size.batch),
+        "encoder_hidden_states": draw.normal(
+            size.batch, size.tokens(512), config.encoder_hidden_size or config.hidden_size
+        ),
+        "context_latents": draw.normal(size.batch, size.rows, config.in_channels - channels),
+    }
+
+
+MAKERS: dict[str, Maker] = {"AceStepTransformer1DModel": _ace_step, "StableAudioDiTModel": _stable_audio}

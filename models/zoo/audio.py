@@ -99,18 +99,6 @@ def _ace_step() -> nn.Module:
     )
 
 
-def _ace_step_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    config = module.config
-    channels = config.audio_acoustic_hidden_dim
-    return {
-        "hidden_states": draw.normal(size.batch, size.rows, channels),
-        "timestep": draw.full(0.321, size.batch),
-        "timestep_r": draw.full(0.2, size.batch),
-        "encoder_hidden_states": draw.normal(size.batch, size.tokens(64), config.encoder_hidden_size),
-        "context_latents": draw.normal(size.batch, size.rows, config.in_channels - channels),
-    }
-
-
 def _longcat_audio(**options: Any) -> nn.Module:
     config: dict[str, Any] = {"dit_dim": 32, "dit_depth": 2, "dit_heads": 2, "dit_text_dim": 24, "latent_dim": 8}
     return diffusers.LongCatAudioDiTTransformer(**config, **options)
@@ -191,7 +179,7 @@ CASES: tuple[Case, ...] = (
         multiple=2,
         maker=_stable_audio_3_inputs,
     ),
-    Case("ace_step", _ace_step, maker=_ace_step_inputs),
+    Case("ace_step", _ace_step),
     Case("longcat_audio", _longcat_audio, maker=_longcat_audio_inputs),
     Case("longcat_audio_local", partial(_longcat_audio, adaln_type="local"), maker=_longcat_audio_inputs),
     Case("minimax_music3", _minimax_music, maker=_minimax_music_inputs),
