@@ -88,16 +88,18 @@ class Reader:
     def _needed(self, target: fx.Node) -> list[fx.Node]:
         """What must run to get `target`: its ancestors, and whatever wrote to their memory before; in order."""
         needed: set[fx.Node] = set()
+        memory: set[int] = set()
+        writes = [(w, memory_of(w.meta["val"])) for w in self._recorder.writes]
         stack = [target]
         while stack:
             node = stack.pop()
             if node not in needed:
                 needed.add(node)
+                memory.update(memory_of(node.meta["val"]))
                 stack.extend(node.all_input_nodes)
             if not stack:
-                memory = {m for n in needed for m in memory_of(n.meta["val"])}
-                writes = [w for w in self._recorder.writes if w not in needed]
-                stack = [w for w in writes if memory & set(memory_of(w.meta["val"]))]
+                writes = [(w, at) for w, at in writes if w not in needed]
+                stack = [w for w, at in writes if not memory.isdisjoint(at)]
         return [node for node in self._recorder.graph.nodes if node in needed]
 
 

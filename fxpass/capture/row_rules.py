@@ -178,6 +178,9 @@ def _repeat(r: Resolver, node: fx.Node, x: Rows, times: list[int]) -> Rows:
     dim = x.dim + len(times) - x.base.ndim
     if times[dim] != 1:
         raise RefusedError("it repeats the selected rows")
+    wide = [1] * (len(times) - x.base.ndim) + list(x.base.shape)
+    if x.constant is not None and all(1 in pair for pair in zip(times, wide, strict=True)):
+        return replace(x, base=x.base.expand([t * n for t, n in zip(times, wide, strict=True)]), dim=dim)  # no memory
     return replace(x, base=r.emit(aten.repeat.default, x.base, times), dim=dim)
 
 

@@ -284,7 +284,9 @@ def _target(index: Any, dim: int, shape: Sequence[int]) -> np.ndarray:
         return values
     if index.dim != dim or values.shape != tuple(shape):
         raise RefusedError("it brings rows to other than rows")
-    values = np.moveaxis(values, dim, 0).reshape(len(index.at) if index.at is not None else values.shape[dim], -1)
+    values = np.moveaxis(values, dim, 0)
+    values = values[:, *(slice(1) if step == 0 else slice(None) for step in values.strides[1:])]  # broadcast: alike
+    values = values.reshape(len(values), -1)
     if (values != values[:, :1]).any():
         raise RefusedError("it brings the elements of a row to several rows")
     return values[:, 0]
