@@ -3,12 +3,14 @@
 Calls with equal conditioning (all inputs but sample and timestep) belong to one *context*: one guidance branch of one
 prompt. A call continues its context if
 
-- no timestep has risen (a new generation starts high again) or come three times (Heun and PNDM repeat them once),
+- no timestep has risen (a new generation starts high again), come three times (Heun and PNDM repeat them once, though
+  not the first) or fallen by several times as much as at the step before (a generation that begins in the middle),
 - the sample correlates with the last one (fresh noise does not, even at a lower timestep), and
 - the context was used not long ago.
 
 Otherwise a generation begins, whose first `warmup_steps` calls are exact. All ranks are given the same inputs, so they
-decide alike. What cannot be told: two generations of one prompt and one seed that take turns in one module.
+decide alike. What cannot be told: two generations of one prompt and one seed that take turns in one module, or of which
+the second begins next to where the first was left.
 
 Its last `cooldown_steps` timesteps are exact as well, where it is known which those are: `restart` was told what
 timesteps there will be, and the model's is one of them.
@@ -31,6 +33,7 @@ RECENT = 8  #: calls after which a context is taken to have been left
 LIKE = 0.5  #: correlation of a sample with the one before; independent noise has 0, most samplers' steps above 0.9
 UNITS = (1.0, 1e-3)  #: what pipelines multiply the scheduler's timesteps by before they give them to the model
 SAME = 0.01  #: two timesteps are one if they differ by less, relatively: a half-precision one has 8 bits
+LEAP = 3.0  #: a timestep that falls by more, in units of its last fall, begins a generation; samplers' stay below 2.5
 FASTEST = 2.0  #: a longer step is forecast as if it were so many times as long as the last
 
 
@@ -46,6 +49,7 @@ class Context:
     steps: int = 1  #: calls of this generation so far
     repeated: bool = False  #: its last timestep was the one before
     stride: float = 0.0  #: by how much the timestep fell at its last call; 0 at the first
+    fall: float = 0.0  #: the last stride that is not 0
     final: list[float] = field(default_factory=list)  #: the timesteps at its end that are exact
 
 
@@ -92,6 +96,7 @@ class Clock:
                 context.steps = context.steps + 1 if continued else 1
                 context.repeated = continued and time == context.timestep
                 last, context.stride = context.stride, _mean(context.timestep) - _mean(time) if continued else 0.0
+                context.fall = context.stride or (context.fall if continued else 0.0)
                 pace = min(context.stride / last, FASTEST) if last else 0.0
                 break
         else:
@@ -125,8 +130,9 @@ class Clock:
 
     def _continues(self, context: Context, time: list[float], sample: Tensor) -> bool:
         falling = all(now <= then for now, then in zip(time, context.timestep, strict=True))
-        again = context.repeated and time == context.timestep
-        if not falling or again or self.calls - context.call > RECENT:
+        again = time == context.timestep and (context.repeated or context.steps == 1)
+        leap = context.fall and _mean(context.timestep) - _mean(time) > LEAP * context.fall
+        if not falling or again or leap or self.calls - context.call > RECENT:
             return False
         now, then = _structure(sample), _structure(context.sample)
         return bool((now * then).sum() > LIKE * now.norm() * then.norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -84,17 +85,36 @@ def test_an_interrupted_generation_is_not_continued_by_img2img_at_a_lower_timest
     assert exact(watch, after)[:3] == [True, True, False]
 
 
-def test_one_step_generations_in_a_row_are_all_exact() -> None:
+@pytest.mark.parametrize("warmup", [1, 2])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_nor_by_one_from_the_same_noise_that_begins_further_on(name: str, warmup: int) -> None:
+    watch = clock(warmup)
+    exact(watch, trajectory(name, 20, 0)[:8])
+    assert exact(watch, trajectory(name, 20, 0)[16:])[:warmup] == [True] * warmup
+
+
+@pytest.mark.parametrize("seeds", [range(6), [0] * 6], ids=["other noise", "the same noise"])
+def test_one_step_generations_in_a_row_are_all_exact(seeds: Sequence[int]) -> None:
     watch = clock(warmup=1)
-    for seed in range(6):
+    for seed in seeds:
         assert exact(watch, trajectory("ddim", 1, seed)) == [True]
 
 
-def test_the_same_timestep_again_and_again_is_no_generation() -> None:
+@pytest.mark.parametrize("warmup", [1, 2])
+def test_the_same_timestep_again_and_again_is_no_generation(warmup: int) -> None:
     """Other pictures under the same noise: a loss, a video frame by frame."""
     noise = torch.randn(1, 4, 16, 16)
     pictures = [noise + 0.3 * torch.randn(1, 4, 16, 16) for _ in range(9)]
-    assert all(exact(clock(warmup=2), [(x, torch.tensor(900)) for x in pictures]))
+    assert all(exact(clock(warmup), [(x, torch.tensor(900)) for x in pictures]))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0, 12.0])
+@pytest.mark.parametrize("count", [4, 8, 50])
+def test_schedules_that_fall_ever_faster_are_one_generation(count: int, shift: float) -> None:
+    times = [shift * t / (1 + (shift - 1) * t) for t in torch.linspace(1, 0, count + 1)[:-1].tolist()]
+    noise, picture = torch.randn(2, 1, 4, 16, 16)
+    calls = [(t * noise + (1 - t) * picture, torch.tensor(t)) for t in times]
+    assert exact(clock(warmup=1), calls) == [True] + [False] * (count - 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 1, 8)])
