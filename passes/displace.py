@@ -118,7 +118,11 @@ def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
 
 
 def _owned(exchange: Exchange, unlike: bool) -> Exchange:
-    """An exchange that gives every rank the same rows takes each from one owner."""
+    """An exchange that gives every rank the same rows takes each from one owner, where copies of one may differ.
+
+    Those of an output always may: ranks that compute a row among others round it otherwise.
+    """
+    unlike = unlike or exchange.role == "output"
     if not unlike or not isinstance(exchange, Fetch) or exchange.fresh != "sync" or len(set(exchange.want)) > 1:
         return exchange
     return replace(exchange, owners=_disjoint(exchange.have))

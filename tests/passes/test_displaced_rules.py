@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.passes import (
     test_random_networks,
@@ -20,7 +21,7 @@ from tests.passes import (
 )
 from tests.passes.displaced import PRESETS, follow
 from tests.passes.examples import Example, randn
-from tests.passes.harness import evenly
+from tests.passes.harness import cut, evenly
 
 COMPARES = "softmax where most is masked"  # what equals a maximum of now and one of then: nothing is left
 
@@ -70,3 +71,14 @@ def test_what_these_rules_exchange_is_stale(name: str) -> None:
     found = follow(example.function, example.inputs, {0: evenly(dim, example.inputs[0].shape[dim], 2)}, 2, "stale_gn")
     assert found.stale
     assert found.moved
+
+
+@pytest.mark.parametrize("preset", ["sync", "displaced"])
+def test_a_row_that_two_ranks_compute_is_one_ranks_in_all_outputs(preset: str) -> None:
+    """They round it otherwise: one computes it alone, the other among others."""
+    torch.manual_seed(0)
+    join = torch.nn.Conv2d(8, 4, 1).double()
+    rows = cut(2, (0, 4), (3, 8))
+    for _ in range(4):
+        follow(join, [randn(2, 8, 8, 4)], {0: rows}, 2, preset)
+        follow(join, [randn(2, 8, 8, 4)], {0: cut(2, (3, 4), (0, 8))}, 2, preset)
