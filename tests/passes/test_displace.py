@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from fxpass.runtime.structure import WeightTable
 from fxpass.strategy import Strategy
 from tests.runtime.plans import Block, block, parallel, steps, whole
 
-NAMES = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync")
+NAMES = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp")
 
 
 @dataclass
@@ -144,11 +145,21 @@ class Reference:
         tokens = [h.flatten(2).transpose(1, 2) for h in strips]
         keys = self.of_others("keys", [self.model.key(t) for t in tokens], exact)
         values = self.of_others("values", [self.model.value(t) for t in tokens], exact)
-        seen = [(torch.cat(keys(r), 1), torch.cat(values(r), 1)) for r in range(self.ranks)]
+        seen = [(self.window(keys(r), r, exact), self.window(values(r), r, exact)) for r in range(self.ranks)]
         mixed = [
             t + F.scaled_dot_product_attention(self.model.query(t), *kv) for t, kv in zip(tokens, seen, strict=True)
         ]
         return [t.transpose(1, 2).reshape(h.shape) for t, h in zip(mixed, strips, strict=True)]
+
+    def window(self, tokens: list[Tensor], rank: int, exact: bool) -> Tensor:
+        """Of the tokens of all ranks those that `rank` sees: its own, and the nearest share of each neighbour's."""
+        if exact or not self.strategy.windows:
+            return torch.cat(tokens, 1)
+        (share,) = self.strategy.windows
+        count = math.ceil(share * tokens[rank].shape[1])  # strips are even
+        above = [t[:, -count:] for t in tokens[:rank][-1:]]
+        below = [t[:, :count] for t in tokens[rank + 1 :][:1]]
+        return torch.cat([*above, tokens[rank], *below], 1)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
