@@ -218,28 +218,33 @@ class Pooled(torch.nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = self.conv(sample) + timestep.view(-1, 1, 1, 1)
         mean = h.mean((2, 3))
-        return h, mean, mean.argmax(1)
+        return h * mean.view(*mean.shape, 1, 1), mean, mean.argmax(1)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @torch.no_grad()
-def test_what_every_rank_holds_of_a_stale_sum_is_one_ranks_at_the_outputs(ranks: int) -> None:
+def test_stale_sums_are_the_own_part_and_the_others_of_the_last_step(ranks: int) -> None:
     torch.manual_seed(0)
-    model = Pooled().eval()
-    calls = [(torch.randn(6, 4, 16, 8), torch.tensor([0.9 - 0.1 * k])) for k in range(2)]
+    model = Pooled().eval().double()
+    calls = [(torch.randn(6, 4, 16, 8).double(), torch.tensor([0.9 - 0.1 * k]).double()) for k in range(4)]
     program = fxpass.capture(model, *calls[0])
     plan = fxpass.plan(program, world_size=ranks, strategy="stale_gn")
-    loaded = LockstepExecutor(ranks).load(
-        plan, weights := WeightTable(model, list(program.weights.values())).tensors(), calls[0]
-    )
-    loaded.run_all(weights, calls[0])
-    found = loaded.run_all(weights, calls[1], Step(exact=False, pace=1.0))
-    with torch.no_grad():
-        whole_mean = model(*calls[1])[1]
-    for outputs in found:
-        assert all(torch.equal(a, b) for a, b in zip(outputs, found[0], strict=True))
-        assert torch.equal(outputs[1].argmax(1), outputs[2])
-        assert not torch.allclose(outputs[1], whole_mean, atol=1e-3)  # it is stale
+    weights = WeightTable(model, list(program.weights.values())).tensors()
+    loaded = LockstepExecutor(ranks).load(plan, weights, calls[0])
+    old: list[Tensor] = []
+    for k, (sample, timestep) in enumerate(calls):
+        strips = (model.conv(sample) + timestep).chunk(ranks, 2)  # of rows
+        now = [h.sum((2, 3)) for h in strips]
+        old = old or now
+        seen = [torch.stack([now[i] if i == r else old[i] for i in range(ranks)]) for r in range(ranks)]
+        means = [each.sum(0) / (16 * 8) for each in seen]
+        scaled = torch.cat([h * mean.view(6, 8, 1, 1) for h, mean in zip(strips, means, strict=True)], 2)
+        first, *others = loaded.run_all(weights, calls[k], Step(exact=k == 0))
+        for found, expected in zip(first, (scaled, means[0], means[0].argmax(1)), strict=True):  # the first rank's
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        assert all(torch.equal(a, b) for outputs in others for a, b in zip(outputs, first, strict=True))
+        assert torch.allclose(means[0], model(sample, timestep)[1], atol=1e-3) == (k == 0)  # it is stale
+        old = now
 
 
 def test_only_what_law_4_allows_is_stale() -> None:
