@@ -16,7 +16,7 @@ from torch import fx
 from ..ir import ops
 from ..ir.nodes import append, append_copy
 
-AHEAD = 64  #: operators past the oldest launch under way from which one may be taken
+AHEAD = 64  #: nodes past the oldest launch under way from which an operator may be taken; launches are taken from any
 
 
 def schedule(graph: fx.Graph) -> fx.Graph:
