@@ -179,6 +179,13 @@ class Plan:
                 )
         return dict(total)
 
+    @cached_property
+    def bytes_received_per_rank_displaced(self) -> tuple[dict[str, int], ...] | None:
+        """Bytes that each rank receives in one displaced step, by role; None if all steps are exact."""
+        if self.strategy.exact:
+            return None
+        return tuple(self.bytes_received(rank, exact=False) for rank in range(self.world_size))
+
     @property
     def state_bytes_per_rank(self) -> tuple[int, ...]:
         """Bytes that each rank keeps from one step to the next, per guidance branch: what it received, and its own old
@@ -192,6 +199,7 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
+        displaced = self.bytes_received_per_rank_displaced
         return {
             "ranks": self.world_size,
             "strategy": self.strategy.name,
@@ -207,6 +215,7 @@ class Plan:
                 for e in self.exchanges
             ],
             "bytes_received_per_rank": list(self.bytes_received_per_rank),
+            "bytes_received_per_rank_displaced": None if displaced is None else list(displaced),
             "state_bytes_per_rank": list(self.state_bytes_per_rank),
             "fallbacks": [
                 {"node": e.node, "path": e.path, "shapes": e.shapes, "bytes": e.bytes, "reason": e.reason}

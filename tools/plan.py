@@ -82,7 +82,13 @@ def show(out: Console, model: str, plan: Plan) -> None:
         f"\nwork {flops_text(plan.flops_total)}, slowest rank {flops_text(max(plan.flops_per_rank))}: "
         f"at most {plan.bound:.2f} times as fast\n"
     )
-    out.print(_ranks(plan))
+    if plan.strategy.exact:
+        out.print(_ranks(plan))
+    else:
+        out.print("an exact step", style="bold")
+        out.print(_ranks(plan))
+        out.print("\na displaced step", style="bold")
+        out.print(_ranks(plan, exact=False))
     seconds = plan.seconds
     if plan.fallbacks:
         out.print("\nfallbacks: gathered whole, for no rule could split them", style="bold yellow")
@@ -101,23 +107,28 @@ def _seeds(plan: Plan) -> RenderableType:
     return table if plan.seeds else "nothing is split"
 
 
-def _ranks(plan: Plan) -> RenderableType:
-    """One row per rank: its work, and what it receives by role."""
+def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
+    """One row per rank: its work, and what it receives by role in an exact step; or this alone, in a displaced step."""
     from collections import Counter
 
     from .printer import bytes_text, flops_text
 
     roles = sorted(plan.bytes_by_role, key=lambda role: -plan.bytes_by_role[role])
-    table = _table("rank", "work", *roles, "received", right=True)
-    for rank, received in enumerate(plan.bytes_received_per_rank):
-        sizes = [received.get(role, 0) for role in roles]
-        work = flops_text(plan.flops_per_rank[rank])
-        table.add_row(str(rank), work, *map(bytes_text, sizes), bytes_text(sum(sizes)))
-    total = [plan.bytes_by_role[role] for role in roles]
+    table = _table("rank", *(["work"] if exact else []), *roles, "received", right=True)
+
+    def add(name: str, work: int, sizes: list[int]) -> None:
+        table.add_row(name, *([flops_text(work)] if exact else []), *map(bytes_text, sizes), bytes_text(sum(sizes)))
+
+    total: Counter[str] = Counter()
+    for rank, work in enumerate(plan.flops_per_rank):
+        received = plan.bytes_received(rank, exact=exact)
+        total.update(received)
+        add(str(rank), work, [received.get(role, 0) for role in roles])
     table.add_section()
-    table.add_row("all", flops_text(sum(plan.flops_per_rank)), *map(bytes_text, total), bytes_text(sum(total)))
-    number = Counter(exchange.role for exchange in plan.exchanges)
-    table.add_row("exchanges", "", *(str(number[role]) for role in roles), str(sum(number.values())))
+    add("all", sum(plan.flops_per_rank), [total[role] for role in roles])
+    number = Counter(exchange.role for exchange in plan.exchanges if exact or exchange.declared.repeated)
+    counts = [str(number[role]) for role in roles]
+    table.add_row("exchanges", *([""] if exact else []), *counts, str(sum(number.values())))
     return table
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.tools.command import fxpass
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 GOOD = "tests.tools.models:good"
 KEYS = {"ranks", "flops_total", "flops_per_rank", "exchanges", "fallbacks", "seconds"}
-KEYS |= {"bytes_received_per_rank", "state_bytes_per_rank"}
+KEYS |= {"bytes_received_per_rank", "bytes_received_per_rank_displaced", "state_bytes_per_rank"}
 
 
 def test_plan_says_what_is_split_what_it_costs_and_what_travels() -> None:
@@ -21,6 +22,34 @@ def test_plan_says_what_is_split_what_it_costs_and_what_travels() -> None:
     assert "at most 2.00 times as fast" in text
     for word in ("halo", "keys_values", "moments", "received", "no fallbacks", "captured in"):
         assert word in text
+
+
+def test_plan_shows_a_displaced_step_only_where_there_is_one() -> None:
+    exact = fxpass("plan", "small:unet_sd").stdout
+    assert "an exact step" not in exact
+    assert "a displaced step" not in exact
+    stale = fxpass("plan", "small:unet_sd", "--strategy", "no_sync").stdout
+    first, _, later = stale.partition("\na displaced step\n")
+    assert "\nan exact step\n" in first
+    always = re.search(r"^rank +work +(.*)\n0 +\S+ \S+ +(.*)$", first, re.MULTILINE)
+    assert always
+    assert always.group(0) in exact  # an exact step of a stale strategy is one of sync
+    displaced = re.search(r"^rank +(.*)\n0 +(.*)$", later, re.MULTILINE)
+    assert displaced
+    assert displaced.group(1).split() == always.group(1).split()
+    sizes = dict(zip(displaced.group(1).split(), re.findall(r"\S+ k?B", displaced.group(2)), strict=True))
+    assert {role for role, size in sizes.items() if size != "0 B"} == {"output", "received"}  # the rest is frozen
+    numbers = re.search(r"^exchanges +(.*)$", later, re.MULTILINE)
+    assert numbers
+    assert numbers.group(1).split().count("0") == len(sizes) - 2
+
+
+def test_plan_as_json_tells_what_a_displaced_step_receives() -> None:
+    assert json.loads(fxpass("plan", GOOD, "--json", "-").stdout)["bytes_received_per_rank_displaced"] is None
+    data = json.loads(fxpass("plan", GOOD, "--strategy", "separate_gn", "--json", "-").stdout)
+    exact, displaced = data["bytes_received_per_rank"], data["bytes_received_per_rank_displaced"]
+    assert all(each.pop("moments") for each in exact)  # each rank's own serve a displaced step
+    assert displaced == exact
 
 
 def test_plan_as_json_has_all_keys_and_nothing_else_on_the_output() -> None:
