@@ -28,8 +28,8 @@ class Strategy:
         bits: at displaced steps, halos, keys and values are sent as what changed since the last step, in so many bits
             per number: 2, 4 or 8; 0: as they are.
         window: at displaced steps, tokens of each neighbour that attention sees, as a fraction of the neighbour's,
-            above 0 and at most 1, rounded up to whole tokens; several numbers hold for equal parts of the depth, first to last; None: all tokens
-            of all ranks.
+            above 0 and at most 1, rounded up to whole tokens; several numbers hold for equal parts of the depth, first
+            to last; None: all tokens of all ranks.
         warmup_steps: exact steps before the first stale one; there is always one.
         cooldown_steps: exact steps at the end of a generation, whose errors no later step mends. There are none where
             nobody says which timesteps there will be: pipelines do, and `ParallelModule.reset`.
