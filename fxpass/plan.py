@@ -19,6 +19,7 @@ from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
 from .passes import Build, build
 from .passes.cost import TARGETS, Target, flops
+from .runtime.process_group import padding
 from .strategy import Strategy
 
 
@@ -186,6 +187,13 @@ class Plan:
             return None
         return tuple(self.bytes_received(rank, exact=False) for rank in range(self.world_size))
 
+    def padding_received(self, rank: int, *, exact: bool = True) -> int:
+        """Bytes that come to a rank in one step beside `bytes_received` where NCCL carries it: parts of all-gathers are
+        padded to the largest, payloads to a multiple of 16."""
+        nodes = [declared for _, declared in exchanges_of(self.graph) if exact or declared[0].repeated]
+        wires = nodes if exact else [tuple(each.wire for each in declared) for declared in nodes]
+        return sum(padding(each, rank, self.world_size) for each in wires)
+
     @property
     def state_bytes_per_rank(self) -> tuple[int, ...]:
         """Bytes that each rank keeps from one step to the next, per guidance branch: what it received, and its own old
@@ -199,6 +207,7 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
+        ranks = range(self.world_size)
         displaced = self.bytes_received_per_rank_displaced
         return {
             "ranks": self.world_size,
@@ -216,6 +225,10 @@ class Plan:
             ],
             "bytes_received_per_rank": list(self.bytes_received_per_rank),
             "bytes_received_per_rank_displaced": None if displaced is None else list(displaced),
+            "padding_received_per_rank": [self.padding_received(rank) for rank in ranks],
+            "padding_received_per_rank_displaced": (
+                None if displaced is None else [self.padding_received(rank, exact=False) for rank in ranks]
+            ),
             "state_bytes_per_rank": list(self.state_bytes_per_rank),
             "fallbacks": [
                 {"node": e.node, "path": e.path, "shapes": e.shapes, "bytes": e.bytes, "reason": e.reason}

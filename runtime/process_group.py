@@ -10,11 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.exchange import Payloads
+from ..ir.exchange import Exchange, Payloads
 from .board import POLL, Board
 from .messages import Buffer, Message, Route
 
 SMALL = 1 << 16  #: bytes; up to here gloo (not NCCL) is faster at an all-to-all than at an all-gather (0.6 and 1.0 ms)
+
+
+def gathered(exchanges: tuple[Exchange, ...], world: int) -> int:
+    """Bytes of each rank's part in an all-gather: the largest message. 0 if messages go from each rank to each instead,
+    for they are unlike, or an all-gather would pad them by more than a quarter."""
+    if not all(each.broadcast for each in exchanges):
+        return 0
+    sizes = [Message(exchanges, rank, (rank + 1) % world).size for rank in range(world)]
+    return max(sizes) if 4 * max(sizes) * world <= 5 * sum(sizes) else 0
+
+
+def padding(exchanges: tuple[Exchange, ...], rank: int, world: int) -> int:
+    """Bytes that NCCL brings a rank from the others at a node beside the payloads."""
+    blob = gathered(exchanges, world)
+    sizes = [blob or Message(exchanges, src, rank).size for src in range(world) if src != rank]
+    return sum(sizes) - sum(each.received(rank) for each in exchanges)
 
 
 class GroupLane:
@@ -37,11 +53,8 @@ class GroupLane:
         self.blocking = blocking
         self.board = board
         rank, world = route.rank, route.world
-        # The same blob to all: an all-gather, padded to the largest, unless that pads by more than a quarter.
-        blobs = [Message(route.site.exchanges, r, (r + 1) % world).size for r in range(world)]
-        self.blob = max(blobs)
-        even = 4 * self.blob * world <= 5 * sum(blobs)
-        self.gather = all(e.broadcast for e in route.site.exchanges) and even and self.blob > (SMALL if blocking else 0)
+        self.blob = gathered(route.site.exchanges, world)
+        self.gather = self.blob > (SMALL if blocking else 0)
         self.sends = [route.outgoing[r].size if r != rank else 0 for r in range(world)]
         self.receives = [route.incoming[r].size if r != rank else 0 for r in range(world)]
         # where each rank's message begins in what arrives

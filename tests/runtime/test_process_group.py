@@ -10,15 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+import fxpass
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, full
 from fxpass.ir.merge import Reduce
 from fxpass.runtime.interpreter import Site
 from fxpass.runtime.messages import Route
 from fxpass.runtime.past import results_now
-from fxpass.runtime.process_group import GroupLane
+from fxpass.runtime.process_group import GroupLane, padding
 from tests.passes.harness import rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool]
@@ -33,6 +35,7 @@ class Mailbox:
         self.rank = len(ends)
         ends.append(self)
         self.sent: list[Tensor] = []  #: by destination
+        self.arriving = 0  #: bytes from the others
         self.deliver: Callable[[], None] = lambda: None
 
     def _allgather_base(self, receive: Tensor, send: Tensor) -> Mailbox:
@@ -43,6 +46,7 @@ class Mailbox:
 
     def _launched(self, receive: Tensor, sent: list[Tensor], receives: list[int]) -> Mailbox:
         self.sent = sent
+        self.arriving = sum(receives) - receives[self.rank]
 
         def deliver() -> None:
             for src, (start, stop) in enumerate(pairwise(accumulate(receives, initial=0))):
@@ -65,6 +69,9 @@ def through_lanes(site: Site, values: list[list[Tensor]]) -> tuple[list[list[Ten
     for rank, lane in enumerate(lanes):
         lane.send([each.pack(rank, x) for each, x in zip(site.exchanges, values[rank], strict=True)])
     received = [lane.receive() for lane in lanes]
+    for rank, end in enumerate(ends):
+        payloads = sum(each.received(rank) for each in site.exchanges)
+        assert end.arriving == payloads + padding(site.exchanges, rank, world)
     results = [results_now(site, rank, values[rank], received[rank]) for rank in range(world)]
     return results, [lane.gather for lane in lanes]
 
@@ -103,6 +110,29 @@ def test_what_all_send_alike_is_gathered_however_small() -> None:
     found, gathered = through_lanes(Site(0, "site", "", (total,)), [[torch.full((3,), float(r))] for r in range(3)])
     assert all(gathered)
     assert [result.tolist() for (result,) in found] == [[3.0] * 3] * 3
+
+
+class Attention(nn.Module):
+    """Tokens attend to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, self.keys(x), self.values(x))
+
+
+@pytest.mark.parametrize(("strategy", "later"), [("displaced", 3), ("no_sync", 1)])
+def test_a_plan_tells_what_its_all_gathers_pad(strategy: str, later: int) -> None:
+    """10 tokens of 16 bytes on 4 ranks; those with 2 pad them to 3: the others receive both pads, they each other's."""
+    made = fxpass.plan(Attention(), torch.randn(1, 10, 4), world_size=4, strategy=strategy)
+    row = torch.tensor([2, 1]) * 16
+    exact, displaced = ([made.padding_received(rank, exact=e) for rank in range(4)] for e in (True, False))
+    assert sorted(exact, reverse=True) == (3 * row).repeat_interleave(2).tolist()  # keys, values (one node) and output
+    assert sorted(displaced, reverse=True) == (later * row).repeat_interleave(2).tolist()
+    assert made.describe()["padding_received_per_rank"] == exact
+    assert made.describe()["padding_received_per_rank_displaced"] == displaced
 
 
 def test_a_payload_of_another_size_is_no_row_of_the_result() -> None:

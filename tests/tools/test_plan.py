@@ -48,6 +48,7 @@ def test_plan_as_json_tells_what_a_displaced_step_receives() -> None:
     assert json.loads(fxpass("plan", GOOD, "--json", "-").stdout)["bytes_received_per_rank_displaced"] is None
     data = json.loads(fxpass("plan", GOOD, "--strategy", "separate_gn", "--json", "-").stdout)
     exact, displaced = data["bytes_received_per_rank"], data["bytes_received_per_rank_displaced"]
+    assert len(data["padding_received_per_rank"]) == len(data["padding_received_per_rank_displaced"]) == 2
     assert all(each.pop("moments") for each in exact)  # each rank's own serve a displaced step
     assert displaced == exact
 
