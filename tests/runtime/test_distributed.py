@@ -18,23 +18,27 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PY
 TRANSPORTS = {"memory": {}, "gloo": {"FXPASS_SHM_DISABLE": "1"}}  # what each adds to the environment
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the two ranks of one torchrun saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "tests.runtime.ranks", "everything", str(folder)]
+def torchrun(module: str, *arguments: str, folder: Path, transport: str) -> list[dict[str, Any]]:
+    """What the two ranks of one torchrun of a module saw."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
-        command,
+        [*command, "-m", module, *arguments, str(folder)],
         check=False,
         cwd=ROOT,
-        env=ENVIRONMENT | TRANSPORTS[request.param],
+        env=ENVIRONMENT | TRANSPORTS[transport],
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two ranks saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    found = torchrun("tests.runtime.ranks", "everything", folder=folder, transport=request.param)
     assert [rank["files"] > 0 for rank in found] == [request.param == "memory"] * 2
     return found
 
