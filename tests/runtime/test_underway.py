@@ -13,6 +13,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return torchrun("tests.runtime.underway", folder=tmp_path_factory.mktemp("ranks"), transport="gloo")
 
 
+@pytest.fixture(params=["stale_gn", "compressed"])
+def broken_off(request: pytest.FixtureRequest, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What became of a generation that did not come to its end."""
+    return [rank["leaks"][request.param] for rank in seen]
+
+
 def test_a_displaced_step_ends_before_anything_it_sent_has_left(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["overlap"]["error"] == "nothing"
@@ -24,3 +30,35 @@ def test_what_a_displaced_step_sends_is_received_in_the_next(seen: list[dict[str
         assert [(sent, received) for sent, received, _ in flights] == [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5), (5, 6)]
         (nodes,) = {count for _, _, count in flights}
         assert nodes >= 4
+
+
+@pytest.mark.parametrize("event", ["reset", "risen", "refused", "shape", "shape again"])
+def test_a_generation_is_as_if_there_had_been_no_other(event: str, broken_off: list[dict[str, Any]]) -> None:
+    for rank in broken_off:
+        assert rank[event] == [True] * 5
+        assert rank["call refused"].startswith("TypeError")
+
+
+def test_an_exact_step_receives_what_is_under_way_before_it_sends(broken_off: list[dict[str, Any]]) -> None:
+    for rank in broken_off:
+        assert rank["before"] >= 4
+        assert rank["between"] == rank["before"]
+        assert rank["two shapes"] == 2 * rank["before"]  # another shape is another program, which has its own lanes
+        assert rank["ledger"] == [0, 0]
+
+
+def test_a_closed_module_leaves_no_message_no_lane_and_no_thread(broken_off: list[dict[str, Any]]) -> None:
+    assert [rank["closed"] for rank in broken_off] == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("who", ["all", "one"])
+def test_after_an_exception_in_mid_step_nothing_of_it_is_read_or_left(
+    who: str, broken_off: list[dict[str, Any]]
+) -> None:
+    for number, rank in enumerate(broken_off):
+        first, *later = rank[f"{who} raise"]
+        assert "ArithmeticError: only once" in first or first == "ArithmeticError after <30 s: only once"
+        assert first.startswith("RankError after <30 s: rank 1 failed") == (who == "one" and number == 0)
+        assert all("the ranks lost step in an earlier call and cannot go on" in error for error in later)
+        assert rank[f"{who} raise, closed"] == ["nothing", 0, 0, 0]
+        assert rank["another"] == [True] * 5

@@ -5,7 +5,9 @@ The messages go by gloo. Writes what it saw to FOLDER/<rank>.json.
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -18,10 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxpass.runtime.board import Board
+from fxpass.runtime.collectives import ExactStep
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.process_group import GroupLane
 from fxpass.strategy import Strategy
-from tests.runtime.plans import block, parallel, steps
+from tests.runtime.plans import block, parallel, steps, whole
 from tests.runtime.ranks import RANK, WORLD, attempt
 
 MODEL = block()
@@ -106,11 +111,127 @@ def overlap() -> dict[str, Any]:
     return {"equal": equal, "error": error, "flights": [[*pair, count] for pair, count in flights.items()]}
 
 
+def lanes() -> list[GroupLane]:
+    """All that this process has."""
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) is GroupLane]
+
+
+def under_way(stale: bool = True) -> int:
+    """On how many lanes a message is; those that compare the calls' inputs always have one between calls."""
+    return sum(each._work is not None for each in lanes() if each.route.site.stale or not stale)
+
+
+def threads() -> int:
+    """How many this process has; a process group has some of its own."""
+    gc.collect()
+    return len(os.listdir("/proc/self/task"))
+
+
+class Ledger:
+    """Watches for messages that are given up, while it is entered.
+
+    Attributes:
+        overwritten: how often a lane sent although it had not received what was under way.
+        left: how often another message than the new one was under way at a node, once an exact step had launched it.
+    """
+
+    def __enter__(self) -> Ledger:
+        self.overwritten = self.left = 0
+        send, launch = GroupLane.send, ExactStep.launch
+        self._were = send, launch
+
+        def sent(lane: GroupLane, packed: Any) -> None:
+            self.overwritten += lane._work is not None
+            send(lane, packed)
+
+        def launched(step: ExactStep, site: Any, values: list[Tensor]) -> None:
+            launch(step, site, values)
+            link = step.links[site]
+            wire = link.wire.lane if link.wire is not None and link.wire is not link.now else None
+            self.left += link._underway or (isinstance(wire, GroupLane) and wire._work is not None)
+
+        GroupLane.send, ExactStep.launch = sent, launched
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        GroupLane.send, ExactStep.launch = self._were
+
+
+def begun(module: ParallelModule, strategy: Strategy, calls: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """A generation of `module` from its first step on: is that one exact, and are all as if there had been no other?"""
+    found = [module(*call)["sample"] for call in calls]
+    unused = parallel(MODEL, LockstepExecutor(WORLD), strategy)
+    equal = [torch.equal(a, unused(*call)["sample"]) for a, call in zip(found, calls, strict=True)]
+    return [torch.allclose(found[0], whole(MODEL, *calls[0]), atol=1e-5), *equal]
+
+
+def leaks(name: str) -> dict[str, Any]:
+    """What becomes of the messages of a generation that is broken off in the middle."""
+    seen: dict[str, Any] = {}
+    strategy = replace(Strategy.of(name), warmup_steps=1, cooldown_steps=0)
+
+    def middle() -> ParallelModule:
+        module = parallel(MODEL, DistributedExecutor(WORLD, timeout=60), strategy)
+        for call in steps(4):
+            module(*call)
+        return module
+
+    idle = threads()
+    with Ledger() as ledger:
+        module = middle()
+        seen["before"] = under_way()
+        module.reset()
+        seen["reset"] = begun(module, strategy, steps(8)[4:])  # but for `reset`, these go on
+        seen["risen"] = begun(module, strategy, steps(4, seed=1))
+        seen["call refused"] = attempt(lambda: module(steps(1)[0][0]))  # on all ranks, before anything is sent
+        seen["refused"] = begun(module, strategy, steps(8, seed=1)[4:])
+        seen["between"] = under_way()
+        seen["shape"] = begun(module, strategy, steps(4, rows=22, seed=2))
+        seen["two shapes"] = under_way()
+        seen["shape again"] = begun(module, strategy, steps(4, seed=3))
+        module.close()
+        seen["closed"] = [under_way(stale=False), len(lanes()), threads() - idle]
+    seen["ledger"] = [ledger.overwritten, ledger.left]
+
+    for who, ranks in (("all", range(WORLD)), ("one", [1])):
+        module = middle()
+        seen[f"{who} raise"] = [
+            raised(lambda module=module: module(*steps(5)[4]), RANK in ranks),
+            attempt(lambda module=module: module(*steps(6)[5])),
+        ]
+        module.reset()
+        seen[f"{who} raise"].append(attempt(lambda module=module: module(*steps(4, seed=1)[0])))
+        seen[f"{who} raise, closed"] = [attempt(module.close), under_way(stale=False), len(lanes()), threads() - idle]
+    with parallel(MODEL, DistributedExecutor(WORLD, timeout=60), strategy) as another:
+        seen["another"] = begun(another, strategy, steps(4, seed=1))
+    return seen
+
+
+def raised(call: Callable[[], Any], here: bool) -> str:
+    """The error of a call in which the third wait of an exchange raises, if that is to happen `here`."""
+    waits, wait = 0, ExactStep.wait
+
+    def raising(step: ExactStep, site: Any, values: list[Tensor]) -> list[Tensor]:
+        nonlocal waits
+        waits += 1
+        if here and waits == 3:
+            raise ArithmeticError("only once")
+        return wait(step, site, values)
+
+    ExactStep.wait = raising
+    try:
+        return attempt(call)
+    finally:
+        ExactStep.wait = wait
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     result = {
         "overlap": overlap(),
+        "leaks": {name: leaks(name) for name in ("stale_gn", "compressed")},
     }
     Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(result))
     dist.barrier()
