@@ -6,6 +6,8 @@ import pytest
 
 from tests.runtime.test_distributed import torchrun
 
+MB = 1 << 20
+
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
@@ -62,3 +64,11 @@ def test_after_an_exception_in_mid_step_nothing_of_it_is_read_or_left(
         assert all("the ranks lost step in an earlier call and cannot go on" in error for error in later)
         assert rank[f"{who} raise, closed"] == ["nothing", 0, 0, 0]
         assert rank["another"] == [True] * 5
+
+
+def test_two_hundred_generations_hold_as_much_as_forty(seen: list[dict[str, Any]]) -> None:
+    for growth in [rank["growth"] for rank in seen]:
+        for what in ("lanes", "under way", "tensors"):
+            assert len(set(growth[what])) == 1, what
+        assert growth["received"] > 16 * MB
+        assert growth["memory"][-1] - growth["memory"][0] < 3 * MB

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -226,12 +227,39 @@ def raised(call: Callable[[], Any], here: bool) -> str:
         ExactStep.wait = wait
 
 
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    (kilobytes,) = re.findall(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)
+
+
+def growth() -> dict[str, Any]:
+    """Lanes, tensors and memory, five times in 200 generations."""
+    seen: dict[str, Any] = {"lanes": [], "under way": [], "tensors": [], "memory": []}
+    strategy = replace(Strategy.of("stale_gn"), warmup_steps=1)
+    generations = [steps(3, rows=96, seed=seed) for seed in range(4)]
+    with parallel(MODEL, DistributedExecutor(WORLD, timeout=60), strategy) as module:
+        for k in range(200):
+            if k % 2:
+                module.reset()
+            for call in generations[k % 4]:
+                module(*call)
+            if k % 40 == 39:
+                seen["lanes"].append(len(lanes()))
+                seen["under way"].append(under_way())
+                seen["tensors"].append(sum(type(each) is Tensor for each in gc.get_objects()))
+                seen["memory"].append(resident())
+        seen["received"] = sum(module.traffic.values())
+    return seen
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     result = {
         "overlap": overlap(),
         "leaks": {name: leaks(name) for name in ("stale_gn", "compressed")},
+        "growth": growth(),
     }
     Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(result))
     dist.barrier()
