@@ -111,7 +111,8 @@ class DistributedExecutor:
 
     def broke(self, error: BaseException) -> None:
         """A call failed between its first and its last exchange: what other ranks have in flight is unknown."""
-        self._broken = str(error).partition("\n")[0]
+        said = str(error).strip().splitlines() or [type(error).__name__]  # another rank's comes with its traceback
+        self._broken = " … ".join([said[0], said[-1]] if len(said) > 1 else said)
 
     def close(self) -> None:
         self._links = None
