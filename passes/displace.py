@@ -122,10 +122,11 @@ def _owned(exchange: Exchange, unlike: bool) -> Exchange:
 
     Those of an output always may: ranks that compute a row among others round it otherwise.
     """
-    unlike = unlike or exchange.role == "output"
-    if not unlike or not isinstance(exchange, Fetch) or exchange.fresh != "sync" or len(set(exchange.want)) > 1:
+    if not isinstance(exchange, Fetch) or exchange.fresh != "sync" or len(set(exchange.want)) > 1:
         return exchange
-    return replace(exchange, owners=_disjoint(exchange.have))
+    owners = _disjoint(exchange.have)
+    rounded = exchange.role == "output" and owners != exchange.have
+    return replace(exchange, owners=owners) if unlike or rounded else exchange
 
 
 def _disjoint(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:

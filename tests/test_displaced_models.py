@@ -46,13 +46,13 @@ def _sweep() -> list[Any]:
 
 
 def _given(name: str, module: Any, k: int) -> dict[str, Any]:
-    """Inputs of step k: the sample drifts from the first step on, and timesteps fall from the second on."""
+    """Inputs of step k: the sample drifts and the timestep falls."""
     given = case(name).inputs(rows=32, batch=2, seed=7, module=module)
     (sample,) = (key for key in given if key in ("sample", "hidden_states", "latent"))
     drift = torch.randn(given[sample].shape, generator=torch.Generator().manual_seed(8))
     given[sample] = given[sample] + 0.1 * k * drift
     if name not in NO_TIMESTEP:
-        given["timestep"] = (given["timestep"] * (1 - 0.1 * max(0, k - 1))).to(given["timestep"].dtype)
+        given["timestep"] = (given["timestep"] * (1 - 0.1 * k)).to(given["timestep"].dtype)
     return given
 
 

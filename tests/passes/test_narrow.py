@@ -156,9 +156,9 @@ def test_models_run_with_windows_and_only_those_travel(name: str) -> None:
     assert plan.bytes_received_per_rank == full.bytes_received_per_rank
     assert max(plan.state_bytes_per_rank) < max(full.state_bytes_per_rank)
     with fxpass.parallelize(model, 4, strategy="pcpp", warmup_steps=1, executor="lockstep") as module, torch.no_grad():
-        expected = output_tensors(model(**given))
         for step in range(2):
-            for found, wanted in zip(output_tensors(module(**given)), expected, strict=True):
+            call = given | {"timestep": (given["timestep"] * (1 - 0.1 * step)).to(given["timestep"].dtype)}
+            for found, wanted in zip(output_tensors(module(**call)), output_tensors(model(**call)), strict=True):
                 off = (found - wanted).abs().max() / wanted.abs().max()
                 assert (off <= 1e-5) if step == 0 else (1e-3 < off < 1)
 
