@@ -26,13 +26,18 @@ help:
 	$(PY) -m pip install --quiet -e ".[dev]"
 	@touch $@
 
+# kept apart: with torchao there, diffusers has something to say at every import
+.venv/.quantised: .venv/.stamp
+	$(PY) -m pip install --quiet -e ".[quantised]"
+	@touch $@
+
 demo: .venv/.stamp  ## a picture from a prompt, on one device and on two
 	$(PY) -m fxpass.tools.demo
 
-test: .venv/.stamp  ## the tests, without the slow ones, in two processes
+test: .venv/.quantised  ## the tests, without the slow ones, in two processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-slow: .venv/.stamp  ## the slow tests: whole models, many ranks
+slow: .venv/.quantised  ## the slow tests: whole models, many ranks
 	$(PY) -m pytest -m slow --timeout=1800
 
 zoo: .venv/.stamp  ## sweep every denoiser, ControlNet and autoencoder class: docs/coverage.md (half an hour)
