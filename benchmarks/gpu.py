@@ -34,7 +34,7 @@ from benchmarks.displaced import STALE
 from benchmarks.harness import DISPLACED, Keeping, Kept, heading
 from fxpass.capture import Call
 from fxpass.ir.program import Program, specialize
-from fxpass.models.catalog import cast, get
+from fxpass.models.catalog import get, load
 from fxpass.models.small import output_tensors
 from fxpass.passes.cost import flops
 from fxpass.runtime.collectives import Collectives, Sessions
@@ -189,12 +189,9 @@ def published(
     name: str, options: argparse.Namespace, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A model of the catalog with random weights, and the inputs of one call."""
-    entry = get(name)
     torch.manual_seed(0)
-    with device:
-        module = entry.build()
-    module = cast(module, dtype or entry.dtype, device).eval()
-    return module, entry.inputs(module, options.size or entry.height, options.size or entry.width)
+    module, inputs = load(name, height=options.size, dtype=dtype, device=device, fake=False)
+    return module.eval(), inputs
 
 
 def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:

@@ -65,7 +65,9 @@ def load(
     entry.latent(height, width, frames or entry.frames)  # refuses before it builds
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     with mode:
-        module = cast(entry.build(), dtype or entry.dtype, torch.device(device))
+        with torch.device(device):  # large models are made where there is room for them, and faster there
+            module = entry.build()
+        module = cast(module, dtype or entry.dtype, torch.device(device))
         return module, entry.inputs(module, height, width, batch=batch, frames=frames)
 
 

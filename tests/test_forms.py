@@ -67,12 +67,12 @@ def changed(module: Any, kind: type[nn.Module], change: Callable[[Any], Any]) ->
 # -- dtypes ----------------------------------------------------------------------------------------------------------
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
     flatten_output(value)  # lets pytrees enter dataclasses
     return pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 
-def _rms(found: Tensor, reference: Tensor) -> float:
+def rms(found: Tensor, reference: Tensor) -> float:
     return (found.double() - reference.double()).square().mean().sqrt().item()
 
 
@@ -113,13 +113,13 @@ def test_a_split_model_of_low_precision_is_as_near_to_float32_as_the_unsplit_one
         args, kwargs = arguments(name, module, seed)
         reference = tensors(module(*args, **kwargs))
         if lower is _all:
-            args, kwargs = _cast((args, kwargs), dtype)
+            args, kwargs = cast((args, kwargs), dtype)
         with torch.autocast("cpu", dtype, enabled=lower is None):
             found, expected = tensors(parallel(*args, **kwargs)), tensors(low(*args, **kwargs))
         for a, b, exact in zip(found, expected, reference, strict=True):
             assert a.dtype == b.dtype
-            assert _rms(b, exact) > 1e-5, "not of low precision at all"
-            assert _rms(a, exact) <= 2 * _rms(b, exact)
+            assert rms(b, exact) > 1e-5, "not of low precision at all"
+            assert rms(a, exact) <= 2 * rms(b, exact)
     assert not parallel.plan.fallbacks, str(parallel.plan)
 
 
@@ -329,9 +329,9 @@ def test_activations_that_torchao_quantises_are_as_near_to_float32_as_unsplit(na
     for seed in (1, 2):
         args, kwargs = arguments(name, module, seed)
         found, unsplit, exact = (tensors(each(*args, **kwargs))[0] for each in (parallel, low, module))
-        assert _rms(unsplit, exact) > 1e-5
-        assert _rms(found, exact) <= 2 * _rms(unsplit, exact)
-        assert _rms(found, unsplit) <= _rms(unsplit, exact)
+        assert rms(unsplit, exact) > 1e-5
+        assert rms(found, exact) <= 2 * rms(unsplit, exact)
+        assert rms(found, unsplit) <= rms(unsplit, exact)
     assert not parallel.plan.fallbacks
 
 

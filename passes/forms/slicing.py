@@ -94,20 +94,6 @@ def _pad(
     return b.emit(aten.pad.default, x, list(pad), mode)
 
 
-def _pad_sequence(
-    b: Builder, node: fx.Node, sequences: Sequence[fx.Node], batch_first: bool = False, value: float = 0.0,
-    side: str = "right",
-) -> fx.Node:  # fmt: skip
-    length = max(shape_of(x)[0] for x in sequences)
-
-    def padded(x: fx.Node) -> fx.Node:
-        missing = [0, length - shape_of(x)[0]]
-        ends = missing if side == "right" else missing[::-1]
-        return _pad(b, node, x, [0] * (2 * len(shape_of(x)) - 2) + ends, "constant", value)
-
-    return _stack(b, node, [padded(x) for x in sequences], 0 if batch_first else 1)
-
-
 def _mirrored(mode: str) -> Form:
     return lambda b, node, x, pad: _pad(b, node, x, pad, mode)
 
@@ -129,5 +115,4 @@ TABLE: dict[Any, Form] = {
     aten.constant_pad_nd.default: lambda b, node, x, pad, value=0: _pad(b, node, x, pad, "constant", value),
     **{getattr(aten, f"reflection_pad{n}d").default: _mirrored("reflect") for n in (1, 2, 3)},
     **{getattr(aten, f"replication_pad{n}d").default: _mirrored("replicate") for n in (1, 2, 3)},
-    aten.pad_sequence.default: _pad_sequence,
 }

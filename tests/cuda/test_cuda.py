@@ -14,16 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import fxpass
 from fxpass.models.small import case, cases, output_tensors
 from tests.cuda.ranks import NAMES, RUNS, on, plain, steps
+from tests.test_exact import EXACT, error
+from tests.test_forms import cast, rms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DEVICE = "cuda:0"
-EXACT = 1e-5
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +32,6 @@ def plain_products() -> Iterator[None]:
     plain(DEVICE)
     yield
     backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.deterministic = before
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
-
-
-def rms(found: Tensor, expected: Tensor) -> float:
-    return (found.double() - expected.double()).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("name", [each.name for each in cases])
@@ -63,9 +54,9 @@ def test_low_precision_is_as_near_to_float32_as_unsplit(name: str, dtype: torch.
     model: Any = case(name).build().to(DEVICE)
     low = copy.deepcopy(model).to(dtype)
     given = on(DEVICE, case(name).inputs(rows=32, batch=2, seed=1, module=model))
-    cast = pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, given)
-    found = output_tensors(fxpass.parallelize(low, 3, executor="lockstep")(**cast))
-    for a, b, wanted in zip(found, output_tensors(low(**cast)), output_tensors(model(**given)), strict=True):
+    lower = cast(given, dtype)
+    found = output_tensors(fxpass.parallelize(low, 3, executor="lockstep")(**lower))
+    for a, b, wanted in zip(found, output_tensors(low(**lower)), output_tensors(model(**given)), strict=True):
         assert a.dtype == b.dtype
         assert 0 < rms(a, wanted) <= 2 * rms(b, wanted)
 
