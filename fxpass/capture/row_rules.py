@@ -1,7 +1,7 @@
 """Operators that treat each row alone, so that a selection of rows may wait until after them.
 
-A rule is called with the resolver, the recorded operator and its operands, of which some are `Rows`; it gives `Rows`
-again or raises `RefusedError`.
+A rule is called with the resolver, the recorded operator and its operands, some of which are `SelectedRows`. It returns
+`SelectedRows`, or raises `RefusedError`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows in the place of a selection of them: row i is row `at[i]` of `base` along `dim`.
+class SelectedRows:
+    """Rows that stand for a selection of them: row i is row `at[i]` of `base` along `dim`.
 
     A `base` that is not fake is an index: its values are constants.
     """
@@ -61,17 +61,17 @@ class Resolver(Protocol):
 
     def emit(self, op: Any, *args: Any, **kwargs: Any) -> Any: ...
 
-    def lifted(self, x: Rows) -> Tensor: ...
+    def lifted(self, x: SelectedRows) -> Tensor: ...
 
 
-def shared(rows: Sequence[Rows]) -> Domain:
+def shared(rows: Sequence[SelectedRows]) -> Domain:
     first = rows[0].domain
     if any((x.domain.what, x.domain.order, x.domain.size) != (first.what, first.order, first.size) for x in rows):
         raise RefusedError("it brings together rows of several selections")
     return first
 
 
-def aligned(r: Resolver, rows: Sequence[Rows]) -> tuple[list[Tensor], np.ndarray | None]:
+def aligned(r: Resolver, rows: Sequence[SelectedRows]) -> tuple[list[Tensor], np.ndarray | None]:
     """Bases whose rows are each other's, and where they are."""
     first = rows[0]
     places = {None if x.at is None else x.at.tobytes() for x in rows}
@@ -80,13 +80,15 @@ def aligned(r: Resolver, rows: Sequence[Rows]) -> tuple[list[Tensor], np.ndarray
     return [r.lifted(x) for x in rows], None
 
 
-def pointwise(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> Rows:
+def pointwise(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> SelectedRows:
     """Operands are broadcast; those that are not rows must be alike for all rows."""
-    rows = [a for a in args if isinstance(a, Rows)]
-    if len(rows) != sum(isinstance(v, Rows) for v in torch.utils._pytree.tree_leaves((args, kwargs))):
+    rows = [a for a in args if isinstance(a, SelectedRows)]
+    if len(rows) != sum(isinstance(v, SelectedRows) for v in torch.utils._pytree.tree_leaves((args, kwargs))):
         raise RefusedError(f"{node.target} takes rows in lists")
     domain = shared(rows)
-    ndim = max(a.base.ndim if isinstance(a, Rows) else a.ndim for a in args if isinstance(a, (Rows, Tensor)))
+    ndim = max(
+        a.base.ndim if isinstance(a, SelectedRows) else a.ndim for a in args if isinstance(a, (SelectedRows, Tensor))
+    )
     places = {ndim - x.base.ndim + x.dim for x in rows}
     if len(places) > 1:
         raise RefusedError("it brings rows along several dims together")
@@ -96,18 +98,21 @@ def pointwise(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> Rows:
             raise RefusedError("it brings selected rows together with others")
     bases, at = aligned(r, rows)
     supply = iter(bases)
-    return Rows(
-        domain, r.emit(node.target, *[next(supply) if isinstance(a, Rows) else a for a in args], **kwargs), dim, at
+    return SelectedRows(
+        domain,
+        r.emit(node.target, *[next(supply) if isinstance(a, SelectedRows) else a for a in args], **kwargs),
+        dim,
+        at,
     )
 
 
-def _product(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> Rows:
+def _product(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> SelectedRows:
     """`linear`, `mm`, `matmul` and `addmm` of rows with a matrix."""
     x, others = (args[1], [args[0], args[2]]) if node.target is aten.addmm.default else (args[0], list(args[1:]))
     matrix = others[-1] if node.target is aten.addmm.default else others[0]
     if (
-        not isinstance(x, Rows)
-        or any(isinstance(o, Rows) for o in others)
+        not isinstance(x, SelectedRows)
+        or any(isinstance(o, SelectedRows) for o in others)
         or x.dim == x.base.ndim - 1
         or matrix.ndim > 2
     ):
@@ -123,9 +128,9 @@ def _along(place: int, default: Any = None) -> Callable[..., Any]:
     def rule(r: Resolver, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Any:
         dims = args[place] if len(args) > place else kwargs.get("dim", default)
         dims = [dims] if isinstance(dims, int) else dims
-        if not isinstance(x, Rows) or not dims or x.dim in [d % x.base.ndim for d in dims]:
+        if not isinstance(x, SelectedRows) or not dims or x.dim in [d % x.base.ndim for d in dims]:
             raise RefusedError(f"{node.target} works along the selected rows")
-        if any(isinstance(a, Rows) for a in args):
+        if any(isinstance(a, SelectedRows) for a in args):
             raise RefusedError(f"{node.target} takes several selections")
         result = r.emit(node.target, x.base, *args, **kwargs)
         first = result[0] if isinstance(result, (tuple, list)) else result
@@ -137,13 +142,13 @@ def _along(place: int, default: Any = None) -> Callable[..., Any]:
     return rule
 
 
-def _norm(r: Resolver, node: fx.Node, x: Any, shape: list[int], *args: Any, **kwargs: Any) -> Rows:
-    if not isinstance(x, Rows) or x.dim >= x.base.ndim - len(shape):
+def _norm(r: Resolver, node: fx.Node, x: Any, shape: list[int], *args: Any, **kwargs: Any) -> SelectedRows:
+    if not isinstance(x, SelectedRows) or x.dim >= x.base.ndim - len(shape):
         raise RefusedError("it takes statistics over the selected rows")
     return replace(x, base=r.emit(node.target, x.base, shape, *args, **kwargs))
 
 
-def _reshape(r: Resolver, node: fx.Node, x: Rows, *_: Any) -> Rows:
+def _reshape(r: Resolver, node: fx.Node, x: SelectedRows, *_: Any) -> SelectedRows:
     """The rows must stay one dim."""
     shape = list(node.meta["val"].shape)
     before = prod(x.base.shape[: x.dim])
@@ -154,8 +159,8 @@ def _reshape(r: Resolver, node: fx.Node, x: Rows, *_: Any) -> Rows:
     raise RefusedError("it merges the selected rows with another dim")
 
 
-def _permuted(order: Callable[..., list[int]]) -> Callable[..., Rows]:
-    def rule(r: Resolver, node: fx.Node, x: Rows, *args: Any) -> Rows:
+def _permuted(order: Callable[..., list[int]]) -> Callable[..., SelectedRows]:
+    def rule(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any) -> SelectedRows:
         dims = order(x.base.ndim, *args)
         return replace(x, base=r.emit(aten.permute.default, x.base, dims), dim=dims.index(x.dim))
 
@@ -168,13 +173,13 @@ def _swap(ndim: int, first: int = 0, second: int = 1) -> list[int]:
     return order
 
 
-def _expand(r: Resolver, node: fx.Node, x: Rows, sizes: list[int], **_: Any) -> Rows:
+def _expand(r: Resolver, node: fx.Node, x: SelectedRows, sizes: list[int], **_: Any) -> SelectedRows:
     dim = x.dim + len(sizes) - x.base.ndim
     sizes = [x.base.shape[x.dim] if d == dim else size for d, size in enumerate(sizes)]
     return replace(x, base=r.emit(aten.expand.default, x.base, sizes), dim=dim)
 
 
-def _repeat(r: Resolver, node: fx.Node, x: Rows, times: list[int]) -> Rows:
+def _repeat(r: Resolver, node: fx.Node, x: SelectedRows, times: list[int]) -> SelectedRows:
     dim = x.dim + len(times) - x.base.ndim
     if times[dim] != 1:
         raise RefusedError("it repeats the selected rows")
@@ -184,33 +189,36 @@ def _repeat(r: Resolver, node: fx.Node, x: Rows, times: list[int]) -> Rows:
     return replace(x, base=r.emit(aten.repeat.default, x.base, times), dim=dim)
 
 
-def _same(r: Resolver, node: fx.Node, x: Rows, *args: Any, **kwargs: Any) -> Rows:
+def _same(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> SelectedRows:
     return replace(x, base=r.emit(node.target, x.base, *args, **kwargs))
 
 
-def _like(r: Resolver, node: fx.Node, x: Rows, *args: Any, **kwargs: Any) -> Any:
+def _like(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> Any:
     """New rows, all alike; of rows that are only sorted there are as many as ever, so that these are no longer rows."""
     result = replace(x, base=r.emit(node.target, x.base, *args, **kwargs))
     return r.lifted(result) if x.domain.mask is None else result
 
 
-def _slice(r: Resolver, node: fx.Node, x: Rows, dim: int = 0, *span: int) -> Rows:
+def _slice(r: Resolver, node: fx.Node, x: SelectedRows, dim: int = 0, *span: int) -> SelectedRows:
     everything = x.domain.mask is None and dim % x.base.ndim == x.dim and x.domain.size == node.meta["shape"][dim]
     return x if everything else _along(0, 0)(r, node, x, dim, *span)
 
 
-def _new(r: Resolver, node: fx.Node, x: Rows, *args: Any, **kwargs: Any) -> Tensor:
+def _new(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> Tensor:
     return r.emit(node.target, x.base, *args, **kwargs)
 
 
-def _cat(r: Resolver, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Rows:
-    parts = [x for x in parts if isinstance(x, Rows) or x.shape[dim]]
+def _cat(r: Resolver, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> SelectedRows:
+    parts = [x for x in parts if isinstance(x, SelectedRows) or x.shape[dim]]
     if len(parts) == 1:
         return parts[0]
-    if any(not isinstance(x, Rows) or x.dim == dim % x.base.ndim for x in parts) or len({x.dim for x in parts}) > 1:
+    if (
+        any(not isinstance(x, SelectedRows) or x.dim == dim % x.base.ndim for x in parts)
+        or len({x.dim for x in parts}) > 1
+    ):
         raise RefusedError("it joins selected rows with others")
     bases, at = aligned(r, parts)
-    return Rows(shared(parts), r.emit(aten.cat.default, bases, dim), parts[0].dim, at)
+    return SelectedRows(shared(parts), r.emit(aten.cat.default, bases, dim), parts[0].dim, at)
 
 
 ALONE: dict[Any, Callable[..., Any]] = {

@@ -2,8 +2,8 @@
 
 In a recording (see `counts`) a selection of rows, or rows sorted by their expert, stand as all the rows there are. That
 is right for operators that treat each row alone, as long as rows that are not selected do not reach the result. Both
-are *proved* here, operator by operator: `Rows` notes of a value which rows it holds and in which order; operators that
-are not known to treat rows alone are refused; where rows are brought back, those not selected are masked.
+are *proved* here, operator by operator: `SelectedRows` says which rows a value holds and in which order; operators that
+are not known to treat rows alone are refused; where rows are written back, those not selected are masked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .compare import identities
 from .counts import aten, ops
 from .errors import CaptureError
 from .recorder import Recorder
-from .row_rules import ALONE, Domain, RefusedError, Rows, aligned, pointwise, shared
+from .row_rules import ALONE, Domain, RefusedError, SelectedRows, aligned, pointwise, shared
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Resolver:
         op: Any = node.target
         rule = RULES.get(op)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
-        routed = any(isinstance(self.values[n], (Rows, Inverse)) for n in node.all_input_nodes)
+        routed = any(isinstance(self.values[n], (SelectedRows, Inverse)) for n in node.all_input_nodes)
         starts = op in _STARTS and self._sorts(node)
         if not routed and not starts and getattr(op, "namespace", "") != "fxpass_rows":
             if all(self.values[n] is n.meta["val"] for n in node.all_input_nodes):
@@ -118,7 +118,7 @@ class _Resolver:
                 return op(*args, **kwargs)
         return op(*args, **kwargs)
 
-    def lifted(self, x: Rows) -> Tensor:
+    def lifted(self, x: SelectedRows) -> Tensor:
         """All rows of the domain."""
         if x.at is None:
             return x.base
@@ -137,7 +137,7 @@ class _Resolver:
             return self.emit(aten.reshape.default, table, [*before, rows, *after])
         return self.emit(aten.index_select.default, x.base, dim, torch.from_numpy(at.copy()))
 
-    def masked(self, x: Rows) -> Tensor:
+    def masked(self, x: SelectedRows) -> Tensor:
         """All rows of the domain, with zeros for those that are not selected."""
         values = self.lifted(x)
         if x.domain.mask is None:
@@ -165,7 +165,7 @@ def _source(mask: Any) -> Any:
 # -- where rows begin -------------------------------------------------------------------------------------------
 
 
-def _positions(r: _Resolver, node: fx.Node, mask: Tensor) -> Rows:
+def _positions(r: _Resolver, node: fx.Node, mask: Tensor) -> SelectedRows:
     index = np.stack(np.unravel_index(np.arange(mask.numel()), tuple(mask.shape)), 1)
     flat = r.emit(aten.reshape.default, mask, [mask.numel()])
     if flat.dtype is not torch.bool:
@@ -173,17 +173,17 @@ def _positions(r: _Resolver, node: fx.Node, mask: Tensor) -> Rows:
     what = r.identities[node.args[0]]  # type: ignore[index]
     asked = (r.identities[_source(node.args[0])], ())
     domain = Domain(mask.numel(), flat, ("mask", what), empty=asked in r.empty)
-    return Rows(domain, torch.from_numpy(index))
+    return SelectedRows(domain, torch.from_numpy(index))
 
 
 def _sort(r: _Resolver, node: fx.Node, key: Tensor, *_: Any, **__: Any) -> Any:
-    """Rows of a key that segments are cut by."""
+    """Sort a key that segments are cut by."""
     if key.ndim != 1:
         raise RefusedError("it sorts along one of several dims")
     order = r.identities[node.args[0]]  # type: ignore[index]
     domain = Domain(len(key), order=order)
-    index = Rows(domain, torch.arange(len(key)))
-    return index if node.target in (aten.argsort.default, aten.argsort.stable) else (Rows(domain, key), index)
+    index = SelectedRows(domain, torch.arange(len(key)))
+    return index if node.target in (aten.argsort.default, aten.argsort.stable) else (SelectedRows(domain, key), index)
 
 
 def _descending(args: Any, kwargs: Any) -> bool:
@@ -191,7 +191,7 @@ def _descending(args: Any, kwargs: Any) -> bool:
 
 
 def _argsort(r: _Resolver, node: fx.Node, key: Any, *rest: Any, **kwargs: Any) -> Any:
-    if not isinstance(key, Rows):
+    if not isinstance(key, SelectedRows):
         return _sort(r, node, key)
     index = key.constant if key.domain.mask is None and key.at is None else None
     in_order = index is not None and np.array_equal(index, np.arange(key.domain.size))
@@ -200,9 +200,9 @@ def _argsort(r: _Resolver, node: fx.Node, key: Any, *rest: Any, **kwargs: Any) -
     return Inverse(key.domain.order)  # type: ignore[arg-type]
 
 
-def _segment(r: _Resolver, node: fx.Node, x: Any, dim: int, key: Tensor, members: list[int]) -> Rows:
+def _segment(r: _Resolver, node: fx.Node, x: Any, dim: int, key: Tensor, members: list[int]) -> SelectedRows:
     what = r.identities[node.args[2]]  # type: ignore[index]
-    if not isinstance(x, Rows) or x.domain.order != what or x.domain.mask is not None or x.dim != dim:
+    if not isinstance(x, SelectedRows) or x.domain.order != what or x.domain.mask is not None or x.dim != dim:
         raise RefusedError("it cuts rows by the number of those of an expert that are not sorted by the expert")
     flat = r.emit(aten.reshape.default, key, [key.numel()])
     mask = r.emit(aten.eq.Scalar, flat, members[0])
@@ -214,7 +214,7 @@ def _segment(r: _Resolver, node: fx.Node, x: Any, dim: int, key: Tensor, members
 
 def _joined(r: _Resolver, node: fx.Node, parts: Sequence[Any], dim: int, size: int) -> Any:
     """All segments in order: each row from the segment of its member."""
-    if any(not isinstance(x, Rows) or x.domain.members is None or x.dim != dim for x in parts):
+    if any(not isinstance(x, SelectedRows) or x.domain.members is None or x.dim != dim for x in parts):
         raise RefusedError("it joins what are not segments")
     members = [m for x in parts for m in x.domain.members]
     if members != sorted(set(members)) or len({x.domain.order for x in parts}) != 1:
@@ -226,7 +226,7 @@ def _joined(r: _Resolver, node: fx.Node, parts: Sequence[Any], dim: int, size: i
         shape[dim] = size
         mask = r.emit(aten.reshape.default, x.domain.mask, shape)
         result = r.emit(aten.where.self, mask, r.lifted(x), result)
-    return Rows(Domain(size, order=parts[0].domain.order), result, dim)
+    return SelectedRows(Domain(size, order=parts[0].domain.order), result, dim)
 
 
 # -- where rows are taken and brought back ----------------------------------------------------------------------
@@ -236,26 +236,35 @@ def _index(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
     used = [d for d, i in enumerate(indices) if i is not None]
     given = [indices[d] for d in used]
     if len(given) == 1 and isinstance(given[0], Inverse):
-        if not isinstance(x, Rows) or x.domain.mask is not None or x.domain.order != given[0].order or x.dim != used[0]:
+        if (
+            not isinstance(x, SelectedRows)
+            or x.domain.mask is not None
+            or x.domain.order != given[0].order
+            or x.dim != used[0]
+        ):
             raise RefusedError("it puts rows back in order that were not sorted so")
         return r.lifted(x)
-    if isinstance(x, Rows):
+    if isinstance(x, SelectedRows):
         return _index_of_rows(r, x, indices)
-    if any(not isinstance(i, Rows) or i.base.ndim != 1 for i in given) or used != list(range(used[0], used[-1] + 1)):
+    if any(not isinstance(i, SelectedRows) or i.base.ndim != 1 for i in given) or used != list(
+        range(used[0], used[-1] + 1)
+    ):
         raise RefusedError("it looks up by a mixture of indices")
     domain, dim = shared(given), used[0]
     if any(i.constant is None for i in given):
         bases, at = aligned(r, given)
-        return Rows(domain, r.emit(aten.index.Tensor, x, [None] * dim + bases), dim, at)
+        return SelectedRows(domain, r.emit(aten.index.Tensor, x, [None] * dim + bases), dim, at)
     sizes = [x.shape[d] for d in used]
     at = _flat_index(given, sizes)
     base = r.emit(aten.reshape.default, x, [*x.shape[:dim], prod(sizes), *x.shape[used[-1] + 1 :]])
-    return Rows(domain, base, dim, None if np.array_equal(at, np.arange(prod(sizes))) else at)
+    return SelectedRows(domain, base, dim, None if np.array_equal(at, np.arange(prod(sizes))) else at)
 
 
-def _index_of_rows(r: _Resolver, x: Rows, indices: Sequence[Any]) -> Rows:
+def _index_of_rows(r: _Resolver, x: SelectedRows, indices: Sequence[Any]) -> SelectedRows:
     """Look-ups along other dims."""
-    if any(isinstance(i, (Rows, Inverse)) for i in indices) or (len(indices) > x.dim and indices[x.dim] is not None):
+    if any(isinstance(i, (SelectedRows, Inverse)) for i in indices) or (
+        len(indices) > x.dim and indices[x.dim] is not None
+    ):
         raise RefusedError("it selects rows of selected rows")
     used = [d for d, i in enumerate(indices) if i is not None]
     if len(used) != 1 or indices[used[0]].ndim != 1:
@@ -263,13 +272,13 @@ def _index_of_rows(r: _Resolver, x: Rows, indices: Sequence[Any]) -> Rows:
     return replace(x, base=r.emit(aten.index.Tensor, x.base, list(indices)))
 
 
-def _whole(x: Rows) -> np.ndarray:
+def _whole(x: SelectedRows) -> np.ndarray:
     values = x.constant
     assert values is not None
     return values if x.at is None else np.take(values, x.at, x.dim)
 
 
-def _flat_index(indices: Sequence[Rows], sizes: Sequence[int]) -> np.ndarray:
+def _flat_index(indices: Sequence[SelectedRows], sizes: Sequence[int]) -> np.ndarray:
     """Positions along dims of these sizes as positions along all of them as one."""
     parts = tuple(_whole(i) % n for i, n in zip(indices, sizes, strict=True))
     return np.asarray(np.ravel_multi_index(parts, tuple(sizes)))
@@ -277,7 +286,7 @@ def _flat_index(indices: Sequence[Rows], sizes: Sequence[int]) -> np.ndarray:
 
 def _target(index: Any, dim: int, shape: Sequence[int]) -> np.ndarray:
     """The row of the target that each row goes to; the index of a scatter has the `shape` of what goes there."""
-    if not isinstance(index, Rows) or index.constant is None:
+    if not isinstance(index, SelectedRows) or index.constant is None:
         raise RefusedError("it brings rows to places that are computed")
     values = _whole(index)
     if values.ndim == 1:
@@ -296,7 +305,7 @@ def _add(r: _Resolver, node: fx.Node, x: Any, dim: int, index: Any, source: Any,
     """`index_add`, `scatter_add` and `scatter_reduce`: rows that are not selected add zero."""
     if node.target is aten.scatter_reduce.two and (rest != ("sum",) or not kwargs.get("include_self", True)):
         raise RefusedError("it reduces rows otherwise than by a sum")
-    if isinstance(x, (Rows, Inverse)) or not isinstance(source, Rows) or source.dim != dim % x.ndim:
+    if isinstance(x, (SelectedRows, Inverse)) or not isinstance(source, SelectedRows) or source.dim != dim % x.ndim:
         raise RefusedError("it adds selected rows to selected rows")
     domain, dim = shared([index, source]), dim % x.ndim
     if domain.empty:
@@ -325,24 +334,30 @@ def _add(r: _Resolver, node: fx.Node, x: Any, dim: int, index: Any, source: Any,
 
 def _put(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any], source: Any, add: bool = False, *_: Any) -> Any:
     """`x[index] = source`: rows that are not selected stay."""
-    if isinstance(source, Rows) and len(indices) == 1 and isinstance(indices[0], Tensor):
+    if isinstance(source, SelectedRows) and len(indices) == 1 and isinstance(indices[0], Tensor):
         mask = indices[0]
         what = ("mask", r.identities[node.args[1][0]])  # type: ignore[index]
-        if mask.dtype is not torch.bool or isinstance(x, Rows) or source.domain.what != what or add or source.dim:
+        if (
+            mask.dtype is not torch.bool
+            or isinstance(x, SelectedRows)
+            or source.domain.what != what
+            or add
+            or source.dim
+        ):
             raise RefusedError("it writes selected rows to others")
         lead, domain = list(mask.shape), source.domain
     else:
-        if any(not isinstance(i, Rows) or i.constant is None for i in indices) or isinstance(source, Tensor):
+        if any(not isinstance(i, SelectedRows) or i.constant is None for i in indices) or isinstance(source, Tensor):
             raise RefusedError("it writes to places that are computed")
         domain = shared([*indices, source])
-        target = x.base if isinstance(x, Rows) else x
+        target = x.base if isinstance(x, SelectedRows) else x
         lead = list(target.shape[: len(indices)])
-        if add and len(indices) == 1 and not isinstance(x, Rows):
+        if add and len(indices) == 1 and not isinstance(x, SelectedRows):
             return _add(r, node, x, 0, indices[0], source)
         at = _flat_index(indices, lead)
         if add or source.dim:
             raise RefusedError("it writes rows to places that are computed")
-        if isinstance(x, Rows) and (x.domain.mask is not None or domain.mask is not None):
+        if isinstance(x, SelectedRows) and (x.domain.mask is not None or domain.mask is not None):
             raise RefusedError("it writes selected rows to selected rows")
         if domain.mask is not None and len(at) > prod(lead):
             return x if domain.empty else _put_each(r, target, lead, at, domain.mask, r.lifted(source))
@@ -352,7 +367,7 @@ def _put(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any], source: An
     if domain.empty:
         return x
     values = r.lifted(source)
-    target = x.base if isinstance(x, Rows) else x
+    target = x.base if isinstance(x, SelectedRows) else x
     values = r.emit(aten.reshape.default, values, list(target.shape))
     if values.dtype != target.dtype:
         values = r.emit(aten._to_copy.default, values, dtype=target.dtype)
