@@ -41,10 +41,10 @@ slow: .venv/.quantised  ## the slow tests: whole models, many ranks
 	$(PY) -m pytest -m slow --timeout=1800
 
 zoo: .venv/.stamp  ## sweep every denoiser, ControlNet and autoencoder class: docs/coverage.md (half an hour)
-	$(PY) -m fxpass.tools.zoo
+	$(PY) -m fxpass.tools.sweeps.zoo
 
 balance: .venv/.stamp  ## how evenly 8 ranks share the work of every published model: docs/balance.md
-	$(PY) -m fxpass.tools.balance --ranks 8 --write
+	$(PY) -m fxpass.tools.sweeps.balance --ranks 8 --write
 
 bench: .venv/.stamp  ## speed and traffic against the unsplit model
 	$(PY) -m benchmarks.run
@@ -65,7 +65,7 @@ format: .venv/.stamp  ## format, and mend what ruff can mend
 	$(PY) -m ruff format .
 
 train-demo: .venv/.stamp  ## train the demo pipeline anew
-	$(PY) -m fxpass.tools.train_demo
+	$(PY) -m fxpass.tools.demo.train_unet
 
 clean:  ## remove the environment and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis out

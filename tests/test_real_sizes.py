@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 
 from fxpass.models.catalog import catalog
-from fxpass.tools.balance import Balance, measured
+from fxpass.tools.sweeps.balance import Balance, measured
 
 QUICK = ("sdxl", "flux-dev")
 each_model = pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from fxpass.capture import Call, CaptureError
 from fxpass.models.zoo import CASES, zoo_case
-from fxpass.tools.zoo_case import CAPTURED, COLS, FRESH, ROWS, answer, blind, captured, split
+from fxpass.tools.sweeps.zoo_case import CAPTURED, COLS, FRESH, ROWS, answer, blind, captured, split
 
 SLICE = (
     "unet_1d",  # cubic filters, one dim

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from .check import check
+from .commands.check import check
+from .commands.dump import dump
+from .commands.generate import generate
+from .commands.models import models
+from .commands.plan import plan
+from .commands.study import study
 from .console import Commands
-from .dump import dump
-from .generate import generate
-from .models import models
-from .plan import plan
-from .study import study
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (generate, plan, dump, check, study, models):

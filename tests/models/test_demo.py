@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import fxpass.models
-from fxpass.tools.demo_scenes import COLOURS, SHAPES, Scene, draw_scene, read_things, render
-from fxpass.tools.measure_demo import fact
+from fxpass.tools.demo.measure import fact
+from fxpass.tools.demo.scenes import COLOURS, SHAPES, Scene, draw_scene, read_things, render
 
 FOLDER = Path(fxpass.models.__file__).resolve().parent / "demo"
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpass
-from fxpass.tools.balance import Balance, ideal, table
+from fxpass.tools.sweeps.balance import Balance, ideal, table
 
 
 class Conditioned(nn.Module):

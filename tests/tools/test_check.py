@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fxpass.runtime import lockstep
-from fxpass.tools.check import differences, fresh, named_tensors, randomised
+from fxpass.tools.commands.check import differences, fresh, named_tensors, randomised
 from tests.runtime.plans import block, inputs
 from tests.tools.command import fxpass
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fxpass.tools import demo
-from fxpass.tools.generate import Request, load, run
+from fxpass.tools.commands.generate import Request, load, run
+from fxpass.tools.demo import command as demo
 from fxpass.tools.pictures import AMPLIFICATION, comparison, image, psnr, psnr_text
 from tests.tools.command import fxpass
 from tests.tools.pipelines import write_pipeline
@@ -82,7 +82,7 @@ def test_under_torchrun_only_rank_0_writes_and_prints(folder: Path, tmp_path: Pa
 
 
 def test_the_pipeline_is_left_as_it_was(folder: Path) -> None:
-    from fxpass.tools.generate import make
+    from fxpass.tools.commands.generate import make
 
     pipe = load(str(folder))
     unet = pipe.unet

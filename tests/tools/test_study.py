@@ -15,13 +15,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from PIL import Image
 
 from fxpass.strategy import Strategy
-from fxpass.tools import study_run
-from fxpass.tools.demo_scenes import draw_scene
-from fxpass.tools.study_grid import Grid
-from fxpass.tools.study_report import difference, interval
-from fxpass.tools.study_results import Cell, Outcome, Picture, Results, StepError
-from fxpass.tools.study_run import CAP, costs, generate, held_out, split, subject
-from fxpass.tools.train_demo_dit import label, scenes
+from fxpass.tools import checkout
+from fxpass.tools.demo.scenes import draw_scene
+from fxpass.tools.demo.train_dit import label, scenes
+from fxpass.tools.study import runs
+from fxpass.tools.study.grid import Grid
+from fxpass.tools.study.report import difference, interval
+from fxpass.tools.study.results import Cell, Outcome, Picture, Results, StepError
+from fxpass.tools.study.runs import CAP, costs, generate, held_out, split, subject
 from tests.tools.command import fxpass
 from tests.tools.pipelines import VAE, write_pipeline
 
@@ -49,7 +50,7 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     names = {k: label(scene) for k, scene in enumerate(scenes())}
     index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": names}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(study_run.DEMOS, "demo_dit", folder)
+        patch.setitem(checkout.DEMOS, "demo_dit", folder)
         yield folder
 
 
@@ -80,12 +81,12 @@ def test_bytes_of_a_generation_are_those_of_its_exact_and_its_displaced_steps() 
         (3 * 500 + 7 * 200, 3 * 500 + 7 * 40),
         (3 * 1000 + 7 * 400, 3 * 1000 + 7 * 80),
     ]
-    assert study_run.busiest(plan, 10) == costs(plan, 10)[1]
+    assert runs.busiest(plan, 10) == costs(plan, 10)[1]
     assert costs(plan, 2)[1].total == 2000  # all of them are exact
     plan.exact_steps = (1, 0)
     assert costs(plan, 2)[1].total == 1400
     plan.exact_steps = None
-    assert costs(plan, 2)[1] == study_run.Cost(2000, 2000)
+    assert costs(plan, 2)[1] == runs.Cost(2000, 2000)
 
 
 def test_the_bytes_of_the_plan_are_those_that_travel(folder: Path) -> None:
@@ -240,7 +241,7 @@ def test_intervals_are_of_student_and_differences_are_paired() -> None:
         (("--steps", "0"), "--steps takes whole numbers above 0"),
         (("--report-only",), "leave out --report-only"),
         (("--pipeline", "somewhere"), "--prompt-file names a text file"),
-        (("--pipeline", "demo"), "train it: python -m fxpass.tools.train_demo"),
+        (("--pipeline", "demo"), "train it: python -m fxpass.tools.demo.train_unet"),
         (("--pipeline", "demo_dit"), "makes pictures of 32 x 32 pixels only; give --size 32"),
         (("--pipeline", "TINY", "--prompt-file", "PROMPTS", "--prompts", "4"), "give --prompts 3 or less"),
         (("--pipeline", "TINY", "--prompt-file", "MISSING"), "No such file"),
@@ -249,7 +250,7 @@ def test_intervals_are_of_student_and_differences_are_paired() -> None:
 def test_what_cannot_be_studied_is_one_line(
     arguments: tuple[str, ...], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(study_run.DEMOS, "demo", tmp_path / "nowhere")
+    monkeypatch.setitem(checkout.DEMOS, "demo", tmp_path / "nowhere")
     stand_ins = {"TINY": folder, "PROMPTS": folder.parent / "prompts.txt", "MISSING": tmp_path / "missing.txt"}
     result = fxpass("study", *(stand_ins.get(word, word) for word in arguments), "-o", tmp_path / "out")
     assert result.exit_code == 2

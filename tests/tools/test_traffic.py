@@ -7,7 +7,7 @@ import fxpass
 from fxpass.ir.program import Program
 from fxpass.models.resolve import Options, resolve
 from fxpass.plan import Plan
-from fxpass.tools.traffic import RANKS, Traffic, distrifusion, ours
+from fxpass.tools.sweeps.traffic import RANKS, Traffic, distrifusion, ours
 
 NUMBER, BRANCHES = 2, 2  # bytes of a number; guidance branches
 

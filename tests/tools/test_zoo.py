@@ -17,10 +17,10 @@ from fxpass.capture import Call
 from fxpass.models.case import Case
 from fxpass.models.zoo import zoo_case
 from fxpass.models.zoo.classes import available
-from fxpass.tools import zoo
-from fxpass.tools import zoo_case as measuring
-from fxpass.tools.zoo_case import Found, Split
-from fxpass.tools.zoo_report import report
+from fxpass.tools.sweeps import zoo
+from fxpass.tools.sweeps import zoo_case as measuring
+from fxpass.tools.sweeps.zoo_case import Found, Split
+from fxpass.tools.sweeps.zoo_report import report
 
 GOOD = Found(
     "tiny", "k", "Tiny", "unets", "32 x 16", 10, 5, scale=1.0, change=1.0,

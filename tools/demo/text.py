@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .demo_scenes import draw_scene
+from .scenes import draw_scene
 
 TEXT_LENGTH = 16
 

@@ -1,4 +1,4 @@
-"""Tables and figures of a study: `study.md`, plots and contact sheets, from what `study_results` has kept.
+"""Tables and figures of a study: `study.md`, plots and contact sheets, from what `results` has kept.
 
 study.md           per cell: quality with 95 % intervals, bytes, and the commands that made it
 quality-….png      PSNR against bytes
@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
-from .study_results import Cell, Outcome, Picture, Results
-from .study_run import CAP
+from .results import Cell, Outcome, Picture, Results
+from .runs import CAP
 
 CONFIDENCE = 0.95
 PANEL = 192  #: pixels of width that a picture of a contact sheet is shown with at least

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Call, CaptureError, GuardError, capture, unsplit
-from ..capture.guards import broken_guard
-from ..ir.exchange import DISPLACED, Exchange
-from ..ir.program import Program, calls
-from ..models.case import Case
-from ..models.zoo import kind_of, zoo_case
-from ..passes.seed import WorldSizeError
-from ..plan import Plan, make_plan
-from ..runtime.executor import EXACT, Step
-from ..runtime.lockstep import LockstepExecutor, Tamper
-from ..runtime.structure import WeightTable
-from ..strategy import Strategy
+from ...capture import Call, CaptureError, GuardError, capture, unsplit
+from ...capture.guards import broken_guard
+from ...ir.exchange import DISPLACED, Exchange
+from ...ir.program import Program, calls
+from ...models.case import Case
+from ...models.zoo import kind_of, zoo_case
+from ...passes.seed import WorldSizeError
+from ...plan import Plan, make_plan
+from ...runtime.executor import EXACT, Step
+from ...runtime.lockstep import LockstepExecutor, Tamper
+from ...runtime.structure import WeightTable
+from ...strategy import Strategy
 
 RANKS = (2, 3, 4, 8)
 ROWS, COLS = 32, 16

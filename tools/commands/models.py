@@ -7,9 +7,9 @@ def models() -> None:
     """List the models that are known by name."""
     from rich.table import Table
 
-    from ..models.catalog import catalog
-    from ..models.small import cases
-    from .console import console
+    from ...models.catalog import catalog
+    from ...models.small import cases
+    from ..console import console
 
     table = Table(box=None)
     for heading, justify in (("name", "left"), ("parameters", "right"), ("usual size", "right"), ("", "left")):

@@ -6,13 +6,13 @@ bytes exchanged. The pipeline was trained for this and comes with the package.
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .console import Commands
+from ..checkout import demo_folder
+from ..console import Commands
 
 PROMPT = "a blue circle on the right, white background"
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
@@ -30,12 +30,12 @@ def demo(
     pipeline: Annotated[Path | None, typer.Option(help="Another pipeline's folder.", show_default=False)] = None,
 ) -> None:
     """Make a picture from a prompt on several processes and on one device, and compare."""
-    from .console import console
-    from .generate import Request, load, make, report, write
+    from ..commands.generate import Request, load, make, report, write
+    from ..console import console
 
     out = console()
     out.print(f'"{prompt}"', style="bold")
-    folder = pipeline or bundled()
+    folder = pipeline or demo_folder("demo")
     request = Request(prompt, None, steps, guidance, size, size, seed)
     label = f"{world_size} process{'es' if world_size > 1 else ''}"
     out.print("the first step takes longest: the model is captured and split, and the processes start", style="dim")
@@ -43,15 +43,3 @@ def demo(
     output_dir.mkdir(parents=True, exist_ok=True)
     written = write(split, alone, output_dir / "picture.png", (label, "one device"), prompt)
     report(out, split, alone, label, written)
-
-
-def bundled() -> Path:
-    """The folder of the trained demo pipeline. Raises `ValueError` if the package was installed without it."""
-    folder = Path(str(files("fxpass.models"))) / "demo"
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"the demo pipeline is not in {folder}; train it with `make train-demo`, or give --pipeline")
-    return folder
-
-
-if __name__ == "__main__":
-    app()

@@ -78,7 +78,7 @@ class Picture:
     cell: Cell
     prompt: int
     text: str
-    psnr: float  #: dB, at most `study_run.CAP`
+    psnr: float  #: dB, at most `runs.CAP`
     ssim: float
     features: float  #: relative L2 distance of the denoiser's features
     latent: float  #: relative L2 distance of the final latents

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Batch, Frames, Height, Model, Strict, Width
+from ..console import Batch, Frames, Height, Model, Strict, Width
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,8 @@ def check(
     """
     import torch
 
-    from ..models.resolve import Options, resolve
-    from .console import console
+    from ...models.resolve import Options, resolve
+    from ..console import console
 
     refuse_large(model)
     resolved = resolve(model, Options(height, width, frames, batch, torch.float32, fake=False))
@@ -87,7 +87,7 @@ def differences(
     """
     import torch
 
-    from .. import parallelize
+    from ... import parallelize
 
     again_args, again_kwargs = fresh(args, kwargs)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def named_tensors(output: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 def randomised(module: nn.Module) -> int:
     """Give random values to constant parameters; how many there were."""
-    from ..models.small import randomise_constants
+    from ...models.small import randomise_constants
 
     before = [parameter._version for parameter in module.parameters()]
     randomise_constants(module)
@@ -170,8 +170,8 @@ def randomised(module: nn.Module) -> int:
 
 def refuse_large(model: str) -> None:
     """Raises `ValueError` if `model` is a catalog name or a folder whose weights this machine has no room for."""
-    from ..models.catalog import catalog
-    from ..models.resolve import Options, resolve
+    from ...models.catalog import catalog
+    from ...models.resolve import Options, resolve
 
     if ":" in model:
         return  # a factory's module is there by the time its size is known
@@ -192,8 +192,8 @@ def _sibling(name: str) -> str:
     """The small model of the same class with the nearest name."""
     import difflib
 
-    from ..models.catalog import catalog
-    from ..models.small import cases
+    from ...models.catalog import catalog
+    from ...models.small import cases
 
     entry = catalog[name]
     wanted = (entry.wrap or entry.model).__name__

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import StrategyName, rank
+from ..console import StrategyName, rank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +79,7 @@ def generate(
     """Make a picture from a prompt on several ranks."""
     import torch.distributed as dist
 
-    from .console import console
+    from ..console import console
 
     check_arguments(strategy, executor, output)
     out = console()
@@ -98,8 +98,8 @@ def generate(
 
 def check_arguments(strategy: str, executor: str, output: Path) -> None:
     """Refuse what cannot work before anything is loaded. Raises `ValueError` or `NotImplementedError`."""
-    from ..api import EXECUTORS
-    from ..strategy import Strategy
+    from ...api import EXECUTORS
+    from ...strategy import Strategy
 
     Strategy.of(strategy)
     if executor not in EXECUTORS:
@@ -113,7 +113,7 @@ def device_for(executor: str, world_size: int | None) -> str:
     """A GPU where one process has one to itself; the CPU for `spawn`, whose workers share memory."""
     import torch
 
-    from ..runtime import distributed
+    from ...runtime import distributed
 
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if executor == "spawn" or (executor == "auto" and not distributed.inside() and world_size != 1):
@@ -176,8 +176,8 @@ def make(
     pipe: Any, request: Request, world: int, strategy: str, executor: str, label: str, *, compare: bool
 ) -> tuple[Made, Made | None]:
     """The picture on `world` ranks, and (on rank 0, if `compare`) on one device. The pipeline gets its models back."""
-    from .. import parallelize
-    from ..models.pipelines import denoisers
+    from ... import parallelize
+    from ...models.pipelines import denoisers
 
     originals = {name: getattr(pipe, name) for name in denoisers(pipe)}
     parallelize(pipe, world, strategy=strategy, executor=executor)
@@ -255,7 +255,7 @@ def _picture(pipe: Any, made: Any) -> np.ndarray:
 
 def write(split: Made, alone: Made | None, output: Path, labels: tuple[str, str], heading: str) -> list[Path]:
     """Write FILE.png, and with a picture to compare FILE-one-device.png and FILE-comparison.png."""
-    from .pictures import comparison, image
+    from ..pictures import comparison, image
 
     images = {output: image(split.picture)}
     if alone is not None:
@@ -269,8 +269,8 @@ def write(split: Made, alone: Made | None, output: Path, labels: tuple[str, str]
 
 def report(out: Console, split: Made, alone: Made | None, label: str, written: list[Path]) -> None:
     """Print seconds, bytes by role, PSNR, and the files."""
-    from .pictures import psnr, psnr_text
-    from .printer import bytes_text
+    from ..pictures import psnr, psnr_text
+    from ..printer import bytes_text
 
     if alone is not None:
         out.print(f"one device  {alone}")

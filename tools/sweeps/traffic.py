@@ -1,6 +1,6 @@
 """Bytes of a displaced step beside those of DistriFusion and PCPP, from plans of real models: docs/traffic.md.
 
-    python -m fxpass.tools.traffic [--write]
+    python -m fxpass.tools.sweeps.traffic [--write]
 
 The others' bytes are counted by the rules of their papers and code, on the shapes of our own exchanges: a DistriFusion
 rank receives all others' keys and values, and at each convolution that needs a neighbour's rows the border rows of all
@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from ..ir.fetch import Fetch
-from ..models.resolve import Options, resolve
-from ..plan import Plan, plan
-from .printer import bytes_text
+from ...ir.fetch import Fetch
+from ...models.resolve import Options, resolve
+from ...plan import Plan, plan
+from ..checkout import ROOT
+from ..printer import bytes_text
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1024, 2048, 3840)
 RANKS = 8
 
@@ -93,8 +92,9 @@ def main() -> None:
     lines = table()
     print("\n".join(lines))
     if options.write:
-        text = "# Bytes of a displaced step\n\n    python -m fxpass.tools.traffic --write\n\n" + "\n".join(lines) + "\n"
-        (ROOT / "docs" / "traffic.md").write_text(text)
+        command = "    python -m fxpass.tools.sweeps.traffic --write"
+        text = "\n".join(["# Bytes of a displaced step", "", command, "", *lines])
+        (ROOT / "docs" / "traffic.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

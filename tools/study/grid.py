@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..passes.seed import WorldSizeError
-from ..strategy import Strategy
-from .study_results import Cell, Outcome, Results
+from ...passes.seed import WorldSizeError
+from ...strategy import Strategy
+from .results import Cell, Outcome, Results
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from .study_run import Generation, Subject
+    from .runs import Generation, Subject
 
 VARIANTS: dict[str, Strategy] = {}  #: further strategies by name, beside the presets; a strategy's name is its key
 SHOWN = 6  #: pictures of each cell that are kept for the contact sheets
@@ -72,7 +72,7 @@ def run(grid: Grid, results: Results, folder: Path, out: Any) -> None:
     """Make every cell that is not finished."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .study_run import subject
+    from .runs import subject
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for name in grid.pipelines:
@@ -95,8 +95,8 @@ def unsplit(asked: Subject, cell: Cell, batch: int, folder: Path, progress: Prog
     """The unsplit run that a cell is compared with, from the folder if it is there."""
     import torch
 
-    from .pictures import image
-    from .study_run import Generation
+    from ..pictures import image
+    from .runs import Generation
 
     path = folder / "unsplit" / f"{cell.group}-{cell.steps}steps.pt"
     if path.exists():
@@ -122,8 +122,8 @@ def make_cell(
     progress: Progress,
 ) -> Outcome:
     """Run one cell and add it to the results. More ranks than possible are an outcome, too."""
-    from .pictures import image
-    from .study_run import busiest, compare, split, step_errors
+    from ..pictures import image
+    from .runs import busiest, compare, split, step_errors
 
     began = time.perf_counter()
     try:
@@ -146,7 +146,7 @@ def make_cell(
 
 
 def _generate(asked: Subject, steps: int, batch: int, progress: Progress, label: str) -> Generation:
-    from .study_run import generate
+    from .runs import generate
 
     calls = -(-len(asked.prompts) // batch)
     bar = progress.add_task(label, total=steps * calls)

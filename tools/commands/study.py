@@ -4,7 +4,7 @@ Held-out prompts are drawn by a trained pipeline on the unsplit model and, from 
 strategies x ranks x steps x warm-up. Ranks run one after the other in this process, so the pictures are those that as
 many processes would make, and the bytes are those of the plan. Seconds mean nothing here.
 
-Finished cells are kept (`study_results`); an interrupted study goes on where it was.
+Finished cells are kept (`study/results.py`); an interrupted study goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..strategy import Strategy
+    from ...strategy import Strategy
 
 STRATEGIES = ("displaced", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp")
 LIBRARIES = {"skimage": "scikit-image", "scipy": "scipy", "matplotlib": "matplotlib"}  #: modules and their packages
@@ -46,10 +46,10 @@ def study(
 ) -> None:
     """Measure the quality of stale strategies, and the bytes that they save."""
     check_installed()
-    from .console import console
-    from .study_grid import Grid, run
-    from .study_report import write_report
-    from .study_results import Results
+    from ..console import console
+    from ..study.grid import Grid, run
+    from ..study.report import write_report
+    from ..study.results import Results
 
     grid = Grid(
         list(dict.fromkeys(pipeline)),
@@ -84,8 +84,8 @@ def check_installed() -> None:
 
 def strategy_of(name: str) -> Strategy:
     """A variant or preset by name. Raises as `Strategy.of`."""
-    from ..strategy import Strategy
-    from .study_grid import VARIANTS
+    from ...strategy import Strategy
+    from ..study.grid import VARIANTS
 
     return VARIANTS[name] if name in VARIANTS else Strategy.of(name)
 

@@ -1,12 +1,12 @@
 """Train the demo pipeline, a text-to-image `StableDiffusionPipeline` of 7 million parameters, from nothing on a CPU.
 
-    python -m fxpass.tools.train_demo              everything: the stages below, one after the other
-    python -m fxpass.tools.train_demo vae          the autoencoder's decoder, on crops of rendered scenes
-    python -m fxpass.tools.train_demo latents      shards of encoded, captioned scenes
-    python -m fxpass.tools.train_demo text         the text encoder's first lesson
-    python -m fxpass.tools.train_demo unet         denoiser and text encoder together (may be stopped and started again)
-    python -m fxpass.tools.train_demo export       writes the averaged weights to models/demo
-    python -m fxpass.tools.train_demo sheet FILE   a sheet of labelled samples from the exported folder
+    python -m fxpass.tools.demo.train_unet              everything: the stages below, one after the other
+    python -m fxpass.tools.demo.train_unet vae          the autoencoder's decoder, on crops of rendered scenes
+    python -m fxpass.tools.demo.train_unet latents      shards of encoded, captioned scenes
+    python -m fxpass.tools.demo.train_unet text         the text encoder's first lesson
+    python -m fxpass.tools.demo.train_unet unet         denoiser and text encoder together (can be resumed)
+    python -m fxpass.tools.demo.train_unet export       writes the averaged weights to models/demo
+    python -m fxpass.tools.demo.train_unet sheet FILE   a sheet of labelled samples from the exported folder
 
 Checkpoints go to out/demo (ignored by git). Every random choice comes from a fixed seed.
 """
@@ -38,13 +38,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .demo_scenes import draw_scene, render
-from .demo_text import load_tokenizer, make_text_encoder, make_tokenizer, tokens, train_text_encoder
-from .demo_vae import code, make_vae
+from ..checkout import DEMOS, ROOT
+from .scenes import draw_scene, render
+from .text import load_tokenizer, make_text_encoder, make_tokenizer, tokens, train_text_encoder
+from .vae import code, make_vae
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo"
-FOLDER = ROOT / "models" / "demo"
+FOLDER = DEMOS["demo"]
 GUIDANCE = 2.0
 VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 12, 4000, 5400
 BATCH = {(64, 64): 80, (128, 128): 24, (128, 192): 16, (192, 128): 16, (256, 256): 6}  # per process

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Batch, Frames, Height, Model, StrategyName, Strict, TargetName, Width, World
+from ..console import Batch, Frames, Height, Model, StrategyName, Strict, TargetName, Width, World
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from ..plan import Plan
+    from ...plan import Plan
 
 
 def plan(
@@ -32,8 +32,8 @@ def plan(
     ] = None,
 ) -> None:
     """Show how a model is split over ranks. Takes seconds and no memory for weights."""
-    from ..models.resolve import Options
-    from .console import console
+    from ...models.resolve import Options
+    from ..console import console
 
     if to is not None and to != Path("-"):
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def plan(
 
 def make(model: str, world_size: int, strategy: str, target: str, options: Any, strict: bool = False) -> Plan:
     """The plan of what `model` names; arguments that mean nothing are refused before anything is built."""
-    from ..capture import capture
-    from ..models.resolve import resolve
-    from ..plan import plan as make_plan
-    from ..strategy import Strategy
+    from ...capture import capture
+    from ...models.resolve import resolve
+    from ...plan import plan as make_plan
+    from ...strategy import Strategy
 
     chosen = Strategy.of(strategy)
     check_target(target)
@@ -64,7 +64,7 @@ def make(model: str, world_size: int, strategy: str, target: str, options: Any, 
 
 
 def check_target(target: str) -> None:
-    from ..passes.cost import TARGETS
+    from ...passes.cost import TARGETS
 
     if target not in ("auto", *TARGETS):
         raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")
@@ -72,7 +72,7 @@ def check_target(target: str) -> None:
 
 def show(out: Console, model: str, plan: Plan) -> None:
     """Print a plan for people."""
-    from .printer import flops_text
+    from ..printer import flops_text
 
     out.print(
         f"{model} on {plan.world_size} ranks, strategy {plan.strategy.name}, target {plan.target.name}", style="bold"
@@ -99,7 +99,7 @@ def show(out: Console, model: str, plan: Plan) -> None:
 
 
 def _seeds(plan: Plan) -> RenderableType:
-    from .printer import seeds_text
+    from ..printer import seeds_text
 
     table = _table("split", "layout", "cuts")
     for row in seeds_text(plan.program, plan.program.graph, plan.seeds):
@@ -111,7 +111,7 @@ def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
     """One row per rank: its work, and what it receives by role in an exact step; or this alone, in a displaced step."""
     from collections import Counter
 
-    from .printer import bytes_text, flops_text
+    from ..printer import bytes_text, flops_text
 
     roles = sorted(plan.bytes_by_role, key=lambda role: -plan.bytes_by_role[role])
     table = _table("rank", *(["work"] if exact else []), *roles, "received", right=True)
@@ -133,7 +133,7 @@ def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
 
 
 def _fallbacks(plan: Plan) -> RenderableType:
-    from .printer import bytes_text
+    from ..printer import bytes_text
 
     table = _table("operator", "module", "operands", "bytes", "reason")
     for each in plan.gathered:

@@ -1,6 +1,7 @@
 """Sweep the zoo: is every model of it exact when split, and at what cost? docs/coverage.md.
 
-    python -m fxpass.tools.zoo [--only NAME ...] [--fresh] [--report-only] [--jobs 2] [--seconds 180] [--gigabytes 8]
+    python -m fxpass.tools.sweeps.zoo [--only NAME ...] [--fresh] [--report-only]
+                                      [--jobs 2] [--seconds 180] [--gigabytes 8]
 
 Each case is measured in a process of its own (`zoo_case`), within limits of time and memory. What was found is kept in
 `out/zoo/`, a file per case, and made anew when the case, the compiler, torch or diffusers has changed since.
@@ -23,13 +24,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..models.case import Case
-from ..models.zoo import CASES, sources_of
+from ...models.case import Case
+from ...models.zoo import CASES, sources_of
+from ..checkout import ROOT
 from .zoo_case import Found, measure
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPILER = ("fxpass", "passes", "runtime")  #: folders whose sources decide what is found
-SHARED = ("models/case.py", "models/inputs.py", "models/wrappers.py", "tools/zoo_case.py")
+SHARED = ("models/case.py", "models/inputs.py", "models/wrappers.py", "tools/sweeps/zoo_case.py")
 
 
 def main() -> None:

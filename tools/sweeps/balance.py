@@ -1,6 +1,6 @@
 """How evenly plans share out the work of real models, beside what would be possible: docs/balance.md.
 
-    python -m fxpass.tools.balance [--ranks 2 4 8] [--write] [NAME …]
+    python -m fxpass.tools.sweeps.balance [--ranks 2 4 8] [--write] [NAME …]
 
 Every model of the catalog at its usual size, without weights, each in a process of its own. The *bound* is the
 speed-up that the slowest rank's work allows. The *ideal* is what divisibility and unavoidable replication allow:
@@ -26,17 +26,16 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-from ..ir.program import calls, shape_of
-from ..models.catalog import catalog, load
-from ..passes.cost import aten, node_flops
-from ..passes.seed import OVERHEAD, inputs_with_rows
-from ..plan import Plan, plan
+from ...ir.program import calls, shape_of
+from ...models.catalog import catalog, load
+from ...passes.cost import aten, node_flops
+from ...passes.seed import OVERHEAD, inputs_with_rows
+from ...plan import Plan, plan
+from ..checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 RANKS = (2, 4, 8)
 
 
@@ -84,7 +83,7 @@ def ideal(made: Plan) -> float:
 
 def measure(name: str, ranks: tuple[int, ...] = RANKS) -> list[Balance]:
     """Plans of one catalog entry at its usual size."""
-    from ..capture import capture
+    from ...capture import capture
 
     module, kwargs = load(name)
     started = time.process_time()
@@ -127,7 +126,7 @@ def measured(name: str, ranks: tuple[int, ...], **environment: str) -> list[Bala
 
     Raises `RuntimeError` with the last line of its error if it fails.
     """
-    command = [sys.executable, "-m", "fxpass.tools.balance", name, "--json", "--ranks", *map(str, ranks)]
+    command = [sys.executable, "-m", "fxpass.tools.sweeps.balance", name, "--json", "--ranks", *map(str, ranks)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     if run.returncode:
         raise RuntimeError(f"{name}: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -159,7 +158,7 @@ def main() -> None:
     if options.write:
         parts = [
             "# Balance",
-            f"    python -m fxpass.tools.balance {' '.join(sys.argv[1:])}",
+            f"    python -m fxpass.tools.sweeps.balance {' '.join(sys.argv[1:])}",
             *_explained(),
             "\n".join(table(found)),
         ]

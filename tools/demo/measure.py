@@ -1,6 +1,6 @@
 """Score the demo pipeline: generate held-out prompts and read shape, colour and position back from the pictures.
 
-    python -m fxpass.tools.measure_demo [--prompts 64] [--size 128] [--write]
+    python -m fxpass.tools.demo.measure [--prompts 64] [--size 128] [--write]
 
 The reader is checked first on as many exact renderings of held-out scenes. `--write` puts the figures into the model
 card, models/demo/README.md, between its two markers.
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from .demo_scenes import Scene, draw_scene, read_things, render
+from ..checkout import DEMOS
+from .scenes import Scene, draw_scene, read_things, render
 
-FOLDER = Path(__file__).resolve().parent.parent / "models" / "demo"
 Fact = tuple[str, str, str]
 
 
@@ -39,7 +39,7 @@ def score(wanted: list[Fact], found: list[list[Fact]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--folder", type=Path, default=DEMOS["demo"])
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--size", type=int, default=128, help="height and width of the pictures")
     parser.add_argument("--steps", type=int, default=25)

@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..api import parallelize
-from ..models.pipelines import denoisers
-from ..plan import Plan
-from ..runtime.module import ParallelModule
-from ..strategy import Strategy
-from .demo_scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, TEXTURES, Scene, read_things
-from .generate import load
-from .measure_demo import Fact, fact
-from .pictures import psnr
-from .study_results import Cell, Picture, StepError
+from ...api import parallelize
+from ...models.pipelines import denoisers
+from ...plan import Plan
+from ...runtime.module import ParallelModule
+from ...strategy import Strategy
+from ..checkout import DEMOS, demo_folder
+from ..commands.generate import load
+from ..demo.measure import Fact, fact
+from ..demo.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, TEXTURES, Scene, read_things
+from ..pictures import psnr
+from .results import Cell, Picture, StepError
 
 CAP = 100.0  #: dB; pictures that are closer than this, or equal, count as this close
 GUIDANCE = 2.0  #: of the demos
-DEMOS: dict[str, Path] = {name: Path(str(files("fxpass.models"))) / name for name in ("demo", "demo_dit")}
-TRAINING = {"demo": "train_demo", "demo_dit": "train_demo_dit"}
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,7 @@ def subject(name: str, count: int, size: int, prompt_file: Path | None = None) -
     Raises:
         ValueError: there is no such pipeline, too few prompts, or the pipeline makes pictures of another size.
     """
-    folder = DEMOS.get(name, Path(name))
-    if name in DEMOS and not (folder / "model_index.json").is_file():
-        raise ValueError(f"the pipeline {name} is not in {folder}; train it: python -m fxpass.tools.{TRAINING[name]}")
+    folder = demo_folder(name) if name in DEMOS else Path(name)
     if name not in DEMOS and prompt_file is None:
         raise ValueError(f"what should {name} draw? --prompt-file names a text file with one prompt per line")
     pipe = load(str(folder))
@@ -106,7 +102,7 @@ def subject(name: str, count: int, size: int, prompt_file: Path | None = None) -
 def held_out(*, classes: bool) -> list[Prompt]:
     """The demos' held-out scenes, always in the same random order: captions, or names of classes."""
     if classes:
-        from .train_demo_dit import label, scenes
+        from ..demo.train_dit import label, scenes
 
         texts = {scene: label(scene) for scene in scenes()}
     else:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
+from ..console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
 
 if TYPE_CHECKING:
-    from ..ir.program import Program
-    from ..passes import Build
+    from ...ir.program import Program
+    from ...passes import Build
 
 CAPTURED = "captured"  #: what is there before the first pass
 
@@ -32,9 +32,9 @@ def dump(
     batch: Batch = None,
 ) -> None:
     """Print one rank's graph: operators with their layouts, exchanges with role and bytes, by module."""
-    from ..capture import capture
-    from ..models.resolve import Options, resolve
-    from ..strategy import Strategy
+    from ...capture import capture
+    from ...models.resolve import Options, resolve
+    from ...strategy import Strategy
     from .plan import check_target
 
     names = stages()
@@ -58,16 +58,16 @@ def dump(
 
 def stages() -> list[str]:
     """What `--after` takes, in order."""
-    from ..passes import PASSES
+    from ...passes import PASSES
 
     return [CAPTURED, *(each.name for each in PASSES)]
 
 
 def text(program: Program, world_size: int, rank: int, stage: str, target: str = "auto", strategy: str = "sync") -> str:
     """The graph of a captured program after `stage`, with a heading of what is split and how much is exchanged."""
-    from ..ir.program import calls, exchanges_of
-    from ..plan import gathered_in
-    from .printer import bytes_text, graph_text, seeds_text
+    from ...ir.program import calls, exchanges_of
+    from ...plan import gathered_in
+    from ..printer import bytes_text, graph_text, seeds_text
 
     state = built(program, world_size, stage, target, strategy)
     declared = [each for _, some in exchanges_of(state.current) for each in some]
@@ -96,9 +96,9 @@ def difference(
 
 def built(program: Program, world_size: int, stage: str, target: str, strategy: str) -> Build:
     """The passes' state after `stage`."""
-    from ..passes import Build, build
-    from ..plan import target_of
-    from ..strategy import Strategy
+    from ...passes import Build, build
+    from ...plan import target_of
+    from ...strategy import Strategy
 
     machine, kinds = target_of(target, program), Strategy.of(strategy)
     if stage == CAPTURED:

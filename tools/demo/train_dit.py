@@ -1,11 +1,11 @@
 """Train the second demo pipeline, a class-conditional `DiTPipeline` of 4 million parameters, from nothing on a CPU.
 
-    python -m fxpass.tools.train_demo_dit              everything: the stages below, one after the other
-    python -m fxpass.tools.train_demo_dit latents      encoded scenes and their classes
-    python -m fxpass.tools.train_demo_dit dit          the denoiser (may be stopped and started again)
-    python -m fxpass.tools.train_demo_dit export       writes the averaged weights to models/demo_dit
+    python -m fxpass.tools.demo.train_dit              everything: the stages below, one after the other
+    python -m fxpass.tools.demo.train_dit latents      encoded scenes and their classes
+    python -m fxpass.tools.demo.train_dit dit          the denoiser (can be resumed)
+    python -m fxpass.tools.demo.train_dit export       writes the averaged weights to models/demo_dit
 
-It shares scenes, autoencoder and noise schedule with the first demo (`train_demo`). A class is a scene without texture
+It shares scenes, autoencoder and noise schedule with the first demo (`train_unet`). A class is a scene without texture
 on one of two backgrounds. While it trains, a class is the sum of four embeddings, for shape, colour, place and
 background, so that classes that it never saw are understood too; for export the sums are written into the usual table.
 """
@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .demo_scenes import COLOURS, POSITIONS, SHAPES, Scene, render
-from .demo_vae import code, make_vae
-from .train_demo import as_tensor, make_scheduler, rate
+from ..checkout import DEMOS, ROOT
+from .scenes import COLOURS, POSITIONS, SHAPES, Scene, render
+from .train_unet import as_tensor, make_scheduler, rate
+from .vae import code, make_vae
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo_dit"
-FOLDER = ROOT / "models" / "demo_dit"
-VAE = ROOT / "models" / "demo" / "vae"
+FOLDER = DEMOS["demo_dit"]
+VAE = DEMOS["demo"] / "vae"
 BACKGROUNDS = ("white", "black")
 FACTORS = (len(SHAPES), len(COLOURS), len(POSITIONS), len(BACKGROUNDS))
 NULL = 1000  # the class of "no class", fixed by DiTPipeline

@@ -1,0 +1,20 @@
+"""Where a clone of the repository keeps what the wheel does not contain: the trained demo pipelines, docs/ and out/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMOS = {name: ROOT / "models" / name for name in ("demo", "demo_dit")}
+TRAINING = {"demo": "train_unet", "demo_dit": "train_dit"}
+
+
+def demo_folder(name: str) -> Path:
+    """The folder of a trained demo pipeline, `demo` or `demo_dit`. Raises `ValueError` if its weights are not there."""
+    folder = DEMOS[name]
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"the pipeline {name} is not in {folder}: an installed package leaves it out. Run this in a clone of the "
+            f"repository, give --pipeline FOLDER, or train it: python -m fxpass.tools.demo.{TRAINING[name]}"
+        )
+    return folder

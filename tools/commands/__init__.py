@@ -1,0 +1,1 @@
+"""The subcommands of `fxpass`, one file each."""

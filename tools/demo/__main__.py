@@ -1,0 +1,5 @@
+"""`python -m fxpass.tools.demo`."""
+
+from .command import app
+
+app()

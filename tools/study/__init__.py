@@ -1,0 +1,1 @@
+"""`fxpass study`: the grid of cells, their runs, the results that are kept, and the report."""
