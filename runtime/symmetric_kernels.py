@@ -1,0 +1,51 @@
+"""The two kernels by which GPUs of one machine signal each other. Imported on CUDA only: they need triton."""
+# pyright: reportMissingParameterType=false, reportMissingImports=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+
+@triton.jit
+def signal(flags, channel, step):
+    """Write the number of this step into the own flag of `channel` on every rank: one program a rank.
+
+    Args:
+        flags: the address of the own row of flags on each rank [ranks], int64.
+        channel: the flag in that row.
+        step: the number of this step, 0-dim int32.
+    """
+    flag = tl.load(flags + tl.program_id(0)).to(tl.pointer_type(tl.int32)) + channel
+    tl.atomic_xchg(flag, tl.load(step), sem="release", scope="sys")
+
+
+@triton.jit
+def wait(flags, channel, channels, step, age, stopped, abort, timed_out, limit):
+    """Spin until each rank's flag of `channel` has reached the number of this step less `age`: one program a rank.
+
+    Ends as well when the host sets `abort`, after `limit` nanoseconds, and at once if an earlier wait ended so; then it
+    sets `stopped`, and `timed_out` if the limit was the reason.
+
+    Args:
+        flags: the flags that other ranks write here [ranks, channels], int32.
+        step: the number of this step, 0-dim int32.
+        stopped: 0-dim int32 on the device.
+        abort, timed_out: addresses of int32 words in pinned memory of the host.
+    """
+    flag = flags + tl.program_id(0) * channels + channel
+    abort_word = abort.to(tl.pointer_type(tl.int32))
+    wanted = tl.load(step) - age
+    began = globaltimer()
+    late = 0
+    end = tl.load(stopped, volatile=True)
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    while (seen < wanted) & (end == 0):
+        late = (globaltimer() - began > limit).to(tl.int32)
+        end = late | tl.load(abort_word, volatile=True) | tl.load(stopped, volatile=True)
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    if seen < wanted:
+        tl.store(stopped, 1)
+        if late != 0:
+            tl.store(timed_out.to(tl.pointer_type(tl.int32)), 1)
