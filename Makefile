@@ -12,8 +12,11 @@ ifeq ($(PIP_FIND_LINKS)$(PIP_INDEX_URL)$(PIP_EXTRA_INDEX_URL)$(shell command -v 
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
+MINUTES ?= 30
+JOBS    ?= 2
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow zoo balance bench bench-displaced bench-link lint format train-demo clean
+.PHONY: help demo test fuzz slow zoo balance bench bench-displaced bench-link lint format train-demo clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -36,6 +39,9 @@ demo: .venv/.stamp  ## a picture from a prompt, on one device and on two
 
 test: .venv/.quantised  ## the tests, without the slow ones, in two processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
+fuzz: .venv/.quantised  ## new random examples for every property of tests/passes: make fuzz MINUTES=30 JOBS=2
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --minutes $(MINUTES) --jobs $(JOBS) $(if $(SEED),--seed $(SEED))
 
 slow: .venv/.quantised  ## the slow tests: whole models, many ranks
 	$(PY) -m pytest -m slow --timeout=1800

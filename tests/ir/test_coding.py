@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from fxpass.ir.coding import GROUP, OUTERMOST, decode, encode, encoded_size
+from tests.properties import given
 
 counts = st.integers(1, 3 * GROUP)
 bits = st.sampled_from(sorted(OUTERMOST))

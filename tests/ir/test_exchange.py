@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from fxpass.ir.layout import Rows, full
 from fxpass.ir.merge import Moments, Reduce
 from fxpass.ir.ops import group_moments, group_normalize, moments
 from tests.passes.harness import cut, exchanged, rows
+from tests.properties import given
 
 
 @st.composite

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from fxpass.ir.layout import Layout, PerRank, Rows, even, full, own, per_rank, routes
+from tests.properties import given
 
 positions = st.frozensets(st.integers(0, 60), max_size=40)
 

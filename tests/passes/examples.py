@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -33,14 +32,6 @@ class Example:
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in self.inputs]
         title = self.title or (str(self.function) if isinstance(self.function, nn.Module) else "")
         return f"Example({title}, {shapes}, {dict(self.promised)})"
-
-
-def examples(count: int) -> settings:
-    """So many examples in the usual profiles, more in those that ask for more."""
-    return settings(max_examples=count * max(1, settings.default.max_examples // 50))
-
-
-few, some = examples(8), examples(25)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

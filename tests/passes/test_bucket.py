@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -24,8 +23,8 @@ from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
 from fxpass.runtime.messages import ALIGNMENT, Buffer, Message
-from tests.passes.examples import examples
 from tests.passes.harness import cut, evenly, lockstep, output_of
+from tests.properties import examples, given
 
 aten = torch.ops.aten
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from fxpass.models.small import case, output_tensors
 from fxpass.passes.narrow import windows_of
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.strategy import Strategy
+from tests.properties import given
 from tests.runtime.plans import block, parallel, steps, whole
 
 

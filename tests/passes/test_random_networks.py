@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.passes.displaced import PRESETS, follow
-from tests.passes.examples import examples
 from tests.passes.harness import cut, layouts, split
+from tests.properties import examples, given
 
 CHANNELS = 4
 

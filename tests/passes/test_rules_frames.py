@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.passes.examples import Example, examples, few, randn, split_anywhere, split_where_promised
+from tests.passes.examples import Example, randn, split_anywhere, split_where_promised
+from tests.properties import examples, few, given
 
 window = torch.hann_window(8, dtype=torch.float64)
 

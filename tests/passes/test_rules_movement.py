@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.passes.examples import Example, examples, few, randn, some, split_anywhere, split_where_promised
+from tests.passes.examples import Example, randn, split_anywhere, split_where_promised
 from tests.passes.harness import cut, evenly, split
+from tests.properties import examples, few, given, some
 
 # -- pointwise -------------------------------------------------------------------------------------------------------
 

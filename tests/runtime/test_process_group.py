@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +21,7 @@ from fxpass.runtime.messages import Route
 from fxpass.runtime.past import results_now
 from fxpass.runtime.process_group import GroupLane, padding
 from tests.passes.harness import rows
+from tests.properties import given
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool]
 CPU = torch.device("cpu")
