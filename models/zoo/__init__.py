@@ -1,6 +1,15 @@
 """The zoo: a small configuration and inputs for every denoiser, ControlNet and autoencoder class of diffusers.
 
-One file per family, each ending in `CASES` and in `LEFT_OUT`, which says of classes without a case why they have none.
+One file per kind of model, each ending in `CASES` and in `LEFT_OUT` (the classes without a case, and why):
+
+    unets, unets_variants                    UNets; the options of the configurable one
+    images_grid, images_tokens               transformers of images: the latent as [B, C, H, W], or packed into tokens
+    videos/                                  transformers of videos: one file per family (wan, ltx, hunyuan, …)
+    controlnets_unets, …_transformers        ControlNets
+    audio, molecules                         denoisers of sound and of molecules
+    autoencoders_images, …_videos, …_audio   autoencoders, a case for each half (`autoencoder_halves`)
+
+`classes` finds out which class of diffusers a case stands for.
 """
 
 from __future__ import annotations
@@ -9,21 +18,17 @@ from ..case import Case
 from ..small import cases as small_cases
 from . import (
     audio,
-    audio_autoencoders,
-    autoencoders,
-    controlnets,
-    controlnets_tokens,
-    images,
+    autoencoders_audio,
+    autoencoders_images,
+    autoencoders_videos,
+    controlnets_transformers,
+    controlnets_unets,
+    images_grid,
     images_tokens,
-    kandinsky_videos,
     molecules,
-    more_videos,
-    packed_videos,
-    unet_variants,
     unets,
-    video_autoencoders,
+    unets_variants,
     videos,
-    wan_videos,
 )
 from .classes import available, kind_of, sources_of
 
@@ -31,21 +36,17 @@ __all__ = ["CASES", "FAMILIES", "LEFT_OUT", "kind_of", "sources_of", "zoo_case"]
 
 FAMILIES = (
     unets,
-    unet_variants,
-    controlnets,
-    controlnets_tokens,
-    images,
+    unets_variants,
+    controlnets_unets,
+    controlnets_transformers,
+    images_grid,
     images_tokens,
-    videos,
-    wan_videos,
-    more_videos,
-    kandinsky_videos,
-    packed_videos,
+    *videos.FAMILIES,
     molecules,
     audio,
-    autoencoders,
-    video_autoencoders,
-    audio_autoencoders,
+    autoencoders_images,
+    autoencoders_videos,
+    autoencoders_audio,
 )
 
 #: those that the installed diffusers has the classes for

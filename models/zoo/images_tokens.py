@@ -1,4 +1,4 @@
-"""Diffusion transformers of pictures that take the latent as packed tokens."""
+"""Transformers of images that take the latent as packed tokens, `[B, N, C]`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import diffusers
 from torch import nn
 
 from ..case import Case
-from ..draw import Draw, Size
-from ..recipes.tokens import flux_2_reference, flux_3_reference, grid
+from ..inputs import Draw, Size
+from ..inputs.images_tokens import flux_2_reference, flux_3_reference, grid
 
 _small: dict[str, Any] = {
     "num_layers": 2,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..case import Case
-from ..draw import Draw, Size
+from ..inputs import Draw, Size
 
 
 def _proteina() -> nn.Module:

@@ -8,7 +8,7 @@ import diffusers
 from torch import nn
 
 from ..case import Case
-from ..draw import Draw, Size
+from ..inputs import Draw, Size
 
 _two: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
 

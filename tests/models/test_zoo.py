@@ -16,8 +16,9 @@ FOLDERS = ("unets", "transformers", "controlnets", "autoencoders")
 
 
 def test_every_file_with_cases_is_a_family() -> None:
-    names = sorted(path.stem for path in Path(zoo.__file__).parent.glob("*.py") if path.stem != "__init__")
-    files = [importlib.import_module(f"{zoo.__name__}.{name}") for name in names]
+    folder = Path(zoo.__file__).parent
+    names = (".".join(path.relative_to(folder).with_suffix("").parts) for path in folder.rglob("*.py"))
+    files = [importlib.import_module(f"{zoo.__name__}.{name}") for name in names if not name.endswith("__init__")]
     assert {file.__name__ for file in files if hasattr(file, "CASES")} == {file.__name__ for file in zoo.FAMILIES}
 
 

@@ -29,8 +29,8 @@ from ...models.zoo import CASES, sources_of
 from ..checkout import ROOT
 from .zoo_case import Found, measure
 
-COMPILER = ("fxpass", "passes", "runtime")  #: folders whose sources decide what is found
-SHARED = ("models/case.py", "models/inputs.py", "models/wrappers.py", "tools/sweeps/zoo_case.py")
+SOURCES = ("fxpass", "passes", "runtime", "models/inputs")  #: folders whose sources decide what is found
+SHARED = ("models/case.py", "models/wrappers.py", "tools/sweeps/zoo_case.py")
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def key_of(case: Case) -> str:
 
 @cache
 def _digest(cases: tuple[Path, ...]) -> str:
-    sources = [path for name in COMPILER for path in sorted((ROOT / name).glob("**/*.py"))]
+    sources = [path for name in SOURCES for path in sorted((ROOT / name).glob("**/*.py"))]
     digest = hashlib.sha256(f"{version('torch')} {version('diffusers')}".encode())
     for path in (*sources, *(ROOT / name for name in SHARED), *cases):
         digest.update(path.read_bytes())

@@ -1,1 +1,0 @@
-"""Published models by kind; each file ends in its `ENTRIES`."""
