@@ -1,4 +1,7 @@
-"""What normal forms are written with: emits operators whose fake results tell shapes and dtypes."""
+"""The builder that normal forms are written with.
+
+It runs each new operator on fake tensors, for its shape and dtype, and merges equal operators on equal operands.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..capture.fakes import form_of
-from ..ir.nodes import append
+from ..ir.nodes import append, call_key
 from ..ir.program import shape_of
 
 aten = torch.ops.aten
@@ -22,12 +25,13 @@ Form = Callable[..., Any]  #: (builder, node, *its arguments) -> its normal form
 
 
 class Builder:
-    """Emits operators into the new graph; their fake results tell shapes and dtypes."""
+    """Emits operators into the new graph, equal ones once: captured programs have no operator with a random result."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.source: fx.Node | None = None
         self._values: dict[Any, Any] = {}
+        self._emitted: dict[Any, fx.Node] = {}
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         fakes = map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -37,6 +41,13 @@ class Builder:
         return self.copy(target, args, kwargs, self._values[key])
 
     def copy(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        key = call_key(target, args, kwargs)
+        if key not in self._emitted:
+            self._emitted[key] = self.append(target, args, kwargs, value)
+        return self._emitted[key]
+
+    def append(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        """A new node, even where an equal one exists."""
         assert self.source is not None
         meta = {k: v for k, v in self.source.meta.items() if k in ("path", "trace")} | {"val": value}
         if isinstance(value, Tensor):

@@ -1,7 +1,8 @@
 """normalize: a small closed set of operators. Exact.
 
 Views become `reshape`, `permute` or `expand`; all ways to cut become `slice`; convolutions become `convolution`;
-up-sampling gets explicit sizes; copies and dead code go; what depends on no input is computed once.
+up-sampling gets explicit sizes; copies and dead code go; equal operators on equal operands are merged; what depends on
+no input is computed once.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ..capture.forms import aliases
 from ..ir.program import Program
 from .builder import Builder, unpacked
 from .forms import FORMS
+
+aten = torch.ops.aten
 
 #: operators whose results are not a function of their operands
 RANDOM = ("rand", "normal", "bernoulli", "multinomial", "dropout", "uniform", "exponential")
@@ -36,7 +42,7 @@ def normalize(program: Program) -> Program:
             if node.name in constants:
                 known[env[node]] = constants[node.name]
         elif node.op == "output":
-            b.graph.output(map_arg(node.args[0], env.__getitem__))
+            b.graph.output(_outputs(b, node, env, len(program.written)))
         else:
             rewrite(b, node, env)
     folded = _fold(b.graph, known)
@@ -63,6 +69,36 @@ def rewrite(b: Builder, node: fx.Node, env: dict[fx.Node, Any]) -> None:
             env[node] = form(b, node, *args, **kwargs)
         else:
             env[node] = unpacked(b, b.copy(node.target, args, kwargs, node.meta.get("val")))
+
+
+def _outputs(b: Builder, output: fx.Node, env: Mapping[fx.Node, Any], written: int) -> tuple[fx.Node, ...]:
+    """The results in normal form. Where only the merging of operators made one share memory, it is copied.
+
+    The last `written` results are copied into inputs anyway.
+    """
+    returned: list[fx.Node] = list(output.args[0])  # type: ignore[arg-type]
+    results = [env[node] for node in returned]
+    bases: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(returned[: len(returned) - written]):
+        before, after = _base(node), _base(results[i])
+        shared = bases.setdefault(after, before) is not before
+        if shared or (after.op == "placeholder" and before.op != "placeholder"):
+            b.source = node
+            results[i] = b.append(aten.clone.default, (results[i],), {}, node.meta["val"])
+    return tuple(results)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` is a view of; itself if it has memory of its own."""
+    while node.op == "call_function" and _is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.target is aten.reshape.default:
+        return node.all_input_nodes[0].meta["val"].is_contiguous()  # others are copied, as a rule
+    return node.target is operator.getitem or (isinstance(node.target, OpOverload) and aliases(node.target))
 
 
 def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from ..ir.exchange import Exchange, Role
 from ..ir.fetch import Fetch
 from ..ir.layout import WHOLE, Layout, Rows, even, full, own, per_rank
 from ..ir.merge import Moments, Reduce
-from ..ir.nodes import append
+from ..ir.nodes import append, call_key
 from ..ir.program import layout_of, shape_of
 from .apart import apart
 
@@ -303,21 +303,13 @@ class Partitioner:
         return self.emit(operator.getitem, (node, 0), shape=shape, dtype=declared.dtype, layout=layout)
 
     def _emit(self, target: Any, args: Any, kwargs: Any, meta: dict[str, Any]) -> fx.Node:
-        key = (target, _frozen(args), _frozen(kwargs))
+        key = call_key(target, args, kwargs)
         if key not in self._memo:
             assert self._node is not None
             about = self._node.meta
             origin = {"path": about.get("path", ""), "origin": about.get("origin", self._node.name)}
             self._memo[key] = append(self._graph, target, args, kwargs, meta | origin)
         return self._memo[key]
-
-
-def _frozen(tree: Any) -> Any:
-    if isinstance(tree, (list, tuple)):
-        return tuple(_frozen(t) for t in tree)
-    if isinstance(tree, dict):
-        return tuple((k, _frozen(v)) for k, v in sorted(tree.items()))
-    return (type(tree), repr(tree)) if isinstance(tree, (bool, int, float)) else tree  # 0.0 == -0.0
 
 
 def partition(graph: fx.Graph, world: int, seeds: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> fx.Graph:

@@ -22,6 +22,19 @@ def append(
     return _filled(node, tuple(args), dict(kwargs or {}), meta or {})
 
 
+def call_key(target: Any, args: Any, kwargs: Any) -> Any:
+    """A hashable key that two calls share only if they compute the same; 0.0 and -0.0, or 1 and True, differ."""
+    return target, _frozen(args), _frozen(kwargs)
+
+
+def _frozen(tree: Any) -> Any:
+    if isinstance(tree, (list, tuple)):
+        return tuple(map(_frozen, tree))
+    if isinstance(tree, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(tree.items()))
+    return (type(tree), repr(tree)) if isinstance(tree, (bool, int, float, complex)) else tree
+
+
 def append_copy(graph: fx.Graph, node: fx.Node, change: Callable[[fx.Node], Any] = lambda n: n) -> fx.Node:
     """A copy of `node`, which is of another graph, with its operands changed; the name stays if it is free."""
     args, kwargs = map_arg(node.args, change), map_arg(node.kwargs, change)  # which may append operators, too

@@ -90,9 +90,9 @@ R, P, E, S, C = aten.reshape.default, aten.permute.default, aten.expand.default,
         (lambda x: F.pad(x, (1, 1, 0, 2)), {aten.constant_pad_nd.default}),
         (lambda x: F.pad(x, (0, 0)) * 1, {aten.mul.Tensor}),
         (lambda x: F.pad(x, (1, 1, 2, 2), mode="reflect"), {aten.pad.default}),
-        (lambda x: torch.einsum("abcd->dcab", x), {P}),
-        (lambda x: torch.einsum("a...->...a", x), {P}),
-        (lambda x: torch.einsum("dabc", x), {P}),
+        (lambda x: torch.einsum("abcd->dcab", x) * 1, {P, aten.mul.Tensor}),
+        (lambda x: torch.einsum("a...->...a", x) * 1, {P, aten.mul.Tensor}),
+        (lambda x: torch.einsum("dabc", x) * 1, {P, aten.mul.Tensor}),
         (lambda x: pad_sequence([x[0], x[1, :2]], padding_value=2.0), None),
         (lambda x: pad_sequence([x[0], x[1, :2]], batch_first=True, padding_side="left"), None),
         (lambda x: x.take_along_dim(x.argsort(1), 1), None),
@@ -186,3 +186,52 @@ def test_the_captured_program_is_left_as_it_is() -> None:
     normalize(program)
     assert str(program.graph) == before
     assert normalize(program).graph is not program.graph
+
+
+def test_equal_operators_on_equal_operands_are_merged() -> None:
+    kernel = torch.randn(4, 4, 3, 3, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, padding=1).relu() - F.conv2d(x.contiguous(), kernel, padding=(1, 1))
+
+    program = normalize(capture(Function(function), x))
+    assert [node.target for node in calls(program.graph)].count(aten.convolution.default) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.clamp(min=0.0), x.clamp(min=-0.0)),
+        lambda x: (x.sum(1, keepdim=True), x.sum(1, keepdim=False)),
+        lambda x: (x + 1, x + 2),
+        lambda x: (x - x.sin(), x.sin() - x),
+    ],
+)
+def test_operators_that_differ_in_an_argument_are_not_merged(function: Any) -> None:
+    program = normalize(capture(Function(function), x))
+    (output,) = program.graph.find_nodes(op="output")
+    assert output.args[0][0] is not output.args[0][1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.sin() * 2, x.sin() * 2),
+        lambda x: (x.sin(), x.sin().flatten()),
+        lambda x: (y := x.sin(), y.clone()),
+        lambda x: (x.clone(), x.clone()[:1]),
+    ],
+)
+def test_results_share_memory_with_nothing_that_the_model_keeps_apart(function: Any) -> None:
+    model = Function(function)
+    given = x.clone()
+    one, other = evaluate(normalize(capture(model, x)), model, Call.of(model, [given], {}))
+    expected = other.clone()
+    one.fill_(7)
+    given.fill_(7)
+    assert torch.equal(other, expected)
+
+
+def test_a_result_that_is_a_view_of_another_is_not_copied() -> None:
+    program = normalize(capture(Function(lambda x: (y := x.sin(), y.flatten(), *y.chunk(2, 1), x[:1])), x))
+    assert aten.clone.default not in words(program.graph)
