@@ -14,9 +14,8 @@ from fxpass.capture import capture
 from fxpass.passes.seed import WorldSizeError
 from fxpass.plan import make_plan
 from fxpass.strategy import Strategy
-from tests.passes.examples import examples
 from tests.passes.test_random_networks import CHANNELS, Network, apply, blocks
-from tests.properties import given
+from tests.properties import examples, given
 
 
 class Convolutions(nn.Module):
