@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import fx
 
-from ..ir import ops
+from ..ir.operators import spec_of
 from ..ir.program import calls, exchanges_of, layout_of
-
-aten = torch.ops.aten
-Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -34,71 +29,13 @@ TARGETS = {
 }
 
 
-def _convolution(out: Shape, x: Shape, weight: Shape, *rest: Any) -> int:
-    transposed = rest[4]
-    positions = prod(x[2:]) * x[0] * x[1] if transposed else prod(out)
-    return 2 * positions * prod(weight[1:])
-
-
-def _linear(out: Shape, x: Shape, weight: Shape, *_: Any) -> int:
-    return 2 * prod(out) * x[-1]
-
-
-def _product(out: Shape, a: Shape, b: Shape, *_: Any) -> int:
-    return 2 * prod(out) * a[-1]
-
-
-def _product_plus(out: Shape, added: Shape, a: Shape, b: Shape, *_: Any) -> int:
-    return 2 * prod(out) * a[-1]
-
-
-def _einsum(out: Shape, equation: str, operands: Sequence[Shape], *_: Any) -> int:
-    words = equation.split("->")[0].split(",")
-    sizes = {
-        letter: n for word, shape in zip(words, operands, strict=True) for letter, n in zip(word, shape, strict=True)
-    }
-    return 2 * prod(sizes.values()) if len(words) > 1 else 0
-
-
-def _attention(out: Shape, query: Shape, key: Shape, value: Shape, *_: Any) -> int:
-    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-#: operators that count as work: matrix products, convolutions, attention; arguments are (out, *operands)
-FLOPS: dict[Any, Callable[..., int]] = {
-    aten.convolution.default: _convolution,
-    aten.linear.default: _linear,
-    aten.mm.default: _product,
-    aten.bmm.default: _product,
-    aten.matmul.default: _product,
-    aten.addmm.default: _product_plus,
-    aten.baddbmm.default: _product_plus,
-    aten.einsum.default: _einsum,
-    aten._int_mm.default: _product,
-    aten._weight_int8pack_mm.default: _product,
-    aten.cdist.default: _product,
-    aten.scaled_dot_product_attention.default: _attention,
-}
-
-#: operators that move no memory
-FREE = {
-    aten.reshape.default,
-    aten.permute.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    ops.take,
-    ops.exchange,
-    ops.wait,
-}
-
-
 def _local(node: fx.Node, rank: int) -> Any:
     return layout_of(node).local_shape(node.meta["shape"], rank) if "shape" in node.meta else ()
 
 
 def node_flops(node: fx.Node, rank: int = 0) -> int:
     """Floating-point operations of one node on one rank."""
-    count = FLOPS.get(node.target)
+    count = spec_of(node.target).flops
     if count is None:
         return 0
     args = fx.node.map_arg(node.args, lambda n: _Shape(_local(n, rank)))
@@ -111,7 +48,7 @@ class _Shape(tuple[int, ...]):
 
 def node_bytes(node: fx.Node, rank: int = 0) -> int:
     """Bytes written by one node on one rank; about as many are read."""
-    if node.target in FREE or "dtype" not in node.meta:
+    if spec_of(node.target).free or "dtype" not in node.meta:
         return 0
     return prod(_local(node, rank)) * node.meta["dtype"].itemsize
 

@@ -18,14 +18,11 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..capture.forms import aliases
+from ..ir.operators import spec_of
 from ..ir.program import Program
 from .builder import Builder, unpacked
-from .forms import FORMS
 
 aten = torch.ops.aten
-
-#: operators whose results are not a function of their operands
-RANDOM = ("rand", "normal", "bernoulli", "multinomial", "dropout", "uniform", "exponential")
 
 
 def normalize(program: Program) -> Program:
@@ -64,7 +61,7 @@ def rewrite(b: Builder, node: fx.Node, env: dict[fx.Node, Any]) -> None:
         env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
     elif node.users:
         args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-        form = FORMS.get(node.target)
+        form = spec_of(node.target).form
         if form is not None:
             env[node] = form(b, node, *args, **kwargs)
         else:
@@ -105,7 +102,7 @@ def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
     """Compute what depends on constants only; what others use of it becomes a constant."""
     foldable = set(known)
     for node in graph.nodes:
-        drawn = any(word in str(node.target) for word in RANDOM)
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.op == "call_function" and not drawn and foldable.issuperset(node.all_input_nodes):
             foldable.add(node)
     values: dict[fx.Node, Any] = dict(known)

@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.node import map_arg
 
 from ..ir import ops
 from ..ir.exchange import Exchange
 from ..ir.layout import Layout, own
+from ..ir.operators import spec_of
 from ..ir.program import layout_of, shape_of
 from .partition import Op, Partitioner, Rule, SplitError
-from .rules.views import through
-
-aten = torch.ops.aten
 
 
 def trim(graph: fx.Graph, source: fx.Graph, world: int, rules: Mapping[Any, Rule]) -> fx.Graph:
@@ -51,7 +48,8 @@ class _Trimmer(Partitioner):
         wanted, op = self._wanted(x), self._op(x)
         if wanted is None or op is None:
             return
-        for operands in _guesses(x, wanted):
+        pull_back = spec_of(x.target).pull_back or _same_rows
+        for operands in pull_back(x, wanted):
             self._node, self._memo = x, {}
             with self._graph.inserting_before(x):
                 result = self._from_rows(op, x, wanted, operands)
@@ -122,27 +120,15 @@ class _Trimmer(Partitioner):
         raise SplitError("nothing travels for a value that every rank has")
 
 
-def _guesses(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
-    """Rows of which operands, and which, might give `wanted` rows of `x`."""
-    args: Any = x.args
-    first, shape = args[0], shape_of(x)
-    if x.target is aten.reshape.default:
-        back = through(shape, wanted, shape_of(first))
-        if back is not None:
-            yield {first: back}
-    elif x.target is aten.permute.default:
-        yield {first: wanted.at(args[1][wanted.axis])}
-    elif x.target is aten.embedding.default:
-        if wanted.axis < len(shape_of(args[1])):  # else columns of the table
-            yield {args[1]: wanted}
-    else:
-        places = {a: wanted.axis - (len(shape) - len(shape_of(a))) for a in x.all_input_nodes}
-        alike = {
-            a: wanted.at(place)
-            for a, place in places.items()
-            if place >= 0 and shape_of(a)[place] == shape[wanted.axis]
-        }
-        if alike or x.target is aten.expand.default:
-            yield alike
-        if len(alike) > 1 and isinstance(first, fx.Node) and first in alike:  # weights, keys and values are whole
-            yield {first: alike[first]}
+def _same_rows(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
+    """The same rows of the operands that have them, with broadcasting."""
+    shape = shape_of(x)
+    places = {a: wanted.axis - (len(shape) - len(shape_of(a))) for a in x.all_input_nodes}
+    same = {
+        a: wanted.at(place) for a, place in places.items() if place >= 0 and shape_of(a)[place] == shape[wanted.axis]
+    }
+    if same:
+        yield same
+    first: Any = x.args[0]
+    if len(same) > 1 and isinstance(first, fx.Node) and first in same:  # weights, keys and values are whole
+        yield {first: same[first]}

@@ -1,7 +1,7 @@
-"""Operators that treat each row alone, so that a selection of rows may wait until after them.
+"""What operators do that treat each row alone, so that a selection of rows may wait until after them.
 
-A rule is called with the resolver, the recorded operator and its operands, some of which are `SelectedRows`. It returns
-`SelectedRows`, or raises `RefusedError`.
+A rule is the `row_wise` of an operator's `OpSpec`. It is called with the resolver, the recorded operator and its
+operands, some of which are `SelectedRows`. It returns `SelectedRows`, or raises `RefusedError`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def pointwise(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> Selected
     )
 
 
-def _product(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> SelectedRows:
+def product(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> SelectedRows:
     """`linear`, `mm`, `matmul` and `addmm` of rows with a matrix."""
     x, others = (args[1], [args[0], args[2]]) if node.target is aten.addmm.default else (args[0], list(args[1:]))
     matrix = others[-1] if node.target is aten.addmm.default else others[0]
@@ -122,7 +122,7 @@ def _product(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> SelectedR
     return replace(x, base=r.emit(node.target, *[x.base if a is x else a for a in args], **kwargs))
 
 
-def _along(place: int, default: Any = None) -> Callable[..., Any]:
+def along(place: int, default: Any = None) -> Callable[..., Any]:
     """Operators along dims that must not be that of the rows; those dims are the argument `place`."""
 
     def rule(r: Resolver, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,13 +142,13 @@ def _along(place: int, default: Any = None) -> Callable[..., Any]:
     return rule
 
 
-def _norm(r: Resolver, node: fx.Node, x: Any, shape: list[int], *args: Any, **kwargs: Any) -> SelectedRows:
+def norm(r: Resolver, node: fx.Node, x: Any, shape: list[int], *args: Any, **kwargs: Any) -> SelectedRows:
     if not isinstance(x, SelectedRows) or x.dim >= x.base.ndim - len(shape):
         raise RefusedError("it takes statistics over the selected rows")
     return replace(x, base=r.emit(node.target, x.base, shape, *args, **kwargs))
 
 
-def _reshape(r: Resolver, node: fx.Node, x: SelectedRows, *_: Any) -> SelectedRows:
+def reshape(r: Resolver, node: fx.Node, x: SelectedRows, *_: Any) -> SelectedRows:
     """The rows must stay one dim."""
     shape = list(node.meta["val"].shape)
     before = prod(x.base.shape[: x.dim])
@@ -173,13 +173,13 @@ def _swap(ndim: int, first: int = 0, second: int = 1) -> list[int]:
     return order
 
 
-def _expand(r: Resolver, node: fx.Node, x: SelectedRows, sizes: list[int], **_: Any) -> SelectedRows:
+def expand(r: Resolver, node: fx.Node, x: SelectedRows, sizes: list[int], **_: Any) -> SelectedRows:
     dim = x.dim + len(sizes) - x.base.ndim
     sizes = [x.base.shape[x.dim] if d == dim else size for d, size in enumerate(sizes)]
     return replace(x, base=r.emit(aten.expand.default, x.base, sizes), dim=dim)
 
 
-def _repeat(r: Resolver, node: fx.Node, x: SelectedRows, times: list[int]) -> SelectedRows:
+def repeat(r: Resolver, node: fx.Node, x: SelectedRows, times: list[int]) -> SelectedRows:
     dim = x.dim + len(times) - x.base.ndim
     if times[dim] != 1:
         raise RefusedError("it repeats the selected rows")
@@ -189,26 +189,26 @@ def _repeat(r: Resolver, node: fx.Node, x: SelectedRows, times: list[int]) -> Se
     return replace(x, base=r.emit(aten.repeat.default, x.base, times), dim=dim)
 
 
-def _same(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> SelectedRows:
+def same(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> SelectedRows:
     return replace(x, base=r.emit(node.target, x.base, *args, **kwargs))
 
 
-def _like(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> Any:
+def like(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> Any:
     """New rows, all alike; of rows that are only sorted there are as many as ever, so that these are no longer rows."""
     result = replace(x, base=r.emit(node.target, x.base, *args, **kwargs))
     return r.lifted(result) if x.domain.mask is None else result
 
 
-def _slice(r: Resolver, node: fx.Node, x: SelectedRows, dim: int = 0, *span: int) -> SelectedRows:
+def slice_(r: Resolver, node: fx.Node, x: SelectedRows, dim: int = 0, *span: int) -> SelectedRows:
     everything = x.domain.mask is None and dim % x.base.ndim == x.dim and x.domain.size == node.meta["shape"][dim]
-    return x if everything else _along(0, 0)(r, node, x, dim, *span)
+    return x if everything else along(0, 0)(r, node, x, dim, *span)
 
 
-def _new(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> Tensor:
+def new(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> Tensor:
     return r.emit(node.target, x.base, *args, **kwargs)
 
 
-def _cat(r: Resolver, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> SelectedRows:
+def cat(r: Resolver, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> SelectedRows:
     parts = [x for x in parts if isinstance(x, SelectedRows) or x.shape[dim]]
     if len(parts) == 1:
         return parts[0]
@@ -221,37 +221,5 @@ def _cat(r: Resolver, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Sele
     return SelectedRows(shared(parts), r.emit(aten.cat.default, bases, dim), parts[0].dim, at)
 
 
-ALONE: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((aten.floor_divide.default, aten.floor_divide.Scalar), pointwise),
-    aten.linear.default: _product,
-    aten.mm.default: _product,
-    aten.matmul.default: _product,
-    aten.addmm.default: _product,
-    **dict.fromkeys((aten.softmax.int, aten._softmax.default, aten.log_softmax.int), _along(0)),
-    **dict.fromkeys((aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default), _along(0)),
-    aten.glu.default: _along(0, -1),
-    **dict.fromkeys((aten.argmax.default, aten.any.dim, aten.all.dim), _along(0)),
-    aten.topk.default: _along(1, -1),
-    aten.select.int: _along(0),
-    aten.slice.Tensor: _slice,
-    aten.unbind.int: _along(0, 0),
-    aten.split.Tensor: _along(1, 0),
-    aten.split_with_sizes.default: _along(1, 0),
-    aten.chunk.default: _along(1, 0),
-    aten.layer_norm.default: _norm,
-    aten.rms_norm.default: _norm,
-    **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.reshape.default), _reshape),
-    **dict.fromkeys((aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints), _reshape),
-    aten.permute.default: _permuted(lambda ndim, dims: [d % ndim for d in dims]),
-    aten.transpose.int: _permuted(_swap),
-    aten.t.default: _permuted(_swap),
-    aten.expand.default: _expand,
-    aten.repeat.default: _repeat,
-    aten.clone.default: _same,
-    aten._to_copy.default: _same,
-    **dict.fromkeys((aten.empty_like.default, aten.zeros_like.default, aten.full_like.default), _like),
-    **dict.fromkeys(
-        (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default), _new
-    ),
-    aten.cat.default: _cat,
-}
+permute = _permuted(lambda ndim, dims: [d % ndim for d in dims])
+transpose = _permuted(_swap)

@@ -20,12 +20,13 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ir.nodes import append_copy
+from ..ir.operators import spec_of
 from ..ir.program import reached
 from .compare import identities
 from .counts import aten, ops
 from .errors import CaptureError
 from .recorder import Recorder
-from .row_rules import ALONE, Domain, RefusedError, SelectedRows, aligned, pointwise, shared
+from .row_rules import Domain, RefusedError, SelectedRows, aligned, shared
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class _Resolver:
 
     def _call(self, node: fx.Node) -> None:
         op: Any = node.target
-        rule = RULES.get(op)
+        rule = RULES.get(op) or spec_of(op).row_wise
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         routed = any(isinstance(self.values[n], (SelectedRows, Inverse)) for n in node.all_input_nodes)
         starts = op in _STARTS and self._sorts(node)
@@ -95,8 +96,6 @@ class _Resolver:
                 return self._copy(node)
             self.values[node] = args[0][args[1]] if op is operator.getitem else self.emit(op, *args, **kwargs)
             return None
-        if rule is None and torch.Tag.pointwise in getattr(op, "tags", ()):
-            rule = pointwise
         try:
             if op is operator.getitem:
                 self.values[node] = args[0][args[1]]
@@ -408,7 +407,6 @@ _STARTS = {aten.argsort.default, aten.argsort.stable, aten.sort.default, aten.so
 
 
 RULES: dict[Any, Callable[..., Any]] = {
-    **ALONE,
     ops.positions.default: _positions,
     ops.counts.default: _counts,
     ops.segment.default: _segment,

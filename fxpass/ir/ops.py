@@ -12,6 +12,23 @@ import torch
 from torch import Tensor
 
 from .layout import Rows
+from .operators import OpSpec, register
+
+LOCAL: set[Callable[..., Any]] = set()
+
+
+_PLAIN = OpSpec()
+
+
+def local(spec: OpSpec = _PLAIN) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function a local operator: one that a partitioned graph may call, with these facts."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        register({function: spec})
+        LOCAL.add(function)
+        return function
+
+    return decorate
 
 
 class Index:
@@ -62,6 +79,7 @@ def index_tensors_from(supply: Supply) -> Iterator[None]:
         _supply = None
 
 
+@local(OpSpec(free=True))
 def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
     """The given local positions of `x` along `dim`, ascending; a view where they are one interval."""
     if len(rows) == x.shape[dim]:
@@ -73,11 +91,13 @@ def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
     return x.index_select(dim, index_tensor(rows, x.device))
 
 
+@local()
 def select(x: Tensor, dim: int, index: Index) -> Tensor:
     """`x.index_select(dim, index)` with a static index: roll, flip, repeat, nearest up-sampling, reflection."""
     return x.index_select(dim, index_tensor(index, x.device))
 
 
+@local()
 def resample(x: Tensor, dim: int, taps: Index, weights: tuple[tuple[float, ...], ...]) -> Tensor:
     """`y[o] = sum_t weights[t][o] * x[taps[t * len(o) + o]]` along `dim`: any static linear resampling."""
     out = len(weights[0])
@@ -92,6 +112,7 @@ def resample(x: Tensor, dim: int, taps: Index, weights: tuple[tuple[float, ...],
     return result.to(x.dtype)
 
 
+@local()
 def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
     """`stack([mean, M2])` over `dims` (kept, size 1), in float32 at least; M2 is the sum of squared deviations."""
     wide = x if x.dtype == torch.float64 else x.float()
@@ -107,6 +128,7 @@ def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.stack([mean, deviation * deviation])
 
 
+@local()
 def located(index: Tensor, rows: Rows, size: int) -> Tensor:
     """Positions of a dim of `size` (negative ones count from its end) among `rows`; len(rows) for all others."""
     place = torch.full((size,), len(rows), dtype=torch.int64, device=index.device)
@@ -114,6 +136,7 @@ def located(index: Tensor, rows: Rows, size: int) -> Tensor:
     return place[index]
 
 
+@local()
 def exponentials(x: Tensor, dims: Sequence[int]) -> Tensor:
     """`stack([max, sum of exp(x - max)])` over `dims` (kept, size 1); of nothing -inf and 0."""
     if not all(x.shape[dim] for dim in dims):
@@ -123,11 +146,13 @@ def exponentials(x: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.stack([most, torch.exp(x - torch.where(most.isinf(), 0, most)).sum(list(dims), keepdim=True)])
 
 
+@local()
 def group_moments(x: Tensor, groups: int) -> Tensor:
     """`moments` of each (sample, group) of `x` [B, C, …]: [2, B, groups]."""
     return moments(x.reshape(x.shape[0], groups, x[0].numel() // groups), [2]).squeeze(-1)
 
 
+@local()
 def group_normalize(
     x: Tensor, statistics: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
@@ -146,17 +171,20 @@ def group_normalize(
     return torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(x.dtype)
 
 
+@local()
 def causal_mask(rows: Rows, keys: int, like: Tensor) -> Tensor:
     """[len(rows), keys] boolean: query `rows[i]` sees keys 0 … rows[i]."""
     position = index_tensor(rows, like.device)
     return position[:, None] >= torch.arange(keys, device=like.device)[None, :]
 
 
+@local()
 def seen(mask: Tensor, key: Tensor, rows: Rows) -> Tensor:
     """The columns of `mask` for the keys at hand: all, or those of the window `rows`."""
     return mask if key.shape[-2] == mask.shape[-1] else take(mask, mask.ndim - 1, rows)
 
 
+@local(OpSpec(free=True))
 def exchange(values: tuple[Tensor, ...], exchanges: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """A declared exchange of several values that travel together; done by the executor, never called.
 
@@ -165,6 +193,7 @@ def exchange(values: tuple[Tensor, ...], exchanges: tuple[Any, ...]) -> tuple[Te
     raise RuntimeError("an exchange was called outside an executor")
 
 
+@local(OpSpec(free=True))
 def wait(launched: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The results of an exchange that was launched with `values`; done by the executor, never called."""
     raise RuntimeError("an exchange was awaited outside an executor")

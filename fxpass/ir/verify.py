@@ -24,9 +24,6 @@ Stage = Literal["captured", "normal", "partitioned", "displaced", "scheduled"]
 Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
 
 aten = torch.ops.aten
-LOCAL = {getattr(ops, name) for name in ("take", "select", "resample", "moments", "group_moments", "group_normalize",
-                                         "exponentials", "located", "causal_mask", "seen", "exchange",
-                                         "wait")}  # fmt: skip
 #: operators that normal form has a simpler word for
 ABNORMAL = {
     aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,
@@ -67,7 +64,7 @@ def _normal(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 def _local(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
     known = (OpOverload,)
     for node in calls(graph):
-        if not (isinstance(node.target, known) or node.target is operator.getitem or node.target in LOCAL):
+        if not (isinstance(node.target, known) or node.target is operator.getitem or node.target in ops.LOCAL):
             yield node
 
 

@@ -1,12 +1,14 @@
-"""The normal form of every operator that has a simpler word; one file per family, each ending in its table."""
+"""Normal forms of operators; one file per family, each ending in the table of those that are rewritten into others.
+
+An operator that is part of the normal form has its entry in `passes/rules/`, with its form if arguments are normalized.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from ...ir.operators import register
+from . import copies, reductions, slicing, views, windows
 
-from ..builder import Form
-from . import copies, products, reductions, slicing, views, windows
+FAMILIES = (views, slicing, copies, reductions, windows)
 
-FAMILIES = (views, slicing, copies, reductions, products, windows)
-
-FORMS: dict[Any, Form] = {target: form for family in FAMILIES for target, form in family.TABLE.items()}
+for family in FAMILIES:
+    register(family.TABLE)

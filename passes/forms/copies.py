@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.operators import OpSpec
 from ...ir.program import shape_of
-from ..builder import Builder, Form
+from ..builder import Builder
 from .views import expand
 
 aten = torch.ops.aten
@@ -20,14 +21,18 @@ def _itself(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Nod
     return x
 
 
-def _clone(b: Builder, node: fx.Node, x: fx.Node, *, memory_format: Any = None, **_: Any) -> fx.Node:
+def clone(b: Builder, node: fx.Node, x: fx.Node, *, memory_format: Any = None, **_: Any) -> fx.Node:
     """Kept where it changes the order in memory: a convolution would else do it for its weights, at every call."""
     if memory_format in (None, torch.preserve_format) or x.meta["val"].is_contiguous(memory_format=memory_format):
         return x
     return b.emit(aten.clone.default, x, memory_format=memory_format)
 
 
-def _to_copy(b: Builder, node: fx.Node, x: fx.Node | float, **kwargs: Any) -> fx.Node:
+def _contiguous(b: Builder, node: fx.Node, x: fx.Node, **_: Any) -> fx.Node:
+    return clone(b, node, x, memory_format=torch.contiguous_format)
+
+
+def to_copy(b: Builder, node: fx.Node, x: fx.Node | float, **kwargs: Any) -> fx.Node:
     dtype, device = kwargs.get("dtype"), kwargs.get("device")
     if not isinstance(x, fx.Node):  # vmap leaves numbers in the place of tensors
         return b.copy(aten.full.default, ([], x), {"dtype": dtype or node.meta["dtype"]}, node.meta["val"])
@@ -38,14 +43,14 @@ def _to_copy(b: Builder, node: fx.Node, x: fx.Node | float, **kwargs: Any) -> fx
 
 
 def _type_as(b: Builder, node: fx.Node, x: fx.Node, other: fx.Node) -> fx.Node:
-    return _to_copy(b, node, x, dtype=other.meta["dtype"])
+    return to_copy(b, node, x, dtype=other.meta["dtype"])
 
 
 def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx.Node:
-    return _to_copy(b, node, expand(b, node, source), dtype=x.meta["dtype"])
+    return to_copy(b, node, expand(b, node, source), dtype=x.meta["dtype"])
 
 
-def _index_put(
+def index_put(
     b: Builder, node: fx.Node, x: fx.Node, indices: Sequence[Any], values: fx.Node, accumulate: bool = False
 ) -> fx.Node:
     """One row, the same wherever a mask is true, is a choice."""
@@ -59,7 +64,7 @@ def _index_put(
     if place >= 0:
         values = b.reshape(values, [*given[:place], *(1 for _ in shape_of(mask)), *given[place + 1 :]])
     mask = b.reshape(mask, [*shape_of(mask), *(1,) * after])
-    return b.emit(aten.where.self, mask, _to_copy(b, node, values, dtype=x.meta["dtype"]), x)
+    return b.emit(aten.where.self, mask, to_copy(b, node, values, dtype=x.meta["dtype"]), x)
 
 
 def _take_along_dim(b: Builder, node: fx.Node, x: fx.Node, indices: fx.Node, dim: int | None = None) -> fx.Node:
@@ -77,17 +82,14 @@ def _take_along_dim(b: Builder, node: fx.Node, x: fx.Node, indices: fx.Node, dim
     return b.emit(aten.gather.default, wide[0], dim, wide[1])
 
 
-TABLE: dict[Any, Form] = {
-    aten.clone.default: _clone,
-    aten.alias.default: _itself,
-    aten.detach.default: _itself,
-    aten.detach_.default: _itself,
-    aten.contiguous.default: lambda b, node, x, **_: _clone(b, node, x, memory_format=torch.contiguous_format),
-    aten.lift_fresh_copy.default: _itself,
-    aten.lift_fresh.default: _itself,
-    aten._to_copy.default: _to_copy,
-    aten.type_as.default: _type_as,
-    aten.copy.default: _copy,
-    aten.take_along_dim.default: _take_along_dim,
-    aten.index_put.default: _index_put,
+TABLE = {
+    aten.alias.default: OpSpec(form=_itself),
+    aten.detach.default: OpSpec(form=_itself),
+    aten.detach_.default: OpSpec(form=_itself),
+    aten.contiguous.default: OpSpec(form=_contiguous),
+    aten.lift_fresh_copy.default: OpSpec(form=_itself),
+    aten.lift_fresh.default: OpSpec(form=_itself),
+    aten.type_as.default: OpSpec(form=_type_as),
+    aten.copy.default: OpSpec(form=_copy),
+    aten.take_along_dim.default: OpSpec(form=_take_along_dim),
 }

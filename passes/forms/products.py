@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...ir.program import shape_of
-from ..builder import Builder, Form
+from ..builder import Builder
 
 aten = torch.ops.aten
 
@@ -38,8 +38,3 @@ def letters(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
         result = "..." + "".join(sorted(letter for letter in set(named) if named.count(letter) == 1))
     words = [word.replace("...", dots[len(dots) - n :]) for word, n in zip(words, counts, strict=True)]
     return words, result.replace("...", dots)
-
-
-TABLE: dict[Any, Form] = {
-    aten.einsum.default: einsum,
-}

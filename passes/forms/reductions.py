@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from ...ir.operators import OpSpec
 from ...ir.program import shape_of
 from ..builder import Builder, Form, unpacked
 
 aten = torch.ops.aten
 
 
-def _variance(root: bool, mean: bool) -> Form:
+def variance(arguments: Callable[..., tuple[Any, float, bool]], *, root: bool, mean: bool) -> Form:
     """Every form of var, std, var_mean and std_mean is one of `var.correction` and `var_mean.correction`."""
 
     def form(b: Builder, node: fx.Node, x: fx.Node, *args: Any, **named: Any) -> Any:
-        if node.target._overloadname == "correction":  # type: ignore[union-attr]
-            dims, correction = args[0] if args else named.get("dim"), named.get("correction")
-        else:  # (dims, unbiased, keepdim) or (unbiased)
-            flags = list(args)
-            dims = flags.pop(0) if node.target._overloadname == "dim" else None  # type: ignore[union-attr]
-            correction = int(flags.pop(0) if flags else named.get("unbiased", True))
-            named = {"keepdim": flags[0]} if flags else named
+        dims, correction, keepdim = arguments(*args, **named)
         target = aten.var_mean.correction if mean else aten.var.correction
-        keepdim = named.get("keepdim", False)
-        kwargs = {"correction": 1 if correction is None else correction, "keepdim": keepdim}
-        results = unpacked(b, b.emit(target, x, dims, **kwargs))
+        results = unpacked(b, b.emit(target, x, dims, correction=correction, keepdim=keepdim))
         first, *rest = results if mean else (results,)
         first = b.emit(aten.sqrt.default, first) if root else first
         return (first, *rest) if mean else first
 
     return form
+
+
+def _default(unbiased: bool = True) -> tuple[Any, float, bool]:
+    return None, int(unbiased), False
+
+
+def _dim(dim: Any, unbiased: bool = True, keepdim: bool = False) -> tuple[Any, float, bool]:
+    return dim, int(unbiased), keepdim
+
+
+def correction(dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Any, float, bool]:
+    return dim, 1 if correction is None else correction, keepdim
 
 
 def _batch_norm(
@@ -60,14 +66,19 @@ def _extreme(reduce: Any) -> Form:
     return lambda b, node, x: b.emit(reduce, x, list(range(len(shape_of(x)))), False)
 
 
-TABLE: dict[Any, Form] = {
-    **{
-        getattr(getattr(aten, name), overload): _variance("std" in name, "mean" in name)
-        for name in ("var", "std", "var_mean", "std_mean")
-        for overload in ("default", "dim", "correction")
-    },
-    aten.max.default: _extreme(aten.amax.default),
-    aten.min.default: _extreme(aten.amin.default),
-    aten.native_batch_norm.default: _batch_norm,
-    aten.instance_norm.default: _instance_norm,
+TABLE = {
+    aten.var.default: OpSpec(form=variance(_default, root=False, mean=False)),
+    aten.var.dim: OpSpec(form=variance(_dim, root=False, mean=False)),
+    aten.std.default: OpSpec(form=variance(_default, root=True, mean=False)),
+    aten.std.dim: OpSpec(form=variance(_dim, root=True, mean=False)),
+    aten.std.correction: OpSpec(form=variance(correction, root=True, mean=False)),
+    aten.var_mean.default: OpSpec(form=variance(_default, root=False, mean=True)),
+    aten.var_mean.dim: OpSpec(form=variance(_dim, root=False, mean=True)),
+    aten.std_mean.default: OpSpec(form=variance(_default, root=True, mean=True)),
+    aten.std_mean.dim: OpSpec(form=variance(_dim, root=True, mean=True)),
+    aten.std_mean.correction: OpSpec(form=variance(correction, root=True, mean=True)),
+    aten.max.default: OpSpec(form=_extreme(aten.amax.default)),
+    aten.min.default: OpSpec(form=_extreme(aten.amin.default)),
+    aten.native_batch_norm.default: OpSpec(form=_batch_norm),
+    aten.instance_norm.default: OpSpec(form=_instance_norm),
 }

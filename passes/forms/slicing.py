@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...capture import row_rules as rows
+from ...ir.operators import OpSpec
 from ...ir.program import shape_of
 from ..builder import Builder, Form
 
 aten = torch.ops.aten
 
 
-def _slice(
+def slice_(
     b: Builder, node: fx.Node, x: fx.Node, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> fx.Node:
     dim = dim % len(shape_of(x))
@@ -47,11 +49,11 @@ def _stack(b: Builder, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) 
     return b.cat([b.reshape(x, shape) for x in tensors], dim)
 
 
-def _cat(b: Builder, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> fx.Node:
+def cat(b: Builder, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> fx.Node:
     return b.cat(tensors, dim % len(shape_of(node)))
 
 
-def _slice_scatter(
+def slice_scatter(
     b: Builder,
     node: fx.Node,
     x: fx.Node,
@@ -73,46 +75,53 @@ def _select_scatter(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, dim:
     dim = dim % len(shape_of(x))
     index = index % shape_of(x)[dim]
     shape = [1 if d == dim else s for d, s in enumerate(shape_of(x))]
-    return _slice_scatter(b, node, x, b.reshape(source, shape), dim, index, index + 1)
+    return slice_scatter(b, node, x, b.reshape(source, shape), dim, index, index + 1)
 
 
-def _pad(
-    b: Builder, node: fx.Node, x: fx.Node, pad: Sequence[int], mode: str = "constant", value: float | None = None
+def pad(
+    b: Builder, node: fx.Node, x: fx.Node, amounts: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> fx.Node:
-    if not any(pad):
+    if not any(amounts):
         return x
     if mode == "constant":
-        for i, amount in enumerate(pad):
+        for i, amount in enumerate(amounts):
             if amount < 0:
                 dim = len(shape_of(x)) - 1 - i // 2
                 size = shape_of(x)[dim]
                 x = b.slice(x, dim, 0, size + amount) if i % 2 else b.slice(x, dim, -amount, size)
-        pad = [max(amount, 0) for amount in pad]
-        if not any(pad):
+        amounts = [max(amount, 0) for amount in amounts]
+        if not any(amounts):
             return x
-        return b.emit(aten.constant_pad_nd.default, x, list(pad), 0 if value is None else value)
-    return b.emit(aten.pad.default, x, list(pad), mode)
+        return b.emit(aten.constant_pad_nd.default, x, list(amounts), 0 if value is None else value)
+    return b.emit(aten.pad.default, x, list(amounts), mode)
 
 
 def _mirrored(mode: str) -> Form:
-    return lambda b, node, x, pad: _pad(b, node, x, pad, mode)
+    return lambda b, node, x, amounts: pad(b, node, x, amounts, mode)
 
 
-TABLE: dict[Any, Form] = {
-    aten.slice.Tensor: _slice,
-    aten.narrow.default: lambda b, node, x, dim, start, length: _slice(b, node, x, dim, start, start + length),
-    aten.select.int: _select,
-    aten.unbind.int: _unbind,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.stack.default: _stack,
-    aten.cat.default: _cat,
-    aten.concat.default: _cat,
-    aten.concatenate.default: _cat,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.select_scatter.default: _select_scatter,
-    aten.pad.default: _pad,
-    aten.constant_pad_nd.default: lambda b, node, x, pad, value=0: _pad(b, node, x, pad, "constant", value),
-    **{getattr(aten, f"reflection_pad{n}d").default: _mirrored("reflect") for n in (1, 2, 3)},
-    **{getattr(aten, f"replication_pad{n}d").default: _mirrored("replicate") for n in (1, 2, 3)},
+def constant_pad(b: Builder, node: fx.Node, x: fx.Node, amounts: Sequence[int], value: float = 0) -> fx.Node:
+    return pad(b, node, x, amounts, "constant", value)
+
+
+def _narrow(b: Builder, node: fx.Node, x: fx.Node, dim: int, start: int, length: int) -> fx.Node:
+    return slice_(b, node, x, dim, start, start + length)
+
+
+TABLE = {
+    aten.narrow.default: OpSpec(form=_narrow),
+    aten.select.int: OpSpec(form=_select, row_wise=rows.along(0)),
+    aten.unbind.int: OpSpec(form=_unbind, row_wise=rows.along(0, 0)),
+    aten.split.Tensor: OpSpec(form=_split, row_wise=rows.along(1, 0)),
+    aten.split_with_sizes.default: OpSpec(form=_split, row_wise=rows.along(1, 0)),
+    aten.stack.default: OpSpec(form=_stack),
+    aten.concat.default: OpSpec(form=cat),
+    aten.concatenate.default: OpSpec(form=cat),
+    aten.select_scatter.default: OpSpec(form=_select_scatter),
+    aten.reflection_pad1d.default: OpSpec(form=_mirrored("reflect")),
+    aten.reflection_pad2d.default: OpSpec(form=_mirrored("reflect")),
+    aten.reflection_pad3d.default: OpSpec(form=_mirrored("reflect")),
+    aten.replication_pad1d.default: OpSpec(form=_mirrored("replicate")),
+    aten.replication_pad2d.default: OpSpec(form=_mirrored("replicate")),
+    aten.replication_pad3d.default: OpSpec(form=_mirrored("replicate")),
 }

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...capture import row_rules as rows
+from ...capture.forms import mutates
+from ...ir.operators import OpSpec
 from ...ir.program import shape_of
-from ..builder import Builder, Form
+from ..builder import Builder
 
 aten = torch.ops.aten
 
 
-def _to_result_shape(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Node:
+def to_result_shape(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Node:
     return b.reshape(x, shape_of(node))
 
 
@@ -26,7 +29,7 @@ def _transpose(b: Builder, node: fx.Node, x: fx.Node, *dims: int) -> fx.Node:
     return b.permute(x, order)
 
 
-def _permute(b: Builder, node: fx.Node, x: fx.Node, dims: Sequence[int]) -> fx.Node:
+def permute(b: Builder, node: fx.Node, x: fx.Node, dims: Sequence[int]) -> fx.Node:
     return b.permute(x, dims)
 
 
@@ -79,37 +82,28 @@ def _diagonal(b: Builder, node: fx.Node, x: fx.Node, offset: int = 0, dim1: int 
     return b.slice(x, ndim - 2, start, min(start + length * (columns + 1), rows * columns), columns + 1)
 
 
-def _roll(b: Builder, node: fx.Node, x: fx.Node, shifts: Sequence[int], dims: Sequence[int] | None = None) -> fx.Node:
+def roll(b: Builder, node: fx.Node, x: fx.Node, shifts: Sequence[int], dims: Sequence[int] | None = None) -> fx.Node:
     if dims:
         return b.emit(aten.roll.default, x, shifts, dims)
     flat = b.reshape(x, [prod(shape_of(x))])
     return b.reshape(b.emit(aten.roll.default, flat, shifts, [0]), shape_of(x))
 
 
-TABLE: dict[Any, Form] = {
-    **{
-        target: _to_result_shape
-        for packet in (
-            aten.view,
-            aten._unsafe_view,
-            aten.reshape,
-            aten.unsqueeze,
-            aten.squeeze,
-            aten.flatten,
-            aten.unflatten,
-        )
-        for target in (getattr(packet, o) for o in packet.overloads() if "out" not in o and o != "dtype")
-    },
-    aten.view_as.default: _to_result_shape,
-    aten.t.default: _transpose,
-    aten.transpose.int: _transpose,
-    aten.permute.default: _permute,
-    aten.expand.default: expand,
-    aten.expand_as.default: expand,
-    aten.repeat.default: _repeat,
-    aten.repeat_interleave.self_int: _repeat_interleave,
-    aten.pixel_shuffle.default: _pixel_shuffle,
-    aten.pixel_unshuffle.default: _pixel_unshuffle,
-    aten.diagonal.default: _diagonal,
-    aten.roll.default: _roll,
+#: other names for `reshape`, in every overload but those that change the dtype
+_RESHAPES = (aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten)
+TABLE = {
+    getattr(packet, overload): OpSpec(form=to_result_shape, row_wise=rows.reshape)
+    for packet in _RESHAPES
+    for overload in packet.overloads()
+    if getattr(packet, overload) is not aten.view.dtype and not mutates(getattr(packet, overload))
+} | {
+    aten.view_as.default: OpSpec(form=to_result_shape),
+    aten.t.default: OpSpec(form=_transpose, row_wise=rows.transpose),
+    aten.transpose.int: OpSpec(form=_transpose, row_wise=rows.transpose),
+    aten.expand_as.default: OpSpec(form=expand),
+    aten.repeat.default: OpSpec(form=_repeat, row_wise=rows.repeat),
+    aten.repeat_interleave.self_int: OpSpec(form=_repeat_interleave),
+    aten.pixel_shuffle.default: OpSpec(form=_pixel_shuffle),
+    aten.pixel_unshuffle.default: OpSpec(form=_pixel_unshuffle),
+    aten.diagonal.default: OpSpec(form=_diagonal),
 }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.operators import OpSpec
 from ...ir.program import shape_of
 from ..builder import Builder, Form, unpacked
 
@@ -77,29 +78,29 @@ def _adaptive_max(b: Builder, node: fx.Node, x: fx.Node, size: list[int]) -> Any
     return x, None
 
 
-TABLE: dict[Any, Form] = {
-    aten.adaptive_max_pool1d.default: _adaptive_max,
-    aten.adaptive_max_pool2d.default: _adaptive_max,
-    aten.adaptive_max_pool3d.default: _adaptive_max,
-    aten.conv1d.default: _convolution(False),
-    aten.conv2d.default: _convolution(False),
-    aten.conv3d.default: _convolution(False),
-    aten.conv1d.padding: _convolution(False),
-    aten.conv2d.padding: _convolution(False),
-    aten.conv3d.padding: _convolution(False),
-    aten.conv_transpose1d.default: _convolution(True),
-    aten.conv_transpose2d.input: _convolution(True),
-    aten.conv_transpose3d.input: _convolution(True),
-    aten.upsample_nearest1d.vec: _upsample(()),
-    aten.upsample_nearest2d.vec: _upsample(()),
-    aten.upsample_nearest3d.vec: _upsample(()),
-    aten._upsample_nearest_exact1d.vec: _upsample(()),
-    aten._upsample_nearest_exact2d.vec: _upsample(()),
-    aten._upsample_nearest_exact3d.vec: _upsample(()),
-    aten.upsample_linear1d.vec: _upsample(("align_corners",)),
-    aten.upsample_bilinear2d.vec: _upsample(("align_corners",)),
-    aten.upsample_trilinear3d.vec: _upsample(("align_corners",)),
-    aten.upsample_bicubic2d.vec: _upsample(("align_corners",)),
-    aten._upsample_bilinear2d_aa.vec: _upsample(("align_corners",)),
-    aten._upsample_bicubic2d_aa.vec: _upsample(("align_corners",)),
+TABLE = {
+    aten.adaptive_max_pool1d.default: OpSpec(form=_adaptive_max),
+    aten.adaptive_max_pool2d.default: OpSpec(form=_adaptive_max),
+    aten.adaptive_max_pool3d.default: OpSpec(form=_adaptive_max),
+    aten.conv1d.default: OpSpec(form=_convolution(False)),
+    aten.conv2d.default: OpSpec(form=_convolution(False)),
+    aten.conv3d.default: OpSpec(form=_convolution(False)),
+    aten.conv1d.padding: OpSpec(form=_convolution(False)),
+    aten.conv2d.padding: OpSpec(form=_convolution(False)),
+    aten.conv3d.padding: OpSpec(form=_convolution(False)),
+    aten.conv_transpose1d.default: OpSpec(form=_convolution(True)),
+    aten.conv_transpose2d.input: OpSpec(form=_convolution(True)),
+    aten.conv_transpose3d.input: OpSpec(form=_convolution(True)),
+    aten.upsample_nearest1d.vec: OpSpec(form=_upsample(())),
+    aten.upsample_nearest2d.vec: OpSpec(form=_upsample(())),
+    aten.upsample_nearest3d.vec: OpSpec(form=_upsample(())),
+    aten._upsample_nearest_exact1d.vec: OpSpec(form=_upsample(())),
+    aten._upsample_nearest_exact2d.vec: OpSpec(form=_upsample(())),
+    aten._upsample_nearest_exact3d.vec: OpSpec(form=_upsample(())),
+    aten.upsample_linear1d.vec: OpSpec(form=_upsample(("align_corners",))),
+    aten.upsample_bilinear2d.vec: OpSpec(form=_upsample(("align_corners",))),
+    aten.upsample_trilinear3d.vec: OpSpec(form=_upsample(("align_corners",))),
+    aten.upsample_bicubic2d.vec: OpSpec(form=_upsample(("align_corners",))),
+    aten._upsample_bilinear2d_aa.vec: OpSpec(form=_upsample(("align_corners",))),
+    aten._upsample_bicubic2d_aa.vec: OpSpec(form=_upsample(("align_corners",))),
 }

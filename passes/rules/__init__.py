@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...ir.operators import OPERATORS, register
 from ..partition import Rule
 from . import (
     along,
@@ -39,4 +40,7 @@ FAMILIES = (
     attention,
 )
 
-RULES: dict[Any, Rule] = {target: rule for family in FAMILIES for target, rule in family.TABLE.items()}
+for family in FAMILIES:
+    register(family.TABLE)
+
+RULES: dict[Any, Rule] = {op: spec.rule for op, spec in OPERATORS.items() if spec.rule is not None}

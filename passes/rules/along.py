@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...capture import row_rules as rows
 from ...ir import ops
 from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, Rule, SplitError
 from .normalization import wide
@@ -176,25 +178,25 @@ def extreme(largest: bool, both: bool) -> Rule:
 
 
 TABLE = {
-    aten.softmax.int: softmax(logarithm=False),
-    aten._softmax.default: softmax(logarithm=False),
-    aten._safe_softmax.default: along(1),
-    aten.log_softmax.int: softmax(logarithm=True),
-    aten._log_softmax.default: softmax(logarithm=True),
-    aten.logsumexp.default: logsumexp,
-    aten.cumsum.default: running(aten.add.Tensor, 0.0),
-    aten.cumprod.default: running(aten.mul.Tensor, 1.0),
-    aten.logcumsumexp.default: along(1),
-    aten.cummax.default: along(1, outputs=2),
-    aten.cummin.default: along(1, outputs=2),
-    aten.argmax.default: extreme(largest=True, both=False),
-    aten.argmin.default: extreme(largest=False, both=False),
-    aten.max.dim: extreme(largest=True, both=True),
-    aten.min.dim: extreme(largest=False, both=True),
-    aten.glu.default: along(1, -1),
-    aten.sort.default: along(1, -1, outputs=2),
-    aten.sort.stable: along(2, -1, outputs=2),
-    aten.topk.default: along(2, -1, outputs=2),
-    aten.kthvalue.default: along(2, -1, outputs=2),
-    aten.median.dim: along(1, outputs=2),
+    aten.softmax.int: OpSpec(softmax(logarithm=False), row_wise=rows.along(0)),
+    aten._softmax.default: OpSpec(softmax(logarithm=False), row_wise=rows.along(0)),
+    aten._safe_softmax.default: OpSpec(along(1)),
+    aten.log_softmax.int: OpSpec(softmax(logarithm=True), row_wise=rows.along(0)),
+    aten._log_softmax.default: OpSpec(softmax(logarithm=True)),
+    aten.logsumexp.default: OpSpec(logsumexp),
+    aten.cumsum.default: OpSpec(running(aten.add.Tensor, 0.0)),
+    aten.cumprod.default: OpSpec(running(aten.mul.Tensor, 1.0)),
+    aten.logcumsumexp.default: OpSpec(along(1)),
+    aten.cummax.default: OpSpec(along(1, outputs=2)),
+    aten.cummin.default: OpSpec(along(1, outputs=2)),
+    aten.argmax.default: OpSpec(extreme(largest=True, both=False), row_wise=rows.along(0)),
+    aten.argmin.default: OpSpec(extreme(largest=False, both=False)),
+    aten.max.dim: OpSpec(extreme(largest=True, both=True)),
+    aten.min.dim: OpSpec(extreme(largest=False, both=True)),
+    aten.glu.default: OpSpec(along(1, -1), row_wise=rows.along(0, -1)),
+    aten.sort.default: OpSpec(along(1, -1, outputs=2)),
+    aten.sort.stable: OpSpec(along(2, -1, outputs=2)),
+    aten.topk.default: OpSpec(along(2, -1, outputs=2), row_wise=rows.along(1, -1)),
+    aten.kthvalue.default: OpSpec(along(2, -1, outputs=2)),
+    aten.median.dim: OpSpec(along(1, outputs=2)),
 }

@@ -6,17 +6,23 @@ a causal one is made for the rank's own query positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
 import numpy as np
 import torch
 from torch import fx
 
 from ...ir import ops
 from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 from .pointwise import broadcast_to
 
 aten = torch.ops.aten
+Shape = Sequence[int]
 
 
 def attention(
@@ -91,4 +97,8 @@ def _each_head(p: Partitioner, x: fx.Node, heads: int) -> fx.Node:
     return p.emit(ops.select, (x, dim, index), shape=wide, dtype=x.meta["dtype"])
 
 
-TABLE = {aten.scaled_dot_product_attention.default: attention}
+def _flops(out: Shape, query: Shape, key: Shape, value: Shape, *_: Any) -> int:
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+TABLE = {aten.scaled_dot_product_attention.default: OpSpec(attention, flops=_flops)}

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
+from ...capture import row_rules as rows
 from ...ir.layout import Layout, own
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
+from ..forms import products
 from ..partition import Op, Partitioner, SplitError
 from .pointwise import broadcast_to
 
 aten = torch.ops.aten
+Shape = Sequence[int]
 
 
 def contract(
@@ -129,15 +134,31 @@ def distances(p: Partitioner, op: Op, a: fx.Node, b: fx.Node, norm: float = 2, m
     return contract(p, op, (a, b), words, batch + "MN", lambda ab: (*ab, norm, mode))
 
 
+def _product_flops(out: Shape, a: Shape, *_: Any) -> int:
+    return 2 * prod(out) * a[-1]
+
+
+def _product_plus_flops(out: Shape, added: Shape, a: Shape, *_: Any) -> int:
+    return 2 * prod(out) * a[-1]
+
+
+def _einsum_flops(out: Shape, equation: str, operands: Sequence[Shape], *_: Any) -> int:
+    words = equation.split("->")[0].split(",")
+    sizes = {
+        letter: n for word, shape in zip(words, operands, strict=True) for letter, n in zip(word, shape, strict=True)
+    }
+    return 2 * prod(sizes.values()) if len(words) > 1 else 0
+
+
 TABLE = {
-    aten.linear.default: linear,
-    aten.mm.default: product,
-    aten.bmm.default: product,
-    aten.matmul.default: product,
-    aten.addmm.default: product_plus,
-    aten.baddbmm.default: product_plus,
-    aten.einsum.default: einsum,
-    aten._int_mm.default: product,
-    aten._weight_int8pack_mm.default: packed_product,
-    aten.cdist.default: distances,
+    aten.linear.default: OpSpec(linear, flops=_product_flops, row_wise=rows.product),
+    aten.mm.default: OpSpec(product, flops=_product_flops, row_wise=rows.product),
+    aten.bmm.default: OpSpec(product, flops=_product_flops),
+    aten.matmul.default: OpSpec(product, flops=_product_flops, row_wise=rows.product),
+    aten.addmm.default: OpSpec(product_plus, flops=_product_plus_flops, row_wise=rows.product),
+    aten.baddbmm.default: OpSpec(product_plus, flops=_product_plus_flops),
+    aten.einsum.default: OpSpec(einsum, form=products.einsum, flops=_einsum_flops),
+    aten._int_mm.default: OpSpec(product, flops=_product_flops),
+    aten._weight_int8pack_mm.default: OpSpec(packed_product, flops=_product_flops),
+    aten.cdist.default: OpSpec(distances, flops=_product_flops),
 }

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ...ir.layout import Layout
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 from .windows import Window, halo
@@ -65,9 +66,9 @@ def fourier(p: Partitioner, op: Op, x: fx.Node, dims: Sequence[int], *rest: obje
 
 
 TABLE = {
-    aten.unfold.default: unfold,
-    aten.stft.default: stft,
-    aten._fft_r2c.default: fourier,
-    aten._fft_c2r.default: fourier,
-    aten._fft_c2c.default: fourier,
+    aten.unfold.default: OpSpec(unfold),
+    aten.stft.default: OpSpec(stft),
+    aten._fft_r2c.default: OpSpec(fourier),
+    aten._fft_c2r.default: OpSpec(fourier),
+    aten._fft_c2c.default: OpSpec(fourier),
 }

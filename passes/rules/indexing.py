@@ -3,10 +3,14 @@ indexed stays split; where it is, each rank gets the whole table and looks up it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
+from ...capture import row_rules
 from ...ir.layout import Layout, Rows, even
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 from .pointwise import align
@@ -106,14 +110,21 @@ def made_from_shape(p: Partitioner, op: Op, x: fx.Node, *rest: object, **kwargs:
     return p.same(op, (x, *rest), kwargs, layout=Layout())
 
 
+def _embedding_indices(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
+    indices = x.args[1]
+    assert isinstance(indices, fx.Node)
+    if wanted.axis < len(shape_of(indices)):  # else columns of the table
+        yield {indices: wanted}
+
+
 TABLE = {
-    aten.embedding.default: embedding,
-    aten.index_select.default: index_select,
-    aten.index.Tensor: index,
-    aten.gather.default: gather,
-    aten.one_hot.default: one_hot,
-    aten.new_zeros.default: made_from_shape,
-    aten.new_ones.default: made_from_shape,
-    aten.new_full.default: made_from_shape,
-    aten.new_empty.default: made_from_shape,
+    aten.embedding.default: OpSpec(embedding, pull_back=_embedding_indices),
+    aten.index_select.default: OpSpec(index_select),
+    aten.index.Tensor: OpSpec(index),
+    aten.gather.default: OpSpec(gather),
+    aten.one_hot.default: OpSpec(one_hot),
+    aten.new_zeros.default: OpSpec(made_from_shape, row_wise=row_rules.new),
+    aten.new_ones.default: OpSpec(made_from_shape, row_wise=row_rules.new),
+    aten.new_full.default: OpSpec(made_from_shape, row_wise=row_rules.new),
+    aten.new_empty.default: OpSpec(made_from_shape, row_wise=row_rules.new),
 }

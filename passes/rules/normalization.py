@@ -10,8 +10,10 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from ...capture import row_rules as rows
 from ...ir import ops
 from ...ir.layout import Layout, own
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, Rule, SplitError
 
@@ -132,8 +134,8 @@ def batch_norm(
 
 
 TABLE = {
-    aten.group_norm.default: group_norm,
-    aten.layer_norm.default: layer_norm,
-    aten.rms_norm.default: rms_norm,
-    aten.batch_norm.default: batch_norm,
+    aten.group_norm.default: OpSpec(group_norm),
+    aten.layer_norm.default: OpSpec(layer_norm, row_wise=rows.norm),
+    aten.rms_norm.default: OpSpec(rms_norm, row_wise=rows.norm),
+    aten.batch_norm.default: OpSpec(batch_norm),
 }

@@ -9,6 +9,7 @@ from torch import fx
 
 from ...ir import ops
 from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 from .views import through
@@ -114,9 +115,9 @@ def grid_sampler(p: Partitioner, op: Op, x: fx.Node, grid: fx.Node, *rest: Any) 
 
 
 TABLE = {
-    aten.im2col.default: im2col,
-    aten.col2im.default: col2im,
-    aten.grid_sampler.default: grid_sampler,
-    aten.grid_sampler_2d.default: grid_sampler,
-    aten.grid_sampler_3d.default: grid_sampler,
+    aten.im2col.default: OpSpec(im2col),
+    aten.col2im.default: OpSpec(col2im),
+    aten.grid_sampler.default: OpSpec(grid_sampler),
+    aten.grid_sampler_2d.default: OpSpec(grid_sampler),
+    aten.grid_sampler_3d.default: OpSpec(grid_sampler),
 }

@@ -12,8 +12,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ...capture import row_rules as rows
+from ...capture.forms import mutates
 from ...ir.layout import Layout
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
+from ..forms import copies
 from ..partition import Op, Partitioner
 
 aten = torch.ops.aten
@@ -66,11 +70,18 @@ _NAMES = """
     sinc sinh softplus softshrink sqrt square sub subtract tan tanh threshold _to_copy true_divide trunc where
     xlogy __xor__ zeros_like
 """
-#: names that are pointwise in some overloads only
+#: pointwise in some overloads only
 OVERLOADS = (aten.max.other, aten.min.other)
 TABLE = {
-    getattr(packet, overload): pointwise
+    getattr(packet, overload): OpSpec(pointwise, row_wise=rows.pointwise)
     for packet in (getattr(aten, name) for name in _NAMES.split())
     for overload in packet.overloads()
-    if "out" not in overload and getattr(packet, overload) is not aten.where.default  # that one is nonzero
-} | dict.fromkeys(OVERLOADS, pointwise)
+    if not mutates(getattr(packet, overload)) and getattr(packet, overload) is not aten.where.default  # that is nonzero
+}
+TABLE |= dict.fromkeys(OVERLOADS, OpSpec(pointwise, row_wise=rows.pointwise)) | {
+    aten.clone.default: OpSpec(pointwise, form=copies.clone, row_wise=rows.same),
+    aten._to_copy.default: OpSpec(pointwise, form=copies.to_copy, row_wise=rows.same),
+    aten.empty_like.default: OpSpec(pointwise, row_wise=rows.like),
+    aten.zeros_like.default: OpSpec(pointwise, row_wise=rows.like),
+    aten.full_like.default: OpSpec(pointwise, row_wise=rows.like),
+}

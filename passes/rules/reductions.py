@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...capture import row_rules as rows
 from ...ir.layout import Layout
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
+from ..forms import reductions as forms
 from ..partition import Op, Partitioner, Rule, SplitError
 from .normalization import moments, wide
 
@@ -52,12 +55,16 @@ def reduction(partial: str) -> Rule:
     return rule
 
 
-def truth(p: Partitioner, op: Op, x: fx.Node, dims: Any = None, keepdim: bool = False) -> fx.Node:
-    """`any` and `all`."""
-    layout, inside = layout_of(x), _dims(dims, len(shape_of(x)))
-    if layout.axis not in inside:
-        return p.same(op, (x, dims, keepdim), layout=_without(layout, inside, keepdim))
-    return p.reduce(p.same(op, (x, dims, keepdim), layout=Layout()), "amax" if "any" in str(op.target) else "amin")
+def truth(partial: str) -> Rule:
+    """`any` is the maximum of the ranks' partial results, `all` the minimum."""
+
+    def rule(p: Partitioner, op: Op, x: fx.Node, dims: Any = None, keepdim: bool = False) -> fx.Node:
+        layout, inside = layout_of(x), _dims(dims, len(shape_of(x)))
+        if layout.axis not in inside:
+            return p.same(op, (x, dims, keepdim), layout=_without(layout, inside, keepdim))
+        return p.reduce(p.same(op, (x, dims, keepdim), layout=Layout()), partial)
+
+    return rule
 
 
 def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
@@ -124,19 +131,19 @@ def vector_norm(
 
 
 TABLE = {
-    aten.sum.dim_IntList: reduction("sum"),
-    aten.sum.default: whole_sum,
-    aten.mean.dim: reduction("mean"),
-    aten.mean.default: whole_sum,
-    aten.amax.default: reduction("amax"),
-    aten.amin.default: reduction("amin"),
-    aten.any.dim: truth,
-    aten.all.dim: truth,
-    aten.any.dims: truth,
-    aten.all.dims: truth,
-    aten.var.correction: variance,
-    aten.var_mean.correction: variance,
-    aten.linalg_vector_norm.default: vector_norm,
-    aten.prod.dim_int: reduction("prod"),
-    aten.prod.default: whole_product,
+    aten.sum.dim_IntList: OpSpec(reduction("sum"), row_wise=rows.along(0)),
+    aten.sum.default: OpSpec(whole_sum),
+    aten.mean.dim: OpSpec(reduction("mean"), row_wise=rows.along(0)),
+    aten.mean.default: OpSpec(whole_sum),
+    aten.amax.default: OpSpec(reduction("amax"), row_wise=rows.along(0)),
+    aten.amin.default: OpSpec(reduction("amin"), row_wise=rows.along(0)),
+    aten.any.dim: OpSpec(truth("amax"), row_wise=rows.along(0)),
+    aten.all.dim: OpSpec(truth("amin"), row_wise=rows.along(0)),
+    aten.any.dims: OpSpec(truth("amax")),
+    aten.all.dims: OpSpec(truth("amin")),
+    aten.var.correction: OpSpec(variance, form=forms.variance(forms.correction, root=False, mean=False)),
+    aten.var_mean.correction: OpSpec(variance, form=forms.variance(forms.correction, root=False, mean=True)),
+    aten.linalg_vector_norm.default: OpSpec(vector_norm),
+    aten.prod.dim_int: OpSpec(reduction("prod")),
+    aten.prod.default: OpSpec(whole_product),
 }

@@ -15,6 +15,7 @@ from torch import fx
 
 from ...ir import ops
 from ...ir.layout import Layout, Rows, per_rank
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 from .slicing import remap
@@ -109,4 +110,4 @@ _NAMES = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d
 """
 
-TABLE = {getattr(aten, name).default: resample for name in _NAMES.split()}
+TABLE = {getattr(aten, name).default: OpSpec(resample) for name in _NAMES.split()}

@@ -8,9 +8,13 @@ import numpy as np
 import torch
 from torch import fx
 
+from ...capture import row_rules
 from ...ir import ops
 from ...ir.layout import Layout, Rows, full, per_rank
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
+from ..forms import slicing as forms
+from ..forms import views
 from ..partition import Op, Partitioner, SplitError
 from .pointwise import align
 
@@ -160,11 +164,11 @@ def slice_scatter(p: Partitioner, op: Op, x: fx.Node, source: fx.Node, dim: int 
 
 
 TABLE = {
-    aten.slice.Tensor: slice_,
-    aten.flip.default: flip,
-    aten.roll.default: roll,
-    aten.cat.default: cat,
-    aten.constant_pad_nd.default: constant_pad,
-    aten.pad.default: mirrored_pad,
-    aten.slice_scatter.default: slice_scatter,
+    aten.slice.Tensor: OpSpec(slice_, form=forms.slice_, free=True, row_wise=row_rules.slice_),
+    aten.flip.default: OpSpec(flip),
+    aten.roll.default: OpSpec(roll, form=views.roll),
+    aten.cat.default: OpSpec(cat, form=forms.cat, row_wise=row_rules.cat),
+    aten.constant_pad_nd.default: OpSpec(constant_pad, form=forms.constant_pad),
+    aten.pad.default: OpSpec(mirrored_pad, form=forms.pad),
+    aten.slice_scatter.default: OpSpec(slice_scatter, form=forms.slice_scatter),
 }

@@ -8,6 +8,7 @@ along the one output dim whose set is not full. This covers frames x rows x colu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 
@@ -15,8 +16,11 @@ import numpy as np
 import torch
 from torch import fx
 
+from ...capture import row_rules
 from ...ir.layout import Layout, Rows, even
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
+from ..forms import views as forms
 from ..partition import Op, Partitioner, SplitError
 
 aten = torch.ops.aten
@@ -123,10 +127,36 @@ def last_dim_pair(p: Partitioner, op: Op, x: fx.Node) -> fx.Node:
     return p.same(op, (x,), layout=layout)
 
 
+# -- which rows of the operands may give the wanted rows of the result (trim) ----------------------------------------
+
+
+def _reshaped(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
+    (operand,) = x.all_input_nodes
+    back = through(shape_of(x), wanted, shape_of(operand))
+    if back is not None:
+        yield {operand: back}
+
+
+def _permuted(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
+    operand, dims = x.args
+    yield {operand: wanted.at(dims[wanted.axis])}  # type: ignore[dict-item, index, arg-type]
+
+
+def _expanded(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
+    (operand,) = x.all_input_nodes
+    dim = wanted.axis - (len(shape_of(x)) - len(shape_of(operand)))
+    has_rows = dim >= 0 and shape_of(operand)[dim] == shape_of(x)[wanted.axis]
+    yield {operand: wanted.at(dim)} if has_rows else {}
+
+
 TABLE = {
-    aten.reshape.default: reshape,
-    aten.permute.default: permute,
-    aten.expand.default: expand,
-    aten.view_as_complex.default: last_dim_pair,
-    aten.view_as_real.default: last_dim_pair,
+    aten.reshape.default: OpSpec(
+        reshape, form=forms.to_result_shape, free=True, pull_back=_reshaped, row_wise=row_rules.reshape
+    ),
+    aten.permute.default: OpSpec(
+        permute, form=forms.permute, free=True, pull_back=_permuted, row_wise=row_rules.permute
+    ),
+    aten.expand.default: OpSpec(expand, form=forms.expand, free=True, pull_back=_expanded, row_wise=row_rules.expand),
+    aten.view_as_complex.default: OpSpec(last_dim_pair),
+    aten.view_as_real.default: OpSpec(last_dim_pair),
 }

@@ -9,7 +9,10 @@ lacks are fetched (role `halo`), the zero padding at the border of the picture i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,12 @@ from torch import fx
 
 from ...ir import ops
 from ...ir.layout import Layout, Rows, per_rank
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 
 aten = torch.ops.aten
+Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -180,10 +185,9 @@ def _each(value: Any, spatial: int, default: int) -> list[int]:
 
 
 def max_pool(
-    p: Partitioner, op: Op, x: fx.Node, size: list[int], stride: Any = (), padding: Any = 0, dilation: Any = 1,
-    ceil_mode: bool = False,
+    spatial: int, p: Partitioner, op: Op, x: fx.Node, size: list[int], stride: Any = (), padding: Any = 0,
+    dilation: Any = 1, ceil_mode: bool = False,
 ) -> fx.Node:  # fmt: skip
-    spatial = _spatial(op)
     sizes = _each(size, spatial, 1)
     strides = _each(stride, spatial, 1) if stride else sizes
     dilations = _each(dilation, spatial, 1)
@@ -194,10 +198,9 @@ def max_pool(
 
 
 def avg_pool(
-    p: Partitioner, op: Op, x: fx.Node, size: list[int], stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True, divisor_override: int | None = None,
+    spatial: int, p: Partitioner, op: Op, x: fx.Node, size: list[int], stride: Any = (), padding: Any = 0,
+    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> fx.Node:  # fmt: skip
-    spatial = _spatial(op)
     sizes = _each(size, spatial, 1)
     strides = _each(stride, spatial, 1) if stride else sizes
     paddings = _each(padding, spatial, 0)
@@ -213,16 +216,18 @@ def avg_pool(
     )  # fmt: skip
 
 
-def _spatial(op: Op) -> int:
-    return int(str(op.target).split("pool")[1][0])
+def _flops(out: Shape, x: Shape, weight: Shape, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+           *_: Any) -> int:  # fmt: skip
+    positions = prod(x[2:]) * x[0] * x[1] if transposed else prod(out)
+    return 2 * positions * prod(weight[1:])
 
 
 TABLE = {
-    aten.convolution.default: convolution,
-    aten.max_pool1d.default: max_pool,
-    aten.max_pool2d.default: max_pool,
-    aten.max_pool3d.default: max_pool,
-    aten.avg_pool1d.default: avg_pool,
-    aten.avg_pool2d.default: avg_pool,
-    aten.avg_pool3d.default: avg_pool,
+    aten.convolution.default: OpSpec(convolution, flops=_flops),
+    aten.max_pool1d.default: OpSpec(partial(max_pool, 1)),
+    aten.max_pool2d.default: OpSpec(partial(max_pool, 2)),
+    aten.max_pool3d.default: OpSpec(partial(max_pool, 3)),
+    aten.avg_pool1d.default: OpSpec(partial(avg_pool, 1)),
+    aten.avg_pool2d.default: OpSpec(partial(avg_pool, 2)),
+    aten.avg_pool3d.default: OpSpec(partial(avg_pool, 3)),
 }

@@ -12,7 +12,9 @@ from torch import fx
 
 from ...ir import ops
 from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
+from ..forms import copies
 from ..partition import Op, Partitioner, Rule, SplitError
 from .pointwise import broadcast_to
 
@@ -107,14 +109,14 @@ def index_put(
 
 
 TABLE = {
-    aten.scatter.src: write(aligned=True),
-    aten.scatter.value: write(aligned=True),
-    aten.scatter.reduce: write(aligned=True),
-    aten.scatter.value_reduce: write(aligned=True),
-    aten.scatter_add.default: write(aligned=True),
-    aten.scatter_reduce.two: write(aligned=True),
-    aten.index_add.default: write(aligned=False),
-    aten.index_copy.default: write(aligned=False),
-    aten.index_fill.int_Scalar: write(aligned=False),
-    aten.index_put.default: index_put,
+    aten.scatter.src: OpSpec(write(aligned=True)),
+    aten.scatter.value: OpSpec(write(aligned=True)),
+    aten.scatter.reduce: OpSpec(write(aligned=True)),
+    aten.scatter.value_reduce: OpSpec(write(aligned=True)),
+    aten.scatter_add.default: OpSpec(write(aligned=True)),
+    aten.scatter_reduce.two: OpSpec(write(aligned=True)),
+    aten.index_add.default: OpSpec(write(aligned=False)),
+    aten.index_copy.default: OpSpec(write(aligned=False)),
+    aten.index_fill.int_Scalar: OpSpec(write(aligned=False)),
+    aten.index_put.default: OpSpec(index_put, form=copies.index_put),
 }

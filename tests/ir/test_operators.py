@@ -1,0 +1,27 @@
+"""Everything that is known about an operator stands in one place."""
+
+import operator
+
+import pytest
+import torch
+
+from fxpass.ir import ops
+from fxpass.ir.operators import OPERATORS, OpSpec, register, spec_of
+from fxpass.passes.rules import RULES
+
+aten = torch.ops.aten
+
+
+def test_an_operator_in_two_tables_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"aten\.reshape\.default"):
+        register({aten.reshape.default: OpSpec(free=True)})
+    assert spec_of(aten.reshape.default).rule is RULES[aten.reshape.default]
+
+
+def test_of_an_unknown_operator_nothing_is_assumed() -> None:
+    assert spec_of(operator.add) == OpSpec()
+
+
+def test_every_local_operator_is_registered_where_it_is_defined() -> None:
+    assert ops.take in ops.LOCAL
+    assert all(f.__module__ == ops.__name__ and f in OPERATORS for f in ops.LOCAL)
