@@ -102,8 +102,7 @@ def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
     """Compute what depends on constants only; what others use of it becomes a constant."""
     foldable = set(known)
     for node in graph.nodes:
-        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op == "call_function" and not drawn and foldable.issuperset(node.all_input_nodes):
+        if node.op == "call_function" and foldable.issuperset(node.all_input_nodes):
             foldable.add(node)
     values: dict[fx.Node, Any] = dict(known)
     waiting = {node: sum(user in foldable for user in node.users) for node in foldable}
