@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class Engine:
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
         self._structure: Structure | None = None
         self._lock = threading.Lock()
+        self._holder: int | None = None  # the thread that has the lock
         self._closed: str | None = None
         self._timesteps: Sequence[float] = ()  # of the generation, as announced
         self._in_a_row = 0  # calls that had to be captured, since one that had not
@@ -59,7 +61,7 @@ class Engine:
             GuardError: it turns an input that differs at every call into a Python number.
             RankError: another rank failed.
         """
-        with self._lock, torch.no_grad():
+        with self._turn(), torch.no_grad():
             if self._closed:
                 raise RuntimeError(f"this parallel module was closed ({self._closed}); call fxpass.parallelize again")
             if self.model.training:
@@ -80,13 +82,13 @@ class Engine:
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
         """A generation begins, with these timesteps if they are known: the next step of every program is exact."""
-        with self._lock:
+        with self._turn():
             self._timesteps = timesteps
             self._restart()
 
     def close(self, why: str = "close() was called") -> None:
         """Release everything on all ranks; later calls raise."""
-        with self._lock:
+        with self._turn():
             if not self._closed:
                 self._closed = why
                 try:
@@ -104,6 +106,21 @@ class Engine:
     def compiled(self) -> list[Report]:
         """What this process has compiled of the programs that are kept."""
         return [report for entry in self._all() for report in entry.loaded.compiled]
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the lock. A thread that holds it already would wait for ever: that is an error instead."""
+        if self._holder == threading.get_ident():
+            raise RuntimeError(
+                "a parallel module was called, reset or closed within one of its own calls: the model, a hook on it or "
+                "a signal handler uses the wrapper that fxpass.parallelize returned; use its .unwrapped model there"
+            )
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
 
     def _entry(self, call: Call) -> Entry:
         if self._structure is not None and not self._structure.untouched():

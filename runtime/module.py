@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .engine import Engine
 from .executor import PlanLike, Report
 
 _OWN = frozenset({"_engine", "_model", "forward"})
+_COMPILE = "torch.compile leaves a parallel module as it is; to compile it, call fxpass.parallelize(…, compile=True)"
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -70,6 +74,10 @@ class ParallelModule(nn.Module):
         """
         self._engine.reset([float(each) for each in timesteps])
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Warn, and change nothing: `fxpass.parallelize(…, compile=True)` is what compiles the ranks' programs."""
+        _warn_of_compile()
+
     def close(self) -> None:
         """End the worker processes, if there are any. Later calls raise `RuntimeError`."""
         self._engine.close()
@@ -125,11 +133,26 @@ def _forward(model: nn.Module, engine: Engine) -> Callable[..., Any]:
     """A function with the signature of the model's forward. (It does not refer to the wrapper: no reference cycle.)"""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _outside_dynamo(engine, args, kwargs)
         return engine(args, kwargs)
 
     forward.__signature__ = inspect.signature(model.forward)
     forward.__doc__ = model.forward.__doc__
     return forward
+
+
+@torch.compiler.disable(reason=_COMPILE)
+def _outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a call from a function that torch.compile traces: a graph break there."""
+    _warn_of_compile()
+    return engine(args, kwargs)
+
+
+@cache
+def _warn_of_compile() -> None:
+    """Warn once per process."""
+    warnings.warn(_COMPILE, stacklevel=3)
 
 
 def _acting_on_the_model(name: str) -> Callable[..., Any]:
