@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,17 +14,21 @@ if TYPE_CHECKING:
     from .lower import Compiled
 
 
+FORMS = 8  #: compiled forms of one program that are kept; the oldest goes first
+
+
 class Runner:
     """A rank's program, compiled at its first call if that is asked for.
 
-    Where attention has windows at displaced steps, shapes differ: then these are compiled for themselves.
+    It is compiled again for values of other strides (as a weight that was replaced by its transposed view), and for
+    displaced steps where attention has windows in them, which changes shapes.
     """
 
     def __init__(self, code: RankProgram, compile: bool) -> None:  # noqa: A002
         self.code = code
         self.compile = compile
         self._windows = any(site.steady is not site for site in code.sites)
-        self._compiled: dict[bool, Compiled] = {}
+        self._compiled: dict[Any, Compiled] = {}  # by form
 
     def run(self, values: Sequence[Tensor], transport: Transport, step: Step) -> list[Tensor]:
         """The flat outputs."""
@@ -33,9 +37,12 @@ class Runner:
         from .lower import Compiled
 
         displaced = self._windows and not step.exact
-        if displaced not in self._compiled:
-            self._compiled[displaced] = Compiled(self.code, displaced, values)
-        return self._compiled[displaced].run(values, transport)
+        form = displaced, tuple(value.stride() for value in values)
+        if form not in self._compiled:
+            while len(self._compiled) >= FORMS:
+                del self._compiled[next(iter(self._compiled))]
+            self._compiled[form] = Compiled(self.code, displaced, values)
+        return self._compiled[form].run(values, transport)
 
     @property
     def reports(self) -> list[Report]:

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,12 +185,12 @@ class SpawnExecutor:
         return self._links
 
     def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
-        """Send the weights whose memory the workers do not have: all at first, later the replaced ones."""
+        """Send the weights that the workers do not have: all at first, later those that lie elsewhere or otherwise."""
         sent = self._sent
         new = {
             name: weight.detach()
             for name, weight in zip(names, weights, strict=True)
-            if name not in sent or sent[name].data_ptr() != weight.data_ptr()
+            if name not in sent or _place(sent[name]) != _place(weight)
         }
         if not new or not self._channels:
             return
@@ -277,6 +278,11 @@ class SpawnPlan:
 
     def release(self) -> None:
         self.executor.release(self)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's elements lie and how they are read: two that agree in this are views of the same elements."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _threads(world: int) -> int:

@@ -145,7 +145,8 @@ class _Pickler(pickle.Pickler):
                 self._places[address] = len(self.descriptors)
                 self.descriptors.append(descriptor)
             place = self._places[address]
-        return (place, storage.nbytes(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        layout = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+        return (place, storage.nbytes(), tensor.dtype, *layout, tensor.is_conj(), tensor.is_neg())
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch._ops.OpOverload):
@@ -163,14 +164,16 @@ class _Unpickler(pickle.Unpickler):
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def persistent_load(self, pid: Any) -> Tensor:
-        place, size, dtype, shape, stride, offset = pid
+        place, size, dtype, shape, stride, offset, conjugate, negative = pid
         if place is None:
             storage = torch.UntypedStorage(0)
         else:
             if place not in self._storages:
                 self._storages[place] = torch.UntypedStorage._new_shared_fd_cpu(self._descriptors[place], size)
             storage = self._storages[place]
-        return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+        tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+        tensor = torch._conj(tensor) if conjugate else tensor
+        return torch._neg_view(tensor) if negative else tensor
 
 
 def _record(kind: Any, values: dict[str, Any]) -> Any:

@@ -145,3 +145,14 @@ def test_one_rank_is_compiled_and_several_in_lockstep_are_refused() -> None:
     with torch.no_grad():
         torch.testing.assert_close(module(x), model(x))
     assert len(module.compile_reports) == 1
+
+
+def test_a_compiled_program_follows_a_weight_of_other_strides() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()).eval()
+    x = torch.randn(1, 16, 8)
+    module: Any = fxpass.parallelize(model, 1, compile=True)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(module(x), model(x))
+            model[0].weight.data = model[0].weight.data.t()
+    assert len(module.compile_reports) == 2  # the third call has the strides of the first

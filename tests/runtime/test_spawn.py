@@ -91,6 +91,16 @@ def test_weights_are_shared_and_their_changes_seen(pair: tuple[Block, ParallelMo
     assert same_as_lockstep(model, module)
 
 
+def test_a_weight_replaced_by_a_view_of_itself_is_read_as_that_view(pair: tuple[Block, ParallelModule]) -> None:
+    model, module = pair
+    assert same_as_lockstep(model, module)
+    model.key.weight.data = model.key.weight.data.t()  # square: the address, the shape and the dtype stay the same
+    assert same_as_lockstep(model, module)
+    model.value.weight.data = -model.value.weight.data
+    model.value.weight.data = torch._neg_view(model.value.weight.data)
+    assert same_as_lockstep(model, module)
+
+
 def test_a_changed_structure_reaches_the_workers(pair: tuple[Block, ParallelModule]) -> None:
     model, module = pair
     assert same_as_lockstep(model, module)
