@@ -21,7 +21,7 @@ from benchmarks.models import MODELS
 from fxpass.capture import Call
 from fxpass.ir.inputs import moving
 from fxpass.runtime.distributed import DistributedExecutor
-from fxpass.runtime.executor import EXACT, Step
+from fxpass.runtime.executor import EXACT, Step, device_of
 from fxpass.runtime.interpreter import Site, Transport, drive
 from fxpass.runtime.structure import WeightTable
 
@@ -66,7 +66,7 @@ class Stepper:
         self.executor = executor
         self.weights = WeightTable(model, list(plan.program.weights.values())).tensors()
         self._tensors = list(Call.of(model, (), inputs).tensors)
-        executor.begin()
+        executor.begin(device_of(self._tensors))
         self.loaded = executor.load(plan, self.weights, self._tensors)
         found = moving(plan.program)
         assert found is not None, "the model has no timestep"

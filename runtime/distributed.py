@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,7 +22,8 @@ from .executor import Bound, PlanLike, Report, Step, device_of
 from .interpreter import RankProgram
 from .runner import Runner
 
-_created = 0  # executors made by this process; all ranks make theirs in the same order
+_made: Counter[tuple[int, ...]] = Counter()  # executors of this process by their ranks; all of these make them in order
+_making = threading.Lock()
 
 
 def inside() -> bool:
@@ -62,12 +64,17 @@ class DistributedExecutor:
                 f"world_size is {world_size}, but the process group has {size_of_world(group)} ranks; "
                 "leave world_size out, or start as many processes"
             )
-        global _created
-        _created += 1
+        ranks = (
+            tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+            if dist.is_initialized()
+            else tuple(range(world_size))
+        )
+        with _making:
+            _made[ranks] += 1
+            self._name = f"fxpass/{'.'.join(map(str, ranks))}/{_made[ranks]}"
         self.world_size = world_size
         self.timeout = timeout
         self.compile = compile
-        self._number = _created
         self._group = group
         self._board: Board | None = None
         self._links: Collectives | None = None
@@ -82,7 +89,7 @@ class DistributedExecutor:
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> DistributedPlan:
         """Connect at the first plan, compare the ranks at every one."""
         device = device_of(inputs)
-        board = self._met(device)
+        board = self._joined(device)
         self._plans += 1
         agree(board, self._plans, plan, weights, inputs)
         if self._links is None:
@@ -92,15 +99,15 @@ class DistributedExecutor:
         watch = Watch(self._links, plan.program.input_paths, inputs, device)
         return DistributedPlan(self, self._links, Bound.of(code, plan.program, device), sessions, watch)
 
-    def begin(self) -> None:
-        self._calls += 1
-        if self._board:
-            self._board.call = self._calls
+    def begin(self, device: torch.device) -> None:
+        """Meet the other ranks at the first call, so that they hear of what fails from here on."""
         if self._broken:
-            raise RuntimeError(f"the ranks lost step in an earlier call and cannot go on: {self._broken}")
+            raise RuntimeError(f"the ranks cannot go on after an earlier call: {self._broken}")
+        self._calls += 1
+        self._joined(device).call = self._calls
 
     def failed(self, error: BaseException) -> None:
-        """Also what this rank learned of another is told: not every rank waits for the one that is gone."""
+        """Tell the others, also what this rank heard from another: not every rank waits for the one that is gone."""
         if self._board and not isinstance(error, DisagreementError):
             self._board.publish(error)
 
@@ -109,10 +116,10 @@ class DistributedExecutor:
         """Whether other ranks may be in the middle of a call."""
         return self._broken is not None
 
-    def broke(self, error: BaseException) -> None:
+    def broke(self, error: BaseException, advice: str = "call fxpass.parallelize again on every rank") -> None:
         """A call failed between its first and its last exchange: what other ranks have in flight is unknown."""
         said = str(error).strip().splitlines() or [type(error).__name__]  # another rank's comes with its traceback
-        self._broken = " … ".join([said[0], said[-1]] if len(said) > 1 else said)
+        self._broken = f"{' … '.join([said[0], said[-1]] if len(said) > 1 else said)}; {advice}"
 
     def close(self) -> None:
         self._links = None
@@ -120,19 +127,29 @@ class DistributedExecutor:
             self._board.doubt = None
         self._broken = self._broken or "it was closed"
 
-    def _met(self, device: torch.device) -> Board:
-        """The board that all ranks share, once there is a process group."""
+    def _joined(self, device: torch.device) -> Board:
+        """The board that all ranks share. Makes the default process group if there is none."""
         if self._board is None:
             if not dist.is_initialized():
-                backend = "nccl" if device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
-            ranks = dist.get_process_group_ranks(self._group or dist.group.WORLD)
-            store = dist.distributed_c10d._get_default_store()
-            name = f"fxpass/{self._number}/{'.'.join(map(str, ranks))}"
+                self._initialize("nccl" if device.type == "cuda" else "gloo")
+            store = dist.PrefixStore(self._name, dist.distributed_c10d._get_default_store())
             rank = dist.get_rank(self._group)
-            self._board = Board(dist.PrefixStore(name, store), rank, self.world_size, self.timeout)
-            self._board.call = self._calls
+            self._board = Board(store, rank, self.world_size, self.timeout)
         return self._board
+
+    def _initialize(self, backend: str) -> None:
+        """Make the default process group, from torchrun's environment."""
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
+        except dist.DistError as error:
+            apart = RankError(
+                None,
+                f"rank {os.environ['RANK']} did not meet the other processes ({error}); each rank must make its first "
+                f"call of a parallel module within {self.timeout:g} s of the others",
+            )
+            # torch counts attempts: a second one here would not meet the first one of the others
+            self.broke(apart, "start all processes again")
+            raise apart from error
 
     def _connected(self, device: torch.device, board: Board) -> tuple[Any, Any, bool]:
         """Process groups of our own, made when all ranks are known to be there: for what the next step needs, and for

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..capture import Call, broken_guard, capture_call, check_memory, guard_error, outdated, returned
 from ..ir.program import Program
 from .clock import Clock
-from .executor import EXACT, Executor, Loaded, PlanLike, Report
+from .executor import EXACT, Executor, Loaded, PlanLike, Report, device_of
 from .structure import Structure, WeightTable
 
 SIGNATURES = 8  #: programs kept; the least recently used one goes first
@@ -67,7 +68,7 @@ class Engine:
             if self.model.training:
                 raise RuntimeError("the model is in training mode; fxpass runs inference only: call model.eval() first")
             try:
-                self.executor.begin()
+                self.executor.begin(self._device(args, kwargs))
                 call = Call.of(self.model, args, kwargs)
                 entry = self._entry(call)
                 check_memory(entry.captured, self.model, call)
@@ -121,6 +122,11 @@ class Engine:
                 yield
             finally:
                 self._holder = None
+
+    def _device(self, *arguments: Any) -> torch.device:
+        """Where a call runs, before it is looked at closely."""
+        leaves = [*pytree.tree_leaves(arguments), next(self.model.parameters(), None)]
+        return device_of([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
     def _entry(self, call: Call) -> Entry:
         if self._structure is not None and not self._structure.untouched():

@@ -85,8 +85,13 @@ class Executor(Protocol):
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Loaded: ...
 
-    def begin(self) -> None:
-        """A call begins."""
+    def begin(self, device: torch.device) -> None:
+        """A call on `device` begins.
+
+        Raises:
+            RuntimeError: an earlier call left the ranks in a state from which they cannot go on.
+            RankError: at the first call, another rank did not come.
+        """
         ...
 
     def failed(self, error: BaseException) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ..ir.exchange import Exchange, Payloads
@@ -52,7 +53,7 @@ class LockstepExecutor:
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> LockstepPlan:
         return LockstepPlan(self, plan, inputs)
 
-    def begin(self) -> None:
+    def begin(self, device: torch.device) -> None:
         pass
 
     def failed(self, error: BaseException) -> None:

@@ -133,7 +133,7 @@ def _forward(model: nn.Module, engine: Engine) -> Callable[..., Any]:
     """A function with the signature of the model's forward. (It does not refer to the wrapper: no reference cycle.)"""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return _outside_dynamo(engine, args, kwargs)
         return engine(args, kwargs)
 

@@ -111,7 +111,7 @@ class SpawnExecutor:
         self._plans[self._numbers] = loaded
         return loaded
 
-    def begin(self) -> None:
+    def begin(self, device: torch.device) -> None:
         if self._ended:
             raise RuntimeError(f"the worker processes have ended ({self._ended}); call fxpass.parallelize again")
 

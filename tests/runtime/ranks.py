@@ -214,9 +214,37 @@ def killed() -> dict[str, Any]:
     return {"error": attempt(lambda: module(*inputs()))}
 
 
+def uneven() -> dict[str, Any]:
+    """Ranks 0 and 1, and ranks 1 and 2, each run a model of their own: rank 1 has one executor more than the others."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    pairs = [(0, 1), (1, 2)]
+    groups = [dist.new_group(pair) for pair in pairs]
+    mine = [group for pair, group in zip(pairs, groups, strict=True) if RANK in pair]
+    modules = [parallel(block(), DistributedExecutor(2, group=group, timeout=20)) for group in mine]
+    expected = parallel(block(), LockstepExecutor(2))(*inputs())["sample"]
+    return {"equal": [torch.equal(module(*inputs())["sample"], expected) for module in modules]}
+
+
+def alone() -> dict[str, Any]:
+    """Rank 0 makes the first call of all, and another; rank 1 none."""
+    module = parallel(block(), DistributedExecutor(WORLD, timeout=2))
+    return {"errors": [attempt(lambda: RANK == 0 and module(*inputs())) for _ in range(2)]}
+
+
+def first_call_fails() -> dict[str, Any]:
+    """Rank 1 fails while it captures for the first call of all."""
+    model = block()
+    if RANK == 1:
+        model.key = torch.nn.Linear(3, 3)
+    module = parallel(model, DistributedExecutor(WORLD, timeout=60))
+    return {"error": attempt(lambda: module(*inputs()))}
+
+
+SCENARIOS = [everything, killed, uneven, alone, first_call_fails]
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    result = {"everything": everything, "killed": killed}[sys.argv[1]]()
+    result = {each.__name__: each for each in SCENARIOS}[sys.argv[1]]()
     Path(sys.argv[2], f"{RANK}.json").write_text(json.dumps(result))
     # rank 0 keeps the store
     if sys.argv[1] == "killed":
@@ -224,5 +252,5 @@ if __name__ == "__main__":
         until = time.monotonic() + 60
         while not all(Path(sys.argv[2], f"{rank}.json").exists() for rank in survivors) and time.monotonic() < until:
             time.sleep(0.1)
-    elif dist.is_initialized():
+    elif dist.is_initialized() and sys.argv[1] != "alone":
         dist.barrier()

@@ -18,9 +18,11 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PY
 TRANSPORTS = {"memory": {}, "gloo": {"FXPASS_SHM_DISABLE": "1"}}  # what each adds to the environment
 
 
-def torchrun(module: str, *arguments: str, folder: Path, transport: str) -> list[dict[str, Any]]:
-    """What the two ranks of one torchrun of a module saw."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(
+    module: str, *arguments: str, folder: Path, transport: str = "memory", world: int = 2
+) -> list[dict[str, Any]]:
+    """What the ranks of one torchrun of a module saw."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     result = subprocess.run(
         [*command, "-m", module, *arguments, str(folder)],
         check=False,
@@ -31,7 +33,7 @@ def torchrun(module: str, *arguments: str, folder: Path, transport: str) -> list
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
@@ -129,6 +131,25 @@ def test_a_rank_that_raises_is_heard_on_the_others(seen: list[dict[str, Any]]) -
     assert seen[0]["raises"].startswith("RankError after <30 s: rank 1 failed: Traceback")
     assert "mat1 and mat2" in seen[0]["raises"]
     assert "cannot go on" in seen[0]["after"]
+
+
+def test_ranks_of_different_numbers_of_groups_meet_in_each_group(tmp_path: Path) -> None:
+    seen = torchrun("tests.runtime.ranks", "uneven", folder=tmp_path, world=3)
+    assert [rank["equal"] for rank in seen] == [[True], [True, True], [True]]
+
+
+def test_a_first_call_on_one_rank_only_is_a_rank_error_that_says_who_must_call(tmp_path: Path) -> None:
+    first, second = torchrun("tests.runtime.ranks", "alone", folder=tmp_path)[0]["errors"]
+    assert first.startswith("RankError after <30 s: rank 0 did not meet the other processes")
+    assert "each rank must make its first call of a parallel module within 2 s of the others" in first
+    assert second.startswith("RuntimeError after <30 s: the ranks cannot go on after an earlier call")
+    assert "start all processes again" in second
+
+
+def test_a_rank_that_fails_in_the_first_call_of_all_is_heard_on_the_others(tmp_path: Path) -> None:
+    seen = torchrun("tests.runtime.ranks", "first_call_fails", folder=tmp_path)
+    assert seen[0]["error"].startswith("RankError after <30 s: rank 1 failed: Traceback")
+    assert all("mat1 and mat2" in rank["error"] for rank in seen)
 
 
 @pytest.mark.parametrize(("transport", "world"), [("memory", 3), ("gloo", 2)])

@@ -215,6 +215,7 @@ def test_an_input_that_became_a_number_is_guarded() -> None:
         module(sample, torch.tensor(10))
 
 
+@pytest.mark.filterwarnings("error:torch.compile leaves")  # a capture in another thread is no use of torch.compile
 def test_calls_from_several_threads_run_one_after_the_other(model: Block) -> None:
     module = parallel(model, LockstepExecutor(2), replace(Strategy.of("stale_gn"), warmup_steps=1))
     given = [inputs(seed=seed) for seed in range(8)]  # each from another noise: all steps are exact

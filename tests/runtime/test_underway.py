@@ -61,7 +61,7 @@ def test_after_an_exception_in_mid_step_nothing_of_it_is_read_or_left(
         first, *later = rank[f"{who} raise"]
         assert "ArithmeticError: only once" in first or first == "ArithmeticError after <30 s: only once"
         assert first.startswith("RankError after <30 s: rank 1 failed") == (who == "one" and number == 0)
-        assert all("the ranks lost step in an earlier call and cannot go on" in error for error in later)
+        assert all("the ranks cannot go on after an earlier call" in error for error in later)
         assert rank[f"{who} raise, closed"] == ["nothing", 0, 0, 0]
         assert rank["another"] == [True] * 5
 
