@@ -64,7 +64,6 @@ def parallelize(
 
     Raises:
         ValueError: an argument is wrong; the message says which values there are.
-        NotImplementedError: the strategy is not built yet.
         TypeError: neither a module nor a pipeline with a denoiser.
     """
     chosen = Strategy.of(strategy)

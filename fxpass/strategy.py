@@ -98,13 +98,10 @@ class Strategy:
 
         Raises:
             ValueError: no such preset; the message suggests the nearest.
-            NotImplementedError: it is not built yet.
         """
         if isinstance(strategy, str):
-            if strategy in PLANNED:
-                raise NotImplementedError(f"strategy {strategy!r} is not built yet; use 'sync'")
             if strategy not in PRESETS:
-                near = difflib.get_close_matches(strategy, [*PRESETS, *PLANNED], n=1)
+                near = difflib.get_close_matches(strategy, PRESETS, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}"
                 raise ValueError(f"unknown strategy {strategy!r}; {hint}")
             strategy = PRESETS[strategy]
@@ -139,4 +136,3 @@ PRESETS: dict[str, Strategy] = {
     )
 }
 PRESETS |= {"full_sync": PRESETS["sync"]}  # DistriFusion's name
-PLANNED = ("ulysses", "ring", "auto")  #: other ways to be exact, and the choice between them

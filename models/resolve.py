@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from .catalog import Entry, cast, catalog, load
 from .inputs import example_inputs, takes_inputs
+from .library import diffusers
 from .small import cases
 from .wrappers import Decode
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
 from .case import Case, output_tensors, randomise_constants
 from .inputs import Draw, Size
+from .library import diffusers
 from .wrappers import Decode, Encode
 
 __all__ = ["Case", "case", "cases", "output_tensors", "randomise_constants"]

@@ -60,9 +60,9 @@ def imported(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def part_of(name: str) -> str | None:
-    """The folder that a dotted name belongs to, None outside the project."""
+    """The folder that a dotted name belongs to, None outside the project and for what every folder may import."""
     parts = name.split(".")
-    if parts[0] != "fxpass":
+    if parts[0] != "fxpass" or parts[1:2] == ["extras"]:  # extras.py imports nothing of the project
         return None
     return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "front"
 

@@ -1,41 +1,23 @@
-"""The command line: `fxpass COMMAND`, also `python -m fxpass.tools.cli` (under torchrun). One file per command."""
+"""The `fxpass` command, also `python -m fxpass.tools.cli` (under torchrun). The subcommands are in `commands/`."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from .commands.check import check
-from .commands.dump import dump
-from .commands.generate import generate
-from .commands.models import models
-from .commands.plan import plan
-from .commands.study import study
-from .console import Commands
-
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (generate, plan, dump, check, study, models):
-    app.command()(command)
+import sys
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
+def main() -> None:
+    """Run the command line; without its libraries, say how to install them and exit with 2."""
+    try:
+        from .commands.app import app
+    except ModuleNotFoundError as error:
+        from ..extras import missing
 
-        typer.echo(f"fxpass {version('fxpass')}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    traceback: Annotated[
-        bool, typer.Option("--traceback", envvar="FXPASS_TRACEBACK", help="Show the traceback of expected errors too.")
-    ] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
-) -> None:
-    """Make any diffusion denoiser patch-parallel."""
+        if (hint := missing(error)) is None:
+            raise
+        print(f"error: {hint}", file=sys.stderr)
+        sys.exit(2)
+    app()
 
 
 if __name__ == "__main__":
-    app()
+    main()

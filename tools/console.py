@@ -54,11 +54,14 @@ class Commands(TyperGroup):
 def message(error: Exception) -> str | None:
     """What to say of an error that the caller can mend; None for any other, whose traceback is of use."""
     from ..capture import CaptureError, GuardError
+    from ..extras import missing
     from ..runtime.errors import DisagreementError, RankError
 
     if isinstance(error, RankError):
         last = error.message.strip().splitlines()[-1]
         return f"rank {error.rank} failed: {last}" if error.rank is not None else last
+    if isinstance(error, ModuleNotFoundError) and (hint := missing(error)) is not None:
+        return str(hint)
     if isinstance(error, (CaptureError, GuardError, DisagreementError)):
         return str(error)
     if isinstance(error, (ValueError, NotImplementedError, OSError)) or type(error) is LookupError:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from .. import library  # noqa: F401 - first: it says what to do where diffusers is missing
 from . import audio, autoencoders, images, unets, videos
 from .entry import Entry
 

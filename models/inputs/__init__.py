@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import library  # noqa: F401 - first: it says what to do where diffusers is missing
 from . import audio, autoencoders, images_grid, images_tokens, unets, videos
 from .draw import Draw, Maker, Size
 

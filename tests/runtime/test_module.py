@@ -290,7 +290,7 @@ def test_it_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
         ({"world_size": 2, "strategy": "synk"}, ValueError, "did you mean 'sync'"),
         ({"world_size": 2, "warmup_steps": 3}, ValueError, "no effect on 'sync'"),
         ({"world_size": 2, "strategy": "displaced", "warmup_steps": 1.5}, ValueError, "number of steps"),
-        ({"world_size": 2, "strategy": "ulysses"}, NotImplementedError, "not built yet"),
+        ({"world_size": 2, "strategy": "ulysses"}, ValueError, "choose one of sync, displaced"),
         ({"world_size": 2, "executor": "spwan"}, ValueError, "did you mean 'spawn'"),
         ({"world_size": 2, "executor": "distributed"}, RuntimeError, "torchrun"),
         ({"world_size": 2, "strategy": None}, ValueError, "not None"),

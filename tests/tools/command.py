@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from fxpass.tools.cli import app
+from fxpass.tools.commands.app import app
 
 
 def fxpass(*arguments: Any) -> Any:

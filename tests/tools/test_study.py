@@ -263,4 +263,4 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "skimage" else name)
     result = fxpass("study")
     assert result.exit_code == 2
-    assert "needs scikit-image: pip install 'fxpass[study]'" in result.stderr
+    assert 'skimage is not installed; run: pip install "fxpass[study]"' in result.stderr

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ...strategy import Strategy
 
 STRATEGIES = ("displaced", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp")
-LIBRARIES = {"skimage": "scikit-image", "scipy": "scipy", "matplotlib": "matplotlib"}  #: modules and their packages
 
 
 def study(
@@ -76,10 +75,12 @@ def study(
 
 
 def check_installed() -> None:
-    """Raises `ValueError` if a library that only the study needs is not there."""
-    missing = [package for module, package in LIBRARIES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"fxpass study needs {', '.join(missing)}: pip install 'fxpass[study]'")
+    """Raises `MissingExtraError` if a library that only the study needs is not there: said before hours of work."""
+    from ...extras import EXTRA_OF, MissingExtraError
+
+    for module, extra in EXTRA_OF.items():
+        if extra == "study" and importlib.util.find_spec(module) is None:
+            raise MissingExtraError(module)
 
 
 def strategy_of(name: str) -> Strategy:

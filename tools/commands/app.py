@@ -1,0 +1,37 @@
+"""The subcommands put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..console import Commands
+from .check import check
+from .dump import dump
+from .generate import generate
+from .models import models
+from .plan import plan
+from .study import study
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command in (generate, plan, dump, check, study, models):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fxpass {version('fxpass')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", envvar="FXPASS_TRACEBACK", help="Show the traceback of expected errors too.")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
+    """Make any diffusion denoiser patch-parallel."""
