@@ -1,13 +1,23 @@
-"""The documents do not rot: what they name exists, and the code that they quote is the code."""
+"""The documents do not rot: what they name exists, what they quote is the code, and what they say to run runs."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import typer
+import typer.main
+
+from fxpass.tools.commands.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/design.md")
+GENERATED = ("balance", "coverage", "traffic")  #: written by the sweeps
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem not in GENERATED)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES)
 FENCE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -29,6 +39,19 @@ def quotations() -> list[tuple[str, str]]:
     return [(first.removeprefix("# "), code) for first, _, code in split]
 
 
+def headings(document: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)", text_of(document), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def commands(document: str) -> list[str]:
+    """The lines of a document that a reader may type: indented, in code marks, with or without a prompt."""
+    text = re.sub(r"```.*?```", "", text_of(document), flags=re.DOTALL)
+    found = re.findall(r"^ {4}(?:\$ )?(.+)$|`([^`]+)`", text, re.MULTILINE)
+    return [re.sub(r"\s+", " ", line or mark).partition(" #")[0].strip() for line, mark in found]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_make_targets_exist(document: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
@@ -44,15 +67,35 @@ def test_the_readme_names_the_two_commands_of_a_newcomer() -> None:
 def test_links_and_images_lead_somewhere(document: str) -> None:
     text = text_of(document)
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
-    headings = {
-        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)
-    }
     assert links or document != "README.md"
     for link in links:
-        if link.startswith("#"):
-            assert link[1:] in headings, link
-        elif "://" not in link:
-            assert (ROOT / document).parent.joinpath(link.partition("#")[0]).exists(), link
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = (ROOT / document).parent.joinpath(file).resolve() if file else ROOT / document
+            assert target.exists(), link
+            assert not anchor or anchor in headings(str(target.relative_to(ROOT))), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_of_fxpass_have_the_options_that_are_written(document: str) -> None:
+    group = typer.main.get_command(app)
+    for line in commands(document):
+        match = re.fullmatch(r"(?:.* -m fxpass\.tools\.cli|fxpass) ([a-z]+)((?: .*)?)", line)
+        if match and not re.search(r"[A-Z]{4}|…", line):  # MODEL, PASS: to be filled in
+            name, arguments = match.groups()
+            with typer.Context(group) as parent:
+                command = group.get_command(parent, name)
+                assert command is not None, line
+                if arguments:
+                    command.make_context(name, shlex.split(arguments), parent=parent)  # parses, and runs nothing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_modules_that_python_is_told_to_run_exist(document: str) -> None:
+    named = {name for line in commands(document) for name in re.findall(r"-m ((?:fxpass|benchmarks)[\w.]*)", line)}
+    for name in named:
+        path = ROOT.joinpath(*name.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -62,9 +105,27 @@ def test_files_named_in_code_marks_exist(document: str) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("number", range(len(python_blocks("README.md"))))
-def test_python_in_the_readme_compiles(number: int) -> None:
-    compile(python_blocks("README.md")[number], "README.md", "exec")
+@pytest.mark.parametrize("document", ["README.md", *PAGES])
+def test_python_in_the_pages_compiles(document: str) -> None:
+    for block in python_blocks(document):
+        compile(block, document, "exec")
+
+
+@pytest.mark.parametrize("said", ["1.7e-06", "circle.png"])
+def test_the_first_examples_of_the_readme_do_what_they_say(said: str, tmp_path: Path) -> None:
+    (example,) = (block for block in python_blocks("README.md") if said in block)
+    example = example.replace("guidance_scale=2", "guidance_scale=2, num_inference_steps=2")
+    tmp_path.joinpath("script.py").write_text(example.replace('"models/demo"', repr(str(ROOT / "models" / "demo"))))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if said == "circle.png":
+        assert tmp_path.joinpath("circle.png").stat().st_size > 1000
+    else:
+        (difference,) = re.findall(r"tensor\((\S+)\)", done.stdout)
+        assert float(difference) < 1e-5
 
 
 def test_names_in_the_readme_are_public() -> None:
@@ -75,10 +136,10 @@ def test_names_in_the_readme_are_public() -> None:
     assert all(f'"{name}"' in public.group(1) for name in named)
 
 
-def test_the_readme_names_every_class_that_is_tested_for_exactness() -> None:
+def test_the_page_on_exactness_names_every_class_that_is_tested_for_exactness() -> None:
     classes = set(re.findall(r"diffusers\.([A-Z]\w+)\(", text_of("models/small.py")))
     assert len(classes) > 10
-    assert classes <= set(re.findall(r"`(\w+)`", text_of("README.md")))
+    assert classes <= set(re.findall(r"`(\w+)`", text_of("docs/exactness.md")))
 
 
 def test_contributing_quotes_a_rule_and_a_pass() -> None:

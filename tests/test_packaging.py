@@ -51,7 +51,8 @@ for name in ("diffusers", "transformers", "typer", "rich", "PIL", "scipy", "pyte
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.Conv2d(8, 3, 3, padding=1)
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 8)
 
     def forward(self, sample, timestep):
         return self.last(self.norm(self.first(sample)) * timestep.sin())

@@ -104,7 +104,7 @@ class Picky:
         (("TINY/model_index.json",), "is a file; give the diffusers folder"),
         (("TINY", "--executor", "spwan"), "did you mean spawn?"),
         (("TINY", "--dtype", "float23"), "did you mean float32?"),
-        (("TINY", "--strategy", "ulysses"), "not built yet"),
+        (("TINY", "--strategy", "ulysses"), "unknown strategy"),
         (("TINY", "-o", "a.jpg"), "did you mean a.png?"),
         (("someone/who-is-not-there",), "cannot load someone/who-is-not-there: "),
     ],
