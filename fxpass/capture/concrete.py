@@ -19,8 +19,8 @@ aten = torch.ops.aten
 class Reader:
     """Answers what the recorder cannot know of a fake tensor.
 
-    A value that came from inputs alone (or from weights alone) becomes a guard; one that mixes them is an activation,
-    which differs from call to call, and is refused.
+    A value computed from inputs alone, or from tensors of the model alone, becomes a guard. One that mixes inputs and
+    weights is an activation, which differs from call to call, and is refused.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -39,7 +39,7 @@ class Reader:
         graph = self._graph(needed, node)
         reals = {str(n.target): origin.real for n, origin in origins.items()}
         result = run_nodes(graph.nodes, {n: reals[str(n.target)] for n in graph.find_nodes(op="placeholder")})
-        sources = [origin.name for origin in origins.values() if origin.kind in ("input", "weight")]
+        sources = [origin.name for origin in origins.values() if origin.name]
         if sources:
             value = shapes(result) if shape_only else plain(result)
             self._add(_guard(", ".join(sources), value, self._recorder, graph, origins, shape_only))
@@ -49,6 +49,11 @@ class Reader:
         """Whether the value of `node` mixes inputs and weights."""
         kinds = {self._recorder.origins[n].kind for n in self._needed(node) if n.op == "placeholder"}
         return {"input", "weight"} <= kinds
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether the value of `node` is computed without inputs and weights."""
+        kinds = {self._recorder.origins[n].kind for n in self._needed(node) if n.op == "placeholder"}
+        return kinds <= {"constant", "fresh"}
 
     def _add(self, guard: Guard) -> None:
         """Every block of a model may ask the same question."""
@@ -117,8 +122,6 @@ def _guard(
     origins: dict[fx.Node, Origin],
     shape_only: bool,
 ) -> Guard:
-    weights = {str(n.target): o.name for n, o in origins.items() if o.kind == "weight"}
-    constants = {
-        str(n.target): o.real for n, o in origins.items() if o.kind in ("constant", "fresh") and o.real is not None
-    }
-    return Guard(path, value, recorder.current_line(), graph, weights, constants, shape_only)
+    held = {str(n.target): o.name for n, o in origins.items() if o.kind != "input" and o.name}
+    constants = {str(n.target): o.real for n, o in origins.items() if not o.name and o.real is not None}
+    return Guard(path, value, recorder.current_line(), graph, held, constants, shape_only)

@@ -40,6 +40,7 @@ class Functions(TorchFunctionMode):
             raise CaptureError(f"the model assigns to .data at {model_line()}; use copy_ or a new tensor")
         if func in _SHAPES and (shape := self._routing.shape(args[0])) is not None:
             return _size(func, shape, *args[1:], **(kwargs or {}))
+        args = self._routing.with_counts(func, args)
         if has_counts((args, kwargs or {})):
             return self._routing.call(func, args, kwargs or {})
         if func in _ASKED and self._routing.is_activation(args[0]):

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils._mode_utils import no_dispatch
 
 from .concrete import memory_of
+from .count_rules import RULES, array
 from .counts import Atom, Count, aten, ops
 from .errors import CaptureError
 
@@ -26,6 +28,9 @@ _MOVED |= {aten.squeeze.dim, aten.select.int, aten.slice.Tensor, aten.t.default,
 _AS_LONG = {aten._to_copy.default, aten.clone.default, aten.alias.default, aten.view.default, aten.cumsum.default}
 #: operators whose second result are positions, and where the argument is that says along which dim
 _DIMS = {aten.topk.default: 2, aten.sort.default: 1, aten.sort.stable: 2, aten.max.dim: 1}
+_SPLITS = {torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes}
+_NARROWS = {Tensor.narrow, torch.narrow}
+_CUTS = _SPLITS | _NARROWS
 _SIZES = {Tensor.view, Tensor.reshape, Tensor.expand, torch.reshape}
 
 #: operators that bring rows back to where they came from: the result is as whole as what is written to
@@ -52,35 +57,39 @@ class Routing:
     # ------------------------------------------------------------------------------------- what counts ask
 
     def total(self, atoms: dict[Atom, int], number: int) -> Any:
-        atoms = {atom: times for atom, times in atoms.items() if times and atom not in self._none}
+        return self._sum(atoms, number, set())
+
+    def _sum(self, atoms: dict[Atom, int], number: int, empty: set[Atom]) -> Any:
+        """A sum in its simplest form; a number if, apart from what is `empty`, all members of a key are counted."""
+        atoms = {atom: times for atom, times in atoms.items() if times and atom not in empty}
         for key in {atom.node for atom in atoms if atom.member is not None}:
             members, size = self._members[key]
-            wanted = [a for a in (Atom(key, i) for i in range(members)) if a not in self._none]
-            found = {atoms.get(a, 0) for a in wanted}
+            wanted = {Atom(key, i) for i in range(members)} - empty
+            found = {atoms.get(atom, 0) for atom in wanted}
             if len(found) == 1 and 0 not in found:
                 number += size * found.pop()
-                atoms = {a: n for a, n in atoms.items() if a not in wanted}
+                atoms = {atom: times for atom, times in atoms.items() if atom not in wanted}
         return Count(atoms, number, self) if atoms else number
 
     def holds(self, difference: Count, relation: str) -> bool:
-        difference = self._without_number(difference)
-        signs = set(difference.atoms.values())
-        if difference.number or len(signs) != 1:
+        atoms = self._without_number(difference)
+        signs = {times > 0 for times in atoms.values()}
+        if len(set(atoms.values())) != 1:
             return self.refuse("more than whether there are any rows")
-        empty = self._is_empty(frozenset(difference.atoms))
-        return empty if relation == "==" else not empty and (signs.pop() > 0) == (relation == ">")
+        empty = self._is_empty(frozenset(atoms))
+        return empty if relation == "==" else not empty and signs.pop() == (relation == ">")
 
-    def _without_number(self, count: Count) -> Count:
-        """The same with a number written as the counts of all members."""
-        atoms, number = dict(count.atoms), count.number
-        key = next(iter(atoms)).node
+    def _without_number(self, count: Count) -> dict[Atom, int]:
+        """The atoms of a count whose number is written as the counts of all members; none if that is not possible."""
+        if not count.number:
+            return count.atoms
+        key = next(iter(count.atoms)).node
         members, size = self._members.get(key, (0, 1))
-        if members and size and number % size == 0:
-            for atom in (Atom(key, i) for i in range(members)):
-                atoms[atom] = atoms.get(atom, 0) + number // size
-            atoms = {atom: times for atom, times in atoms.items() if times and atom not in self._none}
-            return Count(atoms, 0, self)
-        return count
+        if not members or not size or count.number % size:
+            return {}
+        every = dict.fromkeys((Atom(key, i) for i in range(members)), count.number // size)
+        every |= {atom: times + every.get(atom, 0) for atom, times in count.atoms.items()}
+        return {atom: times for atom, times in every.items() if times}
 
     def refuse(self, what: str) -> Any:
         line = self._recorder.current_line()
@@ -120,52 +129,45 @@ class Routing:
         return isinstance(tensor, Tensor) and self._reader.is_activation(self._recorder.node(tensor))
 
     def numbers(self, tensor: Tensor, form: str) -> Any:
-        """What `numpy`, `item` or `bool` give of an activation."""
-        entries = self._entries(self._recorder.node(self._recorder.fake(tensor)))
-        if entries is None:
+        """What `numpy`, `item` or `bool` return for an activation; None if unknown."""
+        values = self._values(self._recorder.node(self._recorder.fake(tensor)))
+        if values is None or (form != "array" and values.size != 1):
             return None
-        if form == "bool":
-            return entries if isinstance(entries, bool) else bool(entries[0])
-        if isinstance(entries, bool):
-            return entries
-        if form == "item" or not tensor.ndim:
-            return entries[0]
-        if tensor.ndim != 1:
-            return None
-        array = np.empty(len(entries), dtype=object)
-        array[:] = entries
-        return array
+        value = values.item() if form != "array" or not values.ndim else values
+        return bool(value) if form == "bool" else value
 
-    def _entries(self, node: fx.Node) -> Any:
-        """A number or `Count` for each element; of a question whether there are any rows its answer; None: unknown."""
+    def _values(self, node: fx.Node) -> Any:
+        """The elements of an integer or boolean tensor, each a number or a `Count`; None if unknown."""
         self.used.append(node)
         op: Any = node.target
         args: Any = node.args
-        if op in _AS_LONG - {aten.cumsum.default}:
-            return self._entries(args[0])
+        if (dtype := node.meta.get("dtype")) is not None and (dtype.is_floating_point or dtype.is_complex):
+            return None
         if op is ops.counts.default:
-            key, size, _ = args
-            self._members[key] = (size, key.meta["val"].numel())
-            return [self.total({Atom(key, i): 1}, 0) for i in range(size)]
-        if op is aten.cumsum.default and node.meta["val"].ndim == 1:
-            entries = self._entries(args[0])
-            return entries and list(np.cumsum(np.array(entries, dtype=object)))
-        if op is operator.getitem and args[0].target is aten.unbind.int:
-            entries = self._entries(args[0].args[0])
-            return entries and [entries[args[1]]]
-        if op is aten.select.int and args[0].meta["val"].ndim == 1:
-            entries = self._entries(args[0])
-            return entries and [entries[args[2]]]
+            return self._counts(args[0], args[1])
         if op is aten.sum.default and args[0].meta["dtype"] is torch.bool:
-            return [self.total({Atom(args[0]): 1}, 0)]
+            return array(self.total({Atom(args[0]): 1}, 0))
         if op is aten.sum.dim_IntList and (key := self._one_hot(args[0])) is not None:
-            return self._one_hot_sums(node, *key)
+            return self._counts(*key) if tuple(node.meta["shape"]) == key[1:] else None
         if op is aten.any.default and args[0].meta["dtype"] is torch.bool:
-            return bool(self.total({Atom(args[0]): 1}, 0) != 0)
-        if op in _RELATIONS and node.meta["val"].ndim == 0:
-            entries = self._entries(args[0])
-            return None if entries is None else bool(_RELATIONS[op](entries[0], args[1]))
-        return None
+            return array(bool(self.total({Atom(args[0]): 1}, 0) != 0))
+        if self._reader.is_constant(node):
+            with no_dispatch():
+                return array(self._reader(node, shape_only=False).numpy())
+        if op not in RULES:
+            return None
+        operands: dict[fx.Node, Any] = {}
+        for each in node.all_input_nodes:
+            operands[each] = self._values(each)
+            if operands[each] is None:
+                return None
+        args, kwargs = fx.node.map_arg((args, node.kwargs), operands.__getitem__)
+        return RULES[op](node, *args, **kwargs)
+
+    def _counts(self, key: fx.Node, members: int) -> np.ndarray:
+        """How many elements of `key` are each of its `members`."""
+        self._members[key] = (members, key.meta["val"].numel())
+        return array([self.total({Atom(key, i): 1}, 0) for i in range(members)])
 
     def _one_hot(self, node: fx.Node) -> tuple[fx.Node, int] | None:
         """The key and the members that a tensor of zeros and ones was made of, its last dim being the members."""
@@ -176,12 +178,6 @@ class Routing:
             same_last = node.meta["shape"][-1:] == node.args[0].meta["shape"][-1:]
             return self._one_hot(node.args[0]) if same_last else None  # type: ignore[arg-type]
         return None
-
-    def _one_hot_sums(self, node: fx.Node, key: fx.Node, size: int) -> Any:
-        if tuple(node.meta["shape"]) != (size,):
-            return None
-        self._members[key] = (size, key.meta["val"].numel())
-        return [self.total({Atom(key, i): 1}, 0) for i in range(size)]
 
     def _bound(self, node: fx.Node) -> int | None:
         """A number that all elements of an integer tensor are below; they are not negative."""
@@ -248,18 +244,15 @@ class Routing:
     def segment(self, x: Tensor, dim: int, start: Any, stop: Any) -> Tensor:
         """`x[start:stop]` along `dim`, by counts."""
         size = x.shape[dim]
-        start, stop = (self.total(b.atoms, b.number) if isinstance(b, Count) else b for b in (start, stop))
         keys = {atom.node for bound in (start, stop) if isinstance(bound, Count) for atom in bound.atoms}
         key = keys.pop()
         if keys or key not in self._members or self._members[key][1] != size:
             self.refuse("a cut by the sizes of several selections")
         members, _ = self._members[key]
         every = [i for i in range(members) if Atom(key, i) not in self._none]
-        before, until = (self._below(bound, size, every) for bound in (start, stop))
-        inside = [i for i in every if i in until and i not in before]
-        if not inside or before != {i for i in every if i < inside[0]} or until != before | set(inside):
-            self.refuse("a cut that is not where one member ends")
-        if inside != [i for i in every if inside[0] <= i <= inside[-1]]:
+        first, last = (self._below(bound, size, every) for bound in (start, stop))
+        inside = every[first:last]
+        if not inside:
             self.refuse("a cut that is not where one member ends")
         with self._recorder:
             result = ops.segment.default(x, dim % x.ndim, key.meta["val"], inside)
@@ -267,14 +260,15 @@ class Routing:
         self._recorder.node(result).meta["rows"] = (count, size)
         return result
 
-    def _below(self, bound: Any, size: int, every: Sequence[int]) -> set[int]:
+    def _below(self, bound: Any, size: int, members: list[int]) -> int:
+        """How many of the `members` lie before a bound."""
         if not isinstance(bound, Count):
-            if bound not in (0, size):
-                self.refuse("a cut that is not where one member ends")
-            return set(every) if bound == size else set()
-        if bound.number or set(bound.atoms.values()) != {1}:
-            self.refuse("a cut that is not where one member ends")
-        return {atom.member for atom in bound.atoms if atom.member is not None}
+            found = {0: 0, size: len(members)}.get(bound, -1)
+        else:
+            before = {atom.member for atom in bound.atoms}.intersection(members)
+            plain = not bound.number and set(bound.atoms.values()) == {1}
+            found = len(before) if plain and before == set(members[: len(before)]) else -1
+        return self.refuse("a cut that is not where one member ends") if found < 0 else found
 
     def cat(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
         """Segments one after the other; None if none of them is one, or they are joined along another dim."""
@@ -285,11 +279,32 @@ class Routing:
         parts = [t for t in tensors if t.shape[dim]]
         total = sum((known[0] if known else t.shape[dim]) for t, known in zip(tensors, counts, strict=True))
         if isinstance(total, Count):
+            total = self._sum(total.atoms, total.number, self._none)
+        if isinstance(total, Count):
             self.refuse("a joint of rows whose number is unknown")
         with self._recorder:
             return ops.joined.default(parts, dim, total)
 
     # --------------------------------------------------------------------------------- functions of counts
+
+    def with_counts(self, func: Any, args: Any) -> Any:
+        """The arguments of a function that cuts; numbers of rows in 0-dim tensors are replaced by the numbers."""
+        if func is Tensor.__getitem__:
+            x, index = args
+            if isinstance(index, tuple):  # a tensor among the indices is a look-up, in a slice it is a bound
+                return x, tuple(self._resolved(part) if isinstance(part, slice) else part for part in index)
+            return x, self._resolved(index) if isinstance(index, slice) else index
+        return (args[0], *map(self._resolved, args[1:])) if func in _CUTS else args
+
+    def _resolved(self, value: Any) -> Any:
+        if isinstance(value, slice):
+            return slice(*map(self._resolved, (value.start, value.stop, value.step)))
+        if type(value) in (tuple, list):
+            return type(value)(map(self._resolved, value))
+        if isinstance(value, Tensor) and not value.ndim and self.is_activation(value):
+            number = self.numbers(value, "item")
+            return value if number is None else number
+        return value
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A function that was given counts."""
@@ -300,12 +315,12 @@ class Routing:
                 start, stop = (first.start, 0), (first.stop, x.shape[0])
                 part = self.segment(x, 0, *(end if bound is None else bound for bound, end in (start, stop)))
                 return part[(slice(None), *rest)] if rest else part
-        if func in (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes):
+        if func in _SPLITS:
             x, sizes, *dim = args
             at = dim[0] if dim else kwargs.get("dim", 0)
             bounds = [0, *np.cumsum(np.array(sizes, dtype=object))]
             return tuple(self.segment(x, at, a, b) for a, b in pairwise(bounds))
-        if func in (Tensor.narrow, torch.narrow):
+        if func in _NARROWS:
             x, at, start, length = args
             return self.segment(x, at, start, start + length)
         if func in _SIZES:
@@ -337,13 +352,3 @@ def has_counts(value: Any) -> bool:
 
 def _flat(args: Any) -> list[Any]:
     return list(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else list(args)
-
-
-_RELATIONS: dict[Any, Any] = {
-    aten.gt.Scalar: lambda a, b: a > b,
-    aten.lt.Scalar: lambda a, b: a < b,
-    aten.ge.Scalar: lambda a, b: a >= b,
-    aten.le.Scalar: lambda a, b: a <= b,
-    aten.eq.Scalar: lambda a, b: a == b,
-    aten.ne.Scalar: lambda a, b: a != b,
-}

@@ -119,6 +119,17 @@ def test_a_value_read_from_a_weight_is_guarded_too() -> None:
     assert broken_guard(program, model, (x,)) is not None
 
 
+def test_a_value_read_from_a_tensor_attribute_is_guarded_too() -> None:
+    model, x = Model(lambda x, other: x), torch.randn(5, 4)
+    model.sign = torch.ones(())
+    model.body = lambda x, other: x if model.sign > 0 else -x
+    program = capture(model, x)
+    assert [guard.path for guard in program.guards] == ["sign"]
+    assert broken_guard(program, model, (x,)) is None
+    model.sign.neg_()
+    assert broken_guard(program, model, (x,)) is not None
+
+
 def test_the_same_question_in_every_block_is_one_guard() -> None:
     def body(x: Tensor, mask: Tensor) -> Tensor:
         for _ in range(4):

@@ -26,29 +26,30 @@ Body = Callable[["Experts", Tensor, Tensor, Tensor], Tensor]
 class Experts(nn.Module):
     """Tokens are given to the experts of their highest scores by a function of (module, tokens, weights, choices)."""
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, experts: int, chosen: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.gate = nn.Linear(WIDTH, experts, bias=False)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 8), nn.SiLU(), nn.LayerNorm(8), nn.Linear(8, WIDTH)) for _ in range(EXPERTS)
+            nn.Sequential(nn.Linear(WIDTH, 8), nn.SiLU(), nn.LayerNorm(8), nn.Linear(8, WIDTH)) for _ in range(experts)
         )
         self.body = body
+        self.chosen = chosen
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, WIDTH)
-        weights, choices = torch.topk(self.gate(tokens).softmax(-1), CHOSEN, dim=-1)
+        weights, choices = torch.topk(self.gate(tokens).softmax(-1), self.chosen, dim=-1)
         return self.body(self, tokens, weights, choices)
 
 
-def made(body: Body) -> Experts:
+def made(body: Body, experts: int = EXPERTS, chosen: int = CHOSEN) -> Experts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Experts(body).eval().requires_grad_(False)
+        return Experts(body, experts, chosen).eval().requires_grad_(False)
 
 
 def looped(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     out = torch.zeros_like(x)
-    mask = F.one_hot(i, num_classes=EXPERTS).permute(2, 1, 0)
+    mask = F.one_hot(i, num_classes=len(m.experts)).permute(2, 1, 0)
     for e, expert in enumerate(m.experts):
         slot, token = torch.where(mask[e])
         out.index_add_(0, token, expert(x[None, token].reshape(-1, WIDTH)) * w[token, slot, None])
@@ -72,7 +73,7 @@ def counted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
         start = 0 if e == 0 else ends[e - 1]
         if start == end:
             continue
-        token = (order // CHOSEN)[start:end]
+        token = (order // m.chosen)[start:end]
         y = m.experts[e](x[token])
         y.mul_(weight[order[start:end]])
         out.scatter_reduce_(0, token.view(-1, 1).repeat(1, WIDTH), y, reduce="sum")
@@ -80,9 +81,9 @@ def counted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 
 
 def put_back(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
-    counts = F.one_hot(i.view(-1), EXPERTS).sum(0).cpu().numpy()
+    counts = F.one_hot(i.view(-1), len(m.experts)).sum(0).cpu().numpy()
     order, parts, start = i.view(-1).argsort(), [], 0
-    tokens = x[order // CHOSEN]
+    tokens = x[order // m.chosen]
     for e, count in enumerate(counts):
         if count == 0:
             continue
@@ -97,19 +98,19 @@ def put_back(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 def cut_up(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     key = i.view(-1)
     order = key.sort(stable=True)[1]
-    parts = x[order // CHOSEN].split(torch.bincount(key, minlength=EXPERTS).tolist())
+    parts = x[order // m.chosen].split(torch.bincount(key, minlength=len(m.experts)).tolist())
     joined = torch.cat([m.experts[e](part) for e, part in enumerate(parts)])
-    return (joined[order.argsort()].view(-1, CHOSEN, WIDTH) * w[..., None]).sum(1)
+    return (joined[order.argsort()].view(-1, m.chosen, WIDTH) * w[..., None]).sum(1)
 
 
 def padded(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     key = i.view(-1)
-    order, counts = key.argsort(), torch.bincount(key, minlength=EXPERTS).tolist()
-    tokens, real = x[order // CHOSEN], sum(counts)
+    order, counts = key.argsort(), torch.bincount(key, minlength=len(m.experts)).tolist()
+    tokens, real = x[order // m.chosen], sum(counts)
     parts = torch.split(tokens[:real], split_size_or_sections=counts, dim=0)
     joined = torch.cat([expert(part) for expert, part in zip(m.experts, parts, strict=True)])
     joined = torch.vstack((joined, joined.new_zeros((tokens.shape[0] - real, WIDTH))))
-    return torch.zeros_like(x).index_add(0, order // CHOSEN, joined * w.view(-1)[order].unsqueeze(-1))
+    return torch.zeros_like(x).index_add(0, order // m.chosen, joined * w.view(-1)[order].unsqueeze(-1))
 
 
 def masked(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def masked(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 
 
 def repeated(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
-    key, tokens = i.view(-1), x.repeat_interleave(CHOSEN, dim=0)
+    key, tokens = i.view(-1), x.repeat_interleave(m.chosen, dim=0)
     out = torch.empty_like(tokens)
     for e, expert in enumerate(m.experts):
         out[key == e] = expert(tokens[key == e])
@@ -138,16 +139,67 @@ def one_each(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 
 
 def dispatched(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
-    given = torch.einsum("tke,tk->te", F.one_hot(i, EXPERTS).to(w), w)
+    given = torch.einsum("tke,tk->te", F.one_hot(i, len(m.experts)).to(w), w)
     return torch.einsum("etd,te->td", torch.stack([expert(x) for expert in m.experts]), given)
 
 
 def balanced(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     """The numbers of tokens are used as a tensor."""
-    return x * (1 + i.view(-1).bincount(minlength=EXPERTS)[i[:, :1]] / 10)
+    return x * (1 + i.view(-1).bincount(minlength=len(m.experts))[i[:, :1]] / 10)
 
 
-STYLES = [looped, skipped, counted, put_back, cut_up, padded, masked, repeated, one_each, dispatched]
+def bounded(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    """The bounds stay tensors."""
+    key, out, start = i.view(-1), torch.zeros_like(x), 0
+    order, ends = key.argsort(), key.bincount(minlength=len(m.experts)).cumsum(0)
+    for e, expert in enumerate(m.experts):
+        end = ends[e]
+        if start != end:
+            rows = order[start:end]
+            out.index_add_(0, rows // m.chosen, expert(x[rows // m.chosen]) * w.view(-1, 1)[rows])
+        start = end
+    return out
+
+
+def offset(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    """The bounds stay tensors, are computed from each other and read from views."""
+    key, out = i.view(-1), torch.zeros_like(x)
+    order, counts = key.argsort(), key.bincount(minlength=len(m.experts))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])[:-1]
+    for e, (start, count) in enumerate(zip(starts, counts.unbind(), strict=True)):
+        if count > 0:
+            rows = order[start : start + count]
+            out.index_add_(0, rows // m.chosen, m.experts[e](x[rows // m.chosen]) * w.view(-1, 1)[rows])
+    return out
+
+
+def paired(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    """The bounds stay tensors, and the first one is padding."""
+    key, out = i.view(-1), torch.zeros_like(x)
+    order, ends = key.argsort(), F.pad(key.bincount(minlength=len(m.experts)).cumsum(0), (1, 0))
+    for e, expert in enumerate(m.experts):
+        if (ends[e + 1] - ends[e]).item() == 0:
+            continue
+        rows = order[ends[e] : ends[e + 1]]
+        out.index_add_(0, rows // m.chosen, expert(x[rows // m.chosen]) * w.view(-1, 1)[rows])
+    return out
+
+
+STYLES = [
+    looped,
+    skipped,
+    counted,
+    put_back,
+    cut_up,
+    padded,
+    masked,
+    repeated,
+    one_each,
+    dispatched,
+    bounded,
+    offset,
+    paired,
+]
 
 
 def inputs() -> list[Tensor]:
@@ -166,6 +218,23 @@ def test_routing_is_exact_whatever_the_router_decides(body: Body) -> None:
         torch.testing.assert_close(evaluate(program, model, Call.of(model, (x,), {})), model(x), rtol=1e-5, atol=1e-6)
     for node in calls(program.graph):
         assert "fxpass_rows" not in str(node.target)
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)])
+@pytest.mark.parametrize("body", STYLES, ids=lambda body: body.__name__)
+def test_any_number_of_experts_may_be_active(body: Body, experts: int, chosen: int) -> None:
+    model = made(body, experts, chosen)
+    program = capture(model, torch.randn(2, 6, WIDTH))
+    for x in inputs()[::4]:
+        torch.testing.assert_close(evaluate(program, model, Call.of(model, (x,), {})), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_two_layers_of_two_experts_are_exact() -> None:
+    """In the second layer the model asks as many questions as without the answers in the first."""
+    model = nn.Sequential(made(counted, 2, 2), made(bounded, 2, 1), made(put_back, 2, 2)).eval()
+    program = capture(model, torch.randn(2, 6, WIDTH))
+    for x in inputs()[::4]:
+        torch.testing.assert_close(evaluate(program, model, Call.of(model, (x,), {})), model(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("body", STYLES, ids=lambda body: body.__name__)
@@ -226,6 +295,13 @@ def centred(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     return x.index_add(0, token, x[token] - x[token].mean(0))
 
 
+def shifted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    """Cut one row after the end of an expert's."""
+    key = i.view(-1)
+    order, end = key.argsort(), key.bincount(minlength=EXPERTS).cumsum(0)[0] + 1
+    return x.index_add(0, order[:end] // CHOSEN, x[order[:end] // CHOSEN])
+
+
 def unsorted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     first = i.view(-1).bincount(minlength=EXPERTS).tolist()[0]
     return x.index_add(0, torch.arange(12).repeat_interleave(2)[:first], x.repeat_interleave(2, dim=0)[:first])
@@ -246,6 +322,7 @@ def overwritten(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
         (averaged_over_hits, "whether an activation selects any rows, and does something else"),
         (centred, "mean.dim works along the selected rows"),
         (unsorted, "not sorted by"),
+        (shifted, "a cut that is not where one member ends"),
         (overwritten, "decides by and writes to"),
         (lambda m, x, w, i: x / torch.where(i == 0)[0].shape[0], "needs the value of an activation, a number"),
         (lambda m, x, w, i: x + x[i[:, 0] == 0][:1], "slice.Tensor works along the selected rows"),
