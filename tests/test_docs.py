@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,14 @@ def test_the_page_on_exactness_names_every_class_that_is_tested_for_exactness() 
     classes = set(re.findall(r"diffusers\.([A-Z]\w+)\(", text_of("models/small.py")))
     assert len(classes) > 10
     assert classes <= set(re.findall(r"`(\w+)`", text_of("docs/exactness.md")))
+
+
+def test_the_design_lists_every_folder_once() -> None:
+    packages = tomllib.loads(text_of("pyproject.toml"))["tool"]["setuptools"]["packages"]
+    names = [name.removeprefix("fxpass.") for name in packages if name not in ("fxpass", "fxpass.ir", "fxpass.capture")]
+    folders = {"fxpass/", "fxpass/ir/", "fxpass/capture/", "benchmarks/", "tests/", "docs/"}
+    folders |= {f"{name.replace('.', '/')}/" for name in names}
+    assert sorted(re.findall(r"^\| `([\w/]+/)` \|", text_of("docs/design.md"), re.MULTILINE)) == sorted(folders)
 
 
 def test_contributing_quotes_a_rule_and_a_pass() -> None:
