@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .layout import Rows
-from .operators import OpSpec, register
+from .operators import OpSpec, register, spec_of
 
 LOCAL: set[Callable[..., Any]] = set()
 
@@ -128,12 +128,50 @@ def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.stack([mean, deviation * deviation])
 
 
-@local()
-def located(index: Tensor, rows: Rows, size: int) -> Tensor:
+def _located(index: Tensor, rows: Rows, size: int) -> Tensor:
     """Positions of a dim of `size` (negative ones count from its end) among `rows`; len(rows) for all others."""
     place = torch.full((size,), len(rows), dtype=torch.int64, device=index.device)
     place[index_tensor(rows, index.device)] = torch.arange(len(rows), device=index.device)
     return place[index]
+
+
+def _with_scratch_row(x: Tensor, dim: int) -> Tensor:
+    return torch.constant_pad_nd(x, [0] * (2 * (x.ndim - 1 - dim)) + [0, 1])
+
+
+@local()
+def write_rows(
+    operator: Any, rows: Rows, size: int, x: Tensor, dim: int, index: Tensor, *rest: Any, **kwargs: Any
+) -> Tensor:
+    """The `rows` of what `operator(whole, dim, index, *rest)` writes; `x` holds these rows of the whole.
+
+    A scratch row absorbs what is written to other rows of the dim, which has `size`.
+    """
+    y = operator(_with_scratch_row(x, dim), dim, _located(index, rows, size), *rest, **kwargs)
+    return y.narrow(dim, 0, len(rows))
+
+
+@local()
+def put_rows(
+    rows: Rows, size: int, dim: int, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool
+) -> Tensor:
+    """`write_rows` for `index_put`, of which one index is along `dim`."""
+    index = indices[dim]
+    assert index is not None
+    indices = [*indices[:dim], _located(index, rows, size), *indices[dim + 1 :]]
+    y = torch.ops.aten.index_put.default(_with_scratch_row(x, dim), indices, values, accumulate)
+    return y.narrow(dim, 0, len(rows))
+
+
+def _flops(out: Sequence[int], operator: Any, dim: int, rows: Any, *args: Any) -> int:
+    count = spec_of(operator).flops
+    return count(out, *args) if count is not None else 0
+
+
+@local(OpSpec(flops=_flops))
+def rows_of(operator: Any, dim: int, rows: Rows, *args: Any) -> Tensor:
+    """The local `rows` along `dim` of `operator(*args)`: those that are complete on this rank."""
+    return take(operator(*args), dim, rows)
 
 
 @local()

@@ -79,20 +79,14 @@ def col2im(
     found = halo(p, x, window, size[0])
     assert found is not None
     x, rows, first = found
-    # local values, longer than needed; their whole shapes are longer than any, so that none passes for the whole
-    counts = [len(r) for r in p.rows(x, 2)]
-    high = [(n - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 for n in counts]
-    columns = (*shape[:2], per_rank([n * grid[1] for n in counts]))
-    x = p.emit(aten.reshape.default, (x, list(columns)), shape=(*shape[:2], max(counts) * grid[1] + 1), dtype=op.dtype,
-               layout=Layout(2, tuple(Rows.interval(0, n * grid[1]) for n in counts)))  # fmt: skip
-    y = p.emit(
-        op.target, (x, [per_rank(high), size[1]], kernel, dilation, _at(padding, 0, 0), stride),
-        shape=(*op.shape[:2], max(high) + 1, size[1]), dtype=op.dtype,
-        layout=Layout(2, tuple(Rows.interval(0, h) for h in high)),
-    )  # fmt: skip
+    heights = [(len(r) - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 for r in p.rows(x, 2)]
+    columns = tuple(Rows.interval(r.start * grid[1], r.stop * grid[1]) for r in p.rows(x, 2))
+    shape, at = (*shape[:2], shape_of(x)[2] * grid[1]), Layout(2, columns)
+    x = p.emit(aten.reshape.default, (x, p.local(shape, at)), shape=shape, dtype=op.dtype, layout=at)
     offsets = [lo * stride[0] - padding[0] for lo in first]
     kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
-    return p.emit(ops.take, (y, 2, kept), shape=op.shape, dtype=op.dtype, layout=Layout(2, rows))
+    args = (op.target, 2, kept, x, [per_rank(heights), size[1]], kernel, dilation, _at(padding, 0, 0), stride)
+    return p.emit(ops.rows_of, args, shape=op.shape, dtype=op.dtype, layout=Layout(2, rows))
 
 
 def grid_sampler(p: Partitioner, op: Op, x: fx.Node, grid: fx.Node, *rest: Any) -> fx.Node:

@@ -147,20 +147,10 @@ def convolution(
     )
     if not transposed:
         return p.same(op, args, layout=Layout(dim, rows))
-    # the local result is longer than needed: cut it to the rank's rows
+    # the local result also has rows that other ranks' rows add to: keep those of this rank
     offsets = [lo * window.stride - window.padding for lo in first]
-    length = max(shape_of(x)[dim] * window.stride + window.size * window.dilation, 1)
-    shape = _at(list(op.shape), dim, length)
-    spans = tuple(
-        Rows.interval(o, o + (n - 1) * window.stride + (window.size - 1) * window.dilation + 1)
-        for o, n in zip(offsets, map(len, p.rows(x, dim)), strict=True)
-    )
-    lowest = min(span.start for span in spans)
-    local = p.emit(
-        op.target, args, shape=shape, dtype=op.dtype, layout=Layout(dim, tuple(s.shift(-lowest) for s in spans))
-    )
     kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
-    return p.emit(ops.take, (local, dim, kept), shape=op.shape, dtype=op.dtype, layout=Layout(dim, rows))
+    return p.emit(ops.rows_of, (op.target, dim, kept, *args), shape=op.shape, dtype=op.dtype, layout=Layout(dim, rows))
 
 
 def _pool(

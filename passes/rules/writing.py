@@ -1,6 +1,6 @@
 """Writes at positions that are values: scatter, index_add, index_put. What is written comes to all; rows stay apart.
 
-Each rank writes into its own rows, those for other ranks into a row more, which is then cut off.
+Each rank writes into its own rows; what is for others goes to a scratch row (`ops.write_rows`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ...ir import ops
-from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.layout import Layout, even, per_rank
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..forms import copies
@@ -31,26 +31,6 @@ def own_rows(p: Partitioner, x: fx.Node, dim: int) -> fx.Node:
     return p.lay(x, Layout(dim, even(shape_of(x)[dim], p.world)), "realign", ANY)
 
 
-def with_room(p: Partitioner, x: fx.Node, dim: int) -> tuple[fx.Node, Layout]:
-    """`x` with a row more on every rank, where what is for others goes."""
-    layout, shape = layout_of(x), shape_of(x)
-    rows = tuple(r | Rows.interval(shape[dim], shape[dim] + 1) for r in layout.rows)
-    wide = tuple(s + (d == dim) for d, s in enumerate(shape))
-    pad = [0] * (2 * (len(shape) - 1 - dim)) + [0, 1]
-    room = Layout(dim, rows)
-    return p.emit(aten.constant_pad_nd.default, (x, pad), shape=wide, dtype=x.meta["dtype"], layout=room), room
-
-
-def local_index(p: Partitioner, index: fx.Node, layout: Layout, size: int) -> fx.Node:
-    """Where a whole `index` points on each rank; it differs from rank to rank."""
-    return p.emit(ops.located, (index, per_rank(layout.rows), size), shape=shape_of(index), dtype=torch.int64)
-
-
-def without_room(p: Partitioner, op: Op, y: fx.Node, dim: int, layout: Layout) -> fx.Node:
-    kept = per_rank([Rows.interval(0, len(r)) for r in layout.rows])
-    return p.emit(ops.take, (y, dim, kept), shape=op.shape, dtype=op.dtype, layout=layout)
-
-
 def write(aligned: bool) -> Rule:
     """Operators of (x, dim, index, source, …); `aligned`: the index has all dims of the source, else one."""
 
@@ -68,13 +48,11 @@ def write(aligned: bool) -> Rule:
             return p.same(op, (x, dim, index, source, *rest), kwargs, layout=layout)
         if together and layout_of(x).split:
             x = p.whole(x, "realign", ANY)  # the index is for the first rows only
-        x = own_rows(p, x, dim)
-        layout = layout_of(x)
-        index = local_index(p, p.whole(index, "realign", ANY), layout, op.shape[dim])
+        x, index = own_rows(p, x, dim), p.whole(index, "realign", ANY)
         source = p.whole(source, "realign", ANY) if isinstance(source, fx.Node) else source
-        x, room = with_room(p, x, dim)
-        y = p.emit(op.target, (x, dim, index, source, *rest), kwargs, shape=shape_of(x), dtype=op.dtype, layout=room)
-        return without_room(p, op, y, dim, layout)
+        layout = layout_of(x)
+        args = (op.target, per_rank(layout.rows), op.shape[dim], x, dim, index, source, *rest)
+        return p.emit(ops.write_rows, args, kwargs, shape=op.shape, dtype=op.dtype, layout=layout)
 
     return rule
 
@@ -102,10 +80,8 @@ def index_put(
         return p.same(op, (x, indices, values, accumulate), layout=layout)
     x = own_rows(p, x, dim)
     layout = layout_of(x)
-    indices[dim] = local_index(p, indices[dim], layout, op.shape[dim])  # type: ignore[arg-type]
-    x, room = with_room(p, x, dim)
-    y = p.emit(op.target, (x, indices, values, accumulate), shape=shape_of(x), dtype=op.dtype, layout=room)
-    return without_room(p, op, y, dim, layout)
+    args = (per_rank(layout.rows), op.shape[dim], dim, x, indices, values, accumulate)
+    return p.emit(ops.put_rows, args, shape=op.shape, dtype=op.dtype, layout=layout)
 
 
 TABLE = {

@@ -1,7 +1,8 @@
 """What every test of the passes does: split a small function on some cuts and hold it against law 1.
 
 `split` captures, normalizes, partitions, trims and buckets a function; runs the ranks in lockstep; and compares, on
-every rank, *each value of the whole program* with the part of it that its layout promises.
+every rank, *each value of the whole program* with the part of it that its layout promises. Of the values that rules
+add, rows that several ranks hold must be equal.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fxpass.capture import capture
 from fxpass.capture.evaluate import bind, run_nodes
 from fxpass.ir import ops
 from fxpass.ir.exchange import Exchange
+from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout, Rows, even
 from fxpass.ir.program import Program, exchanges_of, fingerprint, layout_of, specialize
 from fxpass.ir.verify import verify
@@ -28,6 +30,8 @@ from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import Partitioner
 from fxpass.passes.rules import RULES
 from fxpass.passes.trim import trim
+
+aten = torch.ops.aten
 
 
 class Function(nn.Module):
@@ -113,6 +117,7 @@ def split(
             assert all(rows.runs for rows in layout_of(local).rows), f"a rank is empty: {local.format_node()}"
             for rank, env in enumerate(envs):
                 check_part(env[local], whole[node], layout_of(local), rank, node)
+    check_parts_agree(graph, envs)
 
     canonical = bucket(trim(graph, program.graph, world, RULES))
     verify(canonical, "partitioned", world)
@@ -244,6 +249,53 @@ def check_layouts(graph: fx.Graph, envs: Sequence[Mapping[fx.Node, Any]]) -> Non
             assert env[node].dtype == node.meta["dtype"], (
                 f"{node.format_node()}: {env[node].dtype} {node.meta['dtype']}"
             )
+
+
+def check_parts_agree(graph: fx.Graph, envs: Sequence[Mapping[fx.Node, Any]]) -> None:
+    """Law 1 of every value, also of those that the whole program lacks: the parts are rows of one whole value."""
+    partial = partial_results(graph)
+    for node in graph.nodes:
+        if "shape" not in node.meta or node in partial or node.target in UNINITIALISED:
+            continue
+        layout = layout_of(node)
+        rows = layout.rows if layout.split else (Rows.interval(0, 1),) * len(envs)
+        parts = [env[node] if layout.split else env[node][None] for env in envs]
+        dim = layout.dim or 0
+        for rank, (part, mine) in enumerate(zip(parts, rows, strict=True)):
+            for other, theirs in zip(parts[:rank], rows, strict=False):
+                both = mine & theirs
+                found, expected = ops.take(part, dim, mine.locate(both)), ops.take(other, dim, theirs.locate(both))
+                assert torch.allclose(found, expected, rtol=0, atol=_rounding(expected), equal_nan=True), (
+                    f"rank {rank} has other rows than the ranks before it: {node.format_node()}"
+                )
+
+
+UNINITIALISED = {aten.empty_like.default, aten.new_empty.default}
+
+
+def _rounding(x: Tensor) -> float:
+    finite = x[torch.isfinite(x)] if x.dtype.is_floating_point or x.dtype.is_complex else x[:0]
+    return tolerance(x.dtype) * finite.abs().max().item() if finite.numel() else 0.0
+
+
+def partial_results(graph: fx.Graph) -> set[fx.Node]:
+    """What each rank computes of its rows alone, for nothing but a sum or the moments of all ranks."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        local = node.op == "call_function" and node.target is not ops.exchange and not layout_of(node).split
+        if local and any(layout_of(n).split or n in found for n in node.all_input_nodes):
+            found.add(node)
+    merged = {
+        value
+        for node, declared in exchanges_of(graph)
+        for value, exchange in zip(node.args[0], declared, strict=True)  # type: ignore[arg-type]
+        if not isinstance(exchange, Fetch)
+    }
+    for node in reversed(graph.nodes):
+        users = {user for user in node.users if not (user.target is ops.exchange and node in merged)}
+        if node in found and not users <= found:
+            found.discard(node)
+    return found
 
 
 # -- cuts ------------------------------------------------------------------------------------------------------------
