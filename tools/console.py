@@ -1,4 +1,4 @@
-"""What the commands share: their options, the console, and errors as one line."""
+"""What the commands share: options, the console, and errors as one line."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ Batch = Annotated[int | None, typer.Option(min=1, help="Samples per call, guidan
 
 
 def rank() -> int:
-    """The rank of this process: of torchrun's, or 0."""
+    """The rank of this process under torchrun, else 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def console() -> Console:
-    """Where results go: the terminal at its width, or a file or pipe at 160 columns; nowhere on other ranks than 0."""
+    """The console for results: the terminal's width, or 160 columns in a file or pipe; silent on ranks other than 0."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     return Console(width=width, highlight=False, markup=False, emoji=False, quiet=rank() > 0)
 
 
 class Commands(TyperGroup):
-    """Says in one red line what was wrong and what to do, without a traceback, and exits with 2."""
+    """Prints errors that the user can correct as one red line, without a traceback, and exits with 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # `fxpass dump … | head`: what is left is not wanted
+        except BrokenPipeError:  # `fxpass dump … | head`: the reader has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except Exception as error:
@@ -52,7 +52,7 @@ class Commands(TyperGroup):
 
 
 def message(error: Exception) -> str | None:
-    """What to say of an error that the caller can mend; None for any other, whose traceback is of use."""
+    """The text of an error that the user can correct; None for others, whose traceback is useful."""
     from ..capture import CaptureError, GuardError
     from ..extras import missing
     from ..runtime.errors import DisagreementError, RankError

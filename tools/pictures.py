@@ -1,4 +1,4 @@
-"""Two pictures of the same thing: how far apart they are, and an image that shows it."""
+"""Compare two images: PSNR, and an image that shows their difference."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 AMPLIFICATION = 100
 MARGIN = 12
-SMALLEST = 320  #: pixels of width that a picture is shown with at least
+SMALLEST = 320  #: narrower images are enlarged to at least this many pixels
 
 
 def psnr(a: Picture, b: Picture) -> float:
-    """Peak signal-to-noise ratio in dB, of pictures in 0..1; infinite if they are equal."""
+    """Peak signal-to-noise ratio in dB, of images in 0..1; infinite if they are equal."""
     import numpy as np
 
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
@@ -28,7 +28,7 @@ def psnr_text(value: float) -> str:
 
 
 def image(picture: Picture) -> Image:
-    """As 8-bit RGB."""
+    """Convert to 8-bit RGB."""
     import numpy as np
     from PIL import Image as PILImage
 
@@ -36,9 +36,9 @@ def image(picture: Picture) -> Image:
 
 
 def comparison(left: Picture, right: Picture, labels: tuple[str, str], heading: str = "") -> Image:
-    """Both pictures and their difference, amplified, side by side, each with a label below it.
+    """Show both images and their amplified difference side by side, each above its label.
 
-    Small pictures are enlarged by a whole factor. Differences are absolute: black is none.
+    Small images are enlarged by an integer factor. Differences are absolute: black means none.
     """
     import numpy as np
     from PIL import Image as PILImage
@@ -68,7 +68,7 @@ def comparison(left: Picture, right: Picture, labels: tuple[str, str], heading: 
 
 
 def _fitted(text: str, font: Any, width: int) -> str:
-    """As much of a text as fits into `width` pixels."""
+    """The text, shortened to fit into `width` pixels."""
     shown = text
     while shown and font.getlength(shown) > width:
         shown = shown[:-2].rstrip("…") + "…" if len(shown) > 2 else ""

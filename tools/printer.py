@@ -1,10 +1,10 @@
-"""Graphs as text: one line per operator, grouped by the module that it is in.
+"""Graphs as text: one line per operator, grouped by module.
 
     down_blocks.0.resnets.0.conv1
       getitem_2      [B, C, H/2, W]  1x16x18x16 (H: 18 of 34)  float32  halo(H: 1 down) of silu_1; 1.0 kB
       convolution_1  [B, C, H/2, W]  1x16x16x16 (H: 16 of 32)  float32  convolution(getitem_2, .weight, .bias, …)
 
-Everything here is a pure function from data to text. Sizes are those of one rank, bytes those that it receives.
+All functions are pure, from data to text. Sizes are those of one rank; bytes are those that it receives.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ..ir.layout import Layout, Rows
 from ..ir.program import Program, layout_of, specialize
 
 LETTERS = {3: "BLC", 4: "BCHW", 5: "BCFHW"}
-LONGEST = 8  #: elements of a list that are shown
+LONGEST = 8  #: longer lists are cut off after as many elements
 
 
 def letters(ndim: int) -> list[str]:
-    """What the dims of a value with `ndim` dims are called."""
+    """Names of the dims of a value with `ndim` dims."""
     return list(LETTERS[ndim]) if ndim in LETTERS else [f"D{i}" for i in range(ndim)]
 
 
@@ -40,7 +40,7 @@ def layout_text(shape: Sequence[int], layout: Layout) -> str:
 
 
 def sizes_text(shape: Sequence[int], layout: Layout, rank: int) -> str:
-    """`1x16x16x16 (H: 16 of 64)`: what rank `rank` holds."""
+    """`1x16x16x16 (H: 16 of 64)`: the shape of the part on rank `rank`."""
     sizes = "x".join(map(str, layout.local_shape(shape, rank))) or "scalar"
     if layout.dim is None:
         return sizes
@@ -68,7 +68,7 @@ def flops_text(count: float) -> str:
 
 
 def cuts_text(rows: Sequence[Rows], size: int) -> str:
-    """`64 rows, cut at 16, 32, 48`, or what each rank holds where the parts overlap or are not contiguous."""
+    """`64 rows, cut at 16, 32, 48`, or the rows of each rank if the parts overlap or are not contiguous."""
     ends = [part.stop for part in rows if part.runs]
     starts = [part.start for part in rows if part.runs]
     if all(part.contiguous for part in rows) and starts == [0, *ends[:-1]]:
@@ -80,7 +80,7 @@ def cuts_text(rows: Sequence[Rows], size: int) -> str:
 
 
 def exchange_text(exchange: Exchange, rank: int) -> str:
-    """What rank `rank` gets: `halo(H: 1 up, 1 down)`, `gather(L: 512 -> 4096)`, `moments(…)`."""
+    """What rank `rank` receives: `halo(H: 1 up, 1 down)`, `gather(L: 512 -> 4096)`, `moments(…)`."""
     if not isinstance(exchange, Fetch):
         return str(exchange)
     dim = letters(len(exchange.shape))[exchange.dim]
@@ -125,7 +125,7 @@ def operator_text(target: Any) -> str:
 
 
 def value_text(value: Any, names: Mapping[str, str], path: str = "") -> str:
-    """An argument; weights of the module `path` are `.weight`, `.bias`."""
+    """An argument as text; weights of the module `path` are `.weight`, `.bias`."""
     if isinstance(value, fx.Node):
         name = names.get(value.name, value.name)
         return name[len(path) :] if path and name.startswith(f"{path}.") else name
@@ -147,7 +147,7 @@ def call_text(node: fx.Node, names: Mapping[str, str]) -> str:
 
 
 def _placed(node: fx.Node, rank: int) -> str:
-    """Layout, sizes and dtype of a node's value; nothing for an operator with several results."""
+    """Layout, sizes and dtype of a node's value; empty for an operator with several results."""
     if "shape" not in node.meta:
         return ""
     shape, layout = node.meta["shape"], layout_of(node)
@@ -156,7 +156,7 @@ def _placed(node: fx.Node, rank: int) -> str:
 
 
 def _exchange_lines(node: fx.Node, names: Mapping[str, str], rank: int) -> Iterator[str]:
-    """One line per value of an exchange, by the name under which the graph knows the result."""
+    """One line per value of an exchange, under the name of its result in the graph."""
     values, declared = node.args
     awaited = next((user for user in node.users if user.target is ops.wait), node)
     results = {user.args[1]: user for user in awaited.users if user.target is operator.getitem}
@@ -180,9 +180,9 @@ def _exchange_lines(node: fx.Node, names: Mapping[str, str], rank: int) -> Itera
 
 
 def graph_text(program: Program, graph: fx.Graph, rank: int = 0) -> str:
-    """`graph` as rank `rank` has it: inputs, a line about the weights, then the operators by module, and the outputs.
+    """The graph of rank `rank`: inputs, a line about the weights, operators by module, and outputs.
 
-    `program` tells what the placeholders of `graph` stand for; the graph may be the captured one or partitioned.
+    `program` names the placeholders of `graph`, which may be the captured graph or a partitioned one.
     """
     local = specialize(graph, rank)
     names = program.weights | dict(zip(program.inputs, program.input_paths, strict=True))
@@ -216,7 +216,7 @@ def graph_text(program: Program, graph: fx.Graph, rank: int = 0) -> str:
 
 
 def seeds_text(program: Program, graph: fx.Graph, seeds: Mapping[str, Layout]) -> list[tuple[str, str, str]]:
-    """(what is split, its layout, where the cuts lie) for each seed."""
+    """(value that is split, its layout, positions of the cuts) for each seed."""
     nodes = {node.name: node for node in graph.nodes}
     paths = dict(zip(program.inputs, program.input_paths, strict=True))
     rows = []

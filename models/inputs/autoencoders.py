@@ -1,4 +1,4 @@
-"""Inputs of the halves of autoencoders: a latent of pictures, of videos or of sound, or an image."""
+"""Inputs of the halves of autoencoders: a latent of images, of videos or of sound, or an image."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _hunyuan_image(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _joy(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The picture to edit and the edited one, as two items."""
+    """The image to edit and the edited one, as two items."""
     config = transformer.config
     return {
         "hidden_states": draw.normal(size.batch, 2, config.in_channels, 1, size.rows, size.cols),
@@ -117,7 +117,7 @@ def _joy(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _joy_plus(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The edited picture and a smaller one to edit, cut into patches, with places left over at the end."""
+    """The edited image and a smaller one to edit, cut into patches, with places left over at the end."""
     config = transformer.config
     depth, high, wide = config.patch_size
     shapes = [(1, size.rows // high, size.cols // wide), (1, size.rows // high // 2, size.cols // wide)]
@@ -155,7 +155,7 @@ def _lumina_2(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _omnigen(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Text on the left, padded there, then the time token and the picture; the text sees only what precedes it."""
+    """Text on the left, padded there, then the time token and the image; the text sees only what precedes it."""
     config, text = transformer.config, size.tokens(64)
     picture = (size.rows // config.patch_size) * (size.cols // config.patch_size)
     length = text + 1 + picture
@@ -175,7 +175,7 @@ def _omnigen(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _prior(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """It denoises the embedding of a picture: the text is all that has rows."""
+    """It denoises the embedding of an image: the text is all that has rows."""
     config = transformer.config
     return {
         "hidden_states": draw.normal(size.batch, config.embedding_dim),
@@ -197,7 +197,7 @@ def _prx(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _z_image(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Pictures and texts come as lists; the texts differ in length."""
+    """Images and texts come as lists; the texts differ in length."""
     config = transformer.config
     lengths = draw.lengths(size.batch, size.tokens(128))
     return {

@@ -22,7 +22,7 @@ def _tokens(transformer: Any, size: Size, draw: Draw) -> Tensor:
 
 
 def _places(size: Size, draw: Draw, dims: int = 3, first: int = 0) -> Tensor:
-    """`[N, dims]`: of each token the number of its picture, its row, its column, then zeros."""
+    """`[N, dims]`: of each token the number of its image, its row, its column, then zeros."""
     rows, cols = grid(size)
     axes = (torch.tensor([first]), torch.arange(rows), torch.arange(cols), *(torch.zeros(1) for _ in range(dims - 3)))
     return torch.cartesian_prod(*(axis.float() for axis in axes)).to(draw.device, draw.dtype)
@@ -88,7 +88,7 @@ def _flux_2(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def flux_2_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """A picture to edit, whose tokens follow those of the one that is made."""
+    """An image to edit, whose tokens follow those of the one that is made."""
     inputs = _flux_2(transformer, size, draw)
     dims = len(transformer.config.axes_dims_rope)
     return {
@@ -98,7 +98,7 @@ def flux_2_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]
 
 
 def flux_3_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """A picture to edit, a stream of its own."""
+    """An image to edit, a stream of its own."""
     rows, cols = grid(size)
     dims = len(transformer.config.axes_dims_rope)
     return {
@@ -108,7 +108,7 @@ def flux_3_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]
 
 
 def _ideogram(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Text on the left, padded there, and the picture, in one sequence; what lies where is told by numbers."""
+    """Text on the left, padded there, and the image, in one sequence; what lies where is told by numbers."""
     config, text = transformer.config, size.tokens(256)
     real = draw.mask(size.batch, text, torch.int64).flip(1)
     picture = _places(size, draw).to(torch.int64).expand(size.batch, -1, -1)
@@ -137,7 +137,7 @@ def _krea(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _numbered_text(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Text tokens are numbered like pictures, on two axes alike."""
+    """Text tokens are numbered like images, on two axes alike."""
     text = size.tokens(256)
     numbers = torch.arange(text).float()
     return {
@@ -150,7 +150,7 @@ def _numbered_text(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _qwen(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Models for editing have a second, smaller picture; layered ones several pictures."""
+    """Models for editing have a second, smaller image; layered ones several images."""
     config, text = transformer.config, size.tokens(256)
     rows, cols = grid(size)
     pictures = [(1, rows, cols)]
@@ -171,7 +171,7 @@ def _qwen(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _qwen_21(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """A picture to edit amid the text, 2 x 2 of its places as one of the text's slots; then the edited picture."""
+    """An image to edit amid the text, 2 x 2 of its places as one of the text's slots; then the edited image."""
     config, text = transformer.config, size.tokens(256)
     pictures = [(1, 4, size.cols), (1, size.rows, size.cols)]
     slots = [high * wide // 4 for _, high, wide in pictures]

@@ -35,7 +35,7 @@ def _condition(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
     """What all text-conditioned UNets take besides the sample."""
     config = unet.config
     width = config.cross_attention_dim
-    if config.get("encoder_hid_dim_type") == "image_proj":  # the picture's embedding is all there is
+    if config.get("encoder_hid_dim_type") == "image_proj":  # the image's embedding is all there is
         return {
             "timestep": draw.full(321, dtype=torch.int64),
             "encoder_hidden_states": None,
@@ -96,7 +96,7 @@ def _controlnet(controlnet: diffusers.ControlNetModel, size: Size, draw: Draw) -
 
 
 def _unet_spatio_temporal(unet: diffusers.UNetSpatioTemporalConditionModel, size: Size, draw: Draw) -> dict[str, Any]:
-    """The sample is noise and the first frame's latent, frames before channels; the one token is the picture's."""
+    """The sample is noise and the first frame's latent, frames before channels; the one token is the image's."""
     config = unet.config
     ids = config.projection_class_embeddings_input_dim // config.addition_time_embed_dim
     return {
@@ -131,7 +131,7 @@ def _kandinsky3(unet: diffusers.Kandinsky3UNet, size: Size, draw: Draw) -> dict[
 
 
 def _stable_cascade(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The prior's: text, pooled text and a picture's embedding."""
+    """The prior's: text, pooled text and an image's embedding."""
     config = unet.config
     inputs: dict[str, Any] = {
         "sample": draw.normal(size.batch, config.in_channels, size.rows, size.cols),

@@ -70,7 +70,7 @@ def _hunyuan_video(transformer: diffusers.HunyuanVideoTransformer3DModel, size: 
 
 
 def _hunyuan_video_15(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Two texts, both padded, and the embedding of a picture: zero where there is none."""
+    """Two texts, both padded, and the embedding of an image: zero where there is none."""
     config, text, glyphs = transformer.config, size.tokens(1000), size.tokens(256)
     inputs: dict[str, Any] = {
         "hidden_states": _video(transformer, size, draw),

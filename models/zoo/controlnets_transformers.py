@@ -43,7 +43,7 @@ def _sd3_inputs(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _doubled(inputs: dict[str, Any], size: Size, draw: Draw) -> dict[str, Any]:
-    """The same with two control pictures."""
+    """The same with two control images."""
     one = inputs["controlnet_cond"]
     both = [one, draw.normal(*one.shape)]
     return inputs | {"controlnet_cond": both, "conditioning_scale": [0.7, 1.2], "return_dict": False}
@@ -111,7 +111,7 @@ def _hunyuan() -> nn.Module:
 
 
 def _hunyuan_inputs(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Those of the transformer, and the control picture."""
+    """Those of the transformer, and the control image."""
     transformer = diffusers.HunyuanDiT2DModel(num_layers=2, **{
         key: net.config[key]
         for key in (

@@ -1,4 +1,4 @@
-"""ControlNets of UNets: what a control picture adds to a denoiser."""
+"""ControlNets of UNets: what a control image adds to a denoiser."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _union() -> Any:
 
 
 def _kinds(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Two pictures of the kinds 0 and 3."""
+    """Two images of the kinds 0 and 3."""
     kinds = torch.zeros(size.batch, net.config.num_control_type)
     kinds[:, [0, 3]] = 1
     added = {"text_embeds": draw.normal(size.batch, 20), "time_ids": draw.normal(size.batch, 6)}

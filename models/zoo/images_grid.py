@@ -182,7 +182,7 @@ def _omnigen() -> nn.Module:
 
 
 def _pictures_in_text(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Each sample's text speaks of a picture of 4 x 4 places, which takes the place of four of its tokens."""
+    """Each sample's text speaks of an image of 4 x 4 places, which takes the place of four of its tokens."""
     pictures = [draw.normal(1, transformer.config.in_channels, 4, 4) for _ in range(size.batch)]
     last = size.tokens(64)
     return {"input_img_latents": pictures, "input_image_sizes": {b: [[last - 4, last]] for b in range(size.batch)}}
@@ -222,7 +222,7 @@ def _control_of_sequences(transformer: Any, size: Size, draw: Draw) -> dict[str,
 
 
 def _with_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """A picture to edit, clean, before the noisy one; it is seen by a vision encoder as well, and amid the text."""
+    """An image to edit, clean, before the noisy one; it is seen by a vision encoder as well, and amid the text."""
     config, batch = transformer.config, range(size.batch)
 
     def texts() -> list[Any]:
@@ -287,7 +287,7 @@ def _patched_inputs(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _vectorised_inputs(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Places hold numbers of a codebook: there is no floating-point picture to cut."""
+    """Places hold numbers of a codebook: there is no floating-point image to cut."""
     return {
         "hidden_states": draw.integers(transformer.config.num_vector_embeds, size.batch, size.rows * size.cols),
         "encoder_hidden_states": draw.normal(size.batch, size.tokens(77), transformer.config.cross_attention_dim),

@@ -117,7 +117,7 @@ def _control(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _control_single(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The same, and what it adds to the picture's part of the joint stream."""
+    """The same, and what it adds to the image's part of the joint stream."""
     single = _control(transformer, size, draw)["controlnet_block_samples"]
     return _control(transformer, size, draw) | {"controlnet_single_block_samples": single}
 

@@ -1,4 +1,4 @@
-"""UNets, and other denoisers of pictures that are no transformers: one case or more of each class."""
+"""UNets, and other denoisers of images that are no transformers: one case or more of each class."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _trajectory(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _unet_2d_skip() -> nn.Module:
-    """NCSN++: a picture beside the features at each level, resampled by small filters; noise levels as times."""
+    """NCSN++: an image beside the features at each level, resampled by small filters; noise levels as times."""
     return diffusers.UNet2DModel(
         block_out_channels=(32, 32),
         layers_per_block=1,
@@ -258,7 +258,7 @@ def _two_texts(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _unidiffuser() -> nn.Module:
-    """Picture, text and an embedding of the picture in one sequence, through a U of transformer blocks."""
+    """Image, text and an embedding of the image in one sequence, through a U of transformer blocks."""
     return diffusers.UniDiffuserModel(
         text_dim=16,
         clip_img_dim=12,

@@ -137,7 +137,7 @@ def _boxes(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _ip_adapter() -> nn.Module:
-    """Cross-attention to two pictures beside the text, by weights of its own."""
+    """Cross-attention to two images beside the text, by weights of its own."""
     unet = _unet()
     processors: dict[str, Any] = {}
     for name, processor in unet.attn_processors.items():

@@ -242,7 +242,7 @@ def test_intervals_are_of_student_and_differences_are_paired() -> None:
         (("--report-only",), "leave out --report-only"),
         (("--pipeline", "somewhere"), "--prompt-file names a text file"),
         (("--pipeline", "demo"), "train it: python -m fxpass.tools.demo.train_unet"),
-        (("--pipeline", "demo_dit"), "makes pictures of 32 x 32 pixels only; give --size 32"),
+        (("--pipeline", "demo_dit"), "makes images of 32 x 32 pixels only; give --size 32"),
         (("--pipeline", "TINY", "--prompt-file", "PROMPTS", "--prompts", "4"), "give --prompts 3 or less"),
         (("--pipeline", "TINY", "--prompt-file", "MISSING"), "No such file"),
     ],

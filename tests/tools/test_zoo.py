@@ -172,7 +172,7 @@ def test_ranks_that_disagree_at_a_displaced_step_stop_the_measurement(monkeypatc
     monkeypatch.setattr(
         measuring.Subject, "runs", lambda *given: ([[x + k for x in y] for k, y in enumerate(z)] for z in runs(*given))
     )
-    with pytest.raises(AssertionError, match="unlike outputs"):
+    with pytest.raises(AssertionError, match="different outputs"):
         measuring.displaced(subject, other)
 
 

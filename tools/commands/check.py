@@ -1,4 +1,4 @@
-"""`fxpass check MODEL`: is this model exact when it is split? It is run whole and split, and the outputs compared."""
+"""`fxpass check MODEL`: run a model whole and split, compare the outputs, and say whether splitting is exact."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LARGEST = 1_000_000_000  #: parameters of a catalog model that is still run
+LARGEST = 1_000_000_000  #: a catalog model with more parameters is not run
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One output of one split run against the unsplit model's."""
+    """One output of a split run, compared with the unsplit model's."""
 
     world_size: int
-    output: str  #: what the caller calls it
+    output: str  #: its name in the model's output
     shape: tuple[int, ...]
     value: float  #: max abs difference / max abs
     fallbacks: int
@@ -38,7 +38,7 @@ def check(
     ] = [2, 3],  # noqa: B006
     tolerance: Annotated[float, typer.Option(help="Largest difference that counts as exact.")] = 1e-5,
     keep_weights: Annotated[
-        bool, typer.Option("--keep-weights", help="Leave parameters as they are whose values are all equal.")
+        bool, typer.Option("--keep-weights", help="Keep constant parameters (whose values are all equal) as they are.")
     ] = False,
     strict: Strict = False,
     height: Height = None,
@@ -48,8 +48,8 @@ def check(
 ) -> None:
     """Say whether a model is exact when split, by running it (in float32). Exits with 1 if not.
 
-    It is captured with one set of inputs and compared on another. Parameters that are constant (zero gates, unit
-    norms) get random values first, for behind a zero no error shows.
+    The model is captured with one set of inputs and compared on another. Constant parameters (zero gates, unit norms)
+    get random values first, because an error that is multiplied by zero does not show.
     """
     import torch
 
@@ -79,7 +79,7 @@ def check(
 def differences(
     module: nn.Module, args: Any, kwargs: Any, world_sizes: Sequence[int], *, strict: bool = False
 ) -> list[Difference]:
-    """Compare every output on every number of ranks with the unsplit module's, on inputs other than the example's.
+    """Compare every output on each number of ranks with the unsplit module's, on other inputs than the example's.
 
     Raises:
         ValueError: the ranks are too many, with `strict` an operator cannot be split, or the module's own output is not
@@ -119,9 +119,9 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def fresh(args: Any, kwargs: Any, seed: int = 1) -> Any:
-    """Other values in the range of the example's: what is drawn is shuffled, numbers above 1 are halved.
+    """Other values in the same range: tensors are shuffled, numbers above 1 are halved.
 
-    Masks and other tensors of zeros and ones (or minus infinities) stay as they are.
+    Masks (tensors of zeros and ones, or of minus infinities) stay as they are.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -142,12 +142,12 @@ def fresh(args: Any, kwargs: Any, seed: int = 1) -> Any:
 
 
 def named_tensors(output: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of an output by what the caller calls them: "sample", "0.1", "" if it is one tensor."""
+    """The tensors of an output by name: "sample", "0.1", or "" if the output is one tensor."""
     import torch
 
     if isinstance(output, torch.Tensor):
         return {name: output}
-    if isinstance(output, Mapping):  # the outputs of diffusers are, too
+    if isinstance(output, Mapping):  # the outputs of diffusers are mappings, too
         parts = [(str(key), value) for key, value in output.items()]
     elif is_dataclass(output) and not isinstance(output, type):
         parts = [(field.name, getattr(output, field.name)) for field in fields(output)]
@@ -160,7 +160,7 @@ def named_tensors(output: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def randomised(module: nn.Module) -> int:
-    """Give random values to constant parameters; how many there were."""
+    """Give random values to constant parameters; returns how many there were."""
     from ...models.small import randomise_constants
 
     before = [parameter._version for parameter in module.parameters()]
@@ -169,12 +169,12 @@ def randomised(module: nn.Module) -> int:
 
 
 def refuse_large(model: str) -> None:
-    """Raises `ValueError` if `model` is a catalog name or a folder whose weights this machine has no room for."""
+    """Raises `ValueError` if `model` is a catalog name or a folder whose weights do not fit this machine's memory."""
     from ...models.catalog import catalog
     from ...models.resolve import Options, resolve
 
     if ":" in model:
-        return  # a factory's module is there by the time its size is known
+        return  # a factory has allocated its module before its size is known
     name = model if model in catalog else ""
     count = catalog[name].parameters if name else 0
     if not name:

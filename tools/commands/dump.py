@@ -1,4 +1,4 @@
-"""`fxpass dump MODEL`: the text of one rank's graph, after any pass, or what a pass changed."""
+"""`fxpass dump MODEL`: print one rank's graph after any pass, or what a pass changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ...ir.program import Program
     from ...passes import Build
 
-CAPTURED = "captured"  #: what is there before the first pass
+CAPTURED = "captured"  #: the graph before the first pass
 
 
 def dump(
@@ -57,14 +57,14 @@ def dump(
 
 
 def stages() -> list[str]:
-    """What `--after` takes, in order."""
+    """The values of `--after`, in order."""
     from ...passes import PASSES
 
     return [CAPTURED, *(each.name for each in PASSES)]
 
 
 def text(program: Program, world_size: int, rank: int, stage: str, target: str = "auto", strategy: str = "sync") -> str:
-    """The graph of a captured program after `stage`, with a heading of what is split and how much is exchanged."""
+    """The graph of a captured program after `stage`, below a heading with what is split and how much is exchanged."""
     from ...ir.program import calls, exchanges_of
     from ...plan import gathered_in
     from ..printer import bytes_text, graph_text, seeds_text
@@ -95,7 +95,7 @@ def difference(
 
 
 def built(program: Program, world_size: int, stage: str, target: str, strategy: str) -> Build:
-    """The passes' state after `stage`."""
+    """The state of the passes after `stage`."""
     from ...passes import Build, build
     from ...plan import target_of
     from ...strategy import Strategy

@@ -1,6 +1,6 @@
-"""`fxpass generate PIPELINE`: a picture from a prompt, made on several ranks, and on request on one device too.
+"""`fxpass generate PIPELINE`: make an image from a prompt on several ranks, and on request on one device too.
 
-Under torchrun every process is a rank, and only rank 0 writes and prints.
+Under torchrun each process is a rank; only rank 0 writes and prints.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What to make; `None` leaves it to the pipeline."""
+    """What to make; `None` means the pipeline's default."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Made:
-    """A picture and what it took."""
+    """An image, how long it took, and what was received."""
 
     picture: np.ndarray  #: [H, W, 3] in 0..1
     seconds: float
@@ -71,12 +71,12 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise that the picture starts from.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     output: Annotated[Path, typer.Option("--output", "-o", help="A PNG file.")] = Path("picture.png"),
-    compare: Annotated[bool, typer.Option("--compare", help="Make it on one device too, and compare.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also make it on one device, and compare.")] = False,
 ) -> None:
-    """Make a picture from a prompt on several ranks."""
+    """Make an image from a prompt on several ranks."""
     import torch.distributed as dist
 
     from ..console import console
@@ -97,7 +97,7 @@ def generate(
 
 
 def check_arguments(strategy: str, executor: str, output: Path) -> None:
-    """Refuse what cannot work before anything is loaded. Raises `ValueError` or `NotImplementedError`."""
+    """Check the arguments before anything is loaded. Raises `ValueError`."""
     from ...api import EXECUTORS
     from ...strategy import Strategy
 
@@ -110,7 +110,7 @@ def check_arguments(strategy: str, executor: str, output: Path) -> None:
 
 
 def device_for(executor: str, world_size: int | None) -> str:
-    """A GPU where one process has one to itself; the CPU for `spawn`, whose workers share memory."""
+    """The process's own GPU, if there is one; the CPU for `spawn`, whose workers share memory."""
     import torch
 
     from ...runtime import distributed
@@ -122,7 +122,7 @@ def device_for(executor: str, world_size: int | None) -> str:
 
 
 def load(pipeline: str, dtype: str = "float32", device: str = "cpu") -> Any:
-    """The pipeline of a folder or hub id, quiet.
+    """Load the pipeline of a folder or hub id, without progress bars.
 
     Raises:
         ValueError: there is none, or no such dtype; the message suggests the nearest.
@@ -153,7 +153,7 @@ def load(pipeline: str, dtype: str = "float32", device: str = "cpu") -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars, notes and warnings that loading a pipeline prints; errors are raised all the same."""
+    """Silence progress bars, notes and warnings while a pipeline is loaded; errors are still raised."""
     import diffusers
     import transformers
 
@@ -175,7 +175,7 @@ def _quiet() -> Iterator[None]:
 def make(
     pipe: Any, request: Request, world: int, strategy: str, executor: str, label: str, *, compare: bool
 ) -> tuple[Made, Made | None]:
-    """The picture on `world` ranks, and (on rank 0, if `compare`) on one device. The pipeline gets its models back."""
+    """Make the image on `world` ranks and, on rank 0 if `compare`, on one device. The pipeline gets its models back."""
     from ... import parallelize
     from ...models.pipelines import denoisers
 
@@ -193,7 +193,7 @@ def make(
 
 
 def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) -> Made:
-    """One picture, with a progress bar. Raises `ValueError` if the pipeline does not take what is asked for."""
+    """Make one image, with a progress bar. Raises `ValueError` if the pipeline has no such argument."""
     import torch
 
     takes = inspect.signature(pipe.__call__).parameters
@@ -206,7 +206,7 @@ def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) ->
         "width": request.width,
     }
     given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    if "class_labels" in takes:  # the prompt is the name of a class
+    if "class_labels" in takes:  # the prompt names a class
         given["class_labels"] = [class_of(pipe, given.pop("prompt"))]
     unknown = [name for name in given if name not in takes]
     if unknown:
@@ -248,13 +248,13 @@ def _picture(pipe: Any, made: Any) -> np.ndarray:
     import numpy as np
 
     if not hasattr(made, "images"):
-        raise NotImplementedError(f"generate writes pictures, and {type(pipe).__name__} makes {', '.join(vars(made))}")
+        raise NotImplementedError(f"generate writes images, and {type(pipe).__name__} makes {', '.join(vars(made))}")
     picture = np.asarray(made.images[0])
     return picture / 255 if picture.dtype == np.uint8 else picture.astype(np.float32)
 
 
 def write(split: Made, alone: Made | None, output: Path, labels: tuple[str, str], heading: str) -> list[Path]:
-    """Write FILE.png, and with a picture to compare FILE-one-device.png and FILE-comparison.png."""
+    """Write FILE.png; if there is an image to compare, also FILE-one-device.png and FILE-comparison.png."""
     from ..pictures import comparison, image
 
     images = {output: image(split.picture)}

@@ -1,10 +1,10 @@
-"""`fxpass models`: what MODEL may be, by name."""
+"""`fxpass models`: list the models that have names."""
 
 from __future__ import annotations
 
 
 def models() -> None:
-    """List the models that are known by name."""
+    """List the models that have names."""
     from rich.table import Table
 
     from ...models.catalog import catalog

@@ -1,4 +1,4 @@
-"""`fxpass plan MODEL`: what is split, what each rank computes and receives, and why."""
+"""`fxpass plan MODEL`: show what is split, and what each rank computes and receives."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plan(
 
 
 def make(model: str, world_size: int, strategy: str, target: str, options: Any, strict: bool = False) -> Plan:
-    """The plan of what `model` names; arguments that mean nothing are refused before anything is built."""
+    """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
     from ...models.resolve import resolve
     from ...plan import plan as make_plan
@@ -71,7 +71,7 @@ def check_target(target: str) -> None:
 
 
 def show(out: Console, model: str, plan: Plan) -> None:
-    """Print a plan for people."""
+    """Print a plan as tables."""
     from ..printer import flops_text
 
     out.print(
@@ -91,7 +91,7 @@ def show(out: Console, model: str, plan: Plan) -> None:
         out.print(_ranks(plan, exact=False))
     seconds = plan.seconds
     if plan.fallbacks:
-        out.print("\nfallbacks: gathered whole, for no rule could split them", style="bold yellow")
+        out.print("\nfallbacks: gathered whole, because no rule could split them", style="bold yellow")
         out.print(_fallbacks(plan))
     else:
         out.print("\nno fallbacks: everything that could be split is split")
@@ -108,7 +108,7 @@ def _seeds(plan: Plan) -> RenderableType:
 
 
 def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
-    """One row per rank: its work, and what it receives by role in an exact step; or this alone, in a displaced step."""
+    """One row per rank: its work (exact steps only), and the bytes it receives by role."""
     from collections import Counter
 
     from ..printer import bytes_text, flops_text

@@ -1,10 +1,10 @@
-"""`fxpass study`: how good are pictures made with stale exchanges, and how many bytes does that save?
+"""`fxpass study`: measure the quality of images that are made with stale exchanges, and the bytes that this saves.
 
-Held-out prompts are drawn by a trained pipeline on the unsplit model and, from the same noise, on every cell of a grid:
-strategies x ranks x steps x warm-up. Ranks run one after the other in this process, so the pictures are those that as
-many processes would make, and the bytes are those of the plan. Seconds mean nothing here.
+A trained pipeline makes held-out prompts unsplit and, from the same noise, for every cell of a grid: strategies x ranks
+x steps x warm-up. Ranks run one after the other in this process: images equal those of as many processes, bytes are
+those of the plan, and seconds mean nothing.
 
-Finished cells are kept (`study/results.py`); an interrupted study goes on where it was.
+Finished cells are kept (`study/results.py`); an interrupted study continues where it stopped.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def study(
         Path | None, typer.Option(help="One prompt (or class) per line, for a pipeline that is no demo.")
     ] = None,
     size: Annotated[int, typer.Option(min=16, help="Height and width in pixels.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 8,
     baseline: Annotated[str, typer.Option(help="The strategy that the others are compared with.")] = "stale_gn",
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; what is in it is not made again.")] = Path(
-        "out/study"
-    ),
-    report_only: Annotated[bool, typer.Option("--report-only", help="Only write table and figures anew.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder; cells that it holds are not made again.")
+    ] = Path("out/study"),
+    report_only: Annotated[bool, typer.Option("--report-only", help="Only write table and figures again.")] = False,
 ) -> None:
     """Measure the quality of stale strategies, and the bytes that they save."""
     check_installed()
@@ -75,7 +75,7 @@ def study(
 
 
 def check_installed() -> None:
-    """Raises `MissingExtraError` if a library that only the study needs is not there: said before hours of work."""
+    """Raises `MissingExtraError` if a library of the study is missing, before hours of work."""
     from ...extras import EXTRA_OF, MissingExtraError
 
     for module, extra in EXTRA_OF.items():

@@ -1,7 +1,7 @@
-"""The newcomer's demo, `make demo`: a picture from a prompt on two processes, and once more on one device.
+"""`make demo`: make an image from a prompt on two processes, and again on one device.
 
-It writes both pictures and one image of the two and their amplified difference, and prints seconds, PSNR and the
-bytes exchanged. The pipeline was trained for this and comes with the package.
+It writes both images, and one that shows them beside their amplified difference, and prints seconds, PSNR and bytes
+exchanged. The pipeline was trained for this; its weights are in a clone of the repository.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def demo(
     size: Annotated[int, typer.Option(min=32, help="Height and width in pixels.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Of the noise that the picture starts from.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     output_dir: Annotated[Path, typer.Option(help="Where the three images go.")] = Path("out"),
     pipeline: Annotated[Path | None, typer.Option(help="Another pipeline's folder.", show_default=False)] = None,
 ) -> None:
-    """Make a picture from a prompt on several processes and on one device, and compare."""
+    """Make an image from a prompt on several processes and on one device, and compare."""
     from ..commands.generate import Request, load, make, report, write
     from ..console import console
 

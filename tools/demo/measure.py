@@ -1,8 +1,8 @@
-"""Score the demo pipeline: generate held-out prompts and read shape, colour and position back from the pictures.
+"""Score the demo pipeline: generate held-out prompts, and read shape, colour and position from the images.
 
     python -m fxpass.tools.demo.measure [--prompts 64] [--size 128] [--write]
 
-The reader is checked first on as many exact renderings of held-out scenes. `--write` puts the figures into the model
+The reader is first checked on as many exact renderings of held-out scenes. `--write` puts the figures into the model
 card, models/demo/README.md, between its two markers.
 """
 
@@ -24,12 +24,12 @@ Fact = tuple[str, str, str]
 
 
 def fact(scene: Scene) -> Fact:
-    """What the reader should see."""
+    """What the reader should find."""
     return scene.shape, scene.colour, scene.position
 
 
 def score(wanted: list[Fact], found: list[list[Fact]]) -> dict[str, float]:
-    """Shares of right pictures (the wanted thing and nothing else), and of right shapes, colours and places."""
+    """Shares of right images (the wanted object and nothing else), and of right shapes, colours and positions."""
     pairs = list(zip(wanted, found, strict=True))
     shares = {"picture": sum(have == [want] for want, have in pairs) / len(pairs)}
     for k, name in enumerate(("shape", "colour", "position")):
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=DEMOS["demo"])
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--size", type=int, default=128, help="height and width of the pictures")
+    parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)

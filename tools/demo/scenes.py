@@ -1,8 +1,8 @@
-"""Captioned scenes of the trained demo: a tiny grammar, an exact renderer, and a reader that names what it sees.
+"""Captioned scenes of the trained demo: a small grammar, a renderer, and a reader that names what an image shows.
 
-A scene is a shape of some colour and texture somewhere on a background. `draw_scene` samples one, `caption` says it in
-words, `render` draws it at any size, and `read_things` names what a picture shows, so that what a model makes can be
-scored without a second model. Everything is a function of its seed.
+A scene is a shape with a colour, a texture and a position on a background. `draw_scene` samples one, `caption`
+describes it, `render` draws it at any size, and `read_things` names what an image shows, so that images can be scored
+without a second model. Everything is a function of its seed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Scene:
         return f"{article} {self.colour}{texture} {self.shape}"
 
     def paraphrase(self, rng: np.random.Generator) -> str:
-        """A caption in other words; one in ten leaves out the place, and one in ten the background."""
+        """A caption in other words; one in ten omits the position, and one in ten the background."""
         text = self.thing + (f" {self.position}" if rng.random() > 0.1 else "")
         kind = rng.random()
         if kind < 0.55:
@@ -85,7 +85,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination is kept from training: one in ten, by hash of the canonical caption."""
+        """Whether this combination is excluded from training: one in ten, by hash of the canonical caption."""
         return int(hashlib.sha256(self.caption.encode()).hexdigest(), 16) % 10 == 0
 
 
@@ -133,7 +133,7 @@ _OUTLINES: dict[str, Callable[[Array, Array], Array]] = {  # signed distance to 
 
 
 def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> Array:
-    """The scene as a picture [height, width, 3] in 0..1; `rng` jitters place, size and colour a little."""
+    """The scene as an image [height, width, 3] in 0..1; `rng` jitters place, size and colour a little."""
     side = min(height, width)
     top, bottom = (np.array(c, np.float32) for c in BACKGROUNDS[scene.background])
     fade = ((np.arange(height, dtype=np.float32) + np.float32(0.5)) / np.float32(height))[:, None, None]
@@ -198,10 +198,10 @@ def _templates() -> dict[str, NDArray[np.bool_]]:
 
 
 def read_things(picture: Array) -> list[tuple[str, str, str]]:
-    """What a picture [H, W, 3] in 0..1 shows, as (shape, colour, position) triples in reading order of the positions.
+    """What an image [H, W, 3] in 0..1 shows, as (shape, colour, position) triples in reading order of the positions.
 
-    Things are the connected saturated areas of at least 0.8 % of the picture; the shape is the outline of best overlap
-    (intersection over union in its box), the colour the nearest name to the median of the brighter half.
+    Objects are connected saturated areas of at least 0.8 % of the image; the shape is the outline of best overlap
+    (intersection over union in its box), the colour is the name nearest to the median of the brighter half.
     """
     height, width, _ = picture.shape
     chroma = picture.max(-1) - picture.min(-1)

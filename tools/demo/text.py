@@ -1,7 +1,7 @@
-"""The demo's text side: a tokenizer of whole words, a small CLIP text encoder, and its first lesson.
+"""The text side of the demo: a tokenizer of whole words, a small CLIP text encoder, and its pretraining.
 
-A denoiser learns what words mean only from very noisy steps, slowly. So the text encoder first learns, alone, to hold
-the scene: two layers on the mean of its tokens must give the scene at 64x64 (latents 16x16). This takes two minutes.
+A denoiser learns the meaning of words slowly, and only from very noisy steps. So the text encoder is pretrained alone:
+two layers on the mean of its tokens must predict the scene at 64x64 (latents 16x16). This takes two minutes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer in which every word of the grammar is one token and any other text is spelled out in bytes.
 
-    Made once for all stages: its learner numbers some units by chance.
+    Made once for all stages: its training numbers some units at random.
     """
     rng = np.random.default_rng(0)
     words = sorted({w for _ in range(5000) for w in draw_scene(rng).paraphrase(rng).replace(",", " ,").split()})
@@ -77,7 +77,7 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def train_text_encoder(model: CLIPTextModel, latents: Tensor, captions: Tensor, steps: int) -> None:
-    """Fits two layers on the mean token to latents [N, 4, h, w]; captions are token ids [N, phrasings, length]."""
+    """Fit two layers on the mean token to latents [N, 4, h, w]; captions are token ids [N, phrasings, length]."""
     torch.manual_seed(0)
     width = 4 * model.config.hidden_size
     layers = (

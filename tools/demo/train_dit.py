@@ -1,4 +1,4 @@
-"""Train the second demo pipeline, a class-conditional `DiTPipeline` of 4 million parameters, from nothing on a CPU.
+"""Train the second demo pipeline, a class-conditional `DiTPipeline` of 4 million parameters, from scratch on a CPU.
 
     python -m fxpass.tools.demo.train_dit              everything: the stages below, one after the other
     python -m fxpass.tools.demo.train_dit latents      encoded scenes and their classes
@@ -6,8 +6,8 @@
     python -m fxpass.tools.demo.train_dit export       writes the averaged weights to models/demo_dit
 
 It shares scenes, autoencoder and noise schedule with the first demo (`train_unet`). A class is a scene without texture
-on one of two backgrounds. While it trains, a class is the sum of four embeddings, for shape, colour, place and
-background, so that classes that it never saw are understood too; for export the sums are written into the usual table.
+on one of two backgrounds. In training, a class is the sum of four embeddings, for shape, colour, position and
+background, so that it generalises to unseen classes; export writes the sums into the usual table.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ VAE = DEMOS["demo"] / "vae"
 BACKGROUNDS = ("white", "black")
 FACTORS = (len(SHAPES), len(COLOURS), len(POSITIONS), len(BACKGROUNDS))
 NULL = 1000  # the class of "no class", fixed by DiTPipeline
-POOL = {64: 16000, 128: 12000}  # pictures of each size (height and width)
+POOL = {64: 16000, 128: 12000}  # images of each size (height and width)
 BATCH = {64: 64, 128: 20}
-PHASES = ((1800, {64: 1.0}), (6000, {64: 0.15, 128: 0.85}))  # until which step each size is drawn how often
+PHASES = ((1800, {64: 1.0}), (6000, {64: 0.15, 128: 0.85}))  # (last step, probability of each size)
 PEAK = 1.5e-3
 
 
@@ -54,7 +54,7 @@ def label(scene: Scene) -> str:
 
 
 class Factors(nn.Module):
-    """Stands in for the class table while training: class ids [B] -> embeddings [B, width]."""
+    """Replaces the class table in training: class ids [B] -> embeddings [B, width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def embedders(model: DiTTransformer2DModel) -> list[nn.Module]:
 
 
 def make_training_dit() -> DiTTransformer2DModel:
-    """The same with factors in place of class tables, and zero gates, as the DiT paper has it."""
+    """The same with `Factors` in place of class tables, and zero gates, as in the DiT paper."""
     model = make_dit()
     for embedder in embedders(model):
         embedder.class_embedder = Factors(model.inner_dim)
@@ -98,7 +98,7 @@ def make_training_dit() -> DiTTransformer2DModel:
 
 
 def make_latents() -> None:
-    """Per picture size, scaled latents in half precision and class ids; held-out scenes are left out."""
+    """Per image size, scaled latents in half precision and class ids; held-out scenes are left out."""
     rng = np.random.default_rng(3000)
     known = [(k, scene) for k, scene in enumerate(scenes()) if not scene.held_out]
     scale = make_vae().config.scaling_factor
@@ -140,7 +140,7 @@ def train(steps: int, save_every: int) -> None:
         x0, classes = latents[picks].float(), labels[picks].clone()
         classes[torch.from_numpy(rng.random(len(picks)) < 0.1)] = NULL
         even = (torch.randperm(len(picks)) + torch.rand(len(picks))) / len(picks)
-        at = ((1 - even**2) * len(alphas)).long().clamp(max=len(alphas) - 1)  # more often in the noisy end
+        at = ((1 - even**2) * len(alphas)).long().clamp(max=len(alphas) - 1)  # more samples at the noisy end
         a = alphas[at].view(-1, 1, 1, 1)
         noise = torch.randn_like(x0)
         with torch.autocast("cpu", torch.bfloat16):
@@ -164,7 +164,7 @@ def train(steps: int, save_every: int) -> None:
 
 
 def export(folder: Path) -> None:
-    """Writes the averaged weights as a pipeline folder, stored in half precision (they load as float32)."""
+    """Write the averaged weights as a pipeline folder, in half precision (they load as float32)."""
     trained, model = make_training_dit(), make_dit()
     trained.load_state_dict(torch.load(OUT / "dit.pt")["average"])
     model.load_state_dict({k: v for k, v in trained.state_dict().items() if "class_embedder" not in k}, strict=False)

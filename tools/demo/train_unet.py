@@ -1,9 +1,9 @@
-"""Train the demo pipeline, a text-to-image `StableDiffusionPipeline` of 7 million parameters, from nothing on a CPU.
+"""Train the demo pipeline, a text-to-image `StableDiffusionPipeline` of 7 million parameters, from scratch on a CPU.
 
     python -m fxpass.tools.demo.train_unet              everything: the stages below, one after the other
     python -m fxpass.tools.demo.train_unet vae          the autoencoder's decoder, on crops of rendered scenes
     python -m fxpass.tools.demo.train_unet latents      shards of encoded, captioned scenes
-    python -m fxpass.tools.demo.train_unet text         the text encoder's first lesson
+    python -m fxpass.tools.demo.train_unet text         the text encoder alone
     python -m fxpass.tools.demo.train_unet unet         denoiser and text encoder together (can be resumed)
     python -m fxpass.tools.demo.train_unet export       writes the averaged weights to models/demo
     python -m fxpass.tools.demo.train_unet sheet FILE   a sheet of labelled samples from the exported folder
@@ -49,19 +49,19 @@ GUIDANCE = 2.0
 VAE_STEPS, SHARDS, TEXT_STEPS, STEPS = 1900, 12, 4000, 5400
 BATCH = {(64, 64): 80, (128, 128): 24, (128, 192): 16, (192, 128): 16, (256, 256): 6}  # per process
 POOL = {(64, 64): 4000, (128, 128): 3000, (128, 192): 300, (192, 128): 300, (256, 256): 300}  # per shard
-PHASES = (  # until which step each picture size (height, width) is drawn how often
-    (1260, {(64, 64): 1.0}),  # what the words mean is learned where pictures are cheap
+PHASES = (  # (last step, probability of each image size (height, width))
+    (1260, {(64, 64): 1.0}),  # the meaning of words is learned on small images
     (2100, {(64, 64): 0.3, (128, 128): 0.7}),
     (4200, {(128, 128): 0.76, (128, 192): 0.06, (192, 128): 0.06, (256, 256): 0.12}),
     (STEPS, {(128, 128): 0.3, (128, 192): 0.05, (192, 128): 0.05, (256, 256): 0.6}),
 )
-ROUNDS = ((4200, 1e-3), (STEPS, 5e-4))  # until which step the learning rate rises to what and falls again
+ROUNDS = ((4200, 1e-3), (STEPS, 5e-4))  # (last step, peak learning rate)
 
 
 def make_unet() -> UNet2DConditionModel:
     """Three levels; self- and cross-attention on the lowest and in the middle; the pooled text joins the timestep.
 
-    Cross-attention alone learns slowly what words mean; scale and shift by the pooled text is learned at once."""
+    Cross-attention alone learns the meaning of words slowly; scale and shift by the pooled text are learned fast."""
     return UNet2DConditionModel(
         sample_size=32,
         block_out_channels=(32, 64, 128),
@@ -79,7 +79,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """v-prediction with zero terminal SNR, so that white and black backgrounds come out right."""
+    """v-prediction with zero terminal SNR, so that white and black backgrounds are right."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -94,7 +94,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def as_tensor(pictures: list[np.ndarray]) -> Tensor:
-    """Pictures [H, W, 3] in 0..1 as one tensor [B, 3, H, W] in -1..1."""
+    """Images [H, W, 3] in 0..1 as one tensor [B, 3, H, W] in -1..1."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
@@ -104,7 +104,7 @@ def rate(step: int, steps: int, peak: float, decay: float = 0.4) -> float:
 
 
 def rate_in_rounds(step: int) -> float:
-    """The same for one round after the other."""
+    """The learning rate over several rounds."""
     start = 0
     for end, peak in ROUNDS:
         if step < end:
@@ -114,13 +114,13 @@ def rate_in_rounds(step: int) -> float:
 
 
 def train_vae(steps: int) -> None:
-    """Trains the decoder alone, on crops, with an average over the steps; the encoder is fixed by construction."""
+    """Train the decoder alone, on crops, with a moving average of its weights; the encoder is fixed by construction."""
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
     sides = {64: 1000, 128: 1500, 256: 200}
     pool = {s: torch.cat([as_tensor([render(draw_scene(rng), s, s, rng)]) for _ in range(n)]) for s, n in sides.items()}
     vae, average = make_vae(), make_vae()
-    if (OUT / "vae").exists():  # another round
+    if (OUT / "vae").exists():  # continue from the last round
         vae = AutoencoderKL.from_pretrained(OUT / "vae").train()
     average.load_state_dict(vae.state_dict())
     vae.encoder.requires_grad_(False)
@@ -161,7 +161,7 @@ def train_vae(steps: int) -> None:
 
 
 def make_latents(first: int, shards: int) -> None:
-    """Each shard: per picture size, scaled latents, and token ids of four phrasings of each caption."""
+    """Each shard: per image size, scaled latents, and token ids of four phrasings of each caption."""
     scale = make_vae().config.scaling_factor
     if not (OUT / "tokenizer").exists():
         make_tokenizer(OUT / "tokenizer")
@@ -193,7 +193,7 @@ def train_text(steps: int) -> None:
 
 
 def train_unet(steps: int, save_every: int) -> None:
-    """Trains denoiser and text encoder together; under torchrun every process adds its own part of the batch."""
+    """Train denoiser and text encoder together; under torchrun every process contributes its part of the batch."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         dist.init_process_group("gloo")
@@ -232,8 +232,8 @@ def train_unet(steps: int, save_every: int) -> None:
         ids[torch.from_numpy(rng.random(batch) < 0.1)] = empty
         even = (
             torch.randperm(batch) + torch.rand(batch)
-        ) / batch  # stratified, then pushed to the noisy end, where the
-        # prompt decides the picture
+        ) / batch  # stratified, then shifted to the noisy end, where the
+        # prompt decides the image
         at = ((1 - even**2) * len(alphas)).long().clamp(max=len(alphas) - 1)
         a = alphas[at].view(-1, 1, 1, 1)
         noise = torch.randn_like(x0)
@@ -266,7 +266,7 @@ def train_unet(steps: int, save_every: int) -> None:
 
 
 def add_gradients(gradients: list[Tensor], world: int) -> None:
-    """The mean over the processes, in place, in one message."""
+    """Average gradients over the processes, in place, in one message."""
     whole = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(whole)
     for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
@@ -274,7 +274,7 @@ def add_gradients(gradients: list[Tensor], world: int) -> None:
 
 
 def export(folder: Path) -> None:
-    """Writes the averaged weights as a pipeline folder, stored in half precision (they load as float32)."""
+    """Write the averaged weights as a pipeline folder, in half precision (they load as float32)."""
     tokenizer = load_tokenizer(OUT / "tokenizer")
     average = torch.load(OUT / "unet.pt")["average"]
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
@@ -302,7 +302,7 @@ def export(folder: Path) -> None:
 
 
 def sheet(folder: Path, file: Path) -> None:
-    """A picture of labelled samples: three rows of 128x128 and one of 256x256."""
+    """An image of labelled samples: three rows of 128x128 and one of 256x256."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(5)
@@ -324,7 +324,7 @@ def sheet(folder: Path, file: Path) -> None:
 
 
 def note(part: str, facts: dict[str, Any]) -> None:
-    """Adds facts to the record of how the weights came about."""
+    """Add facts to the record of how the weights were made."""
     path = OUT / "record.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     record[part] = facts

@@ -1,11 +1,11 @@
-"""The demo's autoencoder: a fixed, nearly linear encoder and a decoder that starts as its rough inverse.
+"""The autoencoder of the demo: a fixed, nearly linear encoder, and a decoder initialised as its rough inverse.
 
 The code of a 4x4 block of pixels is its mean colour (three numbers) and a diagonal luminance difference (one). Writing
 that code into an `AutoencoderKL` by hand saves most of the training: only the decoder must learn to sharpen.
 
-Group norm stands in the way, as it forgets the brightness of flat pictures. So every residual stream carries constants
-of alternating sign and size k: they dominate the norm's statistics, and with weight k and bias -+k the norm is nearly
-the identity for everything else. Each number x travels as a pair +x, -x, because silu(x) - silu(-x) = x.
+Group norm would remove the brightness of flat images. So every residual stream carries constants of alternating sign
+and size k: they dominate the norm's statistics, and with weight k and bias -+k the norm is nearly the identity for
+everything else. Each number x is stored as a pair +x, -x, because silu(x) - silu(-x) = x.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HOME = {0: (0, 1), 2: (0, -1), 1: (1, 1), 3: (1, -1), 4: (2, 1), 6: (2, -1), 5: 
 
 
 def make_vae() -> AutoencoderKL:
-    """Pictures [B, 3, H, W] in -1..1 to latents [B, 4, H/4, W/4] and back, initialised as described above."""
+    """Images [B, 3, H, W] in -1..1 to latents [B, 4, H/4, W/4] and back, initialised as described above."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -59,7 +59,7 @@ def _signs(channels: int) -> Tensor:
 
 
 def _write_code(side: nn.Module, k: float, rest: float) -> None:
-    """Makes an encoder or a decoder carry the code; `rest` scales the random weights around it."""
+    """Initialise an encoder or a decoder to carry the code; `rest` scales the other, random weights."""
     for name, part in side.named_modules():
         if isinstance(part, nn.GroupNorm):
             part.weight.fill_(k)

@@ -1,4 +1,4 @@
-"""The cells of a study, and how each is made and compared with the unsplit run."""
+"""The cells of a study: make each of them, and compare it with the unsplit run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from .runs import Generation, Subject
 
-VARIANTS: dict[str, Strategy] = {}  #: further strategies by name, beside the presets; a strategy's name is its key
-SHOWN = 6  #: pictures of each cell that are kept for the contact sheets
+VARIANTS: dict[str, Strategy] = {}  #: more strategies by name, beside the presets
+SHOWN = 6  #: images per cell in the contact sheets
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is asked for."""
+    """The settings of a study; cells are their product."""
 
     pipelines: Sequence[str]
     strategies: Sequence[Strategy]
@@ -54,7 +54,7 @@ class Grid:
         return found
 
     def command(self, baseline: str, output: Path) -> str:
-        """What makes this grid, whatever the defaults are."""
+        """The command that makes this grid, with all options written out."""
         words = ["fxpass", "study"]
         for name in self.pipelines:
             words += ["--pipeline", name]
@@ -69,7 +69,7 @@ class Grid:
 
 
 def run(grid: Grid, results: Results, folder: Path, out: Any) -> None:
-    """Make every cell that is not finished."""
+    """Make all cells that are not finished."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .runs import subject
@@ -92,7 +92,7 @@ def run(grid: Grid, results: Results, folder: Path, out: Any) -> None:
 
 
 def unsplit(asked: Subject, cell: Cell, batch: int, folder: Path, progress: Progress) -> Generation:
-    """The unsplit run that a cell is compared with, from the folder if it is there."""
+    """The unsplit run that a cell is compared with; read from the folder if it is there, else made."""
     import torch
 
     from ..pictures import image
@@ -121,7 +121,7 @@ def make_cell(
     folder: Path,
     progress: Progress,
 ) -> Outcome:
-    """Run one cell and add it to the results. More ranks than possible are an outcome, too."""
+    """Run one cell and add it to the results. If the model has too few rows, the outcome says so."""
     from ..pictures import image
     from .runs import busiest, compare, split, step_errors
 
@@ -129,7 +129,7 @@ def make_cell(
     try:
         with split(asked.pipe, cell.ranks, strategy, cell.warmup) as model:
             found = _generate(asked, cell.steps, batch, progress, str(cell))
-            last = len(asked.prompts) % batch or min(batch, len(asked.prompts))  # pictures that the latest plan is for
+            last = len(asked.prompts) % batch or min(batch, len(asked.prompts))  # batch of the plan
             received = busiest(model.plan, cell.steps)
     except WorldSizeError as error:
         outcome = Outcome(cell, None, None, time.perf_counter() - began, " ".join(str(error).split()))
@@ -158,7 +158,7 @@ def _generate(asked: Subject, steps: int, batch: int, progress: Progress, label:
 
 
 def strip(pictures: Any) -> Any:
-    """The first pictures of a run side by side: [H, W * SHOWN, 3]."""
+    """The first images of a run side by side: [H, W * SHOWN, 3]."""
     import numpy as np
 
     return np.concatenate(list(pictures[:SHOWN]), axis=1)

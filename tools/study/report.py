@@ -1,9 +1,9 @@
-"""Tables and figures of a study: `study.md`, plots and contact sheets, from what `results` has kept.
+"""Tables and figures of a study: `study.md`, plots and contact sheets, from the files of `results`.
 
 study.md           per cell: quality with 95 % intervals, bytes, and the commands that made it
 quality-….png      PSNR against bytes
 steps-….png        error of the latents after each step
-pictures-….png     a few pictures, unsplit and of every strategy
+pictures-….png     a few images, unsplit and of every strategy
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .results import Cell, Outcome, Picture, Results
 from .runs import CAP
 
 CONFIDENCE = 0.95
-PANEL = 192  #: pixels of width that a picture of a contact sheet is shown with at least
+PANEL = 192  #: narrower images of a contact sheet are enlarged to at least this many pixels
 WORSE = "#b00020"
 COLUMNS = 3  #: panels side by side
 
@@ -50,7 +50,7 @@ end of a generation.
 
 
 def write_report(folder: Path, results: Results, baseline: str) -> list[Path]:
-    """Write everything; the files. Nothing but the table if no cell is finished."""
+    """Write the table, plots and contact sheets; returns the files. Without a finished cell, only the table."""
     groups: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in sorted(results.outcomes, key=lambda each: _order(each.cell)):
         groups[outcome.cell.group].append(outcome)
@@ -75,7 +75,7 @@ def write_report(folder: Path, results: Results, baseline: str) -> list[Path]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % interval; NaN for a single value."""
+    """The mean and half the width of its 95 % interval, which is NaN for a single value."""
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return mean, nan
@@ -125,7 +125,7 @@ def _cells(outcome: Outcome, pictures: dict[Cell, list[Picture]], baseline: str)
 
 
 def _of_baseline(cell: Cell, pictures: dict[Cell, list[Picture]], baseline: str) -> list[Picture]:
-    """The pictures that a cell is compared with: the baseline's with as many exact steps."""
+    """The images that a cell is compared with: those of the baseline with as many exact steps."""
     for other, rows in pictures.items():
         same = (other.group, other.steps, other.ranks, other.exact) == (cell.group, cell.steps, cell.ranks, cell.exact)
         if same and other.strategy == baseline:
@@ -140,7 +140,7 @@ def difference(rows: Sequence[Picture], against: Sequence[Picture]) -> tuple[flo
 
 
 def _spread(value: tuple[float, float], digits: int | None, sign: str = "") -> str:
-    """`31.24 ± 0.85`; without `digits` two significant ones of the mean, and as many places of the interval."""
+    """`31.24 ± 0.85`; without `digits`, two significant digits of the mean, and as many decimals of the interval."""
     mean, half = value
     form = f"{sign}.{digits}f" if digits is not None else ".2g" if mean < 1e-3 else ".4f"
     return f"{mean:{form}}" if isnan(half) else f"{mean:{form}} ± {half:{form.removeprefix('+')}}"
@@ -158,7 +158,7 @@ def _order(cell: Cell) -> tuple[Any, ...]:
 
 
 def quality_plot(outcomes: Sequence[Outcome], pictures: dict[Cell, list[Picture]], path: Path) -> Path:
-    """PSNR against bytes: filled marks for all bytes, hollow ones for those that are waited for."""
+    """PSNR against bytes: filled marks for all bytes, hollow ones for awaited bytes."""
 
     def panel(axes: Any, members: list[Outcome], colours: dict[str, Any]) -> None:
         for each in members:
@@ -198,7 +198,7 @@ def steps_plot(cells: Sequence[Cell], errors: dict[Cell, dict[int, list[float]]]
             if cell.warmup is not None or not stale:
                 axes.plot(range(1, cell.steps + 1), means[cell], color=colours[cell.label], label=cell.label)
         axes.set_yscale("log")
-        if stale:  # errors of exact steps are rounding, far below, and are cut off
+        if stale:  # exact steps have rounding errors only, far below: cut them off
             axes.set_ylim(bottom=min(stale) / 2, top=max(stale) * 2)
 
     return _panels(path, cells, lambda cell: cell, panel, x="step", y="relative latent error, mean")
@@ -266,8 +266,9 @@ def sheets(cells: Sequence[Cell], pictures: dict[Cell, list[Picture]], folder: P
 
 
 def sheet(title: str, rows: Sequence[tuple[str, Path, list[Picture]]], prompts: Sequence[str], size: int) -> Any:
-    """Rows are a label, a file with pictures side by side, and their figures. Small pictures are enlarged by a whole
-    factor. What the reader does not see as asked is marked."""
+    """Draw one row per strategy: a label, a file with images side by side, and their figures.
+
+    Small images are enlarged by an integer factor; images that the reader finds wrong are marked."""
     large, small = ImageFont.load_default(15), ImageFont.load_default(12)
     factor = max(1, -(-PANEL // size))
     side, left = size * factor, 150

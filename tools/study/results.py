@@ -1,11 +1,11 @@
-"""What `fxpass study` has found so far: three CSV files in one folder, to which finished cells are appended.
+"""Results of `fxpass study`: three CSV files in one folder, to which finished cells are appended.
 
     cells.csv     one row per cell: what it costs, or why it is impossible
-    pictures.csv  one row per picture
-    steps.csv     one row per picture and step
+    pictures.csv  one row per image
+    steps.csv     one row per image and step
 
-A cell is finished when it stands in `cells.csv`, which is written last. Whatever an interrupted run left of others,
-half a row included, is dropped before the next one begins.
+A cell is finished when `cells.csv` lists it; that file is written last. Rows of unfinished cells, half rows included,
+are dropped before the next run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, Generic, TypeVar, get_type_hints
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of the study. What differs in any of these is another cell."""
+    """One setting of the study."""
 
     pipeline: str
-    size: int  #: height and width of the pictures, in pixels
+    size: int  #: height and width of the images, in pixels
     prompts: int
-    digest: str  #: of the prompts, the guidance and the weights
+    digest: str  #: hash of prompts, guidance and weights
     steps: int
     ranks: int
     strategy: str
@@ -36,12 +36,12 @@ class Cell:
 
     @property
     def exact(self) -> int:
-        """How many steps are exact."""
+        """Number of exact steps."""
         return self.steps if self.warmup is None else self.warmup + self.cooldown
 
     @property
     def group(self) -> str:
-        """What cells share that may be compared, as part of a file name."""
+        """What cells must share to be comparable, as part of a file name."""
         return re.sub(r"[^\w.-]+", "_", f"{self.pipeline}-{self.size}px-{self.prompts}prompts-{self.digest}")
 
     @property
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The strategy as figures name it."""
+        """The strategy's name in figures."""
         return self.strategy if self.warmup is None else f"{self.strategy}, {self.warmup} + {self.cooldown} exact"
 
     def __str__(self) -> str:
@@ -61,19 +61,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one cell costs. Bytes are those that the busiest rank receives for one picture, all steps and guidance
-    branches together, counted at 2 bytes per floating-point number (half precision)."""
+    """What one cell costs.
+
+    Bytes are those that the busiest rank receives for one image, over all steps and guidance branches, at 2 bytes per
+    floating-point number (half precision)."""
 
     cell: Cell
     total_bytes_fp16: float | None
     exposed_bytes_fp16: float | None  #: of these, awaited in the step that sent them
     seconds: float
-    impossible: str = ""  #: why there is nothing else
+    impossible: str = ""  #: why the cell cannot be made; the other fields are empty then
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a split run against that of the unsplit run."""
+    """One image of a split run, compared with that of the unsplit run."""
 
     cell: Cell
     prompt: int
@@ -82,7 +84,7 @@ class Picture:
     ssim: float
     features: float  #: relative L2 distance of the denoiser's features
     latent: float  #: relative L2 distance of the final latents
-    right: bool | None  #: whether a reader sees in it what the prompt says; None if no one can tell
+    right: bool | None  #: whether the reader finds what the prompt says; None without a reader
     right_unsplit: bool | None
 
 
@@ -92,7 +94,7 @@ class StepError:
 
     cell: Cell
     prompt: int
-    step: int  #: from 1
+    step: int  #: counted from 1
     error: float
 
 
@@ -100,7 +102,7 @@ Row = TypeVar("Row", Outcome, Picture, StepError)
 
 
 class Table(Generic[Row]):
-    """A CSV file of one kind of rows: the fields of the cell, and their own."""
+    """A CSV file: the fields of the cell, then those of the row."""
 
     def __init__(self, path: Path, kind: type[Row]) -> None:
         self.path = path
@@ -109,7 +111,7 @@ class Table(Generic[Row]):
         self._header = [*(field.name for field in fields(Cell)), *self._own]
 
     def read(self) -> list[Row]:
-        """All whole rows. Raises `ValueError` if the file has other columns."""
+        """Read all complete rows. Raises `ValueError` if the file has other columns."""
         if not self.path.exists():
             return []
         whole = self.path.read_text()
@@ -128,7 +130,7 @@ class Table(Generic[Row]):
         return rows
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Replace the file, at once."""
+        """Replace the file atomically."""
         fresh = self.path.with_suffix(".tmp")
         fresh.write_text(_csv([self._header]) + self._lines(rows))
         os.replace(fresh, self.path)
@@ -156,14 +158,14 @@ class Results:
         self.errors = [row for row in self._errors.read() if row.cell in self.finished]
 
     def clean(self) -> None:
-        """Make the files, or drop from them what belongs to unfinished cells."""
+        """Create the files, or drop rows of unfinished cells from them."""
         self._errors.path.parent.mkdir(parents=True, exist_ok=True)
         self._errors.write(self.errors)
         self._pictures.write(self.pictures)
         self._outcomes.write(self.outcomes)
 
     def add(self, outcome: Outcome, pictures: list[Picture], errors: list[StepError]) -> None:
-        """Append a cell; its row in `cells.csv`, which says that it is finished, comes last."""
+        """Append a cell; its row in `cells.csv`, which marks it as finished, comes last."""
         self._errors.append(errors)
         self._pictures.append(pictures)
         self._outcomes.append([outcome])
@@ -184,11 +186,11 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.7g}"
-    return " ".join(str(value).split())  # a row is one line
+    return " ".join(str(value).split())  # one line per row
 
 
 def _parsed(kind: type[Any], texts: dict[str, str]) -> dict[str, Any]:
-    """The values of some fields of a dataclass, by the types that it states."""
+    """Parse the values of dataclass fields by their types."""
     hints = get_type_hints(kind)
     return {name: _value(hints[name], text) for name, text in texts.items()}
 

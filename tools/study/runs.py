@@ -1,6 +1,6 @@
-"""The runs of `fxpass study`: pictures of fixed prompts and noise, unsplit or split, how far apart, at what cost.
+"""The runs of `fxpass study`: make images of fixed prompts and noise, unsplit or split; measure differences and bytes.
 
-Everything here works for any pipeline of diffusers that makes pictures; only the two demos know what is right.
+This works for any image pipeline of diffusers; only for the two demos a reader can tell whether an image is right.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ from ..demo.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, TEXTURES, Sce
 from ..pictures import psnr
 from .results import Cell, Picture, StepError
 
-CAP = 100.0  #: dB; pictures that are closer than this, or equal, count as this close
-GUIDANCE = 2.0  #: of the demos
+CAP = 100.0  #: dB; higher PSNR, also of equal images, counts as this
+GUIDANCE = 2.0  #: guidance scale of the demos
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture that is asked for. Its noise has its place in the list as seed."""
+    """One image to make. The seed of its noise is its position in the list."""
 
     text: str  #: or the name of a class
-    fact: Fact | None = None  #: what a reader should see; None if no one can tell
+    fact: Fact | None = None  #: what the reader should find; None without a reader
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline and the pictures that it is asked for."""
+    """A pipeline and the images that it makes."""
 
     name: str
     pipe: Any
     prompts: tuple[Prompt, ...]
     size: int  #: height and width in pixels
     guidance: float | None  #: None: the pipeline's own
-    digest: str  #: of prompts, guidance and weights
+    digest: str  #: hash of prompts, guidance and weights
 
 
 @dataclass(frozen=True)
 class Generation:
-    """All pictures of one run and how they came about."""
+    """All images of one run, with latents and features."""
 
     pictures: np.ndarray  #: [prompts, H, W, 3] in 0..1
     latents: Tensor  #: after each step: [steps, prompts, ...]
-    features: Tensor  #: what the unsplit denoiser makes of the last latents: [prompts, ...]
-    calls: int  #: of the denoiser at each step: several if guidance branches are called one by one
+    features: Tensor  #: features of the last latents in the unsplit denoiser: [prompts, ...]
+    calls: int  #: denoiser calls per step: several if guidance branches are separate calls
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def subject(name: str, count: int, size: int, prompt_file: Path | None = None) -
     """A demo by name with its held-out scenes, or any diffusers folder with the lines of a file.
 
     Raises:
-        ValueError: there is no such pipeline, too few prompts, or the pipeline makes pictures of another size.
+        ValueError: there is no such pipeline, too few prompts, or the pipeline makes images of another size.
     """
     folder = demo_folder(name) if name in DEMOS else Path(name)
     if name not in DEMOS and prompt_file is None:
@@ -95,7 +95,7 @@ def subject(name: str, count: int, size: int, prompt_file: Path | None = None) -
     chosen = tuple(known[:count])
     found = Subject(name, pipe, chosen, size, guidance, _digest(folder, chosen, guidance))
     if _by_class(pipe) and size != (own := _class_size(pipe)):
-        raise ValueError(f"{name} makes pictures of {own} x {own} pixels only; give --size {own}")
+        raise ValueError(f"{name} makes images of {own} x {own} pixels only; give --size {own}")
     return found
 
 
@@ -138,16 +138,16 @@ def _digest(folder: Path, prompts: Sequence[Prompt], guidance: float | None) -> 
 
 @dataclass
 class Record:
-    """What was seen of one call of a pipeline."""
+    """What is recorded of one call of a pipeline."""
 
     latents: list[Tensor] = field(default_factory=list)
     calls: int = 0
-    last: inspect.BoundArguments | None = None  #: of the denoiser's last call
+    last: inspect.BoundArguments | None = None  #: arguments of the denoiser's last call
 
 
 @contextmanager
 def recording(pipe: Any, stepped: Callable[[], None]) -> Iterator[Record]:
-    """Keep what the scheduler's steps return, and how the denoiser was called; `stepped` is called after each step."""
+    """Record what the scheduler's steps return and how the denoiser is called; call `stepped` after each step."""
     record = Record()
     scheduler, model = pipe.scheduler, getattr(pipe, denoisers(pipe)[0])
     signature, plain = inspect.signature(model.forward), scheduler.step
@@ -173,7 +173,7 @@ def recording(pipe: Any, stepped: Callable[[], None]) -> Iterator[Record]:
 
 
 def generate(subject: Subject, steps: int, batch: int, stepped: Callable[[], None]) -> Generation:
-    """All pictures of a subject, `batch` in one call of its pipeline as it is."""
+    """Make all images of a subject, `batch` per call of its pipeline."""
     pipe, size = subject.pipe, subject.size
     fixed: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
     if subject.guidance is not None:
@@ -187,7 +187,7 @@ def generate(subject: Subject, steps: int, batch: int, stepped: Callable[[], Non
         noise = [torch.Generator().manual_seed(first + k) for k in range(len(texts))]
         with recording(pipe, stepped) as record:
             pictures = pipe(**asked, **fixed, generator=noise).images
-        latents = torch.stack(record.latents)[:, : len(texts)]  # some schedulers step the guidance branches, too
+        latents = torch.stack(record.latents)[:, : len(texts)]  # some schedulers also step the guidance branches
         features = middle_features(getattr(pipe, denoisers(pipe)[0]), record, latents[-1])
         parts.append(Generation(np.asarray(pictures), latents, features, record.calls // len(latents)))
     return Generation(
@@ -200,10 +200,10 @@ def generate(subject: Subject, steps: int, batch: int, stepped: Callable[[], Non
 
 @torch.no_grad()
 def middle_features(model: nn.Module, record: Record, latents: Tensor) -> Tensor:
-    """What the middle block of the unsplit denoiser makes of latents [B, ...], in the place of its last call's.
+    """Output of the unsplit denoiser's middle block for latents [B, ...], other inputs as in its last call.
 
-    The trained denoiser itself is the network whose features tell how unlike two pictures are (after Lin and Yang,
-    "Diffusion Model with Perceptual Loss", 2023): no other network has to be had, and the prompt counts.
+    Distances of these features measure how different two images are (after Lin and Yang, "Diffusion Model with
+    Perceptual Loss", 2023). No other network is needed, and the prompt is taken into account.
     """
     model = model.unwrapped if type(model) is ParallelModule else model
     assert record.last is not None
@@ -218,7 +218,7 @@ def middle_features(model: nn.Module, record: Record, latents: Tensor) -> Tensor
 
 
 def middle(model: nn.Module) -> nn.Module:
-    """The block between the way down and the way up, or the middle one of the longest list of blocks."""
+    """The block between the down and the up blocks, or the middle one of the longest list of blocks."""
     if isinstance(block := getattr(model, "mid_block", None), nn.Module):
         return block
     blocks = max((part for part in model.children() if isinstance(part, nn.ModuleList)), key=len)
@@ -227,9 +227,9 @@ def middle(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def split(pipe: Any, ranks: int, strategy: Strategy, warmup: int | None) -> Iterator[ParallelModule]:
-    """The pipeline on several ranks of this process; its main denoiser. Afterwards the pipeline is as it was."""
+    """Run the pipeline on several ranks of this process; yields its main denoiser, and restores the pipeline after."""
     kept = {name: getattr(pipe, name) for name in ("scheduler", *denoisers(pipe))}
-    pipe.scheduler = copy.deepcopy(pipe.scheduler)  # which `parallelize` listens to
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)  # `parallelize` patches its `set_timesteps`
     try:
         parallelize(pipe, ranks, strategy=strategy, warmup_steps=warmup, executor="lockstep")
         yield getattr(pipe, denoisers(pipe)[0])
@@ -242,7 +242,7 @@ def split(pipe: Any, ranks: int, strategy: Strategy, warmup: int | None) -> Iter
 
 
 def costs(plan: Plan, steps: int) -> list[Cost]:
-    """What each rank receives in `steps` calls of the denoiser with the plan's batch, which is one of float32."""
+    """What each rank receives in `steps` calls of the denoiser; a plan in float32 is counted at half precision."""
     exact = steps if plan.exact_steps is None else min(steps, sum(plan.exact_steps))
 
     def received(rank: int, *, exposed: bool) -> float:
@@ -255,12 +255,12 @@ def costs(plan: Plan, steps: int) -> list[Cost]:
 
 
 def busiest(plan: Plan, steps: int) -> Cost:
-    """The costs of the rank that receives most."""
+    """The cost of the rank that receives most."""
     return max(costs(plan, steps), key=lambda cost: (cost.total, cost.exposed))
 
 
 def compare(cell: Cell, prompts: Sequence[Prompt], found: Generation, whole: Generation) -> list[Picture]:
-    """Each picture of a split run against that of the unsplit run."""
+    """Compare each image of a split run with that of the unsplit run."""
     from skimage.metrics import structural_similarity
 
     latents = relative(found.latents[-1], whole.latents[-1], 1).tolist()
@@ -281,7 +281,7 @@ def compare(cell: Cell, prompts: Sequence[Prompt], found: Generation, whole: Gen
 
 
 def step_errors(cell: Cell, found: Generation, whole: Generation) -> list[StepError]:
-    """The latents after every step against those of the unsplit run."""
+    """Compare the latents after every step with those of the unsplit run."""
     errors = relative(found.latents, whole.latents, 2).tolist()
     return [StepError(cell, k, i + 1, error) for i, row in enumerate(errors) for k, error in enumerate(row)]
 

@@ -31,7 +31,7 @@ import torch
 
 from ...ir.program import calls, shape_of
 from ...models.catalog import catalog, load
-from ...passes.cost import aten, node_flops
+from ...passes.cost import node_flops
 from ...passes.seed import OVERHEAD, inputs_with_rows
 from ...plan import Plan, plan
 from ..checkout import ROOT
@@ -75,7 +75,7 @@ def ideal(made: Plan) -> float:
             continue
         reached.add(node)
         if work:
-            first = 2 if node.target is aten.convolution.default else 0
+            first = 2 if node.target is torch.ops.aten.convolution.default else 0
             sizes = shape_of(node)[first:] if first else shape_of(node)[:-1]
             slowest += work * min((-(-size // world) / size for size in sizes), default=1.0)
     return made.flops_total / slowest

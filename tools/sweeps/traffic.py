@@ -2,11 +2,11 @@
 
     python -m fxpass.tools.sweeps.traffic [--write]
 
-The others' bytes are counted by the rules of their papers and code, on the shapes of our own exchanges: a DistriFusion
-rank receives all others' keys and values, and at each convolution that needs a neighbour's rows the border rows of all
-others, above and below (its first convolution slices its input). PCPP's own code sends keys and values whole; its
-paper's rule needs the nearest share p of each neighbour. All are received blocks of the busiest rank, at 2 bytes per
-number, for both guidance branches.
+Bytes of DistriFusion and PCPP follow from the rules of their papers and code, applied to the shapes of our exchanges. A
+DistriFusion rank receives all others' keys and values and, at each convolution that needs a neighbour's rows, the
+border rows of all others, above and below (its first convolution slices its input). PCPP's code sends keys and values
+whole; its paper's rule needs the nearest share p of each neighbour. Bytes are those that the busiest rank receives, at
+2 bytes per number, for both guidance branches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Traffic:
 
 
 def ours(made: Plan) -> Traffic:
-    """Of a plan."""
+    """The traffic of a plan."""
     each = [made.bytes_received(rank, exact=False) for rank in range(made.world_size)]
     busiest = max(each, key=lambda roles: sum(roles.values()))
     rest = sum(n for role, n in busiest.items() if role not in ("keys_values", "halo", "output"))

@@ -1,10 +1,10 @@
-"""Sweep the zoo: is every model of it exact when split, and at what cost? docs/coverage.md.
+"""Sweep the zoo: measure whether each model is exact when split, and at what cost; writes docs/coverage.md.
 
     python -m fxpass.tools.sweeps.zoo [--only NAME ...] [--fresh] [--report-only]
                                       [--jobs 2] [--seconds 180] [--gigabytes 8]
 
-Each case is measured in a process of its own (`zoo_case`), within limits of time and memory. What was found is kept in
-`out/zoo/`, a file per case, and made anew when the case, the compiler, torch or diffusers has changed since.
+Each case is measured in a process of its own (`zoo_case`), within limits of time and memory. Results are kept in
+`out/zoo/`, one file per case, and measured again when the case, the compiler, torch or diffusers has changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...models.zoo import CASES, sources_of
 from ..checkout import ROOT
 from .zoo_case import Found, measure
 
-SOURCES = ("fxpass", "passes", "runtime", "models/inputs")  #: folders whose sources decide what is found
+SOURCES = ("fxpass", "passes", "runtime", "models/inputs")  #: folders whose sources the results depend on
 SHARED = ("models/case.py", "models/wrappers.py", "tools/sweeps/zoo_case.py")
 
 
@@ -64,7 +64,7 @@ def sweep(cases: list[Case], folder: Path, jobs: int, seconds: float, gigabytes:
 
 
 def verdict(found: Found) -> str:
-    """A case in a few words."""
+    """A result in a few words."""
     if found.failed or found.refused:
         return f"failed: {found.failed}" if found.failed else f"refused: {found.refused}"
     ranks = [f"{n}: " + (split.refused or f"{split.error:.0e}") for n, split in found.splits.items()]
@@ -73,13 +73,13 @@ def verdict(found: Found) -> str:
 
 
 def read(folder: Path, name: str) -> Found | None:
-    """What is kept of a case."""
+    """The kept result of a case."""
     path = folder / f"{name}.json"
     return Found.of(json.loads(path.read_text())) if path.exists() else None
 
 
 def key_of(case: Case) -> str:
-    """A hash of what decides the result: the compiler, the files of the case, torch and diffusers."""
+    """A hash of what the result depends on: the compiler, the files of the case, torch and diffusers."""
     return _digest(tuple(sorted(sources_of(case))))
 
 
@@ -116,7 +116,7 @@ def _in_process(context: Any, case: Case, folder: Path, seconds: float, gigabyte
 
 
 def _measure(name: str, key: str, folder: Path, gigabytes: float) -> None:
-    """What runs in the process of a case."""
+    """Measure one case; runs in the case's own process."""
     import torch
 
     torch.set_num_threads(1)
@@ -138,11 +138,11 @@ def _keep(folder: Path, found: Found) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these cases only")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is known already")
-    parser.add_argument("--report-only", action="store_true", help="only write the table anew")
+    parser.add_argument("--fresh", action="store_true", help="measure again what has a current result")
+    parser.add_argument("--report-only", action="store_true", help="only write the table")
     parser.add_argument("--jobs", type=int, default=2, help="how many cases at a time")
-    parser.add_argument("--seconds", type=float, default=180, help="the most that a case may take")
-    parser.add_argument("--gigabytes", type=float, default=8, help="the most memory that a case may take")
+    parser.add_argument("--seconds", type=float, default=180, help="time limit of a case")
+    parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of a case")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "zoo", help="where results are kept")
     return parser.parse_args()
 

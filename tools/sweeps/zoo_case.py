@@ -1,6 +1,6 @@
-"""One case of the zoo, measured: captured, split over several ranks, run, and compared with the unsplit model.
+"""Measure one case of the zoo: capture it, split it over several ranks, run it, and compare it with the unsplit model.
 
-Inputs are others than those that the program was captured with, but for what the program has read as Python values.
+Inputs differ from those of the capture, except inputs that the program has read as Python values.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from ...strategy import Strategy
 RANKS = (2, 3, 4, 8)
 ROWS, COLS = 32, 16
 CAPTURED, FRESH = 1, 7  #: seeds of the inputs
-TOLERANCE = 1e-5  #: largest relative difference that is rounding, in float32
-VISIBLE = 1e-3  #: what changes less than this, relatively, shows little
-MOVED, AT_LIMITS = 0.05, 0.5  #: the least share of an output that inputs should change, the most that may be clamped
+TOLERANCE = 1e-5  #: largest relative difference that counts as rounding in float32
+VISIBLE = 1e-3  #: smaller relative changes show little
+MOVED, AT_LIMITS = 0.05, 0.5  #: least share of an output that inputs must change; largest share that may be clamped
 STALE = Step(exact=False, pace=1.0)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A case on so many ranks."""
+    """The result of a case on one number of ranks."""
 
-    error: float = float("nan")  #: largest difference of an output of a rank, over that output's largest value
+    error: float = float("nan")  #: largest difference of any rank's output, over that output's largest value
     bound: float = 0.0  #: the speed-up that the slowest rank's work allows
     received: int = 0  #: bytes that the busiest rank receives in one exact step
     fallbacks: tuple[tuple[str, str], ...] = ()  #: module and reason
-    refused: str = ""  #: why there is nothing else
+    refused: str = ""  #: why it cannot be split; the other fields are empty then
 
     @property
     def exact(self) -> bool:
@@ -53,19 +53,19 @@ class Split:
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to tell of a case."""
+    """The result of a case."""
 
     name: str
-    key: str  #: of the sources that it was measured with
+    key: str  #: hash of the sources that it was measured with
     kind: str = ""  #: the class that it stands for
-    folder: str = ""  #: where diffusers has that class
+    folder: str = ""  #: the folder of diffusers that has that class
     size: str = ""
     parameters: int = 0
     operators: int = 0
     read: tuple[tuple[str, str], ...] = ()  #: inputs that the model turns into Python values, and where
     scale: float = 0.0  #: the smallest root mean square of an output
-    change: float = 0.0  #: the least that other inputs change an output, over its largest value
-    blind: tuple[str, ...] = ()  #: why being exact says little of this case
+    change: float = 0.0  #: smallest change of an output by other inputs, over its largest value
+    blind: tuple[str, ...] = ()  #: why exactness says little about this case
     splits: dict[int, Split] = field(default_factory=dict)
     displaced: float | None = None  #: difference of a displaced step from the unsplit model on unchanged input
     bf16: float | None = None  #: RMS error of the split bfloat16 model over that of the unsplit one
@@ -79,7 +79,7 @@ class Found:
 
     @staticmethod
     def of(data: dict[str, Any]) -> Found:
-        """From `plain`, also by way of JSON."""
+        """The inverse of `plain`, also from JSON."""
         splits = {
             int(n): Split(**each | {"fallbacks": tuple(map(tuple, each["fallbacks"]))})
             for n, each in data["splits"].items()
@@ -90,7 +90,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Subject:
-    """A captured model, a call that it was not captured with, and the answer to it."""
+    """A captured model, a call with other inputs, and the unsplit model's answer to it."""
 
     module: nn.Module
     program: Program
@@ -98,24 +98,24 @@ class Subject:
     expected: list[Tensor]
 
     def run(self, plan: Plan, *steps: Step, tamper: Tamper | None = None) -> list[list[Tensor]]:
-        """What each rank returns at the last step."""
+        """The outputs of each rank at the last step."""
         return list(self.runs(plan, *((self.call, step) for step in steps), tamper=tamper))[-1]
 
     @torch.no_grad()
     def runs(self, plan: Plan, *steps: tuple[Call, Step], tamper: Tamper | None = None) -> Iterator[list[list[Tensor]]]:
-        """What each rank returns at each step."""
+        """The outputs of each rank at each step."""
         weights = WeightTable(self.module, list(plan.program.weights.values())).tensors()
         loaded = LockstepExecutor(plan.world_size, tamper=tamper, check=True).load(plan, weights, self.call.tensors)
         for call, step in steps:
             yield loaded.run_all(weights, call.tensors, step)
 
     def error(self, ranks: list[list[Tensor]]) -> float:
-        """The largest difference of any rank's outputs; not a number if one is not."""
+        """The largest difference of any rank's outputs; NaN if an output has one."""
         return max((difference(a, b) for found in ranks for a, b in zip(found, self.expected, strict=True)), key=_worst)
 
 
 def measure(name: str, key: str) -> Found:
-    """Everything about one case. What stops the measurement, stands in the result, too."""
+    """Measure everything about one case. An error that stops the measurement becomes part of the result."""
     started = time.perf_counter()
     case = zoo_case(name)
     facts: dict[str, Any] = {"kind": case.covers or name}
@@ -155,9 +155,9 @@ def _facts(case: Case) -> Iterator[dict[str, Any]]:
 
 
 def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) -> Subject:
-    """The model captured with `given`, and a call with `fresh` inputs.
+    """Capture the model with `given`, and build a call with `fresh` inputs.
 
-    What the program has read as a Python value stays as it was given: other values would ask for another program.
+    Inputs that the program has read as Python values keep their values: others would need another program.
     """
     program = capture(module, **given)
     old, call = Call.of(module, (), given), Call.of(module, (), fresh)
@@ -165,7 +165,7 @@ def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) ->
     tensors = [a if path in read else b for path, a, b in zip(call.paths, old.tensors, call.tensors, strict=True)]
     call = Call.of(module, (), call.rebuild(call.with_numbers(tensors)))
     if old.key != call.key or broken_guard(program, module, call.tensors) is not None:
-        raise AssertionError("the fresh inputs ask for another program")
+        raise AssertionError("the fresh inputs need another program")
     if all(map(torch.equal, old.tensors, call.tensors)):
         raise AssertionError("there are no fresh inputs: the model turns all of them into Python values")
     return Subject(module, program, call, answer(module, call))
@@ -173,12 +173,12 @@ def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) ->
 
 @torch.no_grad()
 def answer(module: nn.Module, call: Call) -> list[Tensor]:
-    """What the unsplit model returns, and writes to its arguments."""
+    """The outputs of the unsplit model, and what it writes to its arguments."""
     return unsplit(module, call)
 
 
 def split(subject: Subject, ranks: int) -> Split:
-    """The exact mode on so many ranks."""
+    """Run an exact step on `ranks` ranks."""
     try:
         plan = make_plan(subject.program, ranks, Strategy.of("sync"))
     except WorldSizeError as error:
@@ -189,31 +189,31 @@ def split(subject: Subject, ranks: int) -> Split:
 
 
 def displaced(subject: Subject, other: Call) -> float:
-    """How far a displaced step on unchanged inputs is from the unsplit model; on changed ones all ranks must agree."""
+    """The error of a displaced step on unchanged inputs; on changed inputs all ranks must agree."""
     plan = make_plan(subject.program, RANKS[0], Strategy.of("displaced"))
     exact, stale = (subject.call, EXACT), (subject.call, STALE)
     *_, rest, moved = subject.runs(plan, exact, exact, stale, stale, (other, STALE))
     if not all(torch.equal(a, b) for ranks in moved[1:] for a, b in zip(ranks, moved[0], strict=True)):
-        raise AssertionError("ranks return unlike outputs at a displaced step")
+        raise AssertionError("ranks return different outputs at a displaced step")
     return subject.error(rest)
 
 
 def blind(found: Sequence[Tensor], other: Sequence[Tensor]) -> Iterator[str]:
-    """Of outputs for two sets of inputs: which of them would look right even if much were wrong."""
+    """Outputs that would look right even if much were wrong, from the outputs for two sets of inputs."""
     for i, (a, b) in enumerate((a.double(), b.double()) for a, b in zip(found, other, strict=True)):
         scale = a.square().mean().sqrt()
         moved = ((a - b).abs() > VISIBLE * scale).double().mean().item()
         at_limits = ((a == a.amax()) | (a == a.amin())).double().mean().item()
         if not (scale > 0 and a.isfinite().all()):
-            yield f"output {i} is nothing, or no number"
+            yield f"output {i} is zero, or not finite"
         elif moved < MOVED:
-            yield f"output {i} is the same in {1 - moved:.0%} of its places, whatever the inputs"
+            yield f"output {i} has {1 - moved:.0%} of its elements the same, whatever the inputs"
         elif at_limits > AT_LIMITS and a.numel() > 4:
-            yield f"output {i} is as large or as small as can be in {at_limits:.0%} of its places"
+            yield f"output {i} has {at_limits:.0%} of its elements at its smallest or largest value"
 
 
 def idle(subject: Subject) -> Iterator[str]:
-    """Kinds of exchanges that hardly change an output, be it all noise that arrives."""
+    """Kinds of exchanges that hardly change an output even if all payloads are noise."""
     plan = make_plan(subject.program, RANKS[0], Strategy.of("sync"))
     for role in sorted({each.role for each in plan.exchanges} & set(DISPLACED)):
 
@@ -222,7 +222,7 @@ def idle(subject: Subject) -> Iterator[str]:
                 return payload
             if not payload.is_floating_point():
                 return payload.roll(1) if payload.numel() > 1 else payload + 1
-            spread = payload.std(correction=0)  # none of a single number
+            spread = payload.std(correction=0)  # no noise for a single number
             return torch.randn_like(payload) * spread + payload.mean() if spread else 2 * payload + 1
 
         if (error := subject.error(subject.run(plan, EXACT, tamper=noise))) < VISIBLE:
@@ -247,7 +247,7 @@ def _of_program(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_bf16(case: Case, given: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
-    """The split model in bfloat16 against the unsplit one, both by their distance from the same weights in float32."""
+    """Compare the split with the unsplit model in bfloat16, each by its distance from the same weights in float32."""
     module = case.build().to(torch.bfloat16)
     exact = case.build().to(torch.bfloat16).float()
     given, fresh = (_cast(inputs, torch.bfloat16) for inputs in (given, fresh))

@@ -1,4 +1,4 @@
-"""docs/coverage.md, from what a sweep of the zoo has found."""
+"""Write docs/coverage.md from the results of a sweep."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ receives in one exact step; the difference of a *displaced* step on unchanged in
 
 
 def report(found: Sequence[Found], old: Sequence[str]) -> str:
-    """The document. `old` names cases whose results are missing or of other sources."""
+    """The document. `old` names cases whose results are missing or outdated."""
     lines = [
         INTRODUCTION.format(diffusers=version("diffusers"), torch=version("torch"), tolerance=TOLERANCE),
         *_totals(found),
@@ -110,7 +110,7 @@ def _refusals(each: Found) -> list[str]:
 
 
 def _fallbacks(each: Found) -> list[str]:
-    """Each reason once, with the first module that has it."""
+    """Each reason once, with the first module where it occurs."""
     first: dict[str, str] = {}
     for split in each.splits.values():
         for path, reason in split.fallbacks:
@@ -119,7 +119,7 @@ def _fallbacks(each: Found) -> list[str]:
 
 
 def _read(each: Found) -> list[str]:
-    """Each input once, with the lines that read a value of it."""
+    """Each input once, with the lines that read its value."""
     lines: dict[str, set[str]] = {}
     for paths, line in each.read:
         for path in paths.split(", "):

@@ -14,7 +14,7 @@ from ...inputs import Draw, Size
 
 
 def _cogvideox15() -> nn.Module:
-    """Two frames are one token deep; half the channels are those of the given picture."""
+    """Two frames are one token deep; half the channels are those of the given image."""
     return diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,

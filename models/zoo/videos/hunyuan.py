@@ -56,7 +56,7 @@ def _hunyuan15() -> nn.Module:
 
 
 def _hunyuan15_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Two texts, both padded, and a picture."""
+    """Two texts, both padded, and an image."""
     config, text = module.config, size.tokens(1000)
     return {
         "hidden_states": latent(module, size, draw),
@@ -71,7 +71,7 @@ def _hunyuan15_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _hunyuan15_textual(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """No picture: its embedding is zero."""
+    """No image: its embedding is zero."""
     inputs = _hunyuan15_inputs(module, size, draw)
     return inputs | {"image_embeds": torch.zeros_like(inputs["image_embeds"])}
 

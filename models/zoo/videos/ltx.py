@@ -40,7 +40,7 @@ def _ltx_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _ltx_conditioned(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Some tokens belong to a given picture: each token has a place and a time of its own."""
+    """Some tokens belong to a given image: each token has a place and a time of its own."""
     inputs = _ltx_inputs(module, size, draw)
     for name in ("num_frames", "height", "width", "rope_interpolation_scale"):
         del inputs[name]

@@ -27,7 +27,7 @@ _pictured: dict[str, Any] = {"image_dim": 12, "added_kv_proj_dim": 32}
 
 
 def _basic(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Video, timestep, text, and the embedding of the given picture, if the model takes one."""
+    """Video, timestep, text, and the embedding of the given image, if the model takes one."""
     config = module.config
     inputs: dict[str, Any] = {
         "hidden_states": draw.normal(size.batch, config.in_channels, size.frames, size.rows, size.cols),
@@ -70,7 +70,7 @@ def _vace_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _animate() -> nn.Module:
-    """A face of 16 pixels, encoded per picture and four pictures per frame; a pose for each frame but the first."""
+    """A face of 16 pixels, encoded per image and four images per frame; a pose for each frame but the first."""
     return diffusers.WanAnimateTransformer3DModel(
         **_config | {"in_channels": 12, "num_layers": 4},
         **_pictured,
