@@ -90,9 +90,7 @@ def parallelize(
             f"{type(model_or_pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser; "
             "give parallelize the model itself"
         )
-    models = {name: getattr(model_or_pipeline, name) for name in names}
-    for model in models.values():
-        _refuse_parallel(model)  # before anything is replaced
+    models = {name: _unwrapped(getattr(model_or_pipeline, name)) for name in names}  # before anything is replaced
     modules = {
         n: _wrapped(m, world, chosen, executor, target, strict, timeout, group, compile) for n, m in models.items()
     }
@@ -102,6 +100,9 @@ def parallelize(
         references = [weakref.ref(module) for module in modules.values()]  # a scheduler keeps no workers alive
 
         def begin(timesteps: Sequence[float]) -> None:
+            running = [module for each in references if (module := each()) and not module._engine.ended]
+            if not running:  # they were replaced: the scheduler tells their successors, too
+                return
             if len(timesteps) <= chosen.warmup_steps + chosen.cooldown_steps:
                 last = (
                     f" and the last {chosen.cooldown_steps} exact by {chosen.name!r}" if chosen.cooldown_steps else ""
@@ -111,9 +112,8 @@ def parallelize(
                     f"none is {chosen.name}; give parallelize a smaller warmup_steps",
                     stacklevel=4,
                 )
-            for reference in references:
-                if (module := reference()) is not None:
-                    module.reset(timesteps)
+            for module in running:
+                module.reset(timesteps)
 
         announce(model_or_pipeline, begin)
     return model_or_pipeline
@@ -150,7 +150,7 @@ def _wrapped(
     group: Any,
     compile: bool,  # noqa: A002
 ) -> ParallelModule:
-    _refuse_parallel(model)
+    model = _unwrapped(model)
 
     def planned(program: Program) -> Plan:
         plan = make_plan(program, world, strategy, target, strict=strict)
@@ -166,9 +166,14 @@ def _wrapped(
     return ParallelModule(model, Engine(model, planned, runner))
 
 
-def _refuse_parallel(model: nn.Module) -> None:
-    if type(model) is ParallelModule:
-        raise ValueError("this module is parallel already; close it and call parallelize on its .unwrapped model")
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, also of a parallel module that can no longer run: it is replaced."""
+    if type(model) is not ParallelModule:
+        return model
+    if model._engine.ended:
+        model.close()
+        return model.unwrapped
+    raise ValueError("this module is parallel already; close it first: then parallelize replaces it")
 
 
 def _executor(name: str, world: int, timeout: float, group: Any, compile: bool) -> Executor:  # noqa: A002

@@ -80,7 +80,7 @@ class DistributedExecutor:
         self._links: Collectives | None = None
         self._plans = 0
         self._calls = 0
-        self._broken: str | None = None
+        self.ended: str | None = None  #: why this rank can make no further call
 
     @property
     def traffic(self) -> Counter[str]:
@@ -101,8 +101,8 @@ class DistributedExecutor:
 
     def begin(self, device: torch.device) -> None:
         """Meet the other ranks at the first call, so that they hear of what fails from here on."""
-        if self._broken:
-            raise RuntimeError(f"the ranks cannot go on after an earlier call: {self._broken}")
+        if self.ended:
+            raise RuntimeError(f"the ranks cannot go on after an earlier call: {self.ended}")
         self._calls += 1
         self._joined(device).call = self._calls
 
@@ -111,21 +111,16 @@ class DistributedExecutor:
         if self._board and not isinstance(error, DisagreementError):
             self._board.publish(error)
 
-    @property
-    def broken(self) -> bool:
-        """Whether other ranks may be in the middle of a call."""
-        return self._broken is not None
-
     def broke(self, error: BaseException, advice: str = "call fxpass.parallelize again on every rank") -> None:
         """A call failed between its first and its last exchange: what other ranks have in flight is unknown."""
         said = str(error).strip().splitlines() or [type(error).__name__]  # another rank's comes with its traceback
-        self._broken = f"{' … '.join([said[0], said[-1]] if len(said) > 1 else said)}; {advice}"
+        self.ended = f"{' … '.join([said[0], said[-1]] if len(said) > 1 else said)}; {advice}"
 
     def close(self) -> None:
         self._links = None
         if self._board:
             self._board.doubt = None
-        self._broken = self._broken or "it was closed"
+        self.ended = self.ended or "it was closed"
 
     def _joined(self, device: torch.device) -> Board:
         """The board that all ranks share. Makes the default process group if there is none."""
@@ -207,7 +202,7 @@ class DistributedPlan:
         return self.runner.reports
 
     def release(self) -> None:
-        if self.executor.broken:
+        if self.executor.ended:
             return
         try:
             self.watch.close()

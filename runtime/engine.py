@@ -22,6 +22,7 @@ from .structure import Structure, WeightTable
 
 SIGNATURES = 8  #: programs kept; the least recently used one goes first
 GUARDED = 4  #: programs of one signature that differ only in guarded values; more captures in a row are an error
+CALLER = 6  #: stack level of the user's call, seen from `Engine._entry`
 
 Planner = Callable[[Program], PlanLike]
 
@@ -51,6 +52,8 @@ class Engine:
         self._holder: int | None = None  # the thread that has the lock
         self._closed: str | None = None
         self._timesteps: Sequence[float] = ()  # of the generation, as announced
+        self._evicted: set[int] = set()  # hashes of the keys whose programs had to go
+        self._hinted = False  # whether a warning has said so
         self._in_a_row = 0  # calls that had to be captured, since one that had not
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -99,6 +102,11 @@ class Engine:
                     self.executor.close()
 
     @property
+    def ended(self) -> str | None:
+        """Why no further call can be made; None if calls can be made."""
+        return self._closed or self.executor.ended
+
+    @property
     def signatures(self) -> int:
         """Programs that are kept."""
         return sum(map(len, self._entries.values()))
@@ -135,6 +143,14 @@ class Engine:
                     entry.weights = WeightTable(self.model, list(entry.plan.program.weights.values()))
             else:
                 self._forget()
+        if hash(call.key) in self._evicted and not self._hinted:
+            self._hinted = True
+            warnings.warn(
+                f"{type(self.model).__name__} is captured again for a kind of call that it was captured for before: "
+                f"only the programs of the {SIGNATURES} latest kinds (shapes, options) are kept; make all calls of one "
+                "kind before those of the next, or bring the inputs to fewer shapes",
+                stacklevel=CALLER,
+            )
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
         for entry in [entry for entry in entries if outdated(entry.captured, self.model)]:
@@ -176,7 +192,7 @@ class Engine:
             warnings.warn(
                 f"{type(self.model).__name__} has no input that is known to be a timestep (its inputs: {names}), so "
                 "nobody can tell its steps apart: all of them are exact",
-                stacklevel=6,
+                stacklevel=CALLER + 1,
             )
         entry = Entry(program, plan, loaded, table, clock)
         entries.append(entry)
@@ -196,9 +212,11 @@ class Engine:
         self._entries[key].pop(0).loaded.release()
         if not self._entries[key]:
             del self._entries[key]
+            self._evicted.add(hash(key))
 
     def _forget(self) -> None:
         for entry in self._all():
             entry.loaded.release()
         self._entries.clear()
+        self._evicted.clear()
         self._structure = None

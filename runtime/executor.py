@@ -83,6 +83,11 @@ class Executor(Protocol):
         """Bytes that this process received so far, by role of the exchange."""
         ...
 
+    @property
+    def ended(self) -> str | None:
+        """Why no further call can be made; None if calls can be made."""
+        ...
+
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Loaded: ...
 
     def begin(self, device: torch.device) -> None:

@@ -46,6 +46,7 @@ class LockstepExecutor:
             )
         self.compile = compile
         self.world_size = world_size
+        self.ended: str | None = None
         self.traffic: Counter[str] = Counter()
         self.tamper = tamper
         self.check = check

@@ -101,7 +101,8 @@ class Route:
         self.silent = not any(e.numel(src, dst) for e in site.exchanges for src in ranks for dst in ranks)
 
     def __str__(self) -> str:
-        return f"exchange {self.site.name} ({', '.join(map(str, self.site.exchanges))})"
+        where = f" in {self.site.path}" if self.site.path else ""
+        return f"{self.site.name}{where} ({', '.join(map(str, self.site.exchanges))})"
 
 
 class Lane(Protocol):

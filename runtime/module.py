@@ -79,7 +79,10 @@ class ParallelModule(nn.Module):
         _warn_of_compile()
 
     def close(self) -> None:
-        """End the worker processes, if there are any. Later calls raise `RuntimeError`."""
+        """End the worker processes, if there are any. Later calls raise `RuntimeError`.
+
+        `fxpass.parallelize` replaces a closed module by a new one.
+        """
         self._engine.close()
 
     def __enter__(self) -> ParallelModule:

@@ -66,7 +66,7 @@ class SpawnExecutor:
         self._plans: dict[int, SpawnPlan] = {}
         self._numbers = 0
         self._calls = 0
-        self._ended: str | None = None
+        self.ended: str | None = None  #: why the workers have ended
         self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self._channels)
 
     @property
@@ -112,15 +112,15 @@ class SpawnExecutor:
         return loaded
 
     def begin(self, device: torch.device) -> None:
-        if self._ended:
-            raise RuntimeError(f"the worker processes have ended ({self._ended}); call fxpass.parallelize again")
+        if self.ended:
+            raise RuntimeError(f"the worker processes have ended ({self.ended}); call fxpass.parallelize again")
 
     def failed(self, error: BaseException) -> None:
         pass  # what fails before the run is no concern of the workers; `run` sees to the rest
 
     def close(self) -> None:
         """End the workers and wait until they are gone."""
-        self._ended = self._ended or "they were closed"
+        self.ended = self.ended or "they were closed"
         self._finalizer()
         self._plans.clear()
         self._sent.clear()
@@ -218,7 +218,7 @@ class SpawnExecutor:
             yield
         except BaseException as error:
             cause = self._cause(error) if isinstance(error, RankError | ClosedError) else error
-            self._ended = f"{when}: {str(cause).partition(chr(10))[0]}"
+            self.ended = f"{when}: {str(cause).partition(chr(10))[0] or type(cause).__name__}"  # Ctrl-C has no text
             self.close()
             if cause is error:
                 raise

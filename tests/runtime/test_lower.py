@@ -148,7 +148,7 @@ def test_one_rank_is_compiled_and_several_in_lockstep_are_refused() -> None:
 
 
 def test_a_compiled_program_follows_a_weight_of_other_strides() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()).eval()
+    model: Any = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()).eval()
     x = torch.randn(1, 16, 8)
     module: Any = fxpass.parallelize(model, 1, compile=True)
     with torch.no_grad():

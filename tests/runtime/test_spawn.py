@@ -111,6 +111,7 @@ def test_a_changed_structure_reaches_the_workers(pair: tuple[Block, ParallelModu
     assert "value.weight" not in sent
 
 
+@pytest.mark.filterwarnings("ignore:.* is captured again")
 def test_programs_in_the_workers_are_bounded(pair: tuple[Block, ParallelModule]) -> None:
     model, module = pair
     for rows in range(16, 16 + 2 * (SIGNATURES + 2), 2):
