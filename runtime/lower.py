@@ -3,22 +3,23 @@
 The program is run once on fake tensors, as its interpreter would run it; what it does becomes an ATen graph, in which a
 launch and a wait are two operators that Inductor does not look into::
 
-    token    = fxpass::launch(values, token, program, site)
-    token, … = fxpass::wait(values, token, program, site)
+    token    = fxpass::launch(values, token, site)
+    token, … = fxpass::wait(values, token, site)
 
 The token ties them into the order of the schedule, on every rank the same. Nothing in flight is known to Inductor: when
 a launch returns it has copied its payload into the lane's own memory (or enqueued that copy on the current stream), and
 the values are operands of the wait again, so that their memory is not given to others in between. State stays in the
-session, as in eager mode. Index tables are inputs, so that ranks that differ by them alone share compiled code.
+session, as in eager mode. Index tables are inputs, so that ranks that differ by them alone share compiled code. Which
+program a `site` belongs to, and what performs its launches, is known to the thread that traces or runs the program.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +44,10 @@ log = logging.getLogger("fxpass")
 ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False, "pattern_matcher": False}
 
 _library = torch.library.Library("fxpass", "FRAGMENT")
-_library.define("launch(Tensor[] values, Tensor token, str program, int site) -> Tensor")
-_library.define("wait(Tensor[] values, Tensor token, str program, int site) -> Tensor[]")
-_compiled: weakref.WeakValueDictionary[str, Compiled] = weakref.WeakValueDictionary()
+_library.define("launch(Tensor[] values, Tensor token, int site) -> Tensor")
+_library.define("wait(Tensor[] values, Tensor token, int site) -> Tensor[]")
+#: the program that this thread traces or runs, and what performs its launches and waits (None while it is traced)
+_current: ContextVar[tuple[Compiled, Transport | None]] = ContextVar("fxpass program")
 
 
 @dataclass(eq=False)
@@ -60,32 +62,35 @@ class Compiled:
     code: RankProgram
     displaced: bool
     values: Sequence[Tensor]
-    transport: Transport | None = field(default=None, init=False)
     report: Report = field(init=False)
 
     def __post_init__(self) -> None:
         self.sites = self.code.sites
-        digest = hashlib.sha256(self.code.source.encode())
-        for site in self.sites:
-            digest.update(repr(site.exchanges).encode())
-        self.key = f"{digest.hexdigest()[:24]} rank {self.code.rank} {'displaced' if self.displaced else 'exact'}"
-        _compiled[self.key] = self
         started = time.perf_counter()
         hits = counters["inductor"]["fxgraph_cache_hit"]
-        self._tables, self._function = self._lowered(self.values)
+        with self._made_current(None):
+            self._tables, self._function = self._lowered(self.values)
         self.values = ()
         cached = counters["inductor"]["fxgraph_cache_hit"] > hits
         self.report = Report(self.code.rank, self.displaced, time.perf_counter() - started, cached)
-        log.info("compiled %s in %.1f s%s", self.key, self.report.seconds, ", from the cache" if cached else "")
+        form = "displaced steps" if self.displaced else "steps"
+        log.info(
+            "compiled rank %d for %s in %.1f s%s",
+            *(self.code.rank, form, self.report.seconds, ", from the cache" if cached else ""),
+        )
 
     def run(self, values: Sequence[Tensor], transport: Transport) -> list[Tensor]:
         """The flat outputs. `transport` performs the launches and waits."""
-        _compiled[self.key] = self  # another module may hold an equal program
-        self.transport = transport
-        try:
+        with self._made_current(transport):
             return list(self._function(*values, *self._tables))[:-1]
+
+    @contextmanager
+    def _made_current(self, transport: Transport | None) -> Iterator[None]:
+        token = _current.set((self, transport))
+        try:
+            yield
         finally:
-            self.transport = None
+            _current.reset(token)
 
     def _lowered(self, values: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -113,45 +118,47 @@ class Compiled:
         return tables, compiled
 
     def _traced(self, values: Sequence[Tensor]) -> list[Tensor]:
-        emitter = _Emitter(self.key)
+        emitter = _Emitter()
         return [*drive(self.code.run(values), emitter), emitter.token]
 
 
 class _Emitter:
     """A transport that writes launches and waits into the graph being traced."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self) -> None:
         self.token = torch.empty(0)
 
     def launch(self, site: Site, values: list[Tensor]) -> None:
-        self.token = torch.ops.fxpass.launch(values, self.token, self.key, site.index)
+        self.token = torch.ops.fxpass.launch(values, self.token, site.index)
 
     def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
-        self.token, *results = torch.ops.fxpass.wait(values, self.token, self.key, site.index)
+        self.token, *results = torch.ops.fxpass.wait(values, self.token, site.index)
         return results
 
 
-def _launch(values: list[Tensor], token: Tensor, program: str, site: int) -> Tensor:
-    compiled = _compiled[program]
-    assert compiled.transport is not None, "a compiled program was called outside an executor"
-    compiled.transport.launch(compiled.sites[site], values)
+def _running() -> tuple[Compiled, Transport]:
+    compiled, transport = _current.get()
+    assert transport is not None, "a launch or a wait was run while its program was traced"
+    return compiled, transport
+
+
+def _launch(values: list[Tensor], token: Tensor, site: int) -> Tensor:
+    compiled, transport = _running()
+    transport.launch(compiled.sites[site], values)
     return torch.empty(0)
 
 
-def _wait(values: list[Tensor], token: Tensor, program: str, site: int) -> list[Tensor]:
-    compiled = _compiled[program]
-    assert compiled.transport is not None, "a compiled program was called outside an executor"
-    results = compiled.transport.wait(compiled.sites[site], list(values))
-    own = {
-        value.untyped_storage().data_ptr() for value in values
-    }  # an operator's result shares no memory with operands
-    fresh = (r.clone() if r.untyped_storage().data_ptr() in own else r for r in results)
+def _wait(values: list[Tensor], token: Tensor, site: int) -> list[Tensor]:
+    compiled, transport = _running()
+    results = transport.wait(compiled.sites[site], list(values))
+    # an operator's result shares no memory with operands
+    operands = {value.untyped_storage().data_ptr() for value in values}
+    fresh = (r.clone() if r.untyped_storage().data_ptr() in operands else r for r in results)
     return [torch.empty(0), *(result.contiguous() for result in fresh)]
 
 
-def _wait_on_fakes(values: list[Tensor], token: Tensor, program: str, site: int) -> list[Tensor]:
-    compiled = _compiled[program]
+def _wait_on_fakes(values: list[Tensor], token: Tensor, site: int) -> list[Tensor]:
+    compiled, _ = _current.get()
     exchanges = compiled.sites[site].steady.exchanges if compiled.displaced else compiled.sites[site].exchanges
     rank = compiled.code.rank
     results = [x.new_empty(e.result_shape(rank, x.shape)) for e, x in zip(exchanges, values, strict=True)]
@@ -160,5 +167,5 @@ def _wait_on_fakes(values: list[Tensor], token: Tensor, program: str, site: int)
 
 _library.impl("launch", _launch, "CompositeExplicitAutograd")
 _library.impl("wait", _wait, "CompositeExplicitAutograd")
-torch.library.register_fake("fxpass::launch", lambda values, token, program, site: torch.empty(0), lib=_library)
+torch.library.register_fake("fxpass::launch", lambda values, token, site: torch.empty(0), lib=_library)
 torch.library.register_fake("fxpass::wait", _wait_on_fakes, lib=_library)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -57,7 +58,7 @@ Supply = Callable[["Rows | Index", torch.device], Tensor]
 
 def index_tensor(index: Rows | Index, device: torch.device) -> Tensor:
     """The positions as an `int64` tensor on `device`."""
-    return (_supply or _made)(index, device)
+    return _supply.get()(index, device)
 
 
 @lru_cache(maxsize=1024)
@@ -65,18 +66,17 @@ def _made(index: Rows | Index, device: torch.device) -> Tensor:
     return torch.from_numpy(index.array.copy()).to(device)
 
 
-_supply: Supply | None = None
+_supply: ContextVar[Supply] = ContextVar("fxpass index tensors", default=_made)  # each thread has its own value
 
 
 @contextmanager
 def index_tensors_from(supply: Supply) -> Iterator[None]:
-    """Within, `supply` makes the index tensors: a compiled graph takes them as inputs."""
-    global _supply
-    _supply = supply
+    """In this thread, let `supply` make the index tensors: a compiled graph takes them as inputs."""
+    token = _supply.set(supply)
     try:
         yield
     finally:
-        _supply = None
+        _supply.reset(token)
 
 
 @local(OpSpec(free=True))
