@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,14 @@ def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
 def select(x: Tensor, dim: int, index: Index) -> Tensor:
     """`x.index_select(dim, index)` with a static index: roll, flip, repeat, nearest up-sampling, reflection."""
     return x.index_select(dim, index_tensor(index, x.device))
+
+
+@local()
+def regroup(x: Tensor, first: int, stop: int, start: int, shape: Sequence[int]) -> Tensor:
+    """The dims `first` … `stop` of `x` as one, of which the elements from `start` on that `shape` has room for."""
+    flat = x.flatten(first, stop - 1)
+    size = prod(shape) * flat.shape[first] // max(flat.numel(), 1)
+    return flat.narrow(first, start, size).reshape(shape)
 
 
 @local()

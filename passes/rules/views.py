@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from ...capture import row_rules
-from ...ir.layout import Layout, Rows, even
+from ...ir import ops
+from ...ir.layout import Layout, Rows, even, per_rank
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..forms import views as forms
@@ -89,11 +90,14 @@ def through(source: tuple[int, ...], layout: Layout, target: tuple[int, ...]) ->
 def reshape(p: Partitioner, op: Op, x: fx.Node, shape: list[int]) -> fx.Node:
     layout = through(shape_of(x), layout_of(x), op.shape)
     if layout is None:
-        x, layout = _realign(p, x, op.shape)
+        moved = _realign(p, x, op.shape)
+        if moved is None:
+            return _regroup(p, op, x)
+        x, layout = moved
     return p.same(op, (x, p.local(op.shape, layout)), layout=layout)
 
 
-def _realign(p: Partitioner, x: fx.Node, target: tuple[int, ...]) -> tuple[fx.Node, Layout]:
+def _realign(p: Partitioner, x: fx.Node, target: tuple[int, ...]) -> tuple[fx.Node, Layout] | None:
     """Move the cuts of `x` to where the reshape lets them through: even cuts of one of the output dims."""
     source, layout = shape_of(x), layout_of(x)
     _, outs = next(g for g in groups(source, target) if layout.axis in g[0])
@@ -105,7 +109,31 @@ def _realign(p: Partitioner, x: fx.Node, target: tuple[int, ...]) -> tuple[fx.No
         if back is not None and back.dim == layout.dim:
             reason = f"cuts of {list(source)} do not go through to {list(target)}"
             return p.lay(x, back, "realign", reason), wanted
-    raise SplitError(f"{list(source)} -> {list(target)} mixes the split dim {layout.dim} with others")
+    return None
+
+
+def _regroup(p: Partitioner, op: Op, x: fx.Node) -> fx.Node:
+    """A reshape in which no cut goes through: [n, 2n] -> [2n, n] -> (without the first row) [n, 2n-1].
+
+    Where the split dim is the outermost of its group, an output row is an interval of the group's flat elements, and so
+    lies within a window of input rows. A rank fetches the windows of its output rows (role `halo`).
+    """
+    source, layout = shape_of(x), layout_of(x)
+    ins, outs = next(g for g in groups(source, op.shape) if layout.axis in g[0])
+    dim = next(j for j in outs if op.shape[j] > 1)
+    if prod(source[ins.start : layout.axis]) > 1 or op.shape[dim] < p.world:
+        raise SplitError(f"{list(source)} -> {list(op.shape)} mixes the split dim {layout.dim} with others")
+    before, after = prod(source[layout.axis + 1 : ins.stop]), prod(op.shape[dim + 1 : outs.stop])  #: elements in a row
+    firsts = np.arange(op.shape[dim]) * after // before
+    rows = tuple(Rows.of(np.flatnonzero(np.isin(firsts, mine.array))) for mine in layout.rows)
+    rows = p.spread(rows, op.shape[dim], contiguous=True)
+    assert rows is not None
+    want = tuple(Rows.interval(r.start * after // before, -(-r.stop * after // before)) for r in rows)
+    x = p.fetch(x, layout.axis, want, "halo")
+    skipped = per_rank([r.start * after - w.start * before for r, w in zip(rows, p.rows(x, layout.axis), strict=True)])
+    result = Layout(dim, rows)
+    args = (x, ins.start, ins.stop, skipped, p.local(op.shape, result))
+    return p.emit(ops.regroup, args, shape=op.shape, dtype=op.dtype, layout=result)
 
 
 def permute(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:

@@ -112,6 +112,37 @@ def test_views_keep_any_cut(name: str, data: st.DataObject) -> None:
     assert "realign" not in result.roles or "heads" in name or "pairs" in name
 
 
+def relative_shift(x: Tensor) -> Tensor:
+    """Scores by relative position to scores by position: row i of [n, 2n-1], from place n-1-i on."""
+    b, h, n, _ = x.shape
+    x = torch.cat([x.new_zeros(b, h, n, 1), x], -1)
+    return x.view(b, h, 2 * n, n)[:, :, 1:].reshape(b, h, n, 2 * n - 1)[..., :n]
+
+
+MIXED: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "relative shift": (relative_shift, (2, 3, 6, 11), (0, 1, 2)),
+    "rows of another length": (lambda x: x.reshape(2, 9, 8) * 1, (2, 6, 12), (0, 1)),
+    "rows of many": (lambda x: x.reshape(4, 18) * 1, (1, 24, 3), (1,)),
+    "a dim in front": (lambda x: x.reshape(2, 1, 5, 7, 2) * 1, (2, 7, 5, 2), (0, 1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@few
+@given(data=st.data())
+def test_a_reshape_that_mixes_rows_gets_the_rows_it_lacks(name: str, data: st.DataObject) -> None:
+    function, shape, dims = MIXED[name]
+    result = split_where_promised(data, Example(function, [randn(*shape)], {0: dims}))
+    assert set(result.roles) <= {"output", "halo", "realign"}
+
+
+def test_the_relative_shift_fetches_one_row_of_scores_from_the_next_rank() -> None:
+    result = split(relative_shift, (randn(2, 3, 8, 15),), {0: evenly(2, 8, 4)}, 4)
+    (halo,) = [each for each in result.exchanges if each.role == "halo"]
+    assert halo.numel(1, 0) == 2 * 3 * 8
+    assert halo.numel(2, 0) == halo.numel(0, 1) == 0
+
+
 def pack(x: Tensor) -> Tensor:
     """2 x 2 pixels to a token."""
     b, c, h, w = x.shape
