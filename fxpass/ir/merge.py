@@ -41,10 +41,10 @@ class Moments(Merged):
     counts: tuple[int, ...] = ()
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
-        return self._merged(torch.stack(in_rank_order(rank, x, received)))
+        return self.merged(torch.stack(in_rank_order(rank, x, received)))
 
-    def _merged(self, parts: Tensor) -> Tensor:
-        """`parts` [ranks, 2, …] merged: [2, …]."""
+    def merged(self, parts: Tensor) -> Tensor:
+        """Mean and variance [2, …] of the parts of all ranks [ranks, 2, …]."""
         means, m2 = parts.unbind(1)
         share = _shares(self.counts, parts.dtype, parts.device).view(-1, *(1,) * (means.ndim - 1))
         mean = (share * means).sum(0)
@@ -57,37 +57,49 @@ class Moments(Merged):
         if self.fresh == "local":
             return torch.stack([x[0], x[1] / self.counts[rank]])
         assert earlier.own is not None
-        estimate = self._corrected if self.fresh == "corrected" else self._predicted
-        return estimate(rank, x, earlier.own, earlier)
+        now = torch.stack(in_rank_order(rank, x, earlier.received))
+        then = now
+        if earlier.before and earlier.pace:
+            then = torch.stack(in_rank_order(rank, x, earlier.before))
+        return self.estimated(rank, x, earlier.own, now, then, torch.tensor(earlier.pace, dtype=torch.float64))
 
-    def _corrected(self, rank: int, x: Tensor, own: Tensor, earlier: Earlier) -> Tensor:
+    def estimated(self, rank: int, x: Tensor, own: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
+        """Mean and variance [2, …] of a displaced step.
+
+        Args:
+            x: the own value of this step [2, …].
+            own: the own value of the last step [2, …].
+            now, then: what the others sent at the last step and at the one before [ranks, 2, …]; `then` is `now` where
+                there was no such step. The own place is not read.
+            pace: the length of this step in units of the last one's, 0-dim.
+        """
+        if self.fresh == "corrected":
+            return self._corrected(rank, x, own, now)
+        return self._predicted(rank, x, own, now, then, pace)
+
+    def _corrected(self, rank: int, x: Tensor, own: Tensor, now: Tensor) -> Tensor:
         """The old mean of x and of x² over all ranks, plus the full change of the own ones since.
 
         That is DistriFusion's estimator (Li et al., 2024), written so that nothing cancels. It can give a negative
         variance: then the own one is taken.
         """
         variance = x[1] / self.counts[rank]
-        mean, whole = self.unpack(rank, own, earlier.received)
+        mean, whole = self.merged(with_own(now, rank, own))
         shift = x[0] - own[0]
         moved = whole + variance - own[1] / self.counts[rank] + 2 * shift * (own[0] - mean)
         return torch.stack([mean + shift, torch.where(moved < 0, variance, moved)])
 
-    def _predicted(self, rank: int, x: Tensor, own: Tensor, earlier: Earlier) -> Tensor:
+    def _predicted(self, rank: int, x: Tensor, own: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
         """Merge the own part with an estimate of each other: moved by half the own change and half of its last one.
 
         Means move by differences and squared deviations by ratios, so that no variance can become negative; a ratio
         counts from 1/2 to 2. Small patches differ much from each other, and one's change says little of another's:
         where `corrected` takes all of it for the whole, this takes half of it, for the others alone.
         """
-        now = torch.stack(in_rank_order(rank, x, earlier.received))
-        mean, m2 = now[:, 0] + HALF * (x[0] - own[0]), now[:, 1] * _ratio(x[1], own[1]) ** HALF
-        if earlier.before and earlier.pace:
-            then = torch.stack(in_rank_order(rank, x, earlier.before))
-            share = HALF * earlier.pace
-            mean, m2 = mean + share * (now[:, 0] - then[:, 0]), m2 * _ratio(now[:, 1], then[:, 1]) ** share
-        expected = torch.stack([mean, m2], 1)
-        expected[rank] = x
-        return self._merged(expected)
+        share = HALF * pace
+        mean = now[:, 0] + HALF * (x[0] - own[0]) + share * (now[:, 0] - then[:, 0])
+        m2 = now[:, 1] * _ratio(x[1], own[1]) ** HALF * _ratio(now[:, 1], then[:, 1]) ** share
+        return self.merged(with_own(torch.stack([mean, m2], 1), rank, x))
 
     def __str__(self) -> str:
         return f"moments({'x'.join(map(str, self.shape[1:]))} of {sum(self.counts)} elements)"
@@ -133,6 +145,12 @@ def in_rank_order(rank: int, x: Tensor, received: Payloads) -> list[Tensor]:
         assert part is not None, f"rank {rank} got nothing from rank {src}"
         parts.append(part)
     return parts
+
+
+def with_own(parts: Tensor, rank: int, own: Tensor) -> Tensor:
+    """`parts` [ranks, …] with `own` in the place of rank `rank`."""
+    place = torch.arange(len(parts), device=parts.device).view(-1, *(1,) * own.ndim)
+    return torch.where(place == rank, own, parts)
 
 
 @lru_cache(maxsize=256)
