@@ -271,7 +271,12 @@ class _Lowering:
         return arrived
 
     def _keep_exact(self, site: _Site, i: int, each: Exchange, x: fx.Node, received: fx.Node, last: fx.Node) -> None:
-        """What displaced steps read of an exact one."""
+        """Keep what displaced steps read of an exact one.
+
+        Where displaced steps send codes, the value of the step before an exact one is known only if that was exact as
+        well; else `before` is one step older. Forecasts do not read it then: a generation begins with an exact step,
+        and `pace` is 0 at its second step.
+        """
         names = site.names[i]
         if "received" in names:
             last = self.held[names["received"]]

@@ -94,12 +94,15 @@ class StateStore:
 
     def replace(self, values: Sequence[Tensor], mode: Mode) -> None:
         """Write what a step of `mode` has left to its fixed places."""
-        places = {id(place) for place in self.values}
+        for spec, new in zip(self.specs, values, strict=True):
+            found = tuple(new.shape), new.dtype
+            assert found == (spec.shape, spec.dtype), f"{spec.name} becomes {found}, declared {spec.shape, spec.dtype}"
+        held = {id(place) for place in self.values}
+        pairs = [(place, new) for place, new in zip(self.values, values, strict=True) if new is not place]
         # an entry may move to the place of another: read all of these before any is written
-        moved = [new.clone() if id(new) in places and new is not old else new for new, old in zip(values, self.values)]
-        for place, new in zip(self.values, moved, strict=True):
-            if new is not place:
-                place.copy_(new)
+        pairs = [(place, new.clone() if id(new) in held else new) for place, new in pairs]
+        for place, new in pairs:
+            place.copy_(new)
         self.last = mode
 
     @property

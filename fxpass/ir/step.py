@@ -14,6 +14,7 @@ say. A message that a step has put and that no later step gets is dropped by its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -21,8 +22,9 @@ from typing import Literal
 import torch
 from torch import fx
 
-from .comm import received_shape
+from .comm import get, put, received_shape
 from .exchange import Exchange
+from .program import calls
 
 Mode = Literal["exact", "first", "steady"]
 MODES: tuple[Mode, ...] = ("exact", "first", "steady")
@@ -75,5 +77,28 @@ class StepProgram:
         (output,) = self.graph.find_nodes(op="output")
         return tuple(
             node.op == "placeholder" and str(node.target) == spec.name
-            for node, spec in zip(output.args[0][1], self.state, strict=True)  # type: ignore[arg-type,index]
+            for node, spec in zip(output.args[0][1], self.state, strict=True)
         )
+
+
+def verify_step(programs: Mapping[Mode, StepProgram]) -> None:
+    """Check what the step programs of a rank promise each other.
+
+    Raises:
+        AssertionError: modes have unlike channels or states; a message of this step is awaited before it is put; a
+            channel is used twice in one way; a message of the last step is asked for where there is none.
+    """
+    first = next(iter(programs.values()))
+    for mode, program in programs.items():
+        assert (program.channels, program.state) == (first.channels, first.state), f"{mode} steps have another schema"
+        used: set[tuple[str, int]] = set()
+        for node in calls(program.graph):
+            if node.target not in (put, get):
+                continue
+            channel, age = (node.args[1], "put") if node.target is put else node.args
+            name = program.channels[channel].name  # type: ignore[index]
+            where = f"{mode} step of rank {program.rank}, {name}"
+            assert (channel, age) not in used, f"{where}: twice {'put' if age == 'put' else 'awaited'}"
+            assert age != 0 or (channel, "put") in used, f"{where}: awaited before it is put"
+            assert age != 1 or program.channels[channel].late, f"{where}: nothing is left from the last step"  # type: ignore[index]
+            used.add((channel, age))  # type: ignore[arg-type]
