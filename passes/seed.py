@@ -30,7 +30,6 @@ Seeds = dict[str, Layout]
 OVERHEAD: tuple[Role, ...] = ("realign", "rebalance", "small", "fallback")  #: roles of exchanges that the cuts ask for
 USERS = operator.attrgetter("users")
 GRAINS = (1, 2, 4, 8, 16, 32)
-TOLERATED = 0.01  #: of all bytes: more that only moves cuts is not worth a few per cent of work
 WORTHWHILE = 1.2  #: times as fast: less is replication, not a split
 GOOD = 0.97  #: of the ideal speed-up: good enough to stop
 INNER = 4  #: values inside that are tried, of each kind
@@ -61,7 +60,7 @@ class Search:
     rules: Mapping[Any, Rule]
     inputs: tuple[str, ...]
     total: int = 0
-    best: tuple[tuple[int, bool, float], Seeds, fx.Graph, Cost] | None = None
+    best: tuple[tuple[int, float], Seeds, fx.Graph, Cost] | None = None
     tried: set[tuple[tuple[str, Layout], ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -76,7 +75,7 @@ class Search:
         graph = trim(partition(self.graph, self.world, seeds, self.rules), self.graph, self.world, self.rules)
         judged = cost(graph, self.world, self.target)
         unevenness = _steps(self.world * max(judged.flops_per_rank) / self.total) if self.total else 0
-        rank = unevenness, _moved(graph) > TOLERATED, judged.seconds
+        rank = unevenness, judged.seconds
         if self.best is None or rank < self.best[0]:
             self.best = rank, seeds, graph, judged
         return unevenness <= HOPEFUL and _moves_cuts(graph)
@@ -205,16 +204,6 @@ def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
                 if mask >> i & 1:
                     totals[n] += work
     return totals
-
-
-def _moved(graph: fx.Graph) -> float:
-    """Bytes that serve the cuts and not the model, as a share of all."""
-    total = moved = 0
-    for _, declared in exchanges_of(graph):
-        for each in declared:
-            total += each.bytes
-            moved += each.bytes if each.role in OVERHEAD else 0
-    return moved / total if total else 0.0
 
 
 def _moves_cuts(graph: fx.Graph) -> bool:

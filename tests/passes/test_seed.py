@@ -67,3 +67,39 @@ def test_inputs_of_one_shape_join_together() -> None:
 
     found = make_plan(capture(Guided(), *(torch.randn(1, 8, 8, 8) for _ in range(4))), 2, Strategy.of("sync"))
     assert found.bound == 2.0
+
+
+def test_the_faster_of_two_even_cuts_wins_although_more_of_its_few_bytes_only_move_the_cuts() -> None:
+    width = 384
+
+    class Layer(nn.Module):
+        """Tokens attend to themselves and to a condition."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
+            self.both = nn.Linear(width, 2 * width)
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+            key, value = self.both(torch.cat([x, condition], 1)).chunk(2, -1)
+            x = x + self.out(nn.functional.scaled_dot_product_attention(self.query(x), key, value))
+            return x + self.down(self.up(x).relu())
+
+    class Patches(nn.Module):
+        """Patches of 2x2 pixels: 5 rows and 9 columns of tokens, which two ranks cannot share evenly."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.unembed = nn.Conv2d(4, width, 2, 2), nn.Linear(width, 16)
+            self.layers = nn.ModuleList(Layer() for _ in range(12))
+
+        def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            for layer in self.layers:
+                tokens = layer(tokens, condition)
+            return nn.functional.pixel_shuffle(self.unembed(tokens).transpose(1, 2).unflatten(2, (5, 9)), 2)
+
+    program = capture(Patches().eval(), torch.randn(1, 4, 10, 18), torch.randn(1, 1024, width))
+    found = make_plan(program, 2, Strategy.of("sync"))
+    assert found.bound > 1.9
