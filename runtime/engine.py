@@ -60,11 +60,13 @@ class Engine:
         """The model's output. Runs without autograd.
 
         Raises:
-            RuntimeError: the model is in training mode, or the module was closed.
+            RuntimeError: the model is in training mode, the module was closed, or gradients are enabled and an input
+                requires one.
             CaptureError: the model cannot be captured.
             GuardError: it turns an input that differs at every call into a Python number.
             RankError: another rank failed.
         """
+        gradients = torch.is_grad_enabled()
         with self._turn(), torch.no_grad():
             if self._closed:
                 raise RuntimeError(f"this parallel module was closed ({self._closed}); call fxpass.parallelize again")
@@ -73,6 +75,8 @@ class Engine:
             try:
                 self.executor.begin(self._device(args, kwargs))
                 call = Call.of(self.model, args, kwargs)
+                if gradients:
+                    call.refuse_gradients()
                 entry = self._entry(call)
                 check_memory(entry.captured, self.model, call)
                 self.plan = entry.plan

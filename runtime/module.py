@@ -28,7 +28,8 @@ class ParallelModule(nn.Module):
     on the model itself and name things as it does. Setting an attribute sets it on the model. `isinstance` sees both
     classes. Nothing on the model is patched; it can still be called by itself.
 
-    Outputs carry no gradient, also outside `torch.no_grad()`.
+    It is for inference: outputs carry no gradient, also outside `torch.no_grad()`. Weights may require gradients; an
+    input that requires one in a call with gradients enabled is an error.
     """
 
     _engine: Engine

@@ -62,7 +62,7 @@ class Call:
         kinds = tuple(_kind(_text(path), leaf) for path, leaf in leaves)
         first: dict[int, int] = {}
         alike = tuple(first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors))  # `x is y` may be asked
-        key = (spec, kinds, alike, _autocast())
+        key = (spec, kinds, alike, _autocast(), positional)  # hooks see what was passed by position
         return Call(tuple(tensors), tuple(paths), numbers, key, arguments, spec, plain, positional, alike)
 
     def rebuild(self, tensors: Sequence[Any]) -> dict[str, Any]:
@@ -73,12 +73,21 @@ class Call:
         return pytree.tree_unflatten(leaves, self._spec)
 
     def run(self, model: nn.Module, arguments: dict[str, Any]) -> Any:
-        """`model` called with what `rebuild` gave."""
+        """Call `model` with what `rebuild` returned, each argument by position or by name as the caller passed it."""
         named, args = dict(arguments), []
         for name in self._positional:
             value = named.pop(name)
             args.extend(value) if isinstance(value, tuple) and name == self._positional[-1] else args.append(value)
         return model(*args, **named)
+
+    def refuse_gradients(self) -> None:
+        """Raises `RuntimeError` if a tensor requires a gradient: no output will carry one."""
+        path = next((path for path, tensor in zip(self.paths, self.tensors, strict=True) if tensor.requires_grad), None)
+        if path is not None:
+            raise RuntimeError(
+                f"the input {path!r} requires a gradient, but a parallel module is for inference: its outputs carry no "
+                "gradients; call it under torch.no_grad(), pass a detached tensor (.detach()), or use .unwrapped"
+            )
 
     def with_numbers(self, tensors: Sequence[Any]) -> list[Any]:
         """`tensors` with the caller's own numbers in their places."""
@@ -86,21 +95,18 @@ class Call:
 
 
 def _bind(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The arguments by name, and the names of those that must stay positional."""
+    """The arguments by name, and the names of those that were passed by position."""
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs)
     parameters = signature.parameters
     rest = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
-    names = list(bound.arguments)
-    if rest is not None and bound.arguments.get(rest):
-        positional = tuple(names[: names.index(rest) + 1])  # names before *args must stay positional too
-    else:
-        positional = tuple(name for name in names if parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY)
+    by_position = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = by_position[: len(args)] + ([rest] if rest is not None and bound.arguments.get(rest) else [])
     arguments = {name: value for name, value in bound.arguments.items() if name != rest or value}
-    for name in names:
-        if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(name))
-    return arguments, positional
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments, tuple(positional)
 
 
 def register_containers(value: Any) -> None:

@@ -76,7 +76,7 @@ def test_a_number_is_a_tensor_of_the_program(number: float) -> None:
     program = capture(model, x, number)
     call = Call.of(model, (x, number + 1), {})
     assert program.guards == ()
-    assert call.key == Call.of(model, (x,), {"other": number}).key
+    assert call.key == Call.of(model, (x, number), {}).key
     assert call.key != Call.of(model, (x, "text"), {}).key
     torch.testing.assert_close(evaluate(program, model, call), model(x, number + 1).detach())
 

@@ -94,6 +94,45 @@ def test_every_grad_mode_serves(module: ParallelModule, model: Block, mode: Any)
     check(module, model, seed=1)
 
 
+def test_an_input_that_requires_a_gradient_is_refused_where_gradients_are_enabled(module: ParallelModule) -> None:
+    sample, timestep = inputs()
+    sample.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"the input 'sample' requires a gradient.*no_grad"):
+        module(sample, timestep)
+    with torch.no_grad():
+        expected = module(sample, timestep)["sample"]
+    assert torch.equal(module(sample.detach(), timestep)["sample"], expected)
+
+
+class Addends(nn.Module):
+    def forward(self, x: Tensor, /, y: Tensor, *more: Tensor, scale: Tensor, **others: Tensor) -> Tensor:
+        return (x + y + sum(more)) * scale + sum(others.values())
+
+
+@pytest.mark.parametrize("positional", [1, 2, 3, 4])
+def test_hooks_see_arguments_as_the_caller_passed_them(positional: int) -> None:
+    seen = []
+    model = Addends().eval()
+    model.register_forward_pre_hook(lambda m, args, kw: seen.append((len(args), list(kw))), with_kwargs=True)
+    args = [torch.randn(1, 4, 8) for _ in range(positional)]
+    kwargs = {} if positional > 1 else {"y": torch.randn(1, 4, 8)}
+    kwargs |= {"scale": torch.randn(8), "other": torch.randn(8)}
+    expected = model(*args, **kwargs)
+    module = fxpass.parallelize(model, 2, executor="lockstep")
+    assert torch.equal(module(*args, **kwargs), expected)
+    assert len(seen) > 1
+    assert all(each == (positional, list(kwargs)) for each in seen)
+
+
+def test_a_hook_may_need_an_argument_to_be_positional(module: ParallelModule, model: Block) -> None:
+    handle = model.register_forward_pre_hook(lambda m, args: (args[0] * 2, *args[1:]))
+    check(module, model)
+    handle.remove()
+    sample, timestep = inputs()
+    by_name = module(sample=sample, timestep=timestep)["sample"]
+    torch.testing.assert_close(by_name, whole(model, sample, timestep))
+
+
 def test_changed_and_replaced_weights_are_seen_without_a_new_capture(module: ParallelModule, model: Block) -> None:
     check(module, model)
     plan = module.plan
