@@ -1,1 +1,1 @@
-"""What the speed and the exactness are measured with."""
+"""Benchmarks of speed, traffic and exactness."""

@@ -1,18 +1,17 @@
-"""`make bench-displaced`: steady displaced steps against steps that exchange nothing; two processes of one thread each.
+"""`make bench-displaced`: compare steady displaced steps with steps that exchange nothing, on two one-thread ranks.
 
     python -m benchmarks.displaced [--rounds 20] [--models unet mmdit] [--strategy displaced]
     python -m benchmarks.displaced --trace steps.json [--models unet]
 
-Four things take turns in every round, each with one step that is timed, after one that is not:
+Four contenders alternate in every round; each runs one untimed and then one timed step:
 
-    displaced   steady steps of a stale strategy, "displaced" or another: waits are for what was launched a step before
+    displaced   steady steps of a stale strategy, "displaced" or another: each waits for what was launched a step before
     no_sync     the same for strategy "no_sync", which sends nothing but the output
     sync        exact steps
-    ceiling     the displaced program with the exchanges left out (their results kept from an earlier step)
+    ceiling     the displaced program without exchanges (results kept from an earlier step)
 
-Reported are medians per step, ratios per round, and the bytes that travel. With `--trace` two displaced steps in a row
-are written down instead, in steps-unet.json and so on (see `trace.py`). `FXPASS_SHM_DISABLE=1` has gloo carry the
-messages.
+The report has medians per step, ratios per round, and bytes received. With `--trace` two consecutive displaced steps
+are recorded instead, in steps-unet.json and so on (see `trace.py`). With `FXPASS_SHM_DISABLE=1` gloo carries messages.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from benchmarks.models import MODELS
 from benchmarks.trace import trace
 from fxpass.strategy import PRESETS
 
-STEPS = 1  #: timed in each turn, after one that is not
+STEPS = 1  #: timed steps per turn, after an untimed one
 STALE = [name for name, strategy in PRESETS.items() if not strategy.exact and name != "no_sync"]
 
 
@@ -57,7 +56,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(name: str, displaced: str, rounds: int) -> str:
-    """Run all four in turns; the report."""
+    """Run all four in turns; returns the report."""
     model, ready = steppers(name, (displaced, "no_sync", "sync"))
     running = contenders(ready)
     received = {strategy: ready[strategy].received(each.step) for strategy, each in running.items()}
@@ -87,7 +86,7 @@ def _bytes(roles: dict[str, int]) -> str:
 
 @torch.no_grad()
 def traced(name: str, displaced: str, file: Path) -> str:
-    """Write down two displaced steps of `name` beside `file`, its name added; rank 0's table."""
+    """Record two displaced steps of `name` next to `file`, with its name added; returns rank 0's table."""
     _, ready = steppers(name, (displaced,))
     seen = trace(ready[displaced])
     return f"{name}: {seen.written(file, name)}" if seen else ""

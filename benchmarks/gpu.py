@@ -1,19 +1,19 @@
-"""What one GPU tells of many: a rank's program, timed where its messages come from a modelled link.
+"""Project from one GPU to several: time one rank's program while its messages come from a modelled link.
 
     python -m benchmarks.gpu [--models sdxl] [--size 2048] [--ranks 2 4 8] [--links nvlink pcie] [--compile]
 
 A published model at its usual size, with random weights, runs whole; then the slowest rank's program of an n-rank plan
-runs alone. Its messages are packed, sent and unpacked as always, but on a *loopback*: a side stream idles for as long
-as the link would take, then copies as many bytes as would come. So what is measured is the computing, the packing, the
-traffic in this GPU's memory and what overlaps; what is modelled is the link. NCCL's own kernels, which take some of the
-processors, and other ranks that are late are in neither: these are projections.
+runs alone. Its messages are packed, sent and unpacked as usual, but on a *loopback*: a side stream idles for as long as
+the link would take, then copies as many bytes as would arrive. Measured are compute, packing, traffic in this GPU's
+memory, and overlap; modelled is the link. Not included are NCCL's own kernels, which occupy some multiprocessors, and
+late ranks: these are projections.
 
-    exact      lockstep on this GPU, all ranks: the error against the unsplit model, and that one's own against float32
-    ceiling    the displaced program with the exchanges left out
+    exact      all ranks in lockstep on this GPU: error against the unsplit model, and that model's own against float32
+    ceiling    the displaced program without exchanges
     displaced  steady steps of the strategy
     sync       exact steps
 
-Runs on CPUs as well (there the loopback sleeps), where only the numbers mean nothing.
+It also runs on CPUs, where the loopback sleeps and the numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ from fxpass.runtime.process_group import GroupLane
 from fxpass.runtime.runner import Runner
 from fxpass.runtime.structure import WeightTable
 
-WARM = 2  #: steps before the clock starts
+WARM = 2  #: untimed steps
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
 class Link:
-    """What carries a rank's messages, as a model."""
+    """A model of the link that carries a rank's messages."""
 
     bandwidth: float  #: bytes per second that a rank receives
-    latency: float  #: seconds that a message takes however small it is
+    latency: float  #: seconds per message, regardless of its size
 
     def seconds(self, size: int) -> float:
         return self.latency + size / self.bandwidth
 
 
-#: about what NCCL's collectives reach between the GPUs of one machine
+#: roughly what NCCL's collectives reach between the GPUs of one machine
 LINKS = {"nvlink": Link(350e9, 15e-6), "pcie": Link(20e9, 20e-6)}
 
 
@@ -69,13 +69,13 @@ LINKS = {"nvlink": Link(350e9, 15e-6), "pcie": Link(20e9, 20e-6)}
 
 
 class Loopback:
-    """A group whose other ranks send what this one sends; messages take their turn on one link."""
+    """A group whose other ranks send what this one sends; messages queue on one link."""
 
     def __init__(self, device: torch.device, link: Link) -> None:
         self.link = link
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.cycles = _cycles_per_second() if self.stream else 0.0
-        self.free = 0.0  #: without a stream: when the link has carried all messages so far
+        self.free = 0.0  #: without a stream: when the link will have carried all messages so far
 
     def _allgather_base(self, receive: Tensor, send: Tensor) -> Arrival:
         return self._carried(receive, send, receive.numel() - send.numel())
@@ -102,10 +102,10 @@ class Loopback:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a collective returns: on its way until `wait`."""
+    """The handle of a collective, in flight until `wait`."""
 
     due: float
-    event: Any  #: of the stream that brings it, if there is one
+    event: Any  #: event of the stream that carries it, if there is one
 
     def wait(self) -> None:
         if self.event is not None:
@@ -118,7 +118,7 @@ class Arrival:
 
 
 def _fill(receive: Tensor, send: Tensor) -> None:
-    """As many bytes move as would come: what is sent, then nothing."""
+    """Copy as many bytes as would arrive: what is sent, then zeros."""
     size = min(receive.numel(), send.numel())
     receive[:size].copy_(send[:size])
     receive[size:].zero_()
@@ -137,7 +137,7 @@ def _cycles_per_second() -> float:
 
 @dataclass
 class Alone:
-    """What links read of a board, where nobody else is."""
+    """A board without other ranks."""
 
     rank: int
     world: int
@@ -145,7 +145,7 @@ class Alone:
 
 
 class LoopbackLinks(Collectives):
-    """A rank's links, all of them on one loopback."""
+    """The links of a rank, all on one loopback."""
 
     def lanes(self, routes: Sequence[Route], device: torch.device) -> Sequence[GroupLane]:
         return [GroupLane(route, self.group, device, self.blocking, self.board) for route in routes]
@@ -165,7 +165,7 @@ class OneRank:
         self.over(LINKS["nvlink"])
 
     def over(self, link: Link) -> None:
-        """Messages travel by this link from now on."""
+        """Use this link from now on."""
         loopback = Loopback(self.device, link)
         self.sessions = Sessions(LoopbackLinks(loopback, loopback, False, self.board), self.code.sites, self.device)
         self.step(EXACT)
@@ -175,7 +175,7 @@ class OneRank:
         return self.runner.run(values, transport or self.sessions.at(step), step)
 
     def without_exchanges(self) -> Callable[[], list[Tensor]]:
-        """The displaced program, with each exchange's results as they are now."""
+        """The displaced program, with each exchange's results fixed to their current values."""
         keeping = Keeping(self.sessions.at(DISPLACED))
         self.step(DISPLACED, keeping)
         kept = Kept(keeping.results)
@@ -195,7 +195,7 @@ def published(
 
 
 def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
-    """The median of so many steps."""
+    """The median time of `steps` steps."""
     taken = []
     for turn in range(WARM + steps):
         _settled(device)
@@ -208,7 +208,7 @@ def seconds(step: Callable[[], Any], steps: int, device: torch.device) -> float:
 
 
 def peak(step: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a step allocates beyond what is there before it."""
+    """Bytes that a step allocates on top of what was allocated before."""
     if device.type != "cuda":
         return 0
     _settled(device)
@@ -225,14 +225,14 @@ def _settled(device: torch.device) -> None:
 
 
 def rms(found: Tensor, expected: Tensor) -> float:
-    """Root-mean-square error, as a part of the root mean square of what is expected."""
+    """Root-mean-square error, relative to the root mean square of the expected value."""
     found, expected = found.double(), expected.double()
     return ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
 @torch.no_grad()
 def measure(name: str, options: argparse.Namespace) -> None:
-    """Print what was found of one model."""
+    """Measure one model and print the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, inputs = published(name, options, DTYPES.get(options.dtype), device)
     call = Call.of(model, (), inputs)
@@ -270,7 +270,7 @@ def exact(
     options: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """All ranks in lockstep, against the unsplit model in the same precision and in float32."""
+    """Compare all ranks in lockstep with the unsplit model in the same precision and in float32."""
     call = Call.of(model, (), inputs)
     full, _ = published(name, options, torch.float32, device)
     for theirs, ours in zip(full.parameters(), model.parameters(), strict=True):
@@ -316,7 +316,7 @@ def projected(
 
 
 def alone(program: Any, model: nn.Module, call: Call, inputs: dict[str, Any], steps: int, device: torch.device) -> None:
-    """One rank, compiled, against `torch.compile` of the model."""
+    """Compare one compiled rank with `torch.compile` of the model."""
     one = OneRank(fxpass.plan(program, world_size=1), 0, model, call, True)
     ours = seconds(lambda: one.step(EXACT), steps, device)
     compiled = torch.compile(model)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes, a plan whose steps are run by hand, turns, statistics."""
+"""What the benchmarks share: processes, stepping through a plan, turns, statistics."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from fxpass.runtime.interpreter import Site, Transport, drive
 from fxpass.runtime.structure import WeightTable
 
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-DRIFT = 0.02  #: how far the sample moves from step to step, in standard deviations
-RESAMPLED = 10_000  #: draws of a bootstrap
-DISPLACED = Step(exact=False, pace=1.0)  #: timesteps are evenly spaced, so that values are forecast
+DRIFT = 0.02  #: change of the sample per step, in standard deviations
+RESAMPLED = 10_000  #: bootstrap samples
+DISPLACED = Step(exact=False, pace=1.0)  #: evenly spaced timesteps, so that values are extrapolated
 
 
 def on_two_processes(module: str, reports: Iterable[str]) -> None:
-    """Start `python -m module` again as two processes of torchrun; in these, print what rank 0 reports.
+    """Start `python -m module` again as two torchrun processes; inside these, print what rank 0 reports.
 
     Args:
-        reports: made one by one, on both ranks.
+        reports: created one by one, on both ranks.
     """
     if "RANK" in os.environ:
         take_part(reports)
@@ -47,7 +47,7 @@ def on_two_processes(module: str, reports: Iterable[str]) -> None:
 
 
 def take_part(reports: Iterable[str]) -> None:
-    """Be a rank of the process group that the environment names."""
+    """Join the process group that the environment describes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for report in reports:
@@ -57,7 +57,7 @@ def take_part(reports: Iterable[str]) -> None:
 
 
 class Stepper:
-    """This rank's part of a plan. Each step is given another sample, the same on all ranks."""
+    """This rank's program of a plan. Each step gets another sample, equal on all ranks."""
 
     def __init__(
         self, executor: DistributedExecutor, plan: fxpass.Plan, model: nn.Module, inputs: dict[str, Any]
@@ -87,19 +87,19 @@ class Stepper:
         return self.loaded.run(self.weights, self.tensors(), DISPLACED)
 
     def drive(self, transport: Transport) -> list[Tensor]:
-        """This rank's program, with its exchanges performed by `transport`."""
+        """Run this rank's program; `transport` performs its exchanges."""
         bound = self.loaded.bound
         return drive(bound.code.run(bound.values(self.weights, self.tensors())), transport)
 
     def without_exchanges(self, step: Step) -> Callable[[], list[Tensor]]:
-        """This rank's program, with each exchange's results as `step`, run now, leaves them."""
+        """This rank's program without exchanges: their results are fixed to those of `step`, which runs now."""
         keeping = Keeping(self.loaded.sessions.at(step))
         self.drive(keeping)
         kept = Kept(keeping.results)
         return lambda: self.drive(kept)
 
     def received(self, step: Callable[[], Any]) -> dict[str, int]:
-        """Bytes that this rank is sent in one `step`, by role."""
+        """Bytes that this rank receives in one `step`, by role."""
         before = dict(self.executor.traffic)
         step()
         change = {role: count - before.get(role, 0) for role, count in self.executor.traffic.items()}
@@ -107,7 +107,7 @@ class Stepper:
 
 
 class Keeping:
-    """A transport whose results are kept."""
+    """A transport that records results."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
@@ -123,7 +123,7 @@ class Keeping:
 
 
 class Kept:
-    """No transport: the results are given."""
+    """A transport that returns recorded results."""
 
     def __init__(self, results: dict[Site, list[Tensor]]) -> None:
         self.results = results
@@ -137,13 +137,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that takes turns with others."""
+    """One of the programs that alternate."""
 
     step: Callable[[], Any]
-    settle: Callable[[], Any] | None = None  #: run after each turn: receives what the last step has left under way
+    settle: Callable[[], Any] | None = None  #: run after each turn: receives messages that the last step left in flight
 
     def turn(self, steps: int) -> float:
-        """Seconds per step, on the slower rank, of `steps` steps that follow another one at once."""
+        """Seconds per step on the slower rank, over `steps` steps that directly follow another one."""
         dist.barrier()
         self.step()
         began = time.perf_counter()
@@ -157,7 +157,7 @@ class Contender:
 
 
 def steppers(name: str, strategies: tuple[str, ...]) -> tuple[nn.Module, dict[str, Stepper]]:
-    """A model of `MODELS`, and its plan for two ranks by each strategy."""
+    """Load a model of `MODELS`, and plan it for two ranks with each strategy."""
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     model.eval()
@@ -168,7 +168,7 @@ def steppers(name: str, strategies: tuple[str, ...]) -> tuple[nn.Module, dict[st
 
 
 def contenders(ready: dict[str, Stepper]) -> dict[str, Contender]:
-    """By strategy, steady steps."""
+    """Contenders that run steady steps, by strategy."""
     found: dict[str, Contender] = {}
     for strategy, stepper in ready.items():
         stepper.exact()
@@ -178,14 +178,14 @@ def contenders(ready: dict[str, Stepper]) -> dict[str, Contender]:
 
 
 def in_turns(contenders: dict[str, Contender], turn: int, steps: int) -> dict[str, float]:
-    """One turn of each, from another one on each time: seconds per step."""
+    """One turn of each contender, starting with another one each time: seconds per step."""
     names = list(contenders)
     first = turn % len(names)
     return {name: contenders[name].turn(steps) for name in [*names[first:], *names[:first]]}
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, smallest and largest."""
+    """Median, minimum and maximum as text."""
     return f"{statistics.median(values):7.3f}  ({min(values):.3f}–{max(values):.3f})"
 
 

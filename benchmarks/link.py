@@ -1,19 +1,19 @@
-"""`make bench-link`: the UNet on two ranks over a network link, and what share of its unlimited speed it keeps.
+"""`make bench-link`: run the UNet on two ranks over a network link, and report the share of its unlimited speed.
 
     python -m benchmarks.link [--rounds 10] [--rates 1gbit 300mbit]
     python -m benchmarks.link --trace steps.json [--rates 300mbit]
 
-Each rank runs in a network namespace of its own. A pair of virtual Ethernet devices joins the two, and `tc` limits what
-leaves either end (`tbf rate … burst 1mbit latency 50ms`). gloo carries all messages (`FXPASS_SHM_DISABLE=1`). Each
-rate has its turn in every round, "loopback" (the same devices, not limited) first, and at each rate "displaced",
-"compressed", "no_sync" and "sync" take turns, so that whatever else the machine does hits all alike. What a plain
-transfer reaches at each rate is measured first; the run ends if that is not the rate.
+Each rank runs in its own network namespace. A pair of virtual Ethernet devices joins the two, and `tc` limits what
+leaves either end (`tbf rate … burst 1mbit latency 50ms`). gloo carries all messages (`FXPASS_SHM_DISABLE=1`). Every
+round goes through all rates, "loopback" (the same devices, unlimited) first; at each rate "displaced", "compressed",
+"no_sync" and "sync" alternate, so that other load on the machine affects all of them. The speed of a plain transfer is
+measured first at each rate; the run ends if it differs from the rate.
 
 The burst has room for one of the kernel's packets (64 KB). With a smaller one (`--burst 256kbit`) the kernel cuts each
-into Ethernet frames, on the processors that the ranks compute with; network cards do that by themselves.
+packet into Ethernet frames, on the cores that the ranks compute with; network cards do that in hardware.
 
-Needs Linux, root, and `ip` and `tc` (apt-get install iproute2); where something is missing it says what, and does
-nothing. The namespaces are deleted however it ends, but for SIGKILL.
+Needs Linux, root, and `ip` and `tc` (apt-get install iproute2); if something is missing, it says what and stops. The
+namespaces are deleted at the end, except after SIGKILL.
 
 DistriFusion's code, with bursts of 256 kbit, kept 0.90 (1 Gbit/s) and 0.72 (300 Mbit/s) of its speed, in its sync
 mode 0.80 and 0.61.
@@ -43,9 +43,9 @@ from benchmarks.trace import trace
 
 LOOPBACK = "loopback"
 STRATEGIES = ("displaced", "compressed", "no_sync", "sync")
-STEPS = 1  #: timed in each turn, after one that is not
+STEPS = 1  #: timed steps per turn, after an untimed one
 DEVICE = "fxlink"
-ADDRESSES = ("10.77.0.1", "10.77.0.2")  # seen only inside the namespaces
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # visible only inside the namespaces
 PROBE = 8 << 20  #: bytes of a plain transfer
 AIM = 0.95
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,7 +54,7 @@ UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 @dataclass(frozen=True)
 class Link:
-    """What lets messages through, in both directions."""
+    """The limit of the link, for both directions."""
 
     rate: str
     burst: str
@@ -64,7 +64,7 @@ class Link:
 
     @property
     def limit(self) -> list[str]:
-        """What tc is told, so that what leaves this end of the pair has this rate."""
+        """The arguments of tc that limit what leaves this end of the pair."""
         limited = ["tbf", "rate", self.rate, "burst", self.burst, "latency", "50ms"]
         return ["qdisc", "replace", "dev", DEVICE, "root", *(["noqueue"] if self.rate == LOOPBACK else limited)]
 
@@ -72,8 +72,10 @@ class Link:
 def main() -> None:
     parser = argparse.ArgumentParser(description="two ranks over an emulated network link")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--rates", nargs="+", type=amount, default=["1gbit", "300mbit"], help="a second, as in 300mbit")
-    parser.add_argument("--burst", type=amount, default="1mbit", help="what may leave at once, as in 256kbit")
+    parser.add_argument(
+        "--rates", nargs="+", type=amount, default=["1gbit", "300mbit"], help="per second, as in 300mbit"
+    )
+    parser.add_argument("--burst", type=amount, default="1mbit", help="burst size, for example 256kbit")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of two steps per rate instead")
     options = parser.parse_args()
     if "RANK" in os.environ:
@@ -88,20 +90,20 @@ def main() -> None:
 
 
 def amount(text: str) -> str:
-    """`text`, if it is a number of bits with a unit. Raises `ValueError` if not."""
+    """Return `text` if it is a number of bits with a unit. Raises `ValueError` otherwise."""
     bits(text)
     return text
 
 
 def interrupted(number: int, _: Any) -> None:
-    """End by way of the `finally` blocks, which nothing may interrupt."""
+    """Exit through the `finally` blocks, which nothing may interrupt."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
 def missing() -> str | None:
-    """Why namespaces cannot be made here."""
+    """Why namespaces cannot be created here, or an empty text."""
     if not sys.platform.startswith("linux"):
         return "network namespaces need Linux"
     absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -113,7 +115,7 @@ def missing() -> str | None:
 
 
 def run_ranks() -> int:
-    """Start a rank in each of two joined namespaces; 0 if both end well. Leaves neither processes nor namespaces."""
+    """Start a rank in each of two joined namespaces, and clean up at the end; returns 0 if both succeed."""
     try:
         with namespaces() as names:
             ranks: list[subprocess.Popen[bytes]] = []
@@ -132,7 +134,7 @@ def run_ranks() -> int:
 
 
 def start(rank: int, namespace: str) -> subprocess.Popen[bytes]:
-    """This script as rank `rank` of two, in a namespace."""
+    """Start this script as rank `rank` of two, in a namespace."""
     environment = {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -140,7 +142,7 @@ def start(rank: int, namespace: str) -> subprocess.Popen[bytes]:
         "MASTER_PORT": "29500",
         "GLOO_SOCKET_IFNAME": DEVICE,
         "FXPASS_SHM_DISABLE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # addresses have no names here, which torch warns of
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns that addresses have no names here
     }
     command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "benchmarks.link", *sys.argv[1:]]
     # a session of its own: Ctrl-C is for this process, which ends the ranks
@@ -148,7 +150,7 @@ def start(rank: int, namespace: str) -> subprocess.Popen[bytes]:
 
 
 def stop(rank: subprocess.Popen[bytes]) -> None:
-    """End a process, if it has not ended."""
+    """Terminate a process if it still runs."""
     rank.terminate()
     try:
         rank.wait(5)
@@ -159,7 +161,7 @@ def stop(rank: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def namespaces() -> Iterator[list[str]]:
-    """Two namespaces, joined; deleted at the end."""
+    """Create two joined namespaces; delete them at the end."""
     token = secrets.token_hex(4)
     names = [f"fxpass-{token}-{rank}" for rank in range(2)]
     pair = ["ip", "link", "add", DEVICE, "netns", names[0], "type", "veth", "peer", "name", DEVICE, "netns", names[1]]
@@ -171,7 +173,7 @@ def namespaces() -> Iterator[list[str]]:
             run("ip", "-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
             for device in ("lo", DEVICE):
                 run("ip", "-n", name, "link", "set", device, "up")
-        run("tc", "-n", names[0], *Link("1gbit", "1mbit").limit)  # is there such a limit on this system?
+        run("tc", "-n", names[0], *Link("1gbit", "1mbit").limit)  # check that this system supports the limit
         yield names
     finally:
         for name in names:
@@ -184,7 +186,7 @@ def run(*words: str) -> None:
 
 
 def delete(namespace: str) -> None:
-    """If there is one of that name."""
+    """Delete the namespace, if it exists."""
     subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True)
 
 
@@ -199,7 +201,7 @@ def set_up(link: Link) -> None:
 
 
 def transfer() -> float:
-    """Bits per second that gloo gets through, in the slower direction; the best of three attempts."""
+    """Bits per second that gloo reaches in the slower direction; the best of three attempts."""
     data = torch.zeros(PROBE, dtype=torch.uint8)
     best: list[float] = []
     for source in range(2):
@@ -207,7 +209,7 @@ def transfer() -> float:
         for _ in range(3):
             dist.barrier()
             began = time.monotonic()
-            dist.broadcast(data, source)  # has ended when the other rank has everything
+            dist.broadcast(data, source)  # ends when the other rank has received everything
             taken = torch.tensor(time.monotonic() - began, dtype=torch.float64)
             dist.all_reduce(taken, dist.ReduceOp.MAX)
             seconds.append(taken.item())
@@ -216,16 +218,16 @@ def transfer() -> float:
 
 
 def checked(link: Link) -> float:
-    """What a plain transfer reaches, bits per second. Raises `RuntimeError` if that is not the link's rate."""
+    """The speed of a plain transfer, bits per second. Raises `RuntimeError` if it differs from the link's rate."""
     set_up(link)
     reached = transfer()
     if link.rate != LOOPBACK and not 0.75 < reached / bits(link.rate) < 1.1:
-        raise RuntimeError(f"the link has {reached / 1e6:.0f} Mbit/s where {link.rate} were asked for")
+        raise RuntimeError(f"the link has {reached / 1e6:.0f} Mbit/s instead of {link.rate}")
     return reached
 
 
 def bits(text: str) -> float:
-    """Bits of an amount as tc writes it. Raises `ValueError` for another unit than those of `UNITS`."""
+    """Parse an amount as tc writes it, into bits. Raises `ValueError` for units that are not in `UNITS`."""
     for unit, factor in UNITS.items():
         if text.endswith(unit):
             return float(text.removesuffix(unit)) * factor
@@ -234,7 +236,7 @@ def bits(text: str) -> float:
 
 @torch.no_grad()
 def measure(links: list[Link], rounds: int) -> Iterator[str]:
-    """All strategies over all links in turns; the report."""
+    """Run all strategies over all links in turns; returns the report."""
     model, ready = steppers("unet", STRATEGIES)
     running = contenders(ready)
     reached = {link: checked(link) for link in links}
@@ -261,7 +263,7 @@ def measure(links: list[Link], rounds: int) -> Iterator[str]:
 
 @torch.no_grad()
 def traced(links: list[Link], file: Path) -> Iterator[str]:
-    """Write down two displaced steps over each link beside `file`, its rate added to the name; rank 0's tables."""
+    """Record two displaced steps over each link next to `file`, with the rate in the name; returns rank 0's tables."""
     _, ready = steppers("unet", ("displaced",))
     for link in links:
         reached = checked(link)

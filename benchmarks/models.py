@@ -1,4 +1,4 @@
-"""What is measured: a UNet and a multi-modal DiT of about 100 M parameters, with the inputs of one denoising step."""
+"""The measured models: a UNet and a multi-modal DiT of about 100 M parameters, with inputs of one denoising step."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""`make bench`: two processes of one thread each against one process of one thread, on this machine.
+"""`make bench`: compare two single-threaded processes with one, on this machine.
 
     python -m benchmarks.run [--rounds 7] [--models unet mmdit]
 
-Four things take turns in every round, so that whatever else the machine does hits all alike; medians are reported:
+Four contenders alternate in every round, so that other load on the machine affects all of them. Reports medians:
 
     plain      the unsplit model, rank 0 alone
     captured   the same through capture and lowering with world_size=1, rank 0 alone
     split      both ranks, exact mode
-    ceiling    both ranks' programs at once with the exchanges left out (their results kept from an earlier call),
-               until both are through: two busy cores slow each other, so 2.0 is not the ceiling of two processes
+    ceiling    both ranks' programs at once without exchanges (results kept from an earlier call), until both are done:
+               two busy cores slow each other, so 2.0 is not the ceiling of two processes
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(name: str, rounds: int) -> str:
-    """Run all four in turns; the text of rank 0's report."""
+    """Run all four in turns; returns the text of rank 0's report."""
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     model.eval()

@@ -1,7 +1,7 @@
-"""Two displaced steps in a row, message by message: launched in one step, awaited in the next.
+"""Trace two consecutive displaced steps, message by message: launched in one step, awaited in the next.
 
-The lanes of a session are wrapped, so that each use of one is written down. All clocks are the machine's monotonic one,
-so that what several ranks wrote down fits together.
+The lanes of a session are wrapped to record each use. All ranks read the machine's monotonic clock, so that their
+records fit together.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from fxpass.runtime.messages import Lane
 from fxpass.runtime.process_group import GroupLane
 
 now = time.monotonic
-CONTEXT = 1  #: whose session is watched: not the one that other steps use
+CONTEXT = 1  #: the context whose session is traced; other steps use another one
 
 
 @dataclass
 class Flight:
-    """One exchange node's messages of one step, as one rank sees them. Times in seconds."""
+    """The messages of one exchange node in one step, as one rank sees them. Times in seconds."""
 
     node: str
     role: str
     received: int  #: bytes
-    began: float  #: this rank's part is written from here …
-    launched: float  #: … to here
-    arrived: float | None = None  #: the others' parts are here
-    awaited: float | None = None  #: they are asked for from here …
-    taken: float | None = None  #: … to here
+    began: float  #: start of writing this rank's part
+    launched: float  #: end
+    arrived: float | None = None  #: all other parts have arrived
+    awaited: float | None = None  #: start of waiting for them
+    taken: float | None = None  #: end
 
     @property
     def blocked(self) -> float:
-        """Seconds that the wait took; 0 if nothing has waited."""
+        """Seconds spent waiting; 0 if nothing waited."""
         return 0.0 if self.awaited is None or self.taken is None else self.taken - self.awaited
 
 
 @dataclass
 class Span:
-    """A piece of a rank's time."""
+    """An interval of a rank's time."""
 
     name: str
     began: float
     ended: float
-    role: str = ""  #: of an exchange
+    role: str = ""  #: role of the exchange
 
     @property
     def seconds(self) -> float:
@@ -64,7 +64,7 @@ class Span:
 
 @dataclass
 class Log:
-    """What one rank wrote down."""
+    """The record of one rank."""
 
     steps: list[Span] = field(default_factory=list)
     exchanges: list[Span] = field(default_factory=list)  #: waiting, unpacking, packing, launching
@@ -76,7 +76,7 @@ class Log:
 
 
 class WatchedLane:
-    """A lane, with its uses written down."""
+    """A lane that records its uses."""
 
     def __init__(self, lane: Lane, node: str, exchanges: Sequence[Exchange], rank: int, log: Log) -> None:
         self.lane = lane
@@ -119,12 +119,12 @@ class WatchedLane:
 
 @dataclass(frozen=True)
 class Trace:
-    """What all ranks wrote down."""
+    """The records of all ranks."""
 
     logs: list[Log]
 
     def __post_init__(self) -> None:
-        """Through shared memory a message has arrived when its sender has written it."""
+        """With shared memory a message has arrived when its sender has written it."""
         for log in self.logs:
             for i, flight in enumerate(log.flights):
                 others = [other.flights[i].launched for other in self.logs if other is not log]
@@ -132,13 +132,13 @@ class Trace:
                     flight.arrived = max(others)
 
     def written(self, file: Path, what: str) -> str:
-        """Write `chrome()` beside `file`, with `what` added to its name; `table()`."""
+        """Write `chrome()` next to `file`, with `what` added to its name; returns `table()`."""
         place = file.with_stem(f"{file.stem}-{what}")
         place.write_text(self.chrome())
         return f"{place}\n{self.table()}"
 
     def table(self) -> str:
-        """Rank 0's messages of the first step, in ms since it began."""
+        """Rank 0's messages of the first step, in ms since its start."""
         log = self.logs[0]
         first, second = log.steps
 
@@ -198,7 +198,7 @@ class Trace:
 
 
 class Watched:
-    """A transport, with its acts written down."""
+    """A transport that records its calls."""
 
     def __init__(self, transport: Transport, log: Log) -> None:
         self.transport = transport
@@ -221,7 +221,7 @@ class Watched:
 
 @torch.no_grad()
 def trace(stepper: Stepper) -> Trace | None:
-    """Run an exact and three displaced steps, and write down the last two; None but on rank 0."""
+    """Run one exact and three displaced steps, and record the last two. Returns None on ranks other than 0."""
     log, rank = Log(), dist.get_rank()
     exact, displaced = (stepper.loaded.sessions.at(replace(step, context=CONTEXT)) for step in (EXACT, DISPLACED))
     assert isinstance(exact, ExactStep)
@@ -240,7 +240,7 @@ def trace(stepper: Stepper) -> Trace | None:
         stepper.drive(watched)
         log.steps.append(Span(name, began, now()))
     written = Log(log.steps, log.exchanges, list(log.flights))
-    stepper.drive(exact)  # receives what is under way
+    stepper.drive(exact)  # receive messages in flight
     for way, watched_lane in watching:
         way.lane = watched_lane.lane
     for flight in written.flights:

@@ -1,7 +1,7 @@
-"""One small model of the zoo: how it is made, and inputs of any size for it.
+"""One small model: how to build it, and inputs of any size for it.
 
-Constant-initialised parameters (zero gates, unit norms, zero biases) are randomised, so that no error can hide
-behind a zero.
+Constant-initialised parameters (zero gates, unit norms, zero biases) are randomised, because an error that
+is multiplied by zero does not show.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Case:
         """Keyword arguments for one call on a `rows` x `cols` latent (`rows` x `rows` if `square`).
 
         Args:
-            module: spares a build where the caller has one already; only its `config` is read.
+            module: a module that was built before, to avoid another build; only its `config` is read.
 
         Raises:
             ValueError: the model does not take this height or width.

@@ -1,4 +1,4 @@
-"""Where pipelines keep their denoisers, and how they say that a generation begins."""
+"""Adapters to diffusers pipelines: where they keep their denoisers, and how they announce a generation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from typing import Any
 
 from torch import nn
 
-DENOISERS = ("transformer", "unet", "transformer_2", "prior")  #: attribute names; a pipeline may have several
+DENOISERS = ("transformer", "unet", "transformer_2", "prior")  #: attributes that hold denoisers, the main one first
 
 
 def denoisers(pipeline: Any) -> list[str]:
-    """The attributes of `pipeline` that are denoisers, the first the main one."""
+    """Names of the attributes of `pipeline` that are denoisers, the main one first."""
     return [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
 
 
 def announce(pipeline: Any, begin: Callable[[Sequence[float]], None]) -> None:
-    """Have `begin` called whenever the pipeline's scheduler is given its timesteps, as every generation does first.
+    """Call `begin(timesteps)` whenever the pipeline's scheduler gets its timesteps, which starts every generation.
 
-    It is told which.
-
-    A copy of the scheduler announces as well; one that the user puts in its place does not.
+    A copy of the scheduler also calls it; another scheduler that the user sets later does not.
     """
     scheduler = getattr(pipeline, "scheduler", None)
     before = getattr(scheduler, "set_timesteps", None)
@@ -36,5 +34,5 @@ def announce(pipeline: Any, begin: Callable[[Sequence[float]], None]) -> None:
         begin([float(each) for each in self.timesteps])
         return result
 
-    # a bound method: a deep copy of the scheduler has it bound to itself
+    # a bound method, so that a deep copy of the scheduler binds it to itself
     scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What the command line calls a model: a catalog name, `small:NAME`, a folder, or `package.module:factory`."""
+"""Resolve what the command line calls MODEL: a catalog name, `small:NAME`, a folder, or `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .wrappers import Decode
 
 
 class ResolveError(ValueError):
-    """A model string means nothing; the message says why, and what may have been meant."""
+    """A MODEL string cannot be resolved; the message says why, and suggests near names."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller may choose about a model; `None` is the model's usual value.
+    """Options of a model; `None` means the model's usual value.
 
     Attributes:
         height, width: pixels of the output; a square if only one is given.
@@ -59,14 +59,14 @@ class Resolved:
 
 
 def resolve(model: str, options: Options = Options()) -> Resolved:
-    """The module and example inputs that `model` names: a catalog name, a folder, or `package.module:factory`.
+    """Build the module and example inputs that `model` names: a catalog name, a folder, or `package.module:factory`.
 
-    `small:NAME` is a tiny model of the small zoo, always with values; its heights and widths are those of the latent.
+    `small:NAME` is a tiny model with random weights; its heights and widths are those of the latent.
     A folder is a diffusers pipeline (its denoiser is taken) or a single model. A factory is called without arguments
     and returns a module, `(module, kwargs)` or `(module, args, kwargs)`; it decides sizes and precision itself.
 
     Raises:
-        ResolveError: the string means nothing, or what it means cannot be used.
+        ResolveError: nothing has this name, or what has it cannot be used.
         ValueError: the model does not take the size that `options` ask for.
     """
     if model in catalog:
@@ -137,7 +137,7 @@ def _from_folder(folder: Path, options: Options) -> Resolved:
 
 
 def _build(folder: Path, pipeline: Path | None, options: Options) -> tuple[nn.Module, tuple[()], dict[str, Any]]:
-    """The model of one folder, with the inputs that the pipeline around it (if any) would pass."""
+    """Build the model of one folder, with the inputs that its pipeline (if any) would pass."""
     config = _read(folder / "config.json")
     if config is None:
         raise ResolveError(f"{folder} has no config.json (a model) and no model_index.json (a pipeline)")
@@ -210,7 +210,7 @@ def _scale(config: dict[str, Any], pipeline: Path | None, entry: Entry | None) -
 
 
 def _text_length(config: dict[str, Any], pipeline: Path | None) -> int | None:
-    """UNets see all that the tokenizer pads to; transformers' pipelines choose a length of their own."""
+    """UNets see the tokenizer's full padded length; pipelines of transformers choose a length of their own."""
     tokenizer = pipeline and _read(pipeline / "tokenizer" / "tokenizer_config.json")
     if not tokenizer or not config["_class_name"].startswith("UNet"):
         return None
@@ -224,7 +224,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ResolveError(f"{path} is no JSON: {error}") from None
+        raise ResolveError(f"{path} is not valid JSON: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ factories
@@ -232,13 +232,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _from_factory(model: str, options: Options) -> Resolved:
     path, _, name = model.partition(":")
-    if os.getcwd() not in sys.path:  # console scripts do not have it
+    if os.getcwd() not in sys.path:  # console scripts lack it
         sys.path.insert(0, os.getcwd())
     try:
         holder = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module is there, something that it imports is not
+            raise  # the module exists, but not something that it imports
         raise ResolveError(f"no model {model!r}: there is no module {error.name!r} to import") from None
     except (ValueError, TypeError):
         raise ResolveError(f"no model {model!r}: {path!r} is no dotted module path") from None

@@ -1,4 +1,4 @@
-"""The small zoo: one tiny, seeded model per architecture, with inputs of any height, for the exactness tests."""
+"""Tiny seeded models, one per architecture, with inputs of any height: `small:NAME`, and the exactness tests."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _controlnet() -> nn.Module:
 
 
 def _controlnet_residuals(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """What a ControlNet adds to `unet`: one `[B, C, h, w]` for each of its skips and one for its middle."""
+    """ControlNet residuals for `unet`: one `[B, C, h, w]` per skip connection, and one for the middle block."""
     config, rows, cols = unet.config, size.rows, size.cols
     shapes = [(config.block_out_channels[0], rows, cols)]
     for level, channels in enumerate(config.block_out_channels):

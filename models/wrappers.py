@@ -1,4 +1,4 @@
-"""Modules whose forward is another method of a model: the two halves of an autoencoder."""
+"""The two halves of an autoencoder as modules: `Decode` and `Encode`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 class Decode(nn.Module):
     """The decoder half of an autoencoder: `[B, C, h, w]` latent -> `[B, 3, H, W]` image, or video, or sound.
 
-    `noise` is what it draws, in turn: given as inputs, it is the same on all ranks. `options` are the other
-    arguments of `decode`.
+    `noise` replaces the random tensors that it draws, in order: as inputs they are equal on all ranks.
+    `options` are the other arguments of `decode`.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -30,7 +30,7 @@ class Decode(nn.Module):
 class Encode(nn.Module):
     """The encoder half: `[B, 3, H, W]` image, or video, or sound -> its latent.
 
-    Where that is a posterior: its parameters, `[B, 2 C, h, w]` for mean and log-variance, or its mode if it has none.
+    Where the latent is a posterior: its parameters, `[B, 2 C, h, w]` for mean and log-variance, else its mode.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -47,7 +47,7 @@ class Encode(nn.Module):
 
 
 class _Given(TorchFunctionMode):
-    """Normal noise is one of these tensors in turn, and drawn when they are used up."""
+    """Return these tensors, in order, as normal noise; draw noise when they are used up."""
 
     def __init__(self, noise: Sequence[Tensor]) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ def load(
         frames: frames of video.
         batch: samples per call, guidance branches counted.
         dtype: of parameters and inputs; the precision the model is usually run in by default.
-        device: where the tensors live; fake ones, too, claim only devices that this torch knows.
+        device: of the tensors, also of fake ones; this torch must know it.
         fake: make fake tensors, which have shapes but no values; otherwise random parameters, at full size.
 
     Raises:
@@ -65,17 +65,17 @@ def load(
     """
     entry = get(name)
     height, width = height or width or entry.height, width or height or entry.width
-    entry.latent(height, width, frames or entry.frames)  # refuses before it builds
+    entry.latent(height, width, frames or entry.frames)  # raise before building
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     with mode:
-        with torch.device(device):  # large models are made where there is room for them, and faster there
+        with torch.device(device):  # build large models where there is memory for them
             module = entry.build()
         module = cast(module, dtype or entry.dtype, torch.device(device))
         return module, entry.inputs(module, height, width, batch=batch, frames=frames)
 
 
 def cast(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """`module.to(device, dtype)` for fake modules too (those refuse `to`), sparing what its class keeps in float32."""
+    """`module.to(device, dtype)`, also for fake modules (which refuse `to`); keeps what its class keeps in float32."""
     kept = {name for each in module.modules() for name in getattr(each, "_keep_in_fp32_modules", None) or ()}
 
     def converted(value: Tensor, path: str) -> Tensor:

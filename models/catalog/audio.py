@@ -1,4 +1,4 @@
-"""Denoisers of sound: `height` counts samples, of which one row of the latent has `scale`."""
+"""Denoisers of audio: `height` counts samples; one row of the latent has `scale` of them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Entry:
     """One published model and how its pipeline calls it.
 
     Attributes:
-        name: what `get` and the command line know it by.
+        name: its name for `get` and on the command line.
         summary: one line for a listing.
         model: its class; `config` are the published values that differ from the class's defaults.
         parameters: the published number of parameters.
@@ -27,7 +27,7 @@ class Entry:
         dtype: the precision it is usually run in.
         multiple: heights and widths must be multiples of this many pixels.
         scale: pixels per latent row and column; frames per latent frame (after the first) is `frame_scale`.
-        wrap: what makes the called module out of the model, for one half of an autoencoder.
+        wrap: makes the called module from the model, for one half of an autoencoder.
     """
 
     name: str

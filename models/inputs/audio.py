@@ -1,4 +1,4 @@
-"""Inputs of sound denoisers: `rows` of the size are the length of the latent."""
+"""Inputs of audio denoisers: `rows` of the size is the length of the latent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .draw import Draw, Maker, Size
 
 
 def _stable_audio(transformer: diffusers.StableAudioDiTModel, size: Size, draw: Draw) -> dict[str, Any]:
-    """Text tokens are followed by two that tell start and end; one global token precedes the latent."""
+    """Text tokens are followed by two for start and end; one global token precedes the latent."""
     config = transformer.config
     return {
         "hidden_states": draw.normal(size.batch, config.in_channels, size.rows),
@@ -25,7 +25,7 @@ def _stable_audio(transformer: diffusers.StableAudioDiTModel, size: Size, draw: 
 
 
 def _ace_step(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """What is known of the sound lies beside the noise; text, lyrics and timbre are one sequence."""
+    """The known audio is concatenated to the noise; text, lyrics and timbre are one sequence."""
     config = transformer.config
     channels = config.audio_acoustic_hidden_dim
     return {

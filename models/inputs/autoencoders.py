@@ -1,4 +1,4 @@
-"""Inputs of the halves of autoencoders: a latent of images, of videos or of sound, or an image."""
+"""Inputs of the halves of autoencoders: a latent of images, videos or audio, or an image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from ..wrappers import Decode, Encode
 from .draw import Draw, Maker, Size
 
-#: dims of the latent after batch and channels, where they are not rows and columns
+#: dims of the latent after batch and channels, if they are not rows and columns
 VIDEOS = {
     "AutoencoderKLWan",
     "AutoencoderKLQwenImage",
@@ -18,7 +18,7 @@ VIDEOS = {
     "AutoencoderKLAllegro",
 }
 SOUND = {"AutoencoderOobleck"}
-CHANNELS = ("latent_channels", "z_dim", "decoder_input_channels")  #: what configurations call them
+CHANNELS = ("latent_channels", "z_dim", "decoder_input_channels")  #: names in configurations
 
 
 def _decode(decode: Decode, size: Size, draw: Draw) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def _decode(decode: Decode, size: Size, draw: Draw) -> dict[str, Any]:
     channels = next(config[key] for key in CHANNELS if key in config)
     extents = (size.rows,) if name in SOUND else (size.rows, size.cols)
     extents = (size.frames, *extents) if name in VIDEOS else extents
-    if name == "AutoencoderKLTemporalDecoder":  # frames are samples, of which it is told how many make a video
+    if name == "AutoencoderKLTemporalDecoder":  # frames are in the batch; an argument says how many make a video
         return {"latent": draw.normal(size.batch * size.frames, channels, *extents), "num_frames": size.frames}
     return {"latent": draw.normal(size.batch, channels, *extents)}
 

@@ -27,7 +27,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws tensors of one dtype on one device from one generator."""
+    """Draw tensors of one dtype on one device from one generator."""
 
     dtype: torch.dtype
     device: torch.device
@@ -44,18 +44,18 @@ class Draw:
         return torch.full(shape, value, dtype=dtype or self.dtype, device=self.device)
 
     def known(self, value: float, *shape: int) -> Tensor:
-        """`full`, but never fake: models decide by these values what they compute."""
+        """`full`, but never fake: the control flow of models depends on these values."""
         with unset_fake_temporarily():
             return self.full(value, *shape)
 
     def lengths(self, batch: int, length: int) -> list[int]:
-        """How many tokens of each sample are real, of `length`."""
+        """Number of valid tokens of each sample, of `length`."""
         return [max(1, length - length // 4 - b) for b in range(batch)]
 
     def mask(self, batch: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
-        """`[B, T]`, one where a text token is real: sample b has b fewer than three quarters.
+        """`[B, T]`, one where a text token is valid: sample b has b fewer than three quarters.
 
-        Never fake: models select by masks, so that shapes depend on their values.
+        Never fake: models select by masks, so shapes depend on their values.
         """
         with unset_fake_temporarily():
             real = torch.tensor(self.lengths(batch, length))

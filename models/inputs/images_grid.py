@@ -25,7 +25,7 @@ def _aura_flow(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _bria_fibo_2(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The text comes as bundles of encoder layers, one for the gist and one for each layer that reads it."""
+    """The text: outputs of several encoder layers, one for the gist tokens and one for each layer that reads it."""
     config, text = transformer.config, size.tokens(512)
     return {
         "hidden_states": _latent(transformer, size, draw),
@@ -117,7 +117,7 @@ def _joy(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _joy_plus(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The edited image and a smaller one to edit, cut into patches, with places left over at the end."""
+    """The edited image and a smaller one to edit, cut into patches and padded at the end."""
     config = transformer.config
     depth, high, wide = config.patch_size
     shapes = [(1, size.rows // high, size.cols // wide), (1, size.rows // high // 2, size.cols // wide)]
@@ -155,7 +155,7 @@ def _lumina_2(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _omnigen(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Text on the left, padded there, then the time token and the image; the text sees only what precedes it."""
+    """Text, padded on the left, then the time token and the image; the text has causal attention."""
     config, text = transformer.config, size.tokens(64)
     picture = (size.rows // config.patch_size) * (size.cols // config.patch_size)
     length = text + 1 + picture
@@ -175,7 +175,7 @@ def _omnigen(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _prior(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """It denoises the embedding of an image: the text is all that has rows."""
+    """It denoises the embedding of an image: only the text has rows."""
     config = transformer.config
     return {
         "hidden_states": draw.normal(size.batch, config.embedding_dim),

@@ -22,7 +22,7 @@ def _tokens(transformer: Any, size: Size, draw: Draw) -> Tensor:
 
 
 def _places(size: Size, draw: Draw, dims: int = 3, first: int = 0) -> Tensor:
-    """`[N, dims]`: of each token the number of its image, its row, its column, then zeros."""
+    """`[N, dims]`: for each token the index of its image, its row, its column, then zeros."""
     rows, cols = grid(size)
     axes = (torch.tensor([first]), torch.arange(rows), torch.arange(cols), *(torch.zeros(1) for _ in range(dims - 3)))
     return torch.cartesian_prod(*(axis.float() for axis in axes)).to(draw.device, draw.dtype)
@@ -43,7 +43,7 @@ def _bria(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _bria_fibo(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Each block reads the text encoder's output of a layer of its own."""
+    """Each block reads another layer of the text encoder."""
     config, text = transformer.config, size.tokens(512)
     rows, cols = grid(size)
     blocks = config.num_layers + config.num_single_layers
@@ -88,7 +88,7 @@ def _flux_2(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def flux_2_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """An image to edit, whose tokens follow those of the one that is made."""
+    """An image to edit, whose tokens follow those of the generated image."""
     inputs = _flux_2(transformer, size, draw)
     dims = len(transformer.config.axes_dims_rope)
     return {
@@ -98,7 +98,7 @@ def flux_2_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]
 
 
 def flux_3_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """An image to edit, a stream of its own."""
+    """An image to edit, as a separate stream."""
     rows, cols = grid(size)
     dims = len(transformer.config.axes_dims_rope)
     return {
@@ -108,7 +108,7 @@ def flux_3_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]
 
 
 def _ideogram(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Text on the left, padded there, and the image, in one sequence; what lies where is told by numbers."""
+    """Text, padded on the left, and the image in one sequence; integers say which token is what."""
     config, text = transformer.config, size.tokens(256)
     real = draw.mask(size.batch, text, torch.int64).flip(1)
     picture = _places(size, draw).to(torch.int64).expand(size.batch, -1, -1)
@@ -137,7 +137,7 @@ def _krea(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _numbered_text(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Text tokens are numbered like images, on two axes alike."""
+    """Text tokens have positions like images, equal on two axes."""
     text = size.tokens(256)
     numbers = torch.arange(text).float()
     return {
@@ -171,7 +171,7 @@ def _qwen(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _qwen_21(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """An image to edit amid the text, 2 x 2 of its places as one of the text's slots; then the edited image."""
+    """An image to edit inside the text, 2 x 2 of its latent pixels per text position; then the edited image."""
     config, text = transformer.config, size.tokens(256)
     pictures = [(1, 4, size.cols), (1, size.rows, size.cols)]
     slots = [high * wide // 4 for _, high, wide in pictures]
@@ -192,7 +192,7 @@ def _qwen_21(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _flux(transformer: diffusers.FluxTransformer2DModel, size: Size, draw: Draw) -> dict[str, Any]:
-    """The latent is packed: 2 x 2 pixels of it are one token."""
+    """The latent is packed: 2 x 2 of its pixels are one token."""
     config = transformer.config
     rows, cols, text = size.rows // 2, size.cols // 2, size.tokens(512)
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(cols).float())

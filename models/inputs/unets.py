@@ -32,10 +32,10 @@ def _class_labels(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _condition(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """What all text-conditioned UNets take besides the sample."""
+    """Inputs of all text-conditioned UNets besides the sample."""
     config = unet.config
     width = config.cross_attention_dim
-    if config.get("encoder_hid_dim_type") == "image_proj":  # the image's embedding is all there is
+    if config.get("encoder_hid_dim_type") == "image_proj":  # the only condition is the image's embedding
         return {
             "timestep": draw.full(321, dtype=torch.int64),
             "encoder_hidden_states": None,
@@ -61,7 +61,7 @@ def _condition(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
             config.projection_class_embeddings_input_dim
             == 5 * config.addition_time_embed_dim + config.cross_attention_dim
         ):
-            ids = torch.tensor([height, width, 0, 0, 6]).to(draw.device, draw.dtype)  # a score in place of a size
+            ids = torch.tensor([height, width, 0, 0, 6]).to(draw.device, draw.dtype)  # 6: an aesthetic score
         pooled = config.projection_class_embeddings_input_dim - len(ids) * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {
             "text_embeds": draw.normal(size.batch, pooled),
@@ -96,7 +96,7 @@ def _controlnet(controlnet: diffusers.ControlNetModel, size: Size, draw: Draw) -
 
 
 def _unet_spatio_temporal(unet: diffusers.UNetSpatioTemporalConditionModel, size: Size, draw: Draw) -> dict[str, Any]:
-    """The sample is noise and the first frame's latent, frames before channels; the one token is the image's."""
+    """The sample is noise and the first frame's latent, frames before channels; the only token is the image's."""
     config = unet.config
     ids = config.projection_class_embeddings_input_dim // config.addition_time_embed_dim
     return {

@@ -29,7 +29,7 @@ def _wan(transformer: diffusers.WanTransformer3DModel, size: Size, draw: Draw) -
 
 
 def _wan_vace(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The video that steers is seen by some of the blocks, by each as much as its scale says."""
+    """Some blocks see the control video, each with its own scale."""
     config = transformer.config
     return _wan(transformer, size, draw) | {
         "control_hidden_states": draw.normal(size.batch, config.vace_in_channels, size.frames, size.rows, size.cols),
@@ -103,7 +103,7 @@ def _ltx(transformer: diffusers.LTXVideoTransformer3DModel, size: Size, draw: Dr
 
 
 def _ltx_2(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Video and sound, 25 pieces a second, as tokens, and where each lies; learned tokens pad the text."""
+    """Video and audio (25 tokens per second) as tokens with positions; learned tokens pad the text."""
     config, text, rate = transformer.config, size.tokens(1024), 24.0
     pieces = round((1 + 8 * (size.frames - 1)) / rate * 25)
     seen = draw.full(1, size.batch, text, dtype=torch.int64)
@@ -139,7 +139,7 @@ def _mochi(transformer: diffusers.MochiTransformer3DModel, size: Size, draw: Dra
 
 
 def _kandinsky5(transformer: diffusers.Kandinsky5Transformer3DModel, size: Size, draw: Draw) -> dict[str, Any]:
-    """The latent has its channels last, and with `visual_cond` a condition and its mask beside the noise."""
+    """The latent has its channels last, and with `visual_cond` a condition and its mask as further channels."""
     config = transformer.config
     channels = 2 * config.in_visual_dim + 1 if config.visual_cond else config.in_visual_dim
     text = size.tokens(256)

@@ -98,7 +98,7 @@ def test_a_folder_that_holds_no_model_is_refused_with_the_reason(tmp_path: Path)
     with pytest.raises(ResolveError, match="does not have; did you mean UNet2DConditionModel"):
         resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ResolveError, match="is no JSON"):
+    with pytest.raises(ResolveError, match="is not valid JSON"):
         resolve(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
     with pytest.raises(ResolveError, match="pipeline without `transformer` or `unet`: it has vae"):
