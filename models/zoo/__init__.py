@@ -49,12 +49,12 @@ FAMILIES = (
     autoencoders_audio,
 )
 
-#: those that the installed diffusers has the classes for
+#: cases whose classes the installed diffusers has
 CASES: tuple[Case, ...] = tuple(
     case for cases in (small_cases, *(family.CASES for family in FAMILIES)) for case in cases if available(case)
 )
 
-_CONDITION = "makes what a denoiser is conditioned on, once per picture; it is no denoiser"
+_CONDITION = "computes the condition of a denoiser, once per image; it is no denoiser"
 LEFT_OUT: dict[str, str] = {name: reason for family in FAMILIES for name, reason in family.LEFT_OUT.items()} | {
     "AceStepAudioTokenDetokenizer": _CONDITION,
     "AceStepAudioTokenizer": _CONDITION,
@@ -63,12 +63,12 @@ LEFT_OUT: dict[str, str] = {name: reason for family in FAMILIES for name, reason
     "AudioLDM2ProjectionModel": _CONDITION,
     "CLIPImageProjection": _CONDITION,
     "Ideogram4PromptEnhancerHead": _CONDITION,
-    "Kandinsky6SRLatentUpscalerBank": "scales a latent up between two denoisers, once; it is none itself",
+    "Kandinsky6SRLatentUpscalerBank": "scales a latent up between two denoisers, once; it is no denoiser",
     "MiniMaxMusic3ConditionEncoder": _CONDITION,
     "ReduxImageEncoder": _CONDITION,
     "StableAudio3DurationEmbedder": _CONDITION,
     "StableAudioProjectionModel": _CONDITION,
-    "UniDiffuserTextDecoder": "writes text from an embedding, word by word; it is no denoiser",
+    "UniDiffuserTextDecoder": "generates text from an embedding, word by word; it is no denoiser",
 }
 
 

@@ -1,4 +1,4 @@
-"""Denoisers of sound, and of what else has one dim: `rows` is the length."""
+"""Denoisers of audio and other one-dim signals: `rows` is the length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..inputs import Draw, Size
 
 
 def _padded(size: Size, draw: Draw) -> torch.Tensor:
-    """`[B, L]`: each sample but the first ends sooner than the one before."""
+    """`[B, L]`: each sample but the first is shorter than the one before."""
     lengths = size.rows - 3 * torch.arange(size.batch)
     return (torch.arange(size.rows)[None] < lengths[:, None]).to(draw.device)
 
@@ -37,7 +37,7 @@ def _stable_audio() -> nn.Module:
 
 
 def _stable_audio_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """One token of global conditions is set before the sound."""
+    """One token of global conditions precedes the audio."""
     config = module.config
     rotary = get_1d_rotary_pos_embed(
         config.attention_head_dim // 2, size.rows + 1, use_real=True, repeat_interleave_real=False
@@ -158,7 +158,7 @@ def _t5_film() -> nn.Module:
 
 
 def _t5_film_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Notes and the sound before are both encoded, and both padded."""
+    """Notes and the preceding audio are both encoded, and both padded."""
     width = module.config.d_model
     return {
         "encodings_and_masks": [

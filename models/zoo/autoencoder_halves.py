@@ -1,4 +1,4 @@
-"""The two cases of an autoencoder: a decoder and an encoder, with a latent and a sample of any size."""
+"""Build the two cases of an autoencoder, decoder and encoder, with latents and samples of any size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..wrappers import Decode, Encode
 
 
 class Shapes(Protocol):
-    """Shapes of the latent and of the sample of one example."""
+    """The shapes of one example: its latent and its sample."""
 
     def latent(self, size: Size) -> tuple[int, ...]: ...
 
@@ -49,7 +49,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Sounds:
-    """`hop` samples of each of `tracks` per row of the latent, which has no columns."""
+    """Audio: `hop` samples of each of `tracks` per row of the latent, which has no columns."""
 
     channels: int
     tracks: int
@@ -63,7 +63,7 @@ class Sounds:
 
 
 def causal(time: int) -> Callable[[int], int]:
-    """Frames where the first one stands alone and each further frame of the latent is `time` of them."""
+    """Sample frames of a causal video autoencoder: one for the first latent frame, `time` for each further one."""
     return lambda frames: 1 + (frames - 1) * time
 
 

@@ -1,4 +1,4 @@
-"""Autoencoders and vocoders of sounds, and those of molecules: one-dim sequences, whose length is `rows`."""
+"""Autoencoders and vocoders of audio, and autoencoders of molecules: sequences of length `rows`."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ def _ltx2() -> nn.Module:
 
 
 class _Mono(Sounds):
-    """Samples without a dim of tracks."""
+    """Samples without a dim for tracks."""
 
     def sample(self, size: Size) -> tuple[int, ...]:
         return size.batch, size.rows * self.hop
 
 
 class _Spectrograms(Sounds):
-    """Rows of eight bins, and twice as many in the sample; the first row stands alone."""
+    """Spectrograms: rows of eight bins, and twice as many in the sample; the first row is separate."""
 
     def latent(self, size: Size) -> tuple[int, ...]:
         return size.batch, self.channels, size.rows, 8
@@ -167,7 +167,7 @@ def _proteina() -> nn.Module:
 
 
 def _molecule(size: Size, draw: Draw) -> dict[str, Any]:
-    """What both halves take: which of the tokens are real, of which kind they are, and what is known of them."""
+    """Inputs of both halves: the mask of valid tokens, their kinds, and their features."""
     batch, tokens = size.batch, size.rows
     return {
         "padding_mask": draw.mask(batch, tokens, torch.bool),

@@ -1,4 +1,4 @@
-"""Autoencoders of images, each half a case of its own."""
+"""Autoencoders of images, one case per half."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _asymmetric() -> nn.Module:
 
 
 def _masked(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
-    """The image to be inpainted, and where."""
+    """The image to inpaint, and its mask."""
     rows, cols = 2 * size.rows, 2 * size.cols
     return {
         "image": draw.normal(size.batch, 3, rows, cols),
@@ -105,7 +105,7 @@ def _consistency() -> nn.Module:
 
 
 def _drawn(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
-    """The noise that two steps of the decoder start from."""
+    """The initial noise of the decoder's two steps."""
     return {"noise": [draw.normal(size.batch, 3, 2 * size.rows, 2 * size.cols) for _ in range(2)]}
 
 

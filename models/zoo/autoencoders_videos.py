@@ -1,4 +1,4 @@
-"""Autoencoders of videos, each half a case of its own, with several frames: what is kept of one, the next uses."""
+"""Autoencoders of videos, one case per half, with several frames: each frame uses cached values of the one before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _wan: dict[str, Any] = {
 
 
 def _wan_vae(**options: Any) -> nn.Module:
-    """`is_residual`: Wan 2.2, with averages and repetitions beside each resampling, on patches of pixels."""
+    """`is_residual`: Wan 2.2, with average and repeat shortcuts around each resampling, on pixel patches."""
     return diffusers.AutoencoderKLWan(**_wan, **options)
 
 
@@ -35,7 +35,7 @@ def _qwen() -> nn.Module:
 
 
 def _qwen21() -> nn.Module:
-    """For one frame only: its causal convolutions are flat."""
+    """One frame only: its causal convolutions are two-dimensional."""
     return diffusers.AutoencoderKLQwenImage21(**_wan, decoder_base_dim=12)
 
 
@@ -63,7 +63,7 @@ def _hunyuan() -> nn.Module:
 
 
 def _hunyuan15() -> nn.Module:
-    """One sample at a time: its mask fits no batch."""
+    """One sample at a time: its mask does not support batches."""
     vae = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=4, block_out_channels=(16, 32, 32), layers_per_block=1, spatial_compression_ratio=4
     )
@@ -117,7 +117,7 @@ def _ltx2() -> nn.Module:
 
 
 def _timestep(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
-    """The last denoising step's time, and the noise of the middle block's two convolutions."""
+    """The timestep of the last denoising step, and the noise of the middle block's two convolutions."""
     noise = [draw.normal(size.rows, size.cols) for _ in range(2)]
     return {"temb": draw.full(0.05, size.batch), "noise": noise}
 
@@ -157,7 +157,7 @@ def _magvit() -> nn.Module:
         layers_per_block=1,
         norm_num_groups=4,
     )
-    vae.num_sample_frames_batch_size = 2  # of one latent frame, as time is halved once
+    vae.num_sample_frames_batch_size = 2  # for one latent frame: time is halved once
     return vae
 
 
@@ -198,7 +198,7 @@ def _vidtok(**options: Any) -> nn.Module:
 
 
 def _allegro() -> nn.Module:
-    """It works on tiles only, one sample at a time."""
+    """It only works on tiles, one sample at a time."""
     vae = diffusers.AutoencoderKLAllegro(
         down_block_types=("AllegroDownBlock3D",) * 3,
         up_block_types=("AllegroUpBlock3D",) * 3,
@@ -221,7 +221,7 @@ def _temporal_decoder() -> nn.Module:
 
 
 def _ltx2_diffusion() -> nn.Module:
-    """Denoises pixels by neighbourhood attention; it has no encoder."""
+    """Denoises pixels with neighbourhood attention; it has no encoder."""
     return Decode(
         diffusers.LTX2VideoDiffusionDecoderModel(
             latent_channels=4,
@@ -250,7 +250,7 @@ def _frames(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 class _Flat(Pictures):
-    """Frames of all samples side by side in the batch."""
+    """Frames of all samples in the batch dim."""
 
     def latent(self, size: Size) -> tuple[int, ...]:
         return size.batch * size.frames, self.channels, size.rows, size.cols

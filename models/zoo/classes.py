@@ -1,7 +1,7 @@
-"""Which classes of diffusers a case needs, and which one it stands for.
+"""Find the classes of diffusers that a case needs, and the one that it stands for.
 
 An older diffusers lacks the newer classes. Cases name them inside functions only, so that nothing is looked up before
-a model is made; what they would look up is read from the functions' code.
+a model is built; the names are read from the functions' bytecode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def available(case: Case) -> bool:
 
 
 def sources_of(case: Case) -> frozenset[Path]:
-    """The files of this package that a case is written in."""
+    """The files of this package that define a case."""
     makers = (case.model, case.extra, case.maker)
     return frozenset(Path(one.__code__.co_filename) for maker in makers for one in _functions(maker))
 
@@ -45,7 +45,7 @@ def _exported() -> frozenset[str]:
 
 
 def _functions(function: Any) -> Iterator[FunctionType]:
-    """A function, and those of this package that it calls by name or holds."""
+    """A function, and all functions of this package that it calls by name or refers to."""
     seen: set[int] = set()
     waiting: list[Any] = [function]
     while waiting:
@@ -72,7 +72,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _attributes(code: CodeType, module: str) -> Iterator[str]:
-    """The X of every `module.X`."""
+    """The names X of all `module.X`."""
     for each in _codes(code):
         before: Any = None
         for instruction in dis.get_instructions(each):

@@ -43,7 +43,7 @@ def _sd3_inputs(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _doubled(inputs: dict[str, Any], size: Size, draw: Draw) -> dict[str, Any]:
-    """The same with two control images."""
+    """The same inputs with two control images."""
     one = inputs["controlnet_cond"]
     both = [one, draw.normal(*one.shape)]
     return inputs | {"controlnet_cond": both, "conditioning_scale": [0.7, 1.2], "return_dict": False}
@@ -111,7 +111,7 @@ def _hunyuan() -> nn.Module:
 
 
 def _hunyuan_inputs(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Those of the transformer, and the control image."""
+    """Inputs of the transformer, and the control image."""
     transformer = diffusers.HunyuanDiT2DModel(num_layers=2, **{
         key: net.config[key]
         for key in (
@@ -200,7 +200,7 @@ def _cosmos() -> nn.Module:
 
 
 def _cosmos_inputs(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The control latent has fewer channels than the model makes room for."""
+    """The control latent has fewer channels than the model expects."""
     shape = (size.frames, size.rows, size.cols)
     mask = torch.zeros(size.batch, 1, *shape)
     mask[:, :, 0] = 1
@@ -218,7 +218,7 @@ def _cosmos_inputs(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _z_image(kind: str | None) -> nn.Module:
-    """It shares its embeddings with the transformer that it serves."""
+    """It shares its embeddings with its transformer."""
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=4,
         dim=32,

@@ -1,4 +1,4 @@
-"""ControlNets of UNets: what a control image adds to a denoiser."""
+"""ControlNets of UNets: residuals of control images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _hint_channels = (8, 8, 16)
 
 
 def _audible(net: Any) -> Any:
-    """Torch's initialisation shrinks the hint at each layer of its embedding."""
+    """Scale up the hint's embedding: torch's initialisation shrinks it at each layer."""
     for name, parameter in net.named_parameters():
         if "cond_embedding" in name and name.endswith("weight"):
             parameter.data.mul_(3)
@@ -77,7 +77,7 @@ def _union() -> Any:
 
 
 def _kinds(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Two images of the kinds 0 and 3."""
+    """Two control images, of kinds 0 and 3."""
     kinds = torch.zeros(size.batch, net.config.num_control_type)
     kinds[:, [0, 3]] = 1
     added = {"text_embeds": draw.normal(size.batch, 20), "time_ids": draw.normal(size.batch, 6)}
@@ -106,7 +106,7 @@ def _unions() -> nn.Module:
 
 
 def _xs(**options: Any) -> nn.Module:
-    """A small UNet beside the large one; they look at each other after every block."""
+    """A small UNet beside the large one; they exchange features after every block."""
     return diffusers.UNetControlNetXSModel(
         **_blocks,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -142,7 +142,7 @@ def _sparse(**options: Any) -> Any:
 
 
 def _some_frames(net: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The sample is not looked at, but for its shape; only the first frame is given."""
+    """Only the shape of the sample is read; only the first frame is given."""
     config = net.config
     scale = 1 if config.use_simplified_condition_embedding else 2 ** (len(_hint_channels) - 1)
     shape = (size.frames, size.rows * scale, size.cols * scale)
@@ -180,6 +180,6 @@ CASES: tuple[Case, ...] = (
 )
 
 LEFT_OUT: dict[str, str] = {
-    "ControlNetXSAdapter": "weights to be put into UNetControlNetXSModel, which has them in its case; not callable",
+    "ControlNetXSAdapter": "weights for UNetControlNetXSModel, whose case has them; not callable by itself",
     "SparseControlNetConditioningEmbedding": "the first layers of SparseControlNetModel, which has a case",
 }

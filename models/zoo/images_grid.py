@@ -26,7 +26,7 @@ def _aura_flow() -> nn.Module:
     )
     for name, layer in module.named_modules():
         if ".attn." in name and isinstance(layer, nn.Linear):
-            layer.weight.data *= 4  # or what attention finds hardly shows in the output
+            layer.weight.data *= 4  # else attention hardly affects the output
     return module
 
 
@@ -182,7 +182,7 @@ def _omnigen() -> nn.Module:
 
 
 def _pictures_in_text(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Each sample's text speaks of an image of 4 x 4 places, which takes the place of four of its tokens."""
+    """Each sample's text contains an image of 4 x 4 latent pixels, which replaces four of its tokens."""
     pictures = [draw.normal(1, transformer.config.in_channels, 4, 4) for _ in range(size.batch)]
     last = size.tokens(64)
     return {"input_img_latents": pictures, "input_image_sizes": {b: [[last - 4, last]] for b in range(size.batch)}}
@@ -215,14 +215,14 @@ def _z_image(**options: Any) -> nn.Module:
 
 
 def _control_of_sequences(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """What a ControlNet adds to the joint sequence after a layer; its parts are padded to multiples of 32."""
+    """ControlNet residuals for the joint sequence after a layer; its parts are padded to multiples of 32."""
     places = (size.rows // 2) * (size.cols // 2)
     length = -(-places // 32) * 32 + -(-size.tokens(128) // 32) * 32
     return {"controlnet_block_samples": {1: draw.normal(size.batch, length, transformer.config.dim)}}
 
 
 def _with_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """An image to edit, clean, before the noisy one; it is seen by a vision encoder as well, and amid the text."""
+    """A clean image to edit before the noisy one; also as features of a vision encoder, and inside the text."""
     config, batch = transformer.config, range(size.batch)
 
     def texts() -> list[Any]:
@@ -237,7 +237,7 @@ def _with_reference(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _control_of_blocks(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """What an SD3 ControlNet adds after the blocks."""
+    """Residuals of an SD3 ControlNet after the blocks."""
     config = transformer.config
     tokens = (size.rows // config.patch_size) * (size.cols // config.patch_size)
     return {
@@ -287,7 +287,7 @@ def _patched_inputs(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _vectorised_inputs(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Places hold numbers of a codebook: there is no floating-point image to cut."""
+    """The latent holds codebook indices: there is no floating-point image to cut."""
     return {
         "hidden_states": draw.integers(transformer.config.num_vector_embeds, size.batch, size.rows * size.cols),
         "encoder_hidden_states": draw.normal(size.batch, size.tokens(77), transformer.config.cross_attention_dim),

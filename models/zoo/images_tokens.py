@@ -89,7 +89,7 @@ def _nucleus() -> nn.Module:
     )
     for name, parameter in model.named_parameters():
         if ".experts." in name:
-            nn.init.normal_(parameter, std=0.1)  # they are made without values
+            nn.init.normal_(parameter, std=0.1)  # the class leaves them uninitialised
     return model
 
 
@@ -110,14 +110,14 @@ def _qwen_21() -> nn.Module:
 
 
 def _control(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """What a ControlNet adds after the blocks of two streams."""
+    """ControlNet residuals after the two-stream blocks."""
     rows, cols = grid(size)
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     return {"controlnet_block_samples": [draw.normal(size.batch, rows * cols, width) for _ in range(2)]}
 
 
 def _control_single(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The same, and what it adds to the image's part of the joint stream."""
+    """The same, and residuals for the image's part of the joint stream."""
     single = _control(transformer, size, draw)["controlnet_block_samples"]
     return _control(transformer, size, draw) | {"controlnet_single_block_samples": single}
 

@@ -1,4 +1,4 @@
-"""Denoisers of molecules: tokens, and what is known of each pair of them."""
+"""Denoisers of molecules: tokens, and features of each pair of tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _proteina() -> nn.Module:
 
 
 def _proteina_inputs(transformer: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """A chain of `rows` tokens of two molecules, padded at its end; it goes through the layers twice."""
+    """A chain of `rows` tokens of two molecules, padded at the end; it passes the layers twice."""
     batch, length = size.batch, size.rows
     molecule = (torch.arange(length) >= length // 2).to(torch.int64).expand(batch, -1).to(draw.device)
     return {

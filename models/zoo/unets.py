@@ -1,4 +1,4 @@
-"""UNets, and other denoisers of images that are no transformers: one case or more of each class."""
+"""UNets and other denoisers that are no transformers: at least one case of each class."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _two: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "
 
 
 def _unet_1d() -> nn.Module:
-    """The sound of Dance Diffusion: cubic resampling, attention at the bottom, Fourier features of the time."""
+    """Dance Diffusion (audio): cubic resampling, attention at the lowest level, Fourier features of the timestep."""
     return diffusers.UNet1DModel(
         block_out_channels=(16, 64, 64), extra_in_channels=32, sample_size=32, use_timestep_embedding=False
     )
 
 
 def _unet_1d_resnet(**options: Any) -> nn.Module:
-    """Diffuser's trajectories: convolutions of length 5 with group norms."""
+    """Diffuser (trajectories): convolutions of length 5 with group norms."""
     config: dict[str, Any] = {
         "in_channels": 6,
         "out_channels": 6,
@@ -40,7 +40,7 @@ def _unet_1d_resnet(**options: Any) -> nn.Module:
 
 
 def _value_function() -> nn.Module:
-    """Diffuser's judge of a trajectory: halves it until one number is left."""
+    """Diffuser's value function: halves a trajectory until one number is left."""
     return _unet_1d_resnet(
         up_block_types=(),
         mid_block_type="ValueFunctionMidBlock1D",
@@ -56,7 +56,7 @@ def _trajectory(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _unet_2d_skip() -> nn.Module:
-    """NCSN++: an image beside the features at each level, resampled by small filters; noise levels as times."""
+    """NCSN++: an image beside the features at each level, resampled with FIR filters; noise levels as timesteps."""
     return diffusers.UNet2DModel(
         block_out_channels=(32, 32),
         layers_per_block=1,
@@ -165,7 +165,7 @@ def _cascade_prior() -> nn.Module:
 
 
 def _cascade_decoder() -> nn.Module:
-    """Patches of four, a smaller latent that is scaled up, and no attention at the top."""
+    """Patches of four, an upscaled smaller latent, and no attention at the highest level."""
     types = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
     return diffusers.StableCascadeUNet(
         **_cascade | {"num_attention_heads": (0, 4)},
@@ -258,7 +258,7 @@ def _two_texts(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _unidiffuser() -> nn.Module:
-    """Image, text and an embedding of the image in one sequence, through a U of transformer blocks."""
+    """Image, text and an image embedding in one sequence, in transformer blocks with skip connections."""
     return diffusers.UniDiffuserModel(
         text_dim=16,
         clip_img_dim=12,
@@ -312,5 +312,5 @@ CASES: tuple[Case, ...] = (
 )
 
 LEFT_OUT: dict[str, str] = {
-    "MotionAdapter": "weights to be put into UNetMotionModel, which has them in its case; it cannot be called",
+    "MotionAdapter": "weights for UNetMotionModel, whose case has them; not callable by itself",
 }

@@ -1,4 +1,4 @@
-"""What the one configurable UNet is made into: kinds of blocks, of conditions, and what is added from outside."""
+"""Options of `UNet2DConditionModel`: kinds of blocks and conditions, and features added from outside."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _unet(down: tuple[str, ...] = _down, up: tuple[str, ...] = _up, **options: A
 
 
 def _simple(**options: Any) -> Any:
-    """Residual blocks that resample, and attention to text and pixels at once."""
+    """Residual blocks that resample, and joint attention to text and pixels."""
     return _unet(
         _simple_down,
         _simple_up,
@@ -43,7 +43,7 @@ def _simple(**options: Any) -> Any:
 
 
 def _upscaler() -> nn.Module:
-    """K-blocks: ada group norms, resampling by filters, no middle."""
+    """K-blocks: adaptive group norms, resampling with FIR filters, no middle block."""
     return _unet(
         ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
         ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
@@ -112,7 +112,7 @@ def _picture_embeds(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
     if kind == "image_hint":
         added["hint"] = draw.normal(size.batch, 3, size.rows * 8, size.cols * 8)
     text = draw.normal(size.batch, size.tokens(77), 24)
-    hint = {"image_hint": 4}.get(kind, 0)  # the hint joins the sample inside
+    hint = {"image_hint": 4}.get(kind, 0)  # the model concatenates the hint with the sample
     return {
         "sample": draw.normal(size.batch, unet.config.in_channels - hint, size.rows, size.cols),
         "timestep": draw.full(321.0),
@@ -126,7 +126,7 @@ def _gligen() -> nn.Module:
 
 
 def _boxes(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Phrases and where they belong; the last place is empty."""
+    """Phrases with their boxes; the last slot is empty."""
     places = 4
     boxes = draw.normal(size.batch, places, 4).sigmoid()
     masks = torch.ones(size.batch, places).to(boxes)
@@ -137,7 +137,7 @@ def _boxes(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _ip_adapter() -> nn.Module:
-    """Cross-attention to two images beside the text, by weights of its own."""
+    """Cross-attention to two images beside the text, with separate weights."""
     unet = _unet()
     processors: dict[str, Any] = {}
     for name, processor in unet.attn_processors.items():
@@ -161,7 +161,7 @@ def _two_pictures(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _t2i_adapted(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """What a T2I-Adapter adds: features of each level."""
+    """Features of a T2I-Adapter for each level."""
     levels = enumerate(unet.config.block_out_channels)
     shapes = [(channels, size.rows >> level, size.cols >> level) for level, channels in levels]
     return {"down_intrablock_additional_residuals": [draw.normal(size.batch, *shape) for shape in shapes]}
@@ -178,7 +178,7 @@ def _masks(unet: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _audio_ldm() -> nn.Module:
-    """The text is a class, joined to the time; no cross-attention."""
+    """The text is a class embedding, concatenated to the timestep's; no cross-attention."""
     return _unet(
         class_embed_type="simple_projection",
         projection_class_embeddings_input_dim=20,

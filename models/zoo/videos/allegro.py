@@ -49,7 +49,7 @@ def _allegro_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _allegro_padded(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The lower half of the right columns is no part of the video."""
+    """The lower right quarter is masked out."""
     mask = torch.ones(size.batch, size.frames, size.rows, size.cols)
     mask[:, :, size.rows // 2 :, size.cols // 2 :] = 0
     return _allegro_inputs(module, size, draw) | {"attention_mask": mask.to(draw.device, draw.dtype)}

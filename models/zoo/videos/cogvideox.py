@@ -1,4 +1,4 @@
-"""CogVideoX 1.5, and ConsisID, which adds a face to it."""
+"""CogVideoX 1.5, and ConsisID, which adds attention to a face."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...inputs import Draw, Size
 
 
 def _cogvideox15() -> nn.Module:
-    """Two frames are one token deep; half the channels are those of the given image."""
+    """A token spans two frames; half of the channels are the given image's."""
     return diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -36,7 +36,7 @@ def _strength(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _consis_id() -> nn.Module:
-    """Every second block sees a face, gathered from two layers of its encoder."""
+    """Every second block attends to a face, from two layers of its encoder."""
     return diffusers.ConsisIDTransformer3DModel(
         num_attention_heads=3,
         attention_head_dim=16,

@@ -42,7 +42,7 @@ def _cosmos_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _cosmos_conditioned(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The first frame is given: `in_channels` counts the mask that says so, and each frame has its own time."""
+    """The first frame is given: `in_channels` includes its mask, and each frame has its own timestep."""
     inputs = _cosmos_inputs(module, size, draw)
     given = (torch.arange(size.frames) == 0).to(draw.device, draw.dtype)[None, None, :, None, None]
     inputs["hidden_states"] = inputs["hidden_states"][:, 1:]

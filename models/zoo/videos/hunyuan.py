@@ -1,4 +1,4 @@
-"""Hunyuan Video, its version 1.5 and FramePack, which sees frames of the past."""
+"""Hunyuan Video, its version 1.5 and FramePack, which attends to past frames."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _framepack() -> nn.Module:
 
 
 def _framepack_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Frames of the past: some whole, older ones at half, the oldest at a quarter of the resolution."""
+    """Past frames: recent ones at full, older ones at half, the oldest at a quarter of the resolution."""
     config, text = module.config, size.tokens(512)
     frames = {"history_4x": 4, "history_2x": 2, "clean": 2}
     places = torch.arange(sum(frames.values()) + size.frames).to(draw.device)

@@ -1,4 +1,4 @@
-"""Diffusion transformers of videos whose channels come last: from text and sound, and larger from smaller."""
+"""Kandinsky 5, 6 and the super-resolution model: video with channels last."""
 
 from __future__ import annotations
 

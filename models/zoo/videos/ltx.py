@@ -1,4 +1,4 @@
-"""LTX Video, and LTX-2, which makes sound too."""
+"""LTX Video, and LTX-2, which also generates audio."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _ltx() -> nn.Module:
 
 
 def _ltx_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Each place of the latent is a token."""
+    """Each latent pixel is a token."""
     return {
         "hidden_states": draw.normal(size.batch, size.frames * size.rows * size.cols, module.config.in_channels),
         "encoder_hidden_states": draw.normal(size.batch, size.tokens(128), module.config.caption_channels),
@@ -40,7 +40,7 @@ def _ltx_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _ltx_conditioned(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Some tokens belong to a given image: each token has a place and a time of its own."""
+    """Some tokens belong to a given image: each token has its own position and timestep."""
     inputs = _ltx_inputs(module, size, draw)
     for name in ("num_frames", "height", "width", "rope_interpolation_scale"):
         del inputs[name]
@@ -70,7 +70,7 @@ def _ltx2(**options: Any) -> nn.Module:
 
 
 def _ltx2_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Each place of the latent is a token, and each piece of sound."""
+    """Each latent pixel is a token, and so is each piece of audio."""
     config, text = module.config, size.tokens(1024)
     inputs = {
         "hidden_states": draw.normal(size.batch, size.frames * size.rows * size.cols, config.in_channels),

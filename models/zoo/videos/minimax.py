@@ -31,7 +31,7 @@ def _minimax_h3() -> nn.Module:
 
 
 def _minimax_h3_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """One sequence of text, sound and video; the first frame is given, so that it has a time of its own."""
+    """One sequence of text, sound and video; the first frame is given and has its own timestep."""
     config, text, audio = module.config, size.tokens(512), 11
     grid = (size.frames, size.rows // 2, size.cols // 2)
     video = grid[0] * grid[1] * grid[2]

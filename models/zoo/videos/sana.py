@@ -1,4 +1,4 @@
-"""Sana Video, and Sana WM, which takes cameras and whose refiner keeps keys and values between calls."""
+"""Sana Video, and Sana WM, which takes camera poses and whose refiner caches keys and values between calls."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def _sana_video_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _sana_wm(**options: Any) -> nn.Module:
-    """Linear attention with a state from frame to frame; every `softmax_every_n`-th block has softmax in its place.
+    """Linear attention with a state from frame to frame; every `softmax_every_n`-th block has softmax attention.
 
-    Softmax attention is computed in bfloat16 whatever the dtype of the model, so that an order of summation shows.
+    Softmax attention runs in bfloat16 in any dtype of the model, so the order of summation is visible.
     """
     return diffusers.SanaWMTransformer3DModel(
         in_channels=4,
@@ -59,7 +59,7 @@ def _sana_wm(**options: Any) -> nn.Module:
 
 
 def _cameras(size: Size, draw: Draw) -> Tensor:
-    """`[B, F, 20]`: poses of a camera that turns and moves, and its focal lengths and centre."""
+    """`[B, F, 20]`: poses of a camera that rotates and moves, focal lengths and centre."""
     angle = 0.1 * torch.arange(size.frames) + 0.05
     pose = torch.eye(4).repeat(size.frames, 1, 1)
     pose[:, 0, 0] = pose[:, 2, 2] = angle.cos()
@@ -100,7 +100,7 @@ def _sana_wm_refiner() -> nn.Module:
 
 
 def _sana_wm_refiner_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The first block of frames: nothing is kept yet. Some tokens are given, so that each has a time of its own."""
+    """The first block of frames: the cache is empty. Some tokens are given, so each token has its own timestep."""
     config, text = module.config, size.tokens(1024)
     tokens = size.frames * size.rows * size.cols
     positions = list(range(2, 2 + size.frames))
@@ -126,7 +126,7 @@ def _rotary(module: Any, size: Size, positions: list[int], draw: Draw) -> tuple[
 
 
 def _sana_wm_refiner_cached(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Keys and values of one frame far back and one just before are kept."""
+    """The cache holds keys and values of one early frame and of the previous one."""
     config = module.config
     shape = (size.batch, size.rows * size.cols, config.num_attention_heads * config.attention_head_dim)
     cache = SanaWMRefinerKVCache(config.num_layers)

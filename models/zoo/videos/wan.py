@@ -1,4 +1,4 @@
-"""Diffusion transformers of videos that descend from Wan: one self- and one cross-attention per block."""
+"""Wan and its descendants (SkyReels, ChronoEdit, Helios, AnyFlow): one self- and one cross-attention per block."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def _basic(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _frame_times(size: Size, draw: Draw) -> torch.Tensor:
-    """`[B, F]`: the first frame is given, the others are noisy."""
+    """`[B, F]` timesteps: the first frame is given, the others are noisy."""
     times = torch.full((size.batch, size.frames), 321.0)
     times[:, 0] = 0
     return times.to(draw.device, draw.dtype)
 
 
 def _token_times(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Each token has the time of its frame: `[B, F h w]`."""
+    """Each token has the timestep of its frame: `[B, F h w]`."""
     tokens = size.rows // 2 * (size.cols // 2)
     return _basic(module, size, draw) | {"timestep": _frame_times(size, draw).repeat_interleave(tokens, dim=1)}
 
@@ -70,7 +70,7 @@ def _vace_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
 
 
 def _animate() -> nn.Module:
-    """A face of 16 pixels, encoded per image and four images per frame; a pose for each frame but the first."""
+    """A face of 16 pixels, four images per frame, each encoded alone; a pose for each frame but the first."""
     return diffusers.WanAnimateTransformer3DModel(
         **_config | {"in_channels": 12, "num_layers": 4},
         **_pictured,
@@ -101,7 +101,7 @@ def _skyreels(**options: Any) -> nn.Module:
 
 
 def _skyreels_forcing(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Each frame has its own time."""
+    """Each frame has its own timestep."""
     inputs = _basic(module, size, draw) | {"timestep": _frame_times(size, draw), "enable_diffusion_forcing": True}
     return inputs | {"fps": draw.integers(2, 1)} if module.config.inject_sample_info else inputs
 
@@ -115,7 +115,7 @@ def _helios() -> nn.Module:
 
 
 def _helios_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """Frames of the past: some whole, older ones at half, the oldest at a quarter of the resolution."""
+    """Past frames: recent ones at full, older ones at half, the oldest at a quarter of the resolution."""
     frames = {"long": 4, "mid": 2, "short": 2}
     places = torch.arange(sum(frames.values()) + size.frames)[None].to(draw.device)
     *history, now = places.split([*frames.values(), size.frames], dim=1)
@@ -131,7 +131,7 @@ def _anyflow() -> nn.Module:
 
 
 def _anyflow_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """A step from one time to another; frames come before channels."""
+    """A step from one timestep to another; frames come before channels."""
     inputs = _basic(module, size, draw)
     inputs["hidden_states"] = inputs["hidden_states"].transpose(1, 2).contiguous()
     times = _frame_times(size, draw)
@@ -143,7 +143,7 @@ def _anyflow_far() -> nn.Module:
 
 
 def _anyflow_far_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """The last chunk is denoised; keys and values of the others, the first of them compressed, are in the cache."""
+    """The last chunk is denoised; the cache holds keys and values of the others, the first of them compressed."""
     config = module.config
     partition = list(config.chunk_partition)
     size = Size(size.rows, size.cols, size.batch, partition[-1], size.text)
@@ -178,7 +178,7 @@ def _wan_animate_2() -> nn.Module:
 
 
 def _wan_animate_2_inputs(mode: str, module: Any, size: Size, draw: Draw) -> dict[str, Any]:
-    """A pass over the driving video, which keeps keys and values, or one over the video, which attends to them too."""
+    """A pass over the driving video, which caches keys and values, or over the video, which also attends to them."""
     config = module.config
     grid = torch.tensor([[size.frames, size.rows // 2, size.cols // 2]] * size.batch)
     tokens = int(grid[0].prod())
