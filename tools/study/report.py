@@ -35,16 +35,16 @@ HEADINGS = (
 )  # fmt: skip
 
 NOTES = """\
-Every picture is compared with that of the unsplit model from the same prompt and the same noise. ± is half of the 95 %
-interval of the mean over the pictures (Student's t). *Against* is the mean difference of PSNR on the same pictures from
-the baseline strategy at the same steps, ranks and number of exact steps. **Exact steps**: at the beginning and at the
+Every image is compared with that of the unsplit model from the same prompt and the same noise. ± is half the width of
+the 95 % interval of the mean over the images (Student's t). *Against* is the mean difference of PSNR on the same images
+to the baseline strategy at the same steps, ranks and number of exact steps. **Exact steps**: at the beginning + at the
 end of a generation.
 
-- **PSNR, SSIM**: of the pictures. PSNR is capped at {cap:.0f} dB, which stands for "equal to rounding".
-- **Feature distance**: relative L2 distance of what the denoiser's middle block makes of the final latents.
+- **PSNR, SSIM**: of the images. PSNR is capped at {cap:.0f} dB, which means "equal to rounding".
+- **Feature distance**: relative L2 distance of the outputs of the denoiser's middle block for the final latents.
 - **Latent error**: relative L2 distance of the final latents.
-- **Right**: pictures in which a script reads shape, colour and place of the prompt, and nothing else (demos only).
-- **MB**: million bytes that the busiest rank receives for one picture in the whole generation, guidance included,
+- **Right**: images in which a script finds the shape, colour and position of the prompt, and nothing else (demos only).
+- **MB**: million bytes that the busiest rank receives for one image in the whole generation, guidance included,
   counted at 2 bytes per floating-point number (half precision). **Exposed**: those awaited in the step that sent them.
 """
 

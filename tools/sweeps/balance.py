@@ -1,4 +1,4 @@
-"""How evenly plans share out the work of real models, beside what would be possible: docs/balance.md.
+"""Measure how evenly plans divide the work of real models, compared with what is possible; writes docs/balance.md.
 
     python -m fxpass.tools.sweeps.balance [--ranks 2 4 8] [--write] [NAME …]
 
@@ -7,13 +7,12 @@ speed-up that the slowest rank's work allows. The *ideal* is what divisibility a
 
     total / (replicated + shared)
     replicated = work that depends on no input with rows to cut (timesteps, pooled text)
-    shared     = of every other operator, its work × ⌈N / n⌉ / N
+    shared     = for every other operator, its work × ⌈N / n⌉ / N
 
-where N is the size of that dim of the operator's result along which n ranks share it most evenly (law 1: one dim is
-split; channels and the last dim of products do not count). It is a bound for each operator by itself: cuts that suit
-all of them at once need not exist. *Overhead* are the bytes of exchanges that only move cuts (realign, rebalance),
-replicate (small) or gather what no rule splits (fallback), as a share of all bytes of an exact step. Seconds are CPU
-time of one thread.
+where N is the size of the dim of the operator's result along which n ranks divide it most evenly (law 1: one dim is
+split; channels and the last dim of products do not count). This bounds each operator separately: cuts that suit all of
+them at once may not exist. *Overhead* is the share of bytes of an exact step in exchanges that only move cuts (realign,
+rebalance), replicate (small) or gather what no rule splits (fallback). Seconds are CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ RANKS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Balance:
-    """What one plan achieves; seconds are CPU time of this process."""
+    """The measurements of one plan; seconds are CPU time of this process."""
 
     name: str
     ranks: int
@@ -57,13 +56,13 @@ class Balance:
 
     @property
     def good(self) -> bool:
-        """The aim: nearly n times as fast, or nearly the ideal; hardly any overhead; a plan in seconds."""
+        """Whether the aim is met: nearly n times as fast, or nearly the ideal; little overhead; a plan in seconds."""
         even = self.bound >= 15 / 16 * self.ranks or self.bound >= 0.98 * self.ideal
         return even and self.overhead < 0.01 and not self.fallbacks and self.capture + self.plan <= 20
 
 
 def ideal(made: Plan) -> float:
-    """The speed-up that divisibility and unavoidable replication allow; see above."""
+    """The speed-up that divisibility and unavoidable replication allow (see the module's docstring)."""
     world = made.world_size
     inputs = inputs_with_rows(made.program.graph, made.program.inputs)
     reached = {node for node in inputs if max(shape_of(node)[1:]) >= world}
@@ -82,7 +81,7 @@ def ideal(made: Plan) -> float:
 
 
 def measure(name: str, ranks: tuple[int, ...] = RANKS) -> list[Balance]:
-    """Plans of one catalog entry at its usual size."""
+    """Plan one catalog entry at its usual size."""
     from ...capture import capture
 
     module, kwargs = load(name)
@@ -122,7 +121,7 @@ def table(found: list[Balance]) -> list[str]:
 
 
 def measured(name: str, ranks: tuple[int, ...], **environment: str) -> list[Balance]:
-    """`measure` in a process of its own, with further variables in its environment.
+    """Run `measure` in a process of its own, with additional environment variables.
 
     Raises `RuntimeError` with the last line of its error if it fails.
     """

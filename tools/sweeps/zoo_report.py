@@ -19,16 +19,15 @@ INTRODUCTION = """\
     make zoo
 
 Small models of every denoiser, ControlNet and autoencoder class of diffusers {diffusers} (`models/zoo/`), with random
-values for all parameters, captured with one set of inputs and run in lockstep with another, in float32, on torch
-{torch}. A case is exact if no output of any rank differs from the unsplit model's by more than {tolerance:.0e} of its
-largest value.
+parameters, captured with one set of inputs and run in lockstep with another, in float32, on torch {torch}. A case is
+exact if no output of any rank differs from the unsplit model's by more than {tolerance:.0e} of its largest value.
 """
 COLUMNS = """
-Columns: *operators* captured, and in brackets how many input values the model reads as Python numbers (they are
-guarded); the largest relative *difference* on {ranks} ranks; the *bound* on the speed-up, which is the work of the
-whole over that of the busiest rank (these models are tiny: 32 rows, and few channels); *kB* that the busiest rank
-receives in one exact step; the difference of a *displaced* step on unchanged input; the error of the split model in
-*bf16* over that of the unsplit one, both measured against float32.
+Columns: captured *operators*, and in brackets the number of input values that the model reads as Python numbers (they
+are guarded); the largest relative *difference* on {ranks} ranks; the *bound* on the speed-up: the work of the whole
+model over that of the busiest rank (these models are tiny: 32 rows, few channels); *kB* that the busiest rank receives
+in one exact step; the difference of a *displaced* step on unchanged input; the error of the split model in *bf16* over
+that of the unsplit one, both against float32.
 """
 
 
