@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C import _dispatch_has_kernel_for_dispatch_key as _has_kernel
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch.func import functionalize
@@ -20,7 +19,7 @@ from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from ..capture.forms import mutates
+from ..capture.forms import is_composite, mutates
 from .builder import Builder
 from .normalize import rewrite
 
@@ -53,7 +52,7 @@ class _Operand:
 def _traced(target: Any, values: tuple[tuple[type, Any], ...], spec: pytree.TreeSpec) -> fx.Graph | None:
     if not isinstance(target, OpOverload):
         return None
-    composite = _has_kernel(target.name(), "CompositeImplicitAutograd")
+    composite = is_composite(target)
     if not composite and target not in decomposition_table:
         return None
     operands = [v.value for _, v in values if isinstance(v, _Operand)]

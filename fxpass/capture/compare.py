@@ -28,7 +28,7 @@ def identities(
             key = leaf(node)
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Number(found[n]))
-            key = (str(node.target), repr(args), repr(sorted(kwargs.items())))
+            key = (node.target, repr(args), repr(sorted(kwargs.items())))
         found[node] = known.setdefault(key, len(known))
     return found
 

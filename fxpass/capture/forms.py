@@ -16,18 +16,19 @@ from torch._ops import OpOverload
 aten = torch.ops.aten
 
 _METADATA = {
-    *("size", "sym_size", "stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim"),
-    *("is_contiguous", "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "is_same_size"),
+    *(aten.size, aten.sym_size, aten.stride, aten.sym_stride, aten.storage_offset, aten.sym_storage_offset),
+    *(aten.numel, aten.sym_numel, aten.dim, aten.is_contiguous, aten.sym_is_contiguous, aten.is_strides_like_format),
+    *(aten.is_non_overlapping_and_dense, aten.is_same_size),
 }
 #: taken apart: joints that are a `cat` of operands with as many dims, and so on
-_SPELLINGS = {"vstack", "row_stack", "hstack", "dstack", "column_stack", "concat", "concatenate"}
-_SPELLINGS |= {"atleast_1d", "atleast_2d", "atleast_3d"}
-_SPELLINGS |= {"pad_sequence"}  # torch 2.11 has a fake of it that does not take all of its arguments
+_SPELLINGS = {aten.vstack, aten.row_stack, aten.hstack, aten.dstack, aten.column_stack, aten.concat, aten.concatenate}
+_SPELLINGS |= {aten.atleast_1d, aten.atleast_2d, aten.atleast_3d}
+_SPELLINGS |= {aten.pad_sequence}  # torch 2.11 has a fake of it that does not take all of its arguments
 
 
-def name_of(op: OpOverload) -> str:
-    """The operator without namespace and overload: "add", "select"."""
-    return op.overloadpacket.__name__
+@cache
+def argument_names(op: OpOverload) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op._schema.arguments)
 
 
 @cache
@@ -56,7 +57,7 @@ def is_kept(op: OpOverload) -> bool:
     """Whether the operator becomes one node."""
     if not is_composite(op):
         return True
-    if name_of(op) in _SPELLINGS:
+    if op.overloadpacket in _SPELLINGS:
         return False
     maybe_aliases = torch.Tag.maybe_aliasing_or_mutating in op.tags  # functional by its schema only
     return not maybe_aliases and not aliases(op) and returns_tensors(op)
@@ -71,9 +72,12 @@ def is_cast_whole(op: OpOverload, device: str) -> bool:
 @cache
 def is_metadata(op: OpOverload) -> bool:
     """Asks for a size or a device: answered at once, never part of the graph."""
-    return op.namespace == "prim" or name_of(op) in _METADATA
+    return op.namespace == "prim" or op.overloadpacket in _METADATA
 
 
 @cache
 def is_random(op: OpOverload) -> bool:
-    return torch.Tag.nondeterministic_seeded in op.tags and "attention" not in op.name() and "dropout" not in op.name()
+    """Whether it draws numbers whatever its arguments are: not attention and dropout, which may be told not to."""
+    names = argument_names(op)
+    optional = "dropout_p" in names or {"p", "train"} <= {*names}
+    return torch.Tag.nondeterministic_seeded in op.tags and not optional

@@ -158,10 +158,9 @@ class _Rewriter:
         like: Tensor = target.meta["val"]
         kwargs = {k: self._read(v) if isinstance(v, fx.Node) else v for k, v in node.kwargs.items() if k != "out"}
         args = fx.node.map_arg(node.args, self._read)
-        name = forms.name_of(op)
-        if name == "copy_":
+        if op is aten.copy_.default:
             value = args[1]
-        elif name == "zero_":
+        elif op is aten.zero_.default:
             value = self._run(aten.full_like.default, (args[0], 0), {})
         elif op is aten.fill_.Scalar:
             value = self._run(aten.full_like.default, (args[0], args[1]), {})
@@ -180,7 +179,7 @@ class _Rewriter:
 
 def _functional(op: Any, node: fx.Node) -> Any:
     """The operator that returns what `op` would write."""
-    packet = getattr(aten, forms.name_of(op).removesuffix("_"), None)
+    packet = getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None)  # ATen's convention, in no schema
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
     for overload in () if packet is None else packet.overloads():
         candidate = getattr(packet, overload)
@@ -189,22 +188,26 @@ def _functional(op: Any, node: fx.Node) -> Any:
     raise CaptureError(f"{op} at {node.meta['trace']} writes in place and has no functional form")
 
 
+_SCATTERS: dict[Any, Any] = {
+    aten.select: aten.select_scatter.default,
+    aten.slice: aten.slice_scatter.default,
+    aten.diagonal: aten.diagonal_scatter.default,
+}
+_RESHAPES = {aten.view, aten._unsafe_view, aten._reshape_alias, aten.unsqueeze, aten.squeeze}
+
+
 def _undo(view: fx.Node, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The operator that makes `before` with the part that `view` shows replaced by `new`."""
     args = view.args[1:]
-    name = forms.name_of(view.target)  # type: ignore[arg-type]
-    if name == "select":
-        return aten.select_scatter.default, (before, new, *args), {}
-    if name == "slice":
-        return aten.slice_scatter.default, (before, new, *args), {}
-    if name == "diagonal":
-        return aten.diagonal_scatter.default, (before, new, *args), {}
-    if name in ("view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"):
+    packet = view.target.overloadpacket  # type: ignore[union-attr]
+    if packet in _SCATTERS:
+        return _SCATTERS[packet], (before, new, *args), {}
+    if packet in _RESHAPES:
         return aten.reshape.default, (new, list(before.shape)), {}
-    if name == "permute":
+    if packet is aten.permute:
         order: list[int] = [d % before.ndim for d in args[0]]  # type: ignore[union-attr]
         return aten.permute.default, (new, [order.index(d) for d in range(before.ndim)]), {}
-    if name in ("transpose", "t"):
+    if packet in (aten.transpose, aten.t):
         return view.target, (new, *args), {}
     raise CaptureError(
         f"a write at {view.meta['trace']} goes through {view.target}, which cannot be undone; copy first"
@@ -213,12 +216,12 @@ def _undo(view: fx.Node, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, .
 
 def _undo_part(view: fx.Node, index: int, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The same for one of the several views that `split` and `unbind` make."""
-    name = forms.name_of(view.target)  # type: ignore[arg-type]
+    packet = view.target.overloadpacket  # type: ignore[union-attr]
     dim = view.args[2] if len(view.args) > 2 else view.kwargs.get("dim", 0)
-    if name == "unbind":
+    if packet is aten.unbind:
         dim = view.args[1] if len(view.args) > 1 else view.kwargs.get("dim", 0)
         return aten.select_scatter.default, (before, new, dim, index), {}
-    if name in ("split", "split_with_sizes"):
+    if packet in (aten.split, aten.split_with_sizes):
         sizes = [part.shape[dim] for part in view.meta["val"]]
         start = sum(sizes[:index])
         return aten.slice_scatter.default, (before, new, dim, start, start + sizes[index]), {}

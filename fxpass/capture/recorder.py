@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
             return self._apart(op, args, kwargs)
         if not forms.returns_tensors(op):
             return self.read(self.record(op, args, kwargs, None), shape_only=False)
-        if forms.name_of(op) in _RENAMED_VIEWS:
+        if op.overloadpacket in _RENAMED_VIEWS:
             raise CaptureError(
                 f"{op} changes a tensor's shape in place at {self.current_line()}; use the form without `_`"
             )
@@ -264,20 +264,19 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _refuse(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
-        name = forms.name_of(op)
-        if "dropout" in name and len(args) > 2 and args[2] and args[1]:
+        if _argument(op, args, kwargs, "train", False) and _argument(op, args, kwargs, "p", 0.0):
             raise CaptureError(f"dropout in training mode at {self.current_line()}; call model.eval() first")
-        if "attention" in name and _argument(op, args, kwargs, "dropout_p", 0.0):
+        if _argument(op, args, kwargs, "dropout_p", 0.0):
             raise CaptureError(
                 f"attention with dropout at {self.current_line()}; pass dropout_p=0.0 when the model is in eval mode"
             )
-        if name == "as_strided":
+        if op.overloadpacket is aten.as_strided:
             raise CaptureError(
                 f"as_strided at {self.current_line()} depends on the order in memory, which a split does not keep; "
                 "use unfold, reshape or an index"
             )
-        if name in ("batch_norm", "instance_norm") and args[3] is not None and args[5]:
-            raise CaptureError(f"{name} in training mode at {self.current_line()}; call model.eval() first")
+        if op in (aten.batch_norm.default, aten.instance_norm.default) and args[3] is not None and args[5]:
+            raise CaptureError(f"{op} in training mode at {self.current_line()}; call model.eval() first")
         if any(isinstance(value, torch.ScriptObject) for value in (*args, *kwargs.values())):
             raise CaptureError(
                 f"{op} at {self.current_line()} keeps its weight in an object that only this process can read; "
@@ -304,7 +303,8 @@ def _refuse_subclass(tensor: Tensor, name: str) -> None:
 
 def _argument(op: OpOverload, args: Any, kwargs: dict[str, Any], name: str, default: Any) -> Any:
     """What an operator is given as the argument of that name; `default` where it has none."""
-    place = next((i for i, a in enumerate(op._schema.arguments) if a.name == name), len(args))
+    names = forms.argument_names(op)
+    place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else kwargs.get(name, default)
 
 
@@ -335,6 +335,6 @@ def _to_nodes(value: Any, recorder: Recorder) -> Any:
 
 _SAME = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default, aten.lift.default}
 _RENAMED_VIEWS = {
-    *("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"),
-    *("resize_", "resize_as_", "set_", "as_strided_"),
+    *(aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_, aten.swapaxes_, aten.swapdims_),
+    *(aten.resize_, aten.resize_as_, aten.set_, aten.as_strided_),
 }
