@@ -131,20 +131,21 @@ NORMAL = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     ("found", "other", "told"),
     [
         (NORMAL, NORMAL.flip(0), ""),
-        (NORMAL * 0, NORMAL, "output 0 is nothing, or no number"),
-        (NORMAL / 0, NORMAL, "output 0 is nothing, or no number"),
-        (NORMAL, NORMAL + 1e-5, "output 0 is the same in 100% of its places, whatever the inputs"),
-        (NORMAL, NORMAL + 9 * (torch.arange(384).view(2, 3, 8, 8) < 4), "output 0 is the same in 99% of its places"),
-        ((9 * NORMAL).clamp(-1, 1), NORMAL, "output 0 is as large or as small as can be in 9"),
+        (NORMAL * 0, NORMAL, "output 0 is zero, or not finite"),
+        (NORMAL / 0, NORMAL, "output 0 is zero, or not finite"),
+        (NORMAL, NORMAL + 1e-5, "output 0 has 100% of its elements the same, whatever the inputs"),
+        (NORMAL, NORMAL + 9 * (torch.arange(384).view(2, 3, 8, 8) < 4), "output 0 has 99% of its elements the same"),
+        ((9 * NORMAL).clamp(-1, 1), NORMAL, "its elements at its smallest or largest value"),
     ],
 )
-def test_an_output_that_shows_little_is_told_of(found: Tensor, other: Tensor, told: str) -> None:
+def test_an_output_that_would_look_right_anyway_is_reported(found: Tensor, other: Tensor, told: str) -> None:
     reasons = list(measuring.blind([found], [other]))
-    assert [reason[: len(told)] for reason in reasons] == ([told] if told else [])
+    assert len(reasons) == bool(told)
+    assert all(told in reason for reason in reasons)
 
 
 class Faint(nn.Module):
-    """A convolution whose rows are seen or not."""
+    """A convolution that contributes a share of the output."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -154,7 +155,7 @@ class Faint(nn.Module):
         return sample + self.conv(sample * 2) * self.share
 
 
-def test_an_exchange_of_which_nothing_is_seen_is_told_of() -> None:
+def test_an_exchange_that_hardly_changes_an_output_is_reported() -> None:
     given, fresh = ({"sample": torch.randn(1, 3, 16, 8)} for _ in range(2))
     assert not list(measuring.idle(measuring.captured(Faint(1.0).eval(), given, fresh)))
     (reason,) = measuring.idle(measuring.captured(Faint(1e-5).eval(), given, fresh))
