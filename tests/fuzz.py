@@ -1,7 +1,7 @@
 """`make fuzz`: new random examples for every property of `tests/passes`, for some minutes.
 
-Each property has the same share of the time. It gets it in turns of a few examples, each turn with a seed of its own:
-`--only NODE --seed SEED` repeats one turn, and what a failure prints says so.
+Each property, a test function, has the same share of the time, and shares it evenly among its parameters. It runs in
+turns of a few examples, each turn with a seed of its own. A failure prints the command that repeats its turn.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Found:
 
     examples: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
-    failures: dict[tuple[str, str], int] = field(default_factory=dict)  #: times that (property, error) was met
+    failures: Counter[tuple[str, str]] = field(default_factory=Counter)  #: times that (node, error) was met
 
 
 class Fuzzer:
@@ -41,26 +41,31 @@ class Fuzzer:
         self.minutes, self.share, self.shares, self.only = minutes, share, shares, only
         self.seeds = random.Random(seed + share)
         self.seed = seed
+        self.spent = Counter[str]()  # seconds by node
         self.found = Found()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         properties_ = [item for item in items if getattr(getattr(item, "obj", None), "is_hypothesis_test", False)]
-        items[:] = (
-            [i for i in properties_ if i.nodeid == self.only] if self.only else properties_[self.share :: self.shares]
-        )
+        if self.only:
+            items[:] = [i for i in properties_ if i.nodeid == self.only]
+        else:
+            names = list(dict.fromkeys(map(property_of, properties_)))
+            mine = names[self.share :: self.shares]
+            items[:] = [item for item in properties_ if property_of(item) in mine]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        for item in session.items:
-            self.found.examples[item.nodeid] = 0
         if self.only:
             for item in session.items:
                 self._turn(item, self.seed)
             return True
         end = time.monotonic() + 60 * self.minutes
         while time.monotonic() < end:
-            item = min(session.items, key=lambda i: self.found.seconds[i.nodeid])
-            self._turn(item, self.seeds.getrandbits(32))
+            self._turn(min(session.items, key=self._spent), self.seeds.getrandbits(32))
         return True
+
+    def _spent(self, item: pytest.Item) -> tuple[float, float]:
+        """Seconds of the property, then with these parameters."""
+        return self.found.seconds[property_of(item)], self.spent[item.nodeid]
 
     def _turn(self, item: pytest.Item, seed: int) -> None:
         """Draw a few examples of one property."""
@@ -68,8 +73,9 @@ class Fuzzer:
         begun, start = properties.begun, time.monotonic()
         reports = runtestprotocol(item, log=False, nextitem=None)
         drawn = properties.begun - begun
-        self.found.seconds[item.nodeid] += time.monotonic() - start
-        self.found.examples[item.nodeid] += min(drawn, properties.FUZZ_EXAMPLES)  # shrinking draws more of them
+        self.spent[item.nodeid] += time.monotonic() - start
+        self.found.seconds[property_of(item)] += time.monotonic() - start
+        self.found.examples[property_of(item)] += min(drawn, properties.FUZZ_EXAMPLES)  # shrinking draws more of them
         for report in reports:
             if report.failed:
                 self._failed(item, seed, report)
@@ -78,17 +84,21 @@ class Fuzzer:
         """Count a failure, and print it in full the first time."""
         lines = re.findall(r"^E +(\S.*)", report.longreprtext, re.MULTILINE)
         kind = item.nodeid, re.sub(r"[\d.]+(e[+-]\d+)?", "#", lines[0] if lines else report.longreprtext[-200:])
-        self.found.failures[kind] = self.found.failures.get(kind, 0) + 1
+        self.found.failures[kind] += 1
         if self.found.failures[kind] == 1:
             repeat = f"{sys.executable} -m tests.fuzz --only '{item.nodeid}' --seed {seed}"
             print(f"{'=' * 120}\nFAILED {item.nodeid}\n\n{report.longreprtext}\n\nrepeat it: {repeat}\n", flush=True)
 
 
-def fuzz(minutes: float, seed: int, share: int, shares: int, only: str | None) -> Found:
+def property_of(item: pytest.Item) -> str:
+    return item.nodeid.split("[")[0]
+
+
+def fuzz(minutes: float, seed: int, share: int, shares: int, only: str | None, match: str) -> Found:
     """One process's turns."""
     fuzzer = Fuzzer(minutes, seed, share, shares, only)
     options = ["-m", "", "-p", "no:xdist", "-p", "no:cacheprovider", "--timeout=0", "--hypothesis-profile=fuzz"]
-    code = pytest.main([FOLDER, "--no-header", "--no-summary", *options], plugins=[fuzzer])
+    code = pytest.main([FOLDER, "-k", match, "--no-header", "--no-summary", *options], plugins=[fuzzer])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {code!r} before any property ran")
     return fuzzer.found
@@ -100,23 +110,22 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--seed", type=int, help="another run's, to repeat it; a new one where it is not given")
     parser.add_argument("--only", metavar="NODE", help="one turn of one property")
+    parser.add_argument("--match", metavar="EXPRESSION", default="", help="only properties that pytest's -k selects")
     args = parser.parse_args()
     seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
     jobs = 1 if args.only else args.jobs
     print(f"seed {seed}, {jobs} processes", flush=True)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(fuzz, args.minutes, seed, k, jobs, args.only) for k in range(jobs)]
+        futures = [pool.submit(fuzz, args.minutes, seed, k, jobs, args.only, args.match) for k in range(jobs)]
         found = [future.result() for future in futures]
     return summary(found)
 
 
 def summary(found: list[Found]) -> int:
     """Print examples by property and all failures; 1 where there are any."""
-    examples, seconds, failures = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
-    for each in found:
-        examples.update(each.examples)
-        seconds.update(each.seconds)
-        failures.update(each.failures)
+    examples = sum((each.examples for each in found), Counter[str]())
+    seconds = sum((each.seconds for each in found), Counter[str]())
+    failures = sum((each.failures for each in found), Counter[tuple[str, str]]())
     for name, count in examples.items():
         print(f"{count:8} examples {seconds[name]:7.1f} s  {name}")
     fewest = min(examples.values(), default=0)
