@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DEPTH = 3
@@ -144,6 +145,8 @@ def _describe(model: nn.Module) -> list[Any]:
 def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None:
         return ()
+    if is_lazy(tensor):
+        return ("without a shape yet", tensor.dtype, tensor.device)
     inside: list[Any] = []
     if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import CaptureError
@@ -22,7 +23,7 @@ def check_model(model: nn.Module) -> None:
     """Raises `CaptureError` if the weights are not plain tensors on one device."""
     devices: dict[torch.device, str] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.ndim and not isinstance(tensor, nn.UninitializedParameter):
+        if not is_lazy(tensor) and tensor.ndim:
             devices.setdefault(tensor.device, name)
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
@@ -67,7 +68,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     ]
     try:
         yield

@@ -28,7 +28,8 @@ def encode(change: Tensor, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
     step = (x.abs().amax(-1) * (OUTERMOST[bits] / (half - 0.5))).to(torch.bfloat16)
     tiny = torch.finfo(torch.float32).tiny
-    levels = (x / step.float().clamp_min(tiny).unsqueeze(-1)).floor_().clamp_(-half, half - 1).add_(half)
+    # The quotient lies between -half and half: rounding to bfloat16 shrinks the step by 1/257 at most.
+    levels = (x / step.float().clamp_min(tiny).unsqueeze(-1)).floor_().add_(half)
     parts = levels.to(torch.uint8).flatten(-2).unflatten(-1, (-1, 8 // bits))
     codes = parts[..., 0].clone()
     for place in range(1, 8 // bits):

@@ -116,6 +116,8 @@ def running(join: Any, neutral: float) -> Rule:
             a.stop == b.start for a, b in zip(layout.rows, layout.rows[1:], strict=False)
         )
         if not ordered:
+            if op.shape[dim] < p.world:
+                raise SplitError(f"fewer rows than ranks along dim {dim}")
             layout = Layout(dim, even(op.shape[dim], p.world))
             x = p.lay(x, layout, "realign", "running sums go from rank to rank")
         inner = wide(op.dtype) if op.dtype.is_floating_point else op.dtype

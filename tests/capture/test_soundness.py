@@ -424,6 +424,24 @@ def test_weights_on_several_devices_are_refused() -> None:
     assert "several devices" in refused(model, torch.ones(1, 2))
 
 
+def test_a_layer_that_has_no_weights_yet_and_is_not_called_is_on_no_device() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Linear(2, 2), nn.LazyBatchNorm1d(device="meta")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x)
+
+    model = Unused().eval()
+    same(model, capture(model, torch.ones(1, 2)), torch.randn(1, 2))
+
+
+def test_layers_whose_first_call_makes_their_weights_are_captured() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)).eval()
+    same(model, capture(model, torch.ones(1, 2)), torch.randn(1, 2))
+
+
 class Options(SimpleNamespace):
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
     __eq__ = object.__eq__

@@ -32,6 +32,15 @@ def test_a_decoded_change_is_off_by_less_than_a_level(count: int, bits: int, see
 
 
 @pytest.mark.parametrize("bits", OUTERMOST)
+def test_the_largest_number_of_a_group_fits_its_bits_however_its_step_is_rounded(bits: int) -> None:
+    """One group for each of 65536 mantissas of float32, among them those where rounding changes the step the most."""
+    largest = (torch.arange(0x3F800000, 0x40000000, 128, dtype=torch.int32)).view(torch.float32)[:, None]
+    pair = torch.cat([largest, -largest], 1)
+    found = decode(encode(pair, bits), 2, bits)
+    torch.testing.assert_close(found, pair * OUTERMOST[bits], rtol=0.005, atol=0)
+
+
+@pytest.mark.parametrize("bits", OUTERMOST)
 def test_a_full_group_costs_its_bits_and_two_bytes(bits: int) -> None:
     assert encoded_size(GROUP, bits) == GROUP * bits // 8 + 2
     assert encoded_size(2 * GROUP, bits) == 2 * encoded_size(GROUP, bits)

@@ -57,6 +57,6 @@ def split_anywhere(data: st.DataObject, example: Example) -> Split:
     world = data.draw(st.integers(1, 4), label="world")
     cuts: dict[int, Layout] = {}
     for i, x in enumerate(tensors):
-        if any(n >= world for n in x.shape) and data.draw(st.booleans()):
-            cuts[i] = data.draw(layouts(x.shape, world), label=f"cut of input {i}")
+        if any(n > 1 for n in x.shape) and data.draw(st.booleans()):
+            cuts[i] = data.draw(layouts(x.shape, world, fewest=2), label=f"cut of input {i}")
     return split(example.function, example.inputs, cuts, world, exact=False)

@@ -328,7 +328,11 @@ def evenly(dim: int, size: int, world: int) -> Layout:
 
 @st.composite
 def rows(draw: st.DrawFn, size: int, world: int, *, kinds: str = "uneven overlapping strided any") -> tuple[Rows, ...]:
-    """Non-empty sets that cover 0 … size-1, of `world` ranks; `size` must not be less."""
+    """Non-empty sets that cover 0 … size-1, of `world` ranks: of the given kinds, or intervals where rows are fewer."""
+    if size < world:
+        places = [k if k < size else draw(st.integers(0, size - 1)) for k in draw(st.permutations(range(world)))]
+        more = st.integers(0, size)
+        return tuple(Rows.interval(max(0, k - draw(more)), min(size, k + 1 + draw(more))) for k in places)
     kind = draw(st.sampled_from(kinds.split()))
     if kind in ("uneven", "overlapping"):
         cuts = (
@@ -357,8 +361,9 @@ def layouts(
     *,
     dims: Sequence[int] | None = None,
     kinds: str = "uneven overlapping strided any",
+    fewest: int | None = None,
 ) -> Layout:
-    """A cut of one of the dims (of `dims`) that have enough rows."""
-    can = [d for d in (range(len(shape)) if dims is None else dims) if shape[d] >= world]
+    """A cut of one of the dims (of `dims`) that have `fewest` rows, by default one for each rank."""
+    can = [d for d in (range(len(shape)) if dims is None else dims) if shape[d] >= (fewest or world)]
     dim = draw(st.sampled_from(can))
     return Layout(dim, draw(rows(shape[dim], world, kinds=kinds)))

@@ -63,6 +63,12 @@ def test_a_row_that_several_ranks_hold_counts_once(name: str) -> None:
     split(ALONG[name], [randn(3, 5, 6)], {0: cut(1, (0, 5), (2, 4), (0, 5))}, 3)
 
 
+def test_a_running_sum_over_fewer_rows_than_ranks_is_gathered() -> None:
+    rows = cut(1, (0, 1), (0, 2), (1, 2))
+    found = split(lambda x: x.cumsum(1), [randn(3, 2, 6)], {0: rows}, 3, exact=False)
+    assert found.fallbacks == ["aten.cumsum.default: fewer rows than ranks along dim 1"]
+
+
 def test_a_softmax_over_the_split_dim_exchanges_two_numbers_a_row() -> None:
     result = split(lambda x: x.softmax(1), [randn(3, 8, 6)], {0: evenly(1, 8, 2)}, 2)
     assert result.roles == {"sum": 1, "output": 1}

@@ -57,6 +57,16 @@ CASES: dict[str, tuple[Any, list[Any], dict[int, tuple[int, ...]]]] = {
     "scatter": (lambda x, i, s: x.scatter(1, i, s), [X, integers(5, 3, 1, 6), (3, 1, 6)], {0: EVERY, 1: (0, 2)}),
     "scatter of a number": (lambda x, i: x.scatter(1, i, 1.0), [X, integers(5, 3, 2, 6)], {0: EVERY, 1: EVERY}),
     "scatter of fewer": (lambda x, i: x.scatter(1, i, 1.0), [X, integers(5, 2, 2, 4)], {0: EVERY, 1: EVERY}),
+    "scatter that multiplies by a number": (
+        lambda x, i: x.scatter(1, i, 3.0, reduce="multiply"), [X, integers(5, 3, 2, 6)], {0: EVERY, 1: EVERY}
+    ),
+    "scatter that adds a number to fewer": (
+        lambda x, i: x.scatter(1, i, 3.0, reduce="add"), [X, integers(5, 2, 2, 4)], {0: EVERY, 1: EVERY}
+    ),
+    "scatter that multiplies": (
+        lambda x, i, s: torch.ops.aten.scatter.reduce(x, 1, i, s, reduce="multiply"),
+        [X, integers(5, 3, 1, 6), (3, 1, 6)], {0: EVERY, 1: (0, 2)},
+    ),
     "scatter_add": (
         lambda x, i, s: x.scatter_add(1, i, s), [X, integers(5, 3, 4, 6), (3, 4, 6)], {0: EVERY, 1: EVERY, 2: EVERY}
     ),
