@@ -1,4 +1,4 @@
-"""The folders keep their order, and models are named in one place only: read from the sources, nothing is imported."""
+"""Imports between folders go downwards only, and models are named in models/ only; checked on the sources."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "passes": COMPILER,
     "runtime": COMPILER | {"runtime"},
     "models": COMPILER | {"models"},
-    "front": COMPILER | {"runtime", "models", "front"},  # fxpass/*.py: api and what stands beside it
+    "front": COMPILER | {"runtime", "models", "front"},  # fxpass/*.py
     "tools": COMPILER | {"runtime", "models", "front", "tools"},
 }
 FOLDERS = {
@@ -28,7 +28,7 @@ FOLDERS = {
     "tools": "tools",
 }
 
-# Unmistakable names are found anywhere in a word, the short ones only where one starts: `edit` is no model.
+# Distinctive names match anywhere in a word, short ones only at its start: `edit` is no model.
 MODEL_NAME = re.compile(
     r"(?i:unet|sdxl|pixart|mmdit|hunyuan|cogv(?:ideo|iew)|stable_?(?:diffusion|audio|cascade)|auraflow|hidream|omnigen|qwen"
     r"|lumina|kandinsky|controlnet|easyanimate|skyreels|autoencoder_?kl)"
@@ -60,7 +60,7 @@ def imported(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def part_of(name: str) -> str | None:
-    """The folder that a dotted name belongs to, None outside the project and for what every folder may import."""
+    """The folder that a dotted name belongs to; None outside the project, and for modules that all folders may import."""
     parts = name.split(".")
     if parts[0] != "fxpass" or parts[1:2] == ["extras"]:  # extras.py imports nothing of the project
         return None
@@ -68,7 +68,7 @@ def part_of(name: str) -> str | None:
 
 
 def code_only(tree: ast.Module) -> str:
-    """The source without comments and docstrings, which may give a real model as an example."""
+    """The source without comments and docstrings, which may mention models as examples."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = node.body[ast.get_docstring(node) is not None :] or [ast.Pass()]

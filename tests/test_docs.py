@@ -1,4 +1,4 @@
-"""The documents do not rot: what they name exists, what they quote is the code, and what they say to run runs."""
+"""The documents stay true: links, files and commands exist, and quoted code equals the code."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ import typer.main
 from fxpass.tools.commands.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATED = ("balance", "coverage", "traffic")  #: written by the sweeps
+GENERATED = ("balance", "coverage", "traffic")  #: pages that the sweeps write
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem not in GENERATED)
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES)
 FENCE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -24,7 +24,7 @@ def text_of(document: str) -> str:
 
 
 def python_blocks(document: str) -> list[str]:
-    """The contents of blocks marked python, without the indentation of the list they may stand in."""
+    """The contents of blocks marked python, without the indentation of a surrounding list."""
     return [
         "\n".join(line.removeprefix(indent) for line in body.splitlines())
         for indent, body in FENCE.findall(text_of(document))
@@ -32,7 +32,7 @@ def python_blocks(document: str) -> list[str]:
 
 
 def quotations() -> list[tuple[str, str]]:
-    """(file, code) of the blocks in CONTRIBUTING.md, whose first line says where the code is from."""
+    """(file, code) of the blocks in CONTRIBUTING.md, whose first line names the file."""
     split = [block.partition("\n") for block in python_blocks("CONTRIBUTING.md")]
     return [(first.removeprefix("# "), code) for first, _, code in split]
 
@@ -44,7 +44,7 @@ def headings(document: str) -> set[str]:
 
 
 def commands(document: str) -> list[str]:
-    """The lines of a document that a reader may type: indented, in code marks, with or without a prompt."""
+    """The commands of a document: indented lines and code marks, with or without a prompt."""
     text = re.sub(r"```.*?```", "", text_of(document), flags=re.DOTALL)
     found = re.findall(r"^ {4}(?:\$ )?(.+)$|`([^`]+)`", text, re.MULTILINE)
     return [re.sub(r"\s+", " ", line or mark).partition(" #")[0].strip() for line, mark in found]
@@ -89,7 +89,7 @@ def test_commands_of_fxpass_have_the_options_that_are_written(document: str) -> 
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_modules_that_python_is_told_to_run_exist(document: str) -> None:
+def test_modules_in_python_commands_exist(document: str) -> None:
     named = {name for line in commands(document) for name in re.findall(r"-m ((?:fxpass|benchmarks)[\w.]*)", line)}
     for name in named:
         path = ROOT.joinpath(*name.split("."))
@@ -138,6 +138,6 @@ def test_contributing_quotes_a_rule_and_a_pass() -> None:
 
 
 @pytest.mark.parametrize(("file", "code"), quotations(), ids=lambda value: value.partition("\n")[0][:40])
-def test_quoted_code_stands_in_its_file(file: str, code: str) -> None:
+def test_quoted_code_is_in_its_file(file: str, code: str) -> None:
     assert code.strip()
     assert textwrap.dedent(code).strip() in textwrap.dedent(text_of(file)) or code.rstrip() in text_of(file)

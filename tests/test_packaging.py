@@ -1,4 +1,4 @@
-"""What is in the tree is in the wheel, and the package runs with torch and NumPy alone."""
+"""The wheel contains all packages of the tree, and the package runs with torch and NumPy alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of the README run as they are written, in a fresh process."""
+"""The examples of the README run as written, each in a fresh process."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A rank alone on a loopback: the same program, with messages of the declared sizes, in the time that the link says."""
+"""One rank on a loopback: the same program, with messages of the declared sizes and the link's timing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_rank_runs_alone(rank: int) -> None:
     assert [output.shape for output in one.step(DISPLACED)] == [output.shape for output in left_out()] == shapes
 
 
-def test_messages_take_turns_on_the_link() -> None:
+def test_messages_queue_on_the_link() -> None:
     loopback = Loopback(torch.device("cpu"), Link(bandwidth=1e5, latency=0.01))
     began = time.perf_counter()
     messages = []
@@ -53,7 +53,7 @@ def test_messages_take_turns_on_the_link() -> None:
         (["--strategy", "sync"], "invalid choice: 'sync'"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_gpu_benchmark_reports_wrong_arguments(
     options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["gpu", *options])

@@ -1,11 +1,11 @@
-"""Ratios are taken per round, so that what slows a whole round does not count."""
+"""Ratios are taken per round, so that noise that slows a whole round cancels."""
 
 import pytest
 
 from benchmarks.harness import paired
 
 
-def test_noise_that_hits_both_alike_cancels() -> None:
+def test_noise_that_affects_both_equally_cancels() -> None:
     base = [1.0, 1.7, 1.2, 2.5, 0.9]
     assert paired([1.25 * seconds for seconds in base], base) == pytest.approx((1.25, 1.25, 1.25))
 

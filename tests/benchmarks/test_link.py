@@ -1,4 +1,4 @@
-"""The emulated link is skipped with a reason where it cannot be, and leaves nothing behind where it can."""
+"""The emulated link is skipped with a reason where it is impossible, and leaves nothing behind elsewhere."""
 
 import subprocess
 
@@ -14,7 +14,7 @@ def existing() -> set[str]:
     return {line.split()[0] for line in listed.splitlines()}
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link.sys, "platform", "linux")
     monkeypatch.setattr(link.shutil, "which", lambda tool: None if tool == "tc" else tool)
     assert link.missing() == "tc not found; apt-get install iproute2"
@@ -41,9 +41,7 @@ def test_rates_are_read_as_tc_writes_them() -> None:
 
 @needs_link
 @pytest.mark.parametrize("dead", [0, 1])
-def test_a_rank_that_dies_takes_the_other_and_the_namespaces_with_it(
-    dead: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_rank_ends_the_other_and_removes_the_namespaces(dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     before, started, seen = existing(), [], set()
 
     def start(rank: int, namespace: str) -> subprocess.Popen[bytes]:
@@ -60,7 +58,7 @@ def test_a_rank_that_dies_takes_the_other_and_the_namespaces_with_it(
 
 
 @pytest.mark.parametrize("option", ["--rates", "--burst"])
-def test_what_is_no_amount_is_refused_before_anything_is_made(
+def test_wrong_amounts_are_refused_before_anything_is_created(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(link.sys, "argv", ["link", option, "much"])

@@ -1,4 +1,4 @@
-"""What two ranks wrote down becomes one table and one file."""
+"""The records of two ranks become one table and one file."""
 
 import json
 
@@ -6,7 +6,7 @@ from benchmarks.trace import Flight, Log, Span, Trace
 
 
 def log(lead: float) -> Log:
-    """Two steps of one second with a message each, of a rank that is `lead` seconds ahead."""
+    """The log of two steps of one second with one message each, on a rank that is `lead` seconds ahead."""
     first = Flight("halo_1", "halo", 1000, 0.3 - lead, 0.4 - lead, awaited=1.3, taken=1.35)
     second = Flight("halo_1", "halo", 1000, 1.4 - lead, 1.5 - lead)
     exchanges = [Span("halo_1", 0.2, 0.4, "halo"), Span("halo_1", 1.3, 1.5, "halo")]
@@ -19,7 +19,7 @@ def test_through_shared_memory_a_message_arrives_when_its_sender_has_written_it(
     assert [flight.arrived for flight in trace.logs[1].flights] == [0.4, 1.5]
 
 
-def test_the_table_tells_how_long_each_wait_was() -> None:
+def test_the_table_has_the_duration_of_each_wait() -> None:
     table = Trace([log(0.0), log(0.1)]).table().splitlines()
     assert table[1].split() == ["halo_1", "halo", "1.0", "400.0", "300.0", "1300.0", "50.00"]
     assert "1 messages are awaited a step later, 1 of them had arrived by then" in table[2]

@@ -89,14 +89,14 @@ def test_parameters_and_inputs_take_the_usual_precision_except_what_the_class_ke
 
 
 @pytest.mark.slow
-def test_what_a_model_decides_by_has_values() -> None:
+def test_inputs_that_control_flow_reads_have_values() -> None:
     for name, pictured in (("hunyuan-video-15", False), ("hunyuan-video-15-i2v", True)):
         _, kwargs = load(name)
         assert not isinstance(kwargs["image_embeds"], FakeTensor)
         assert bool(kwargs["image_embeds"].any()) is pictured
 
 
-def test_a_model_can_be_made_with_random_values_instead() -> None:
+def test_a_model_can_have_random_weights_instead() -> None:
     module, kwargs = load("sd-vae-decode", height=64, fake=False)
     with torch.no_grad():
         image = module(**kwargs)

@@ -1,4 +1,4 @@
-"""The trained demo pipeline draws what a prompt says, and the scenes it learned from are a function of their seed."""
+"""The trained demo pipeline draws what a prompt says; its training scenes are a function of their seed."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def test_every_word_of_the_grammar_is_one_token(pipeline: DiffusionPipeline) -> 
         ("a blue square at the bottom right on a black background", ("square", "blue", "at the bottom right")),
     ],
 )
-def test_a_picture_shows_what_the_prompt_says(pipeline: Any, prompt: str, thing: tuple[str, str, str]) -> None:
+def test_an_image_shows_what_the_prompt_says(pipeline: Any, prompt: str, thing: tuple[str, str, str]) -> None:
     generator = torch.Generator().manual_seed(0)
     options = {"num_inference_steps": 15, "guidance_scale": 2.0, "output_type": "np"}
     picture = pipeline(prompt, generator=generator, **options).images[0]
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_scene() -> None:
 
 
 @pytest.mark.parametrize("size", [(128, 128), (256, 256), (128, 192)])
-def test_the_reader_sees_what_was_drawn(size: tuple[int, int]) -> None:
+def test_the_reader_finds_what_was_drawn(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     for _ in range(8):
         scene = draw_scene(rng, held_out=True)

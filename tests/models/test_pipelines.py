@@ -1,4 +1,4 @@
-"""How pipelines say that a generation begins."""
+"""How pipelines announce a generation."""
 
 import copy
 import inspect

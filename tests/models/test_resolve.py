@@ -1,4 +1,4 @@
-"""Model strings of the command line: what they mean, and what is said when they mean nothing."""
+"""MODEL strings of the command line: what they resolve to, and errors of those that do not."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ real = Options(fake=False)
 
 
 def save_pipeline(folder: Path, part: str, module: Any, levels: int = 3, tokens: int = 11) -> Path:
-    """A pipeline folder with one real part, and the configurations of an autoencoder and a tokenizer beside it."""
+    """Write a pipeline folder with one real part, and the configurations of an autoencoder and a tokenizer."""
     module.save_pretrained(folder / part)
     index = {"_class_name": "SomePipeline", part: ["diffusers", type(module).__name__], "safety_checker": [None, None]}
     files = {
@@ -174,7 +174,7 @@ def test_a_factory_may_return_only_a_module_whose_inputs_are_known(module_name: 
         ("./sdxl-bas", "has no such folder; did you mean sdxl-base"),
     ],
 )
-def test_a_string_that_means_nothing_is_refused_with_the_reason_and_the_nearest(
+def test_an_unknown_model_is_refused_with_the_reason_and_the_nearest_name(
     text: str, message: str, module_name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "sdxl-base").mkdir()
@@ -183,7 +183,7 @@ def test_a_string_that_means_nothing_is_refused_with_the_reason_and_the_nearest(
         resolve(text)
 
 
-def test_a_factory_that_brings_its_inputs_cannot_be_given_a_size(module_name: str) -> None:
+def test_a_size_is_refused_for_a_factory_that_returns_inputs(module_name: str) -> None:
     with pytest.raises(ResolveError, match="sizes and batch are chosen there"):
         resolve(f"{module_name}:pair", Options(height=64))
 

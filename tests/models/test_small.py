@@ -1,4 +1,4 @@
-"""The small zoo is fast, seeded, of sensible scale, and hides no input."""
+"""The small models are fast, seeded and of sensible scale, and every input matters."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def differ(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 def nudged(tensor: Tensor) -> Tensor:
-    """The tensor with every value changed: floats a little, masks flipped, integers to a neighbour."""
+    """Change every value of a tensor: floats slightly, masks flipped, integers to a neighbour."""
     if tensor.is_floating_point():
         return tensor + 0.1 * torch.randn_like(tensor)
     masks = tensor.numel() > 1 and int(tensor.max()) <= 1
@@ -39,7 +39,7 @@ def test_outputs_are_finite_and_of_sensible_scale(case: Case, rows: int, batch: 
 
 
 @each_case
-def test_rows_that_are_no_power_of_two_are_taken_or_refused_with_the_multiple(case: Case) -> None:
+def test_rows_that_are_not_a_power_of_two_are_accepted_or_refused_with_the_multiple(case: Case) -> None:
     module = case.build()
     if 50 % case.multiple:
         with pytest.raises(ValueError, match=f"multiples of {case.multiple}"):

@@ -12,7 +12,7 @@ from fxpass.models.wrappers import Decode, Encode
 
 
 class Noisy(nn.Module):
-    """An autoencoder that draws twice when it decodes and once when it encodes."""
+    """An autoencoder that draws noise twice when it decodes and once when it encodes."""
 
     def decode(self, z: Tensor, scale: float = 1.0) -> tuple[Tensor]:
         return (z + scale * torch.randn(z.shape) - torch.randn_like(z),)
@@ -21,7 +21,7 @@ class Noisy(nn.Module):
         return (SimpleNamespace(parameters=x + torch.randn(x.shape)),)
 
 
-def test_noise_is_given_in_turn() -> None:
+def test_given_noise_is_used_in_order() -> None:
     z, first, second = torch.zeros(2, 3), torch.full((2, 3), 5.0), torch.full((2, 3), 2.0)
     assert torch.equal(Decode(Noisy())(z, noise=[first, second], scale=2.0), 2 * first - second)
     assert torch.equal(Encode(Noisy())(z, noise=[first]), first)
@@ -33,7 +33,7 @@ def test_given_noise_is_an_input_of_the_program() -> None:
     assert len(program.inputs) == 3
 
 
-def test_noise_that_is_not_given_is_refused() -> None:
+def test_noise_beyond_the_given_tensors_is_refused() -> None:
     with pytest.raises(CaptureError, match="random"):
         capture(Decode(Noisy()), latent=torch.zeros(2, 3), noise=[torch.ones(2, 3)])
 

@@ -1,4 +1,4 @@
-"""The zoo is one: no family of cases is left aside, no two cases have one name."""
+"""The zoo is complete: every file is a family, names are unique, every class of diffusers is covered or left out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_file_with_cases_is_a_family() -> None:
     assert {file.__name__ for file in files if hasattr(file, "CASES")} == {file.__name__ for file in zoo.FAMILIES}
 
 
-def test_every_case_has_a_name_of_its_own() -> None:
+def test_case_names_of_the_zoo_are_unique() -> None:
     names = Counter(case.name for cases in (small.cases, *(f.CASES for f in zoo.FAMILIES)) for case in cases)
     assert [name for name, count in names.items() if count > 1] == []
 
@@ -50,10 +50,10 @@ def test_every_class_that_diffusers_exports_has_a_case_or_a_reason() -> None:
     assert sorted(exported() - kinds() - set(zoo.LEFT_OUT)) == []
 
 
-def test_what_is_left_out_has_no_case_and_a_reason() -> None:
+def test_classes_that_are_left_out_have_no_case_and_a_reason() -> None:
     assert sorted(kinds() & set(zoo.LEFT_OUT)) == []
     assert all(len(reason) > 20 for reason in zoo.LEFT_OUT.values())
 
 
-def test_what_is_left_out_exists() -> None:
+def test_classes_that_are_left_out_exist() -> None:
     assert sorted(set(zoo.LEFT_OUT) - exported()) == []

@@ -1,4 +1,4 @@
-"""Runs `fxpass …` in this process."""
+"""Run `fxpass …` in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fxpass.tools.commands.app import app
 
 
 def fxpass(*arguments: Any) -> Any:
-    """The result: `.exit_code`, `.stdout`, `.stderr`. Raises what the command does not expect."""
+    """Returns `.exit_code`, `.stdout`, `.stderr`; raises errors that the command does not handle."""
     result = CliRunner().invoke(app, list(map(str, arguments)))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

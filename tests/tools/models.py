@@ -1,4 +1,4 @@
-"""Factories that the tests name on the command line."""
+"""Factories of models that tests name on the command line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def faulty() -> nn.Module:
 
 
 class Unsplittable(nn.Module):
-    """Calls two operators that no rule knows, one of them in a module of its own."""
+    """Calls two operators without a rule, one of them in a submodule."""
 
     class Inner(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

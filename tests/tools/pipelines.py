@@ -1,4 +1,4 @@
-"""A tiny untrained text-to-image pipeline on disk, of the same parts as the demo's."""
+"""Write a tiny untrained text-to-image pipeline with the same parts as the demo's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-# Plain dicts, for the libraries annotate less than they take.
+# plain dicts, because the libraries' annotations are too narrow
 VAE: dict[str, Any] = {
     "block_out_channels": (8, 8, 8),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -38,7 +38,7 @@ TEXT: dict[str, Any] = {
 
 
 def write_pipeline(folder: Path) -> Path:
-    """Writes the pipeline to `folder`. Pictures are 64 x 64 pixels, latents 16 x 16."""
+    """Write the pipeline to `folder`. Images have 64 x 64 pixels, latents 16 x 16."""
     torch.manual_seed(0)
     tokenizer: Any = _tokenizer(folder / "tokenizer")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -57,7 +57,7 @@ def write_pipeline(folder: Path) -> Path:
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """Spells every text in letters."""
+    """A tokenizer of single letters."""
     folder.mkdir(parents=True)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,."
     units = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

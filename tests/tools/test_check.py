@@ -1,4 +1,4 @@
-"""`fxpass check` says yes and no, with figures."""
+"""`fxpass check` reports exact and wrong models."""
 
 import re
 
@@ -12,7 +12,7 @@ from tests.runtime.plans import block, inputs
 from tests.tools.command import fxpass
 
 
-def test_check_says_yes_with_figures_for_every_world_size() -> None:
+def test_check_reports_exactness_for_every_world_size() -> None:
     result = fxpass("check", "tests.tools.models:good", "-n", 2, "-n", 3)
     assert result.exit_code == 0
     assert len(re.findall(r"^[23] +sample +2x4x16x8 +\S+e-0\d +yes", result.stdout, re.M)) == 2
@@ -25,11 +25,11 @@ def test_check_randomises_constant_parameters_and_says_so() -> None:
     assert said in fxpass("check", "tests.tools.models:good", "-n", 2).stdout
     assert said not in fxpass("check", "tests.tools.models:good", "-n", 2, "--keep-weights").stdout
     model = block()
-    assert randomised(model) == 2  # the group norm's
+    assert randomised(model) == 2  # of the group norm
     assert randomised(model) == 0
 
 
-def test_check_says_no_where_an_exchange_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_fails_when_an_exchange_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     carry = lockstep.LockstepPlan._carry
 
     def wrong(
@@ -44,7 +44,7 @@ def test_check_says_no_where_an_exchange_goes_wrong(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lockstep.LockstepPlan, "_carry", carry)
 
 
-def test_not_a_number_is_no_small_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_fails_when_an_output_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         lockstep.LockstepPlan, "_carry", lambda *args: None if args[-1] is None else args[-1] * torch.nan
     )
@@ -60,13 +60,13 @@ def test_not_a_number_is_no_small_difference(monkeypatch: pytest.MonkeyPatch) ->
         (("tests.tools.models:good", "-n", 64), "cannot be shared among 64 ranks"),
     ],
 )
-def test_what_cannot_be_checked_is_refused(arguments: tuple[object, ...], message: str) -> None:
+def test_check_refuses_models_that_it_cannot_compare(arguments: tuple[object, ...], message: str) -> None:
     result = fxpass("check", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
-def test_fresh_inputs_are_others_in_the_same_range_and_masks_stay() -> None:
+def test_fresh_inputs_differ_within_the_same_range_and_masks_stay() -> None:
     mask = torch.tensor([1.0, 1.0, 0.0])
     given = {
         "x": torch.randn(4, 4),
@@ -84,7 +84,7 @@ def test_fresh_inputs_are_others_in_the_same_range_and_masks_stay() -> None:
     assert other["flag"] is True
 
 
-def test_outputs_are_named_as_the_caller_names_them() -> None:
+def test_outputs_have_the_names_of_the_models_output() -> None:
     x = torch.zeros(1)
     assert list(named_tensors({"sample": x, "more": (x, [x], None)})) == ["sample", "more.0", "more.1.0"]
     assert list(named_tensors(x)) == [""]

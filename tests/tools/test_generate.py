@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from fxpass.tools import checkout
 from fxpass.tools.commands.generate import Request, load, run
 from fxpass.tools.demo import command as demo
 from fxpass.tools.pictures import AMPLIFICATION, comparison, image, psnr, psnr_text
@@ -26,7 +27,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_generate_writes_the_picture_of_one_device_and_compares(folder: Path, tmp_path: Path) -> None:
+def test_generate_also_writes_the_image_of_one_device_and_compares(folder: Path, tmp_path: Path) -> None:
     arguments = (
         "--prompt",
         "a ring",
@@ -49,7 +50,7 @@ def test_generate_writes_the_picture_of_one_device_and_compares(folder: Path, tm
         assert word in result.stdout
 
 
-def test_the_seed_decides_the_picture(folder: Path, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_images_and_other_seeds_others(folder: Path, tmp_path: Path) -> None:
     made = []
     for i, seed in enumerate((1, 1, 2)):
         path = tmp_path / f"{i}.png"
@@ -72,6 +73,13 @@ def test_the_demo_runs_on_two_processes(folder: Path, tmp_path: Path) -> None:
         assert word in result.stdout
 
 
+def test_the_demo_says_what_to_do_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(checkout.DEMOS, "demo", tmp_path)
+    result = CliRunner().invoke(demo.app, [])
+    assert result.exit_code == 2
+    assert "Run this in a clone of the repository, give --pipeline FOLDER, or train it" in result.stderr
+
+
 @pytest.mark.slow
 def test_under_torchrun_only_rank_0_writes_and_prints(folder: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fxpass.tools.cli"]
@@ -81,7 +89,7 @@ def test_under_torchrun_only_rank_0_writes_and_prints(folder: Path, tmp_path: Pa
     assert np.abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "a-one-device.png")).max() <= 1
 
 
-def test_the_pipeline_is_left_as_it_was(folder: Path) -> None:
+def test_the_pipeline_gets_its_models_back(folder: Path) -> None:
     from fxpass.tools.commands.generate import make
 
     pipe = load(str(folder))
@@ -109,7 +117,7 @@ class Picky:
         (("someone/who-is-not-there",), "cannot load someone/who-is-not-there: "),
     ],
 )
-def test_what_cannot_be_made_is_one_line(
+def test_generate_reports_wrong_arguments_in_one_line(
     arguments: tuple[str, ...], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
@@ -123,14 +131,14 @@ def test_what_cannot_be_made_is_one_line(
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_psnr_is_that_of_pictures_in_zero_to_one() -> None:
+def test_psnr_is_that_of_images_in_zero_to_one() -> None:
     black = np.zeros((4, 4, 3))
     assert psnr(black, black + 0.1) == pytest.approx(20)
     assert psnr_text(psnr(black, black)) == "identical"
     assert psnr_text(20) == "PSNR 20.0 dB"
 
 
-def test_a_comparison_shows_the_difference_amplified_beside_both() -> None:
+def test_a_comparison_shows_both_images_and_their_amplified_difference() -> None:
     left, right = np.zeros((400, 400, 3)), np.zeros((400, 400, 3))
     right[:200] = 0.5 / AMPLIFICATION
     shown = np.asarray(comparison(left, right, ("left", "right"), "a heading"))
@@ -139,5 +147,5 @@ def test_a_comparison_shows_the_difference_amplified_beside_both() -> None:
     assert panel[-100:].max() == 0
 
 
-def test_pictures_are_rounded_to_8_bits() -> None:
+def test_images_are_rounded_to_8_bits() -> None:
     assert np.asarray(image(np.array([[[0.0, 0.5, 1.2]]]))).tolist() == [[[0, 128, 255]]]

@@ -16,7 +16,7 @@ KEYS = {"ranks", "flops_total", "flops_per_rank", "exchanges", "fallbacks", "sec
 KEYS |= {"bytes_received_per_rank", "bytes_received_per_rank_displaced", "state_bytes_per_rank"}
 
 
-def test_plan_says_what_is_split_what_it_costs_and_what_travels() -> None:
+def test_plan_shows_cuts_work_and_received_bytes() -> None:
     text = fxpass("plan", "small:unet_sd", "-n", 2).stdout
     assert "small:unet_sd on 2 ranks, strategy sync" in text
     assert "32 rows, cut at 16" in text
@@ -25,7 +25,7 @@ def test_plan_says_what_is_split_what_it_costs_and_what_travels() -> None:
         assert word in text
 
 
-def test_plan_shows_a_displaced_step_only_where_there_is_one() -> None:
+def test_plan_shows_displaced_steps_of_stale_strategies_only() -> None:
     exact = fxpass("plan", "small:unet_sd").stdout
     assert "an exact step" not in exact
     assert "a displaced step" not in exact
@@ -45,16 +45,16 @@ def test_plan_shows_a_displaced_step_only_where_there_is_one() -> None:
     assert numbers.group(1).split().count("0") == len(sizes) - 2
 
 
-def test_plan_as_json_tells_what_a_displaced_step_receives() -> None:
+def test_plan_as_json_has_the_bytes_of_a_displaced_step() -> None:
     assert json.loads(fxpass("plan", GOOD, "--json", "-").stdout)["bytes_received_per_rank_displaced"] is None
     data = json.loads(fxpass("plan", GOOD, "--strategy", "separate_gn", "--json", "-").stdout)
     exact, displaced = data["bytes_received_per_rank"], data["bytes_received_per_rank_displaced"]
     assert len(data["padding_received_per_rank"]) == len(data["padding_received_per_rank_displaced"]) == 2
-    assert all(each.pop("moments") for each in exact)  # each rank's own serve a displaced step
+    assert all(each.pop("moments") for each in exact)  # a displaced step uses each rank's own moments
     assert displaced == exact
 
 
-def test_plan_as_json_has_all_keys_and_nothing_else_on_the_output() -> None:
+def test_plan_as_json_has_all_keys_and_is_all_that_is_printed() -> None:
     data = json.loads(fxpass("plan", GOOD, "-n", 3, "--json", "-").stdout)
     assert data.keys() >= KEYS
     assert data["ranks"] == len(data["flops_per_rank"]) == len(data["bytes_received_per_rank"]) == 3
@@ -70,7 +70,7 @@ def test_plan_json_goes_to_a_file_beside_the_table(tmp_path: Path) -> None:
     assert set(received) >= {"halo", "moments"}
 
 
-def test_plan_takes_sizes() -> None:
+def test_plan_accepts_sizes() -> None:
     text = fxpass("plan", "small:unet_sd", "--height", 64, "--width", 16, "--batch", 2).stdout
     assert "64 rows, cut at 32" in text
 
@@ -92,7 +92,7 @@ def test_dump_stops_after_any_pass(after: str, has: str, lacks: str) -> None:
     assert lacks not in text
 
 
-def test_dump_shows_the_rank_that_is_asked_for() -> None:
+def test_dump_shows_the_given_rank() -> None:
     first, last = (fxpass("dump", GOOD, "-n", 3, "--rank", rank).stdout for rank in (0, 2))
     assert "halo(H: 1 down, 1 zero up)" in first
     assert "halo(H: 1 up, 1 zero down)" in last
@@ -107,7 +107,7 @@ def test_diff_shows_what_a_pass_changed() -> None:
     assert "+split: sample" in seeds
 
 
-def test_models_lists_the_catalog_and_the_small_ones() -> None:
+def test_models_lists_the_catalog_and_the_small_models() -> None:
     text = fxpass("models").stdout
     assert "2,567 M" in text
     assert "small:unet_sd" in text
@@ -128,7 +128,7 @@ def test_models_lists_the_catalog_and_the_small_ones() -> None:
         (("dump", "small:unet_sd", "--after", "captured", "--diff"), "nothing comes before"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(arguments: tuple[object, ...], message: str) -> None:
+def test_errors_of_the_user_are_one_line_and_exit_code_2(arguments: tuple[object, ...], message: str) -> None:
     result = fxpass(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -137,7 +137,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(arguments: tuple[object
     assert not result.stdout
 
 
-def test_the_traceback_is_shown_where_it_is_asked_for_or_of_use() -> None:
+def test_tracebacks_are_shown_on_request_and_for_unexpected_errors() -> None:
     with pytest.raises(ValueError, match="no model"):
         fxpass("--traceback", "plan", "sdx")
     with pytest.raises(KeyError, match="a bug of the user's"):
@@ -145,7 +145,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for_or_of_use() -> None:
 
 
 @pytest.mark.parametrize("file", ["cli.py", "console.py", "pictures.py", "demo/command.py", *COMMANDS])
-def test_the_commands_import_what_is_slow_only_when_they_run(file: str) -> None:
+def test_commands_import_slow_libraries_only_when_they_run(file: str) -> None:
     light = {"commands", "console", "checkout", *(Path(command).stem for command in COMMANDS)}
     for node in ast.parse((TOOLS / file).read_text()).body:
         if isinstance(node, ast.Import):

@@ -55,7 +55,7 @@ def test_sizes_are_those_of_the_rank() -> None:
     assert sizes_text((), WHOLE, 0) == "scalar"
 
 
-def test_cuts_are_listed_and_overlaps_spelled_out() -> None:
+def test_cuts_are_listed_and_overlapping_rows_written_out() -> None:
     assert cuts_text(even(64, 4), 64) == "64 rows, cut at 16, 32, 48"
     assert cuts_text((Rows.interval(0, 5), Rows.interval(3, 8)), 8) == "8 rows: {0:5} {3:8}"
 
@@ -64,11 +64,11 @@ def test_cuts_are_listed_and_overlaps_spelled_out() -> None:
     ("rank", "text"),
     [(0, "halo(H: 1 down, 1 zero up)"), (1, "halo(H: 1 up, 1 down)"), (2, "halo(H: 1 up, 1 zero down)")],
 )
-def test_a_halo_says_what_comes_from_where(rank: int, text: str) -> None:
+def test_a_halo_is_described_by_rows_from_each_side(rank: int, text: str) -> None:
     assert exchange_text(halo(24, 3, 1), rank) == text
 
 
-def test_a_gather_says_how_many_rows_there_were_and_are() -> None:
+def test_a_gather_is_described_by_rows_before_and_after() -> None:
     everything = (Rows.interval(0, 4096),) * 8
     gather = Fetch("keys_values", (2, 4096, 64), torch.float16, 8, dim=1, have=even(4096, 8), want=everything)
     assert exchange_text(gather, 3) == "gather(L: 512 -> 4096)"
@@ -76,12 +76,12 @@ def test_a_gather_says_how_many_rows_there_were_and_are() -> None:
     assert exchange_text(moved, 0) == "move(L: 25 -> 20)"
 
 
-def test_moments_say_of_how_many_elements() -> None:
+def test_moments_are_described_by_their_number_of_elements() -> None:
     text = exchange_text(Moments("moments", (2, 1, 8), torch.float32, 2, counts=(512, 512)), 0)
     assert text == "moments(1x8 of 1024 elements)"
 
 
-def test_quantities_are_rounded_to_what_a_person_reads() -> None:
+def test_quantities_are_rounded_for_reading() -> None:
     assert [bytes_text(n) for n in (0, 999, 1500, 20_000_000, 3_140_000_000)] == [
         "0 B", "999 B", "1.5 kB", "20.0 MB", "3.1 GB",
     ]  # fmt: skip
@@ -110,20 +110,20 @@ def test_a_rank_s_graph_has_a_line_per_operator_under_its_module(made: Plan) -> 
     )
 
 
-def test_inputs_weights_and_outputs_are_named_as_the_caller_does(made: Plan) -> None:
+def test_inputs_weights_and_outputs_have_the_callers_names(made: Plan) -> None:
     text = graph_text(made.program, made.graph)
     assert text.startswith("inputs\n  sample  [B, C, H, W]  2x4x16x8  float32\n  timestep  [D0]  1  float32\nweights: ")
     assert text.splitlines()[-2] == "outputs"
 
 
-def test_keys_and_values_that_travel_together_are_one_message(made: Plan) -> None:
+def test_keys_and_values_in_one_bucket_are_one_message(made: Plan) -> None:
     text = graph_text(made.program, made.graph)
     assert re.search(
         r"exchange_\d+  one message of 2 values; (\d\.\d kB)\n.* for keys_values; .*\n.* for keys_values", text
     )
 
 
-def test_the_seeds_are_named_as_the_caller_names_inputs(made: Plan) -> None:
+def test_cuts_have_the_callers_names_of_inputs(made: Plan) -> None:
     assert seeds_text(made.program, made.program.graph, made.seeds) == [
         ("sample", "[B, C, H/2, W]", "16 rows, cut at 8")
     ]
@@ -137,6 +137,6 @@ def test_the_seeds_are_named_as_the_caller_names_inputs(made: Plan) -> None:
         ("stale_gn", r"stale halo\(.*; 1\.0 kB$"),
     ],
 )
-def test_an_exchange_says_what_displaced_steps_send(strategy: str, words: str) -> None:
+def test_an_exchange_shows_what_displaced_steps_send(strategy: str, words: str) -> None:
     made = plan(block(), *inputs(), world_size=2, strategy=strategy)
     assert re.search(words, graph_text(made.program, made.graph), re.MULTILINE)

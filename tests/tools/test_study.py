@@ -1,4 +1,4 @@
-"""`fxpass study` with tiny untrained pipelines: what is counted, kept, resumed, reported and refused."""
+"""`fxpass study` with tiny untrained pipelines: costs, results, resuming, report and errors."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """In the place of the class-conditional demo, a pipeline that knows its classes, and makes pictures of 32 x 32."""
+    """Replace the class-conditional demo by a tiny pipeline with the same classes, and images of 32 x 32."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, in_channels=4, out_channels=4
@@ -56,7 +56,7 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A study of two cells; its folder and what was printed."""
+    """Run a study of two cells; returns its folder and output."""
     output = tmp_path_factory.mktemp("study") / "out"
     return output, small(output)
 
@@ -89,7 +89,7 @@ def test_bytes_of_a_generation_are_those_of_its_exact_and_its_displaced_steps() 
     assert costs(plan, 2)[1] == runs.Cost(2000, 2000)
 
 
-def test_the_bytes_of_the_plan_are_those_that_travel(folder: Path) -> None:
+def test_the_bytes_of_the_plan_equal_those_received(folder: Path) -> None:
     asked = subject(str(folder), 3, 64, folder.parent / "prompts.txt")
     unet, scheduler = asked.pipe.unet, asked.pipe.scheduler
     with split(asked.pipe, 2, Strategy.of("no_sync"), 2) as model:
@@ -100,7 +100,7 @@ def test_the_bytes_of_the_plan_are_those_that_travel(folder: Path) -> None:
     assert asked.pipe.scheduler is scheduler
 
 
-def test_pictures_do_not_depend_on_the_batch(folder: Path) -> None:
+def test_images_do_not_depend_on_the_batch(folder: Path) -> None:
     asked = subject(str(folder), 3, 64, folder.parent / "prompts.txt")
     one, all_ = (generate(asked, 2, batch, lambda: None) for batch in (1, 3))
     assert np.abs(one.pictures - all_.pictures).max() < 1e-5
@@ -109,7 +109,7 @@ def test_pictures_do_not_depend_on_the_batch(folder: Path) -> None:
     assert one.features.shape[:2] == (3, 2)  # both guidance branches
 
 
-def test_exact_cells_are_equal_to_rounding_and_stale_ones_are_not(made: tuple[Path, Any]) -> None:
+def test_exact_cells_equal_the_unsplit_run_to_rounding_and_stale_ones_do_not(made: tuple[Path, Any]) -> None:
     results = Results(made[0])
     exact, stale = ([row for row in results.pictures if row.cell.strategy == name] for name in ("sync", "stale_gn"))
     assert all(CAP - 10 < row.psnr <= CAP and row.ssim > 0.9999 and row.features < 1e-4 for row in exact)
@@ -122,14 +122,14 @@ def test_exact_cells_are_equal_to_rounding_and_stale_ones_are_not(made: tuple[Pa
     assert 0 < exposed["stale_gn"] < total["stale_gn"]
 
 
-def test_classes_are_asked_for_by_name_and_read_back(made: tuple[Path, Any]) -> None:
+def test_classes_are_given_by_name_and_kept_in_the_results(made: tuple[Path, Any]) -> None:
     rows = Results(made[0]).pictures
     assert [row.text for row in rows[:3]] == [prompt.text for prompt in held_out(classes=True)[:3]]
     assert all(row.right is False and row.right_unsplit is False for row in rows)  # it is not trained
     assert "| 0 of 3 | 0 of 3 |" in (made[0] / "study.md").read_text()
 
 
-def test_the_report_is_a_table_plots_and_pictures(made: tuple[Path, Any]) -> None:
+def test_the_report_is_a_table_plots_and_contact_sheets(made: tuple[Path, Any]) -> None:
     output, result = made
     written = [Path(path) for path in re.findall(r"written +(\S+)", result.stdout)]
     assert [path.name.split("-")[0] for path in written] == ["study.md", "quality", "steps", "pictures"]
@@ -148,23 +148,23 @@ def test_the_report_is_a_table_plots_and_pictures(made: tuple[Path, Any]) -> Non
     assert written[0].read_text() == table.replace("against stale_gn", "against sync_gn")
 
 
-def test_a_rerun_makes_only_what_was_not_finished(made: tuple[Path, Any]) -> None:
+def test_a_rerun_makes_only_unfinished_cells(made: tuple[Path, Any]) -> None:
     output = made[0]
     before = {name: (output / name).read_text() for name in ("cells.csv", "pictures.csv", "steps.csv")}
     assert "2 cells, 2 of them finished" in small(output).stdout
     assert {name: (output / name).read_text() for name in before} == before
-    for name, text in before.items():  # killed while it wrote the last row of each file
+    for name, text in before.items():  # as if killed while it wrote the last row of each file
         (output / name).write_text(text[:-5])
     assert "2 cells, 1 of them finished" in small(output).stdout
     after = {name: (output / name).read_text() for name in before}
     assert after["pictures.csv"] == before["pictures.csv"]
     assert after["steps.csv"] == before["steps.csv"]
-    assert after["cells.csv"].splitlines()[:2] == before["cells.csv"].splitlines()[:2]  # its seconds, too
+    assert after["cells.csv"].splitlines()[:2] == before["cells.csv"].splitlines()[:2]  # with its seconds
     assert "stale_gn" in after["cells.csv"].splitlines()[2]
 
 
-def test_bytes_of_a_picture_do_not_depend_on_the_batch(made: tuple[Path, Any], tmp_path: Path) -> None:
-    small(tmp_path, "--strategies", "stale_gn", "--batch", 2)  # of 3 pictures: a whole batch and half of one
+def test_bytes_of_an_image_do_not_depend_on_the_batch(made: tuple[Path, Any], tmp_path: Path) -> None:
+    small(tmp_path, "--strategies", "stale_gn", "--batch", 2)  # 3 images: one full batch and one half
     one, other = Results(made[0]).outcomes[1], Results(tmp_path).outcomes[0]
     assert replace(one, seconds=0) == replace(other, seconds=0)
 
@@ -183,7 +183,7 @@ def test_a_grid_has_one_cell_per_distinct_setting() -> None:
         assert not cells.keys() & replace(grid, **changed).cells(asked).keys()
 
 
-def test_half_a_row_is_dropped_with_its_cell(tmp_path: Path) -> None:
+def test_rows_of_an_unfinished_cell_are_dropped(tmp_path: Path) -> None:
     results = Results(tmp_path / "new")
     results.clean()
     pictures = [Picture(CELL, k, 'a, "b"\nc', 20.0, 0.5, 0.1, 0.2, None, True) for k in range(2)]
@@ -205,7 +205,7 @@ def test_half_a_row_is_dropped_with_its_cell(tmp_path: Path) -> None:
         Results(tmp_path / "new")
 
 
-def test_more_ranks_than_possible_are_an_outcome(tmp_path: Path) -> None:
+def test_too_many_ranks_are_recorded_as_an_outcome(tmp_path: Path) -> None:
     result = small(tmp_path, "--strategies", "stale_gn", "--ranks", 64)
     assert "ranks" in Results(tmp_path).outcomes[0].impossible
     table = (tmp_path / "study.md").read_text()
@@ -215,7 +215,7 @@ def test_more_ranks_than_possible_are_an_outcome(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by_class", [False, True])
-def test_held_out_prompts_are_distinct_and_always_the_same(by_class: bool) -> None:
+def test_held_out_prompts_are_distinct_and_reproducible(by_class: bool) -> None:
     prompts = held_out(classes=by_class)
     assert len({prompt.text for prompt in prompts}) == len(prompts) > 32
     assert prompts == held_out(classes=by_class)
@@ -224,7 +224,7 @@ def test_held_out_prompts_are_distinct_and_always_the_same(by_class: bool) -> No
         assert draw_scene(np.random.default_rng(0), held_out=True).caption in {prompt.text for prompt in prompts}
 
 
-def test_intervals_are_of_student_and_differences_are_paired() -> None:
+def test_intervals_follow_students_t_and_differences_are_paired() -> None:
     assert interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.302653 / 3**0.5))
     assert np.isnan(interval([1.0])[1])
     high, low = ([Picture(CELL, k, "", v + k**2, 1, 0, 0, None, None) for k in range(3)] for v in (12.0, 10.0))
@@ -247,7 +247,7 @@ def test_intervals_are_of_student_and_differences_are_paired() -> None:
         (("--pipeline", "TINY", "--prompt-file", "MISSING"), "No such file"),
     ],
 )
-def test_what_cannot_be_studied_is_one_line(
+def test_study_reports_wrong_arguments_in_one_line(
     arguments: tuple[str, ...], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(checkout.DEMOS, "demo", tmp_path / "nowhere")
@@ -259,7 +259,7 @@ def test_what_cannot_be_studied_is_one_line(
     assert not (tmp_path / "out" / "unsplit").exists()
 
 
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_names_a_missing_library_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "skimage" else name)
     result = fxpass("study")
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""The sweep of the zoo keeps what it found, tells honestly what went wrong, and measures what it says."""
+"""The sweep of the zoo: kept results, reports of failures, and the measurements themselves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GOOD = Found(
 )  # fmt: skip
 
 
-def test_what_was_found_survives_json() -> None:
+def test_results_survive_json() -> None:
     found = replace(GOOD, read=(("mask", "model.py:3"),), splits={2: Split(0.5, 1.0, 3, (("mid", "no rule"),))})
     assert Found.of(json.loads(json.dumps(found.plain()))) == found
 
@@ -50,7 +50,7 @@ def test_what_was_found_survives_json() -> None:
         ({"failed": "it took more than 3 seconds", "splits": {}}, "`tiny`): it took more than 3 seconds"),
     ],
 )
-def test_the_report_tells_what_is_not_good(changes: dict[str, Any], told: str) -> None:
+def test_the_report_lists_every_problem(changes: dict[str, Any], told: str) -> None:
     assert told not in report([GOOD], [])
     assert told in report([replace(GOOD, **changes)], [])
 
@@ -65,13 +65,13 @@ def test_totals_count_classes_and_not_cases() -> None:
     assert "Not measured since the last change: large" in report([GOOD], ["large"])
 
 
-def test_inputs_that_models_read_are_told_once_for_all_cases_of_a_class() -> None:
+def test_inputs_that_models_read_are_listed_once_per_class() -> None:
     read = (("sizes.0.1, sizes.0.0", "model.py:3"), ("sizes.0.2", "model.py:5"), ("mask", "model.py:3"))
     text = report([replace(GOOD, read=read), replace(GOOD, name="other", read=read)], [])
     assert "- Tiny (`tiny`, `other`): `sizes` at model.py:3 / model.py:5; `mask` at model.py:3\n" in text
 
 
-def test_a_case_over_a_limit_is_told_of_and_measured_anew_when_its_sources_change(
+def test_a_case_over_a_limit_is_reported_and_measured_again_when_its_sources_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = zoo_case("vae_decode")
@@ -85,7 +85,7 @@ def test_a_case_over_a_limit_is_told_of_and_measured_anew_when_its_sources_chang
 
 
 @pytest.mark.parametrize("failed", ["MemoryError: ", "RuntimeError: DefaultCPUAllocator: can't allocate memory"])
-def test_a_case_that_needs_too_much_memory_is_told_of(
+def test_a_case_that_needs_too_much_memory_is_reported(
     failed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resource.setrlimit", lambda *_: None)
@@ -97,13 +97,13 @@ def test_a_case_that_needs_too_much_memory_is_told_of(
 
 
 class Picky(nn.Module):
-    """Reads one input as a Python value, and another not."""
+    """Reads one of its inputs as a Python value."""
 
     def forward(self, sample: Tensor, factor: Tensor) -> Tensor:
         return sample * 2 if factor.item() > 0.5 else sample
 
 
-def test_inputs_are_fresh_but_for_what_the_program_has_read() -> None:
+def test_inputs_are_fresh_except_those_that_the_program_has_read() -> None:
     given = {"sample": torch.randn(1, 3, 8, 8), "factor": torch.tensor(0.7)}
     fresh = {"sample": torch.randn(1, 3, 8, 8), "factor": torch.tensor(0.2)}
     subject = measuring.captured(Picky(), given, fresh)
@@ -112,7 +112,7 @@ def test_inputs_are_fresh_but_for_what_the_program_has_read() -> None:
     assert torch.equal(subject.expected[0], 2 * fresh["sample"])
 
 
-def test_a_wrong_rank_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_rank_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = zoo_case("vae_decode")
     module = case.build()
     given, fresh = (case.inputs(8, seed=seed, cols=8, module=module) for seed in (1, 7))
