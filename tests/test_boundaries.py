@@ -60,7 +60,7 @@ def imported(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def part_of(name: str) -> str | None:
-    """The folder that a dotted name belongs to; None outside the project, and for modules that all folders may import."""
+    """The folder that a dotted name belongs to; None outside the project, and for extras.py."""
     parts = name.split(".")
     if parts[0] != "fxpass" or parts[1:2] == ["extras"]:  # extras.py imports nothing of the project
         return None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 MODEL = "a catalog name (see `fxpass models`), small:NAME, a diffusers folder, or package.module:factory"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
@@ -33,7 +33,7 @@ def console() -> Console:
     return Console(width=width, highlight=False, markup=False, emoji=False, quiet=rank() > 0)
 
 
-class Commands(TyperGroup):
+class _ErrorsInOneLine:
     """Prints errors that the user can correct as one red line, without a traceback, and exits with 2."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -49,6 +49,14 @@ class Commands(TyperGroup):
         who = f"rank {rank()}: " if "RANK" in os.environ else ""
         typer.secho(f"error: {who}{text}", fg="red", err=True)
         raise typer.Exit(2)
+
+
+class Commands(_ErrorsInOneLine, TyperGroup):
+    """Several commands."""
+
+
+class Command(_ErrorsInOneLine, TyperCommand):
+    """A program that is one command."""
 
 
 def message(error: Exception) -> str | None:

@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 
 from ..checkout import demo_folder
-from ..console import Commands
+from ..console import Command
 
 PROMPT = "a blue circle on the right, white background"
-app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     prompt: Annotated[str, typer.Option(help="Shapes, colours, positions and a background.")] = PROMPT,
     world_size: Annotated[int, typer.Option("--world-size", "-n", min=1, help="Processes.")] = 2,
