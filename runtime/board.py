@@ -23,7 +23,7 @@ class Board:
         self.world = world
         self.timeout = timeout
         self.call = 0
-        self.doubt: Callable[[], None] | None = None  #: run while a call waits; raises if the ranks do unlike things
+        self.doubt: Callable[[], None] | None = None  #: run while a call waits; raises if it waits in vain
 
     def publish(self, error: BaseException) -> None:
         """Tell the others why this rank stops; the first to do so is heard."""

@@ -15,6 +15,7 @@ fewer; with OMP_NUM_THREADS set, with as many threads as torch is set to.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.distributed import TCPStore
 
 from ..ir.program import specialize
@@ -38,10 +40,11 @@ from .errors import RankError
 from .executor import Bound, PlanLike, Report, Step
 from .interpreter import RankProgram
 from .local import HOST, connect
+from .operators import refuse_script
 from .runner import Runner
 from .wire import Channel, ClosedError, allow_files, check_room
 
-START = 300.0  #: seconds that a worker may take to start, which is to import torch
+START = 300.0  #: seconds that a worker may take to start or to load a plan: it imports torch, and users' modules
 
 
 class SpawnExecutor:
@@ -77,9 +80,9 @@ class SpawnExecutor:
         """Send every worker its program.
 
         Raises:
-            NotImplementedError: the model is not on the CPU.
+            NotImplementedError: the model is not on the CPU, or an operator is registered by the script itself.
             OSError: too little shared memory, or too low a limit of open files.
-            RankError: a worker did not start.
+            RankError: a worker did not start, or could not load its program.
         """
         for tensor in (*weights, *inputs):
             if tensor.device.type != "cpu":
@@ -87,6 +90,7 @@ class SpawnExecutor:
                     f"executor='spawn' runs models on the CPU, this one is on {tensor.device}; start the script with "
                     f"`torchrun --nproc-per-node {self.world_size} …` (executor='distributed')"
                 )
+        refuse_script({node.target for node in plan.graph.nodes if isinstance(node.target, OpOverload)})
         links = self._started()
         names = list(plan.program.weights.values())
         with self._ending("in an earlier call"):
@@ -107,6 +111,7 @@ class SpawnExecutor:
             order = Bound.of(code, plan.program, torch.device("cpu")).order
             sources = [names[i] if i < len(names) else i - len(names) for i in order]
             channel.send(("load", self._numbers, code, sources, tensors, self.compile))
+        self._answers(START)
         loaded = SpawnPlan(self, self._numbers, bound, links, names, shared)
         self._plans[self._numbers] = loaded
         return loaded
@@ -142,8 +147,7 @@ class SpawnExecutor:
                 channel.send(("run", plan.number, self._calls, step))
             with _computing_with(self.threads):
                 outputs = plan.runner.run(plan.bound.values(weights, inputs), plan.sessions.at(step), step)
-            for rank in range(1, self.world_size):
-                self._answer(rank, self.timeout)
+            self._answers(self.timeout)
         return outputs
 
     def release(self, plan: SpawnPlan) -> None:
@@ -167,7 +171,7 @@ class SpawnExecutor:
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.threads),
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
         for rank in range(1, self.world_size):
             ours, theirs = socket.socketpair()
@@ -179,9 +183,9 @@ class SpawnExecutor:
                 )
             self._channels.append(Channel(ours))
         with self._ending("at their start"):
-            for rank in range(1, self.world_size):
-                self._answer(rank, START)
+            self._answers(START)
             self._links = connect(self._store, 0, self.world_size, self.timeout)
+            self._links.board.doubt = self._look
         return self._links
 
     def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
@@ -201,15 +205,29 @@ class SpawnExecutor:
             channel.send(("weights", new))
         sent.update(new)
 
-    def _answer(self, rank: int, seconds: float) -> None:
-        """Wait for the worker to say that it is ready or done."""
+    def _answers(self, seconds: float) -> None:
+        """Wait for every worker to say that it is ready or done.
+
+        Raises:
+            RankError: a worker failed, or did not answer in time.
+            ClosedError: one has ended.
+        """
+        waiting = dict(zip(self._channels, range(1, self.world_size), strict=True))
         deadline = time.monotonic() + seconds
-        while not self._channels[rank - 1].ready(POLL):
-            if time.monotonic() > deadline:
-                raise RankError(rank, f"no answer within {seconds:g} s")
-        message = self._channels[rank - 1].receive()
-        if message[0] == "error":
-            raise RankError(rank, message[2])
+        while waiting:
+            for channel in select.select(list(waiting), [], [], POLL)[0]:
+                rank = waiting.pop(channel)
+                message = channel.receive()
+                if message[0] == "error":
+                    raise RankError(rank, message[2])
+            if waiting and time.monotonic() > deadline:
+                raise RankError(min(waiting.values()), f"no answer within {seconds:g} s")
+
+    def _look(self) -> None:
+        """Raises `RankError` if a worker has ended: this process waits for what it will never send."""
+        for rank, process in enumerate(self.processes, 1):
+            if process.poll() is not None:
+                raise RankError(rank, f"its process ({process.pid}) has ended")
 
     @contextmanager
     def _ending(self, when: str) -> Iterator[None]:

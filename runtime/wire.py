@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .operators import reference, resolve
+
 _HEADER = struct.Struct("<QQ")  # bytes of the message, file descriptors that come before it
 _AT_ONCE = 200  # file descriptors per system call; Linux takes 253
 
@@ -54,6 +56,10 @@ class Channel:
 
     def receive(self) -> Any:
         """The next message; waits for it. Raises `ClosedError` at the end."""
+        return self.packet().open()
+
+    def packet(self) -> Packet:
+        """The next message, still packed; waits for it. Raises `ClosedError` at the end."""
         size, count = _HEADER.unpack(self._exactly(_HEADER.size))
         descriptors: list[int] = []
         while len(descriptors) < count:
@@ -67,11 +73,7 @@ class Channel:
             if len(some) != expected:
                 raise OSError("file descriptors were lost on their way: the limit of open files is too low (ulimit -n)")
             descriptors += some
-        try:
-            return _Unpickler(io.BytesIO(self._exactly(size)), descriptors).load()
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+        return Packet(self._exactly(size), descriptors)
 
     def ready(self, seconds: float) -> bool:
         """Whether a message (or the end) arrives within the time."""
@@ -92,6 +94,22 @@ class Channel:
                 raise ClosedError("the connection ended")
             view = view[count:]
         return data
+
+
+class Packet:
+    """A message as it came."""
+
+    def __init__(self, data: bytearray, descriptors: list[int]) -> None:
+        self._data = data
+        self._descriptors = descriptors
+
+    def open(self) -> Any:
+        """The message; once. May import modules, and raise what they raise."""
+        try:
+            return _Unpickler(io.BytesIO(self._data), self._descriptors).load()
+        finally:
+            for descriptor in self._descriptors:
+                os.close(descriptor)
 
 
 def allow_files(count: int) -> None:
@@ -150,7 +168,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch._ops.OpOverload):
-            return _operator, (str(obj),)
+            return resolve, reference(obj)
         if is_dataclass(obj) and not isinstance(obj, type):
             # without what its cached properties hold: hashes differ from process to process
             return _record, (type(obj), {field.name: getattr(obj, field.name) for field in fields(obj)})
@@ -178,10 +196,3 @@ class _Unpickler(pickle.Unpickler):
 
 def _record(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**values)
-
-
-def _operator(name: str) -> Any:
-    found: Any = torch.ops
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found

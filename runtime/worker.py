@@ -70,14 +70,15 @@ def main(descriptor: int, rank: int, world: int, port: int, timeout: float, thre
             try:
                 if isinstance(message, BaseException):
                     raise message
+                message = message.open()
                 worker.handle(message)
             except BaseException as error:
                 if not isinstance(error, RankError):
                     worker.links.board.publish(error)
                 channel.send(("error", isinstance(error, RankError), "".join(traceback.format_exception(error))))
                 return
-            if message[0] == "run":
-                channel.send(("done", message[2]))
+            if message[0] in ("load", "run"):
+                channel.send(("done",))
 
 
 def _read(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
@@ -88,7 +89,7 @@ def _read(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
             while not channel.ready(2.0):
                 if os.getppid() != parent:
                     raise ClosedError
-            inbox.put(channel.receive())
+            inbox.put(channel.packet())
     except ClosedError:
         os._exit(0)
     except BaseException as error:
