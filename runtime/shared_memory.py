@@ -32,6 +32,7 @@ from torch import Tensor
 from ..ir.exchange import Payloads
 from .board import POLL, Board
 from .interpreter import Site
+from .memory import check_available
 from .messages import Buffer, Message, Route
 
 TOKEN = 16  #: bytes that tell an owner's file from another process's of the same number
@@ -174,9 +175,15 @@ def open_lanes(sites: Sequence[Site], routes: Sequence[Route], board: Board, num
         number: counts these calls, alike on all ranks.
 
     Raises:
+        OSError: the machine has not enough memory left for the files of all ranks.
         RankError: a rank failed or did not come.
     """
     boxes = [Outbox(sites, rank, board.world) for rank in range(board.world)]
+    check_available(
+        sum(box.size for box in boxes),
+        f"a call (its context is number {number}) with two buffers for each message of {board.world} ranks",
+        "run fewer ranks, smaller inputs or fewer guidance branches",
+    )
     token = secrets.token_bytes(TOKEN)
     own = _attempt(lambda: _made(board.rank, boxes[board.rank].size, token))
     card = {"process": os.getpid(), "file": own.file.fileno(), "token": token.hex()} if own else None

@@ -40,9 +40,10 @@ from .errors import RankError
 from .executor import Bound, PlanLike, Report, Step
 from .interpreter import RankProgram
 from .local import HOST, connect
+from .memory import check_shm
 from .operators import refuse_script
 from .runner import Runner
-from .wire import Channel, ClosedError, allow_files, check_room
+from .wire import Channel, ClosedError, allow_files
 
 START = 300.0  #: seconds that a worker may take to start or to load a plan: it imports torch, and users' modules
 
@@ -103,6 +104,8 @@ class SpawnExecutor:
         self._numbers += 1
         code = RankProgram.of(specialize(plan.graph, 0), 0)
         bound = Bound.of(code, plan.program, torch.device("cpu"))
+        size = sum(tensor.nbytes for tensor in (*bound.constants, *inputs))
+        check_shm(size, "sharing this call's inputs and the model's constants")
         with torch.inference_mode(False):  # they are written to in later calls, in whatever mode
             shared = [torch.empty_like(tensor) for tensor in inputs]
         tensors = [*bound.constants, *shared]
@@ -199,7 +202,8 @@ class SpawnExecutor:
         if not new or not self._channels:
             return
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in new.values()}
-        check_room(sum(storage.nbytes() for storage in storages.values() if not storage.is_shared()))
+        size = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
+        check_shm(size, "sharing this model's weights")
         allow_files(len(storages))
         for channel in self._channels:
             channel.send(("weights", new))

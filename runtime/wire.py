@@ -130,17 +130,6 @@ def allow_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
-def check_room(size: int) -> None:
-    """Raises `OSError` if /dev/shm has not `size` bytes left: writing beyond would kill the process without a word."""
-    state = os.statvfs("/dev/shm")
-    free = state.f_bavail * state.f_frsize
-    if size > free:
-        raise OSError(
-            f"sharing this model's weights needs {size / 2**20:.0f} MiB of shared memory, /dev/shm has "
-            f"{free / 2**20:.0f} MiB left; make it larger (in a container: --shm-size)"
-        )
-
-
 class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
