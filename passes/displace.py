@@ -3,8 +3,9 @@
 A step's own part is always fresh. Never displaced: realignment, rebalancing, fallbacks, outputs, integers, booleans.
 What depends on the conditioning alone is the same at every step: it travels at exact steps only, and stays exact.
 
-Afterwards a value that every rank holds (replicated text, rows that two ranks compute) may differ from rank to rank.
-Where that would show, one owner's rows go to all: at the outputs, and at integers and booleans, which decide something.
+After a stale exchange, the ranks' copies of a value that several of them hold (replicated text, overlapping rows)
+differ. Copies of the outputs must not, nor copies of integers and booleans, because these decide something: there each
+row is taken from one rank, its owner.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import fx
@@ -20,7 +21,7 @@ from torch import fx
 from ..ir import ops
 from ..ir.exchange import DISPLACED, Exchange, Freshness
 from ..ir.fetch import Fetch
-from ..ir.layout import Rows, full
+from ..ir.layout import full, own
 from ..ir.nodes import append_copy
 from ..ir.program import layout_of, shape_of
 
@@ -55,30 +56,33 @@ def displace(graph: fx.Graph, kinds: Kinds, inputs: Collection[str], world: int)
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     moving = _moving(graph, inputs)
-    unlike: set[fx.Node] = set()  # nodes of the result of which ranks may hold unlike copies
+    differing: set[fx.Node] = set()  # nodes of the result of which ranks may hold differing copies
     for node in graph.nodes:
         if node.op == "output":
-            values = [_agreed(result, env[v], world, "output") if env[v] in unlike else env[v] for v in node.args[0]]
+            values = [_agreed(result, env[v], world, "output") if env[v] in differing else env[v] for v in node.args[0]]
             result.output(type(node.args[0])(values))
             continue
         new = env[node] = append_copy(result, node, env.__getitem__)
-        stale = False
         if node.target is ops.exchange:
             declared = _displaced(node.args[1], kinds, steady=node not in moving)  # type: ignore[arg-type]
-            stale = node in moving and any(each.fresh != "sync" for each in declared)
-            values: Any = new.args[0]
-            new.args = (values, tuple(_owned(e, v in unlike) for e, v in zip(declared, values, strict=True)))
-        if not stale and not any(source in unlike for source in new.all_input_nodes):
+            new.args = (new.args[0], declared)
+        if not _differs(new, node in moving, differing):
             continue
-        unlike.add(new)
-        if node.target is operator.getitem and node.args[0].target is ops.exchange:
-            each = new.args[0].args[1][node.args[1]]  # type: ignore[union-attr,index]
-            if isinstance(each, Fetch) and each.owners:
-                unlike.discard(new)
-                continue
+        differing.add(new)
         if "dtype" in node.meta and not node.meta["dtype"].is_floating_point and not node.meta["dtype"].is_complex:
             env[node] = _agreed(result, new, world, "small")
     return result
+
+
+def _differs(node: fx.Node, moves: bool, differing: Collection[fx.Node]) -> bool:
+    """Whether ranks may hold differing copies of a node of the result, for another reason than rounding."""
+    if node.target is operator.getitem and node.args[0].target is ops.exchange:  # type: ignore[union-attr]
+        source, place = node.args
+        exchange: Exchange = source.args[1][place]  # type: ignore[union-attr,index]
+        if exchange.fresh != "sync":
+            return moves
+        return not exchange.agrees and source.args[0][place] in differing  # type: ignore[union-attr,index]
+    return any(source in differing for source in node.all_input_nodes)
 
 
 def _moving(graph: fx.Graph, inputs: Collection[str]) -> set[fx.Node]:
@@ -96,16 +100,19 @@ def _displaced(message: tuple[Exchange, ...], kinds: Kinds, *, steady: bool) -> 
         return message
     fresh: list[Freshness] = [getattr(kinds, "sums" if each.role == "sum" else each.role) for each in message]
     if steady:
-        fresh = ["sync" if each == "sync" else "frozen" for each in fresh]
+        return tuple(
+            replace(each, fresh="sync" if how == "sync" else "frozen") for each, how in zip(message, fresh, strict=True)
+        )
     return tuple(_told(each, how, kinds) for each, how in zip(message, fresh, strict=True))
 
 
 def _told(exchange: Exchange, fresh: Freshness, kinds: Kinds) -> Exchange:
     """The exchange of displaced steps: how fresh, how much of a change goes on, and in how many bits it is sent."""
     exchange = replace(exchange, fresh=fresh, forecast=kinds.forecast if _forecast(exchange, fresh) else 0.0)
-    if isinstance(exchange, Fetch) and fresh == "stale" and len(exchange.shape) > 1:
-        return replace(exchange, bits=kinds.bits)
-    return exchange
+    if not isinstance(exchange, Fetch) or fresh == "sync":
+        return exchange
+    coded = fresh == "stale" and len(exchange.shape) > 1
+    return replace(exchange, owners=(), bits=kinds.bits if coded else 0)  # a rank's own rows are fresh, shared or not
 
 
 def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
@@ -117,27 +124,6 @@ def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
     return fresh == "predicted" or (fresh == "stale" and exchange.role == "halo" and len(exchange.shape) > 1)
 
 
-def _owned(exchange: Exchange, unlike: bool) -> Exchange:
-    """An exchange that gives every rank the same rows takes each from one owner, where copies of one may differ.
-
-    Those of an output always may: ranks that compute a row among others round it otherwise.
-    """
-    if not isinstance(exchange, Fetch) or exchange.fresh != "sync" or len(set(exchange.want)) > 1:
-        return exchange
-    owners = _disjoint(exchange.have)
-    rounded = exchange.role == "output" and owners != exchange.have
-    return replace(exchange, owners=owners) if unlike or rounded else exchange
-
-
-def _disjoint(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
-    """Each row with the first rank that holds it."""
-    taken, result = Rows(()), []
-    for mine in rows:
-        result.append(mine - taken)
-        taken = taken | mine
-    return tuple(result)
-
-
 def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: str) -> fx.Node:
     """`node` with every row that several ranks hold taken from one of them."""
     layout, shape = layout_of(node), shape_of(node)
@@ -147,7 +133,7 @@ def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: str) -> fx.Node:
         return _emit(graph, node, _view, (node, []), ())
     dim = layout.axis if layout.split else max(range(len(shape)), key=shape.__getitem__)
     rows = layout.rows if layout.split else full(shape[dim], world)
-    owners = _disjoint(rows)
+    owners = own(rows)
     if owners == rows:
         return node
     reason = "ranks may differ after stale exchanges"

@@ -96,11 +96,19 @@ class Partitioner:
     ) -> fx.Node:
         """A local operator; the same operator on the same values is emitted once.
 
-        What every rank holds all of is whole: only so may it meet a broader value.
+        A layout with all rows on every rank becomes WHOLE, so that broadcasting works. Where the ranks computed those
+        rows from parts, their copies may differ in the last bit, and each row is taken from one rank.
         """
-        if layout.dim is not None and min(layout.sizes) == shape[layout.dim]:
-            layout = WHOLE
-        return self._emit(target, args, kwargs or {}, {"shape": tuple(shape), "dtype": dtype, "layout": layout})
+        everywhere = layout.dim is not None and min(layout.sizes) == shape[layout.dim]
+        copies = everywhere and self.world > 1 and any(map(_split, _nodes((args, kwargs))))
+        described = {"shape": tuple(shape), "dtype": dtype, "layout": WHOLE if everywhere and not copies else layout}
+        node = self._emit(target, args, kwargs or {}, described)
+        if not copies:
+            return node
+        reason = "every rank computes all rows, and the copies may differ in the last bit"
+        held = layout.rows
+        declared = Fetch("small", shape_of(node), dtype, self.world, reason, layout.axis, held, held, owners=own(held))
+        return self._exchange(node, declared, shape, WHOLE)
 
     def same(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, layout: Layout) -> fx.Node:
         """The operator itself on local parts, its result laid out by `layout`."""
@@ -120,11 +128,9 @@ class Partitioner:
         """Law 2, `take`: rows that each rank already holds; free for a whole value."""
         have = self.rows(x, dim)
         local = per_rank([h.locate(w) for h, w in zip(have, rows, strict=True)])
-        shape = shape_of(x)
-        layout = WHOLE if rows == full(shape[dim], self.world) else Layout(dim, rows)
         if rows == have:
             return x
-        return self.emit(ops.take, (x, dim, local), shape=shape, dtype=x.meta["dtype"], layout=layout)
+        return self.emit(ops.take, (x, dim, local), shape=shape_of(x), dtype=x.meta["dtype"], layout=Layout(dim, rows))
 
     def rows(self, x: fx.Node, dim: int) -> tuple[Rows, ...]:
         """What each rank holds of `x` along `dim`."""
@@ -157,7 +163,9 @@ class Partitioner:
         if not top and not bottom and all(w <= h for w, h in zip(want, have, strict=True)):
             return self.take(x, dim, want)
         shape, dtype = shape_of(x), x.meta["dtype"]
-        declared = Fetch(role, shape, dtype, self.world, reason, dim, have, want, before, after, fill)
+        owners = own(have) if len(set(want)) == 1 else have  # what all ranks get must be the same bits on all of them
+        owners = () if owners == have else owners
+        declared = Fetch(role, shape, dtype, self.world, reason, dim, have, want, before, after, fill, owners)
         padded = (*shape[:dim], shape[dim] + top + bottom, *shape[dim + 1 :])
         none = (0,) * self.world
         rows = tuple(
@@ -310,6 +318,18 @@ class Partitioner:
             origin = {"path": about.get("path", ""), "origin": about.get("origin", self._node.name)}
             self._memo[key] = append(self._graph, target, args, kwargs, meta | origin)
         return self._memo[key]
+
+
+def _nodes(tree: Any) -> list[fx.Node]:
+    """The nodes among an operator's arguments."""
+    found: list[fx.Node] = []
+    map_arg(tree, found.append)  # type: ignore[arg-type]
+    return found
+
+
+def _split(x: fx.Node) -> bool:
+    """Whether the ranks hold parts of `x`, or a tuple that they computed from parts."""
+    return layout_of(x).split if "layout" in x.meta else any(map(_split, x.all_input_nodes))
 
 
 def partition(graph: fx.Graph, world: int, seeds: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> fx.Graph:

@@ -167,6 +167,11 @@ class Exchange:
         raise NotImplementedError
 
     @cached_property
+    def agrees(self) -> bool:
+        """Whether an exact step gives every rank the same bits, even where ranks hold differing copies of a row."""
+        raise NotImplementedError
+
+    @cached_property
     def _numels(self) -> tuple[tuple[int, ...], ...]:
         ranks = range(self.world)
         return tuple(tuple(0 if src == dst else prod(self.payload_shape(src, dst)) for src in ranks) for dst in ranks)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .coding import decode, encode, encoded_size
 from .exchange import Exchange, Payloads
-from .layout import Rows, routes
+from .layout import Rows, own, routes
 from .ops import index_tensor, take
 
 
@@ -122,6 +122,11 @@ class Fetch(Exchange):
         return all(
             table[dst][src] == self.have[src] for dst in range(self.world) for src in range(self.world) if src != dst
         )
+
+    @cached_property
+    def agrees(self) -> bool:
+        sources = self.owners or self.have
+        return len(set(self.want)) == 1 and own(sources) == sources
 
     def pack(self, rank: int, x: Tensor) -> Payloads:
         if self.broadcast:

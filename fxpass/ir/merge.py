@@ -25,6 +25,10 @@ class Merged(Exchange):
     def broadcast(self) -> bool:
         return True
 
+    @cached_property
+    def agrees(self) -> bool:
+        return True
+
     def pack(self, rank: int, x: Tensor) -> Payloads:
         return [None if dst == rank else x for dst in range(self.world)]
 

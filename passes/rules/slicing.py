@@ -10,7 +10,7 @@ from torch import fx
 
 from ...capture import row_rules
 from ...ir import ops
-from ...ir.layout import Layout, Rows, full, per_rank
+from ...ir.layout import Layout, Rows, per_rank
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..forms import slicing as forms
@@ -60,8 +60,8 @@ def remap(p: Partitioner, x: fx.Node, dim: int, sources: np.ndarray) -> fx.Node:
 def _moved(p: Partitioner, x: fx.Node, dim: int, size: int, rows: list[Rows], target: Any, local: list[Any]) -> fx.Node:
     """`target` picks the `local` rows of `x`; they are the ranks' `rows` of a dim of `size`."""
     shape = (*shape_of(x)[:dim], size, *shape_of(x)[dim + 1 :])
-    result = Layout() if tuple(rows) == full(size, p.world) else Layout(dim, tuple(rows))
-    return p.settle(p.emit(target, (x, dim, per_rank(local)), shape=shape, dtype=x.meta["dtype"], layout=result))
+    layout = Layout(dim, tuple(rows))
+    return p.settle(p.emit(target, (x, dim, per_rank(local)), shape=shape, dtype=x.meta["dtype"], layout=layout))
 
 
 def flip(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:

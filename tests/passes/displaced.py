@@ -26,7 +26,7 @@ from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.structure import WeightTable
 from fxpass.strategy import Strategy
-from tests.passes.harness import Function, assert_equal, refreshed
+from tests.passes.harness import Function, assert_equal, overlap, refreshed, same_bits, with_rounding
 
 PRESETS = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "pcpp")
 STALE = Step(exact=False, pace=1.0)
@@ -54,7 +54,8 @@ def follow(
     strategy = Strategy.of(preset)
     program = normalize(capture(module, *inputs))
     seeds = {program.inputs[i]: layout for i, layout in cuts.items()}
-    graph = displace(partition(program.graph, world, seeds, RULES), strategy, program.inputs, world)
+    graph = partition(program.graph, world, seeds, RULES)
+    graph = displace(with_rounding(graph, world) if overlap(graph) else graph, strategy, program.inputs, world)
     verify(graph, "displaced", world)
     graph = schedule(bucket(narrow(graph, strategy.windows)))
     verify(graph, "scheduled", world)
@@ -62,18 +63,14 @@ def follow(
     weights = WeightTable(module, list(program.weights.values())).tensors()
     rest, motion = (Call.of(module, tuple(map(refreshed, inputs)), {}).tensors for _ in range(2))
     loaded = LockstepExecutor(world, check=True).load(plan, weights, rest)
-    exact = loaded.run_all(weights, rest, EXACT)[0]
+    exact = agreed(loaded.run_all(weights, rest, EXACT))
     windowed = any(isinstance(each.declared, Fetch) and each.declared.window for each in plan.exchanges)
     assert strategy.windows or not windowed
     for found in loaded.run_all(weights, rest, STALE):
         if not windowed:  # else attention sees less than at an exact step
             assert_equal(found, exact, f"at rest, {preset}")
-    firsts = []
-    for _ in range(2):
-        first, *others = loaded.run_all(weights, motion, STALE)
-        assert all(_same(a, b) for found in others for a, b in zip(found, first, strict=True)), "ranks differ"
-        firsts.append(first)
-    exact = loaded.run_all(weights, motion, EXACT)[0]
+    firsts = [agreed(loaded.run_all(weights, motion, STALE)) for _ in range(2)]
+    exact = agreed(loaded.run_all(weights, motion, EXACT))
     pairs = [pair for first in firsts for pair in zip(first, exact, strict=True)]
     return Followed(
         stale=sum(each.declared.fresh not in ("sync", "frozen") for each in plan.exchanges),
@@ -82,5 +79,8 @@ def follow(
     )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+def agreed(outputs: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The outputs of all ranks, which must be the same bits."""
+    first, *others = outputs
+    assert all(same_bits(a, b) for found in others for a, b in zip(found, first, strict=True)), "ranks differ"
+    return first

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.passes import (
     test_random_networks,
@@ -21,7 +22,7 @@ from tests.passes import (
 )
 from tests.passes.displaced import PRESETS, follow
 from tests.passes.examples import Example, randn
-from tests.passes.harness import cut, evenly
+from tests.passes.harness import cut, evenly, split
 
 COMPARES = "softmax where most is masked"  # what equals a maximum of now and one of then: nothing is left
 
@@ -83,3 +84,41 @@ def test_a_row_that_two_ranks_compute_is_one_ranks_in_all_outputs(preset: str) -
     for _ in range(4):
         follow(join, [randn(2, 8, 8, 4)], {0: rows}, 2, preset)
         follow(join, [randn(2, 8, 8, 4)], {0: cut(2, (3, 4), (0, 8))}, 2, preset)
+
+
+class Gathered(torch.nn.Module):
+    """Two ranks compute row 3; no rule can split the windows' reshapes, which are given all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            [
+                test_random_networks.Pooled("conv", "nearest", []),
+                test_random_networks.Windows(0),
+                test_random_networks.Conv(1, 1, 1),
+                test_random_networks.Windows(0),
+            ]
+        )
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, text, time)
+        return x
+
+
+@pytest.mark.parametrize("preset", ["sync", "displaced"])
+def test_a_row_that_two_ranks_compute_is_one_ranks_after_a_fallback(preset: str) -> None:
+    torch.manual_seed(0)
+    rows = cut(2, (0, 1), (1, 2), (2, 3), (3, 4), (3, 8))
+    inputs = [randn(2, 4, 8, 4), randn(2, 5, 4), randn(2, 3)]
+    follow(Gathered().double(), inputs, {0: rows}, 5, preset)
+    split(Gathered().double(), inputs, {0: rows}, 5, exact=False)
+
+
+@pytest.mark.parametrize("preset", ["sync", "displaced"])
+def test_rows_that_every_rank_computes_are_one_ranks_in_all_outputs(preset: str) -> None:
+    torch.manual_seed(0)
+    join = torch.nn.Conv2d(8, 4, 1).double()
+    inputs, rows = [randn(2, 8, 8, 4)], cut(2, (0, 5), (3, 8))
+    follow(lambda x: join(x)[:, :, 3:5], inputs, {0: rows}, 2, preset)
+    split(lambda x: x * join(x)[:, :, 4:5].sum(1, keepdim=True), inputs, {0: rows}, 2)
