@@ -1,6 +1,6 @@
 """displace: by the strategy, exchanges of a displaced step use what the others sent at an earlier step (law 4).
 
-A step's own part is always fresh. Never displaced: realignment, rebalancing, fallbacks, outputs, integers, booleans.
+A step's own part is always fresh. Which exchanges may be displaced is said by the rules that declare them.
 What depends on the conditioning alone is the same at every step: it travels at exact steps only, and stays exact.
 
 After a stale exchange, the ranks' copies of a value that several of them hold (replicated text, overlapping rows)
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.exchange import DISPLACED, Exchange, Freshness
+from ..ir.exchange import Exchange, Freshness
 from ..ir.fetch import Fetch
 from ..ir.layout import full, own
 from ..ir.nodes import append_copy
@@ -95,8 +95,8 @@ def _moving(graph: fx.Graph, inputs: Collection[str]) -> set[fx.Node]:
 
 
 def _displaced(message: tuple[Exchange, ...], kinds: Kinds, *, steady: bool) -> tuple[Exchange, ...]:
-    """The exchanges of one message, all of one role: with an integer among them, none is displaced."""
-    if any(each.role not in DISPLACED or not each.dtype.is_floating_point for each in message):
+    """The exchanges of one message: displaced if their rules allow it for all of them."""
+    if not all(each.may_be_stale for each in message):
         return message
     fresh: list[Freshness] = [getattr(kinds, "sums" if each.role == "sum" else each.role) for each in message]
     if steady:

@@ -22,7 +22,7 @@ from ..ir import ops
 from ..ir.exchange import Exchange, Role
 from ..ir.fetch import Fetch
 from ..ir.layout import WHOLE, Layout, Rows, even, full, own, per_rank
-from ..ir.merge import Moments, Reduce
+from ..ir.merge import Moments, Reduce, ReduceOp
 from ..ir.nodes import append, call_key
 from ..ir.program import layout_of, shape_of
 from .apart import apart
@@ -93,16 +93,22 @@ class Partitioner:
         shape: Sequence[int],
         dtype: torch.dtype,
         layout: Layout = WHOLE,
+        holes: bool = False,
     ) -> fx.Node:
         """A local operator; the same operator on the same values is emitted once.
 
         A layout with all rows on every rank becomes WHOLE, so that broadcasting works. Where the ranks computed those
         rows from parts, their copies may differ in the last bit, and each row is taken from one rank.
+
+        Args:
+            holes: `layout` may leave rows out, because no operator reads them.
         """
         everywhere = layout.dim is not None and min(layout.sizes) == shape[layout.dim]
         copies = everywhere and self.world > 1 and any(map(_split, _nodes((args, kwargs))))
         described = {"shape": tuple(shape), "dtype": dtype, "layout": WHOLE if everywhere and not copies else layout}
         node = self._emit(target, args, kwargs or {}, described)
+        if holes and layout.dim is not None and not layout.covers(shape[layout.dim]):
+            node.meta["holes"] = True
         if not copies:
             return node
         reason = "every rank computes all rows, and the copies may differ in the last bit"
@@ -124,13 +130,14 @@ class Partitioner:
             for i, (value, layout) in enumerate(zip(op.node.meta["val"], layouts, strict=True))
         )
 
-    def take(self, x: fx.Node, dim: int, rows: tuple[Rows, ...]) -> fx.Node:
+    def take(self, x: fx.Node, dim: int, rows: tuple[Rows, ...], *, holes: bool = False) -> fx.Node:
         """Law 2, `take`: rows that each rank already holds; free for a whole value."""
         have = self.rows(x, dim)
         local = per_rank([h.locate(w) for h, w in zip(have, rows, strict=True)])
         if rows == have:
             return x
-        return self.emit(ops.take, (x, dim, local), shape=shape_of(x), dtype=x.meta["dtype"], layout=Layout(dim, rows))
+        shape, layout = shape_of(x), Layout(dim, rows)
+        return self.emit(ops.take, (x, dim, local), shape=shape, dtype=x.meta["dtype"], layout=layout, holes=holes)
 
     def rows(self, x: fx.Node, dim: int) -> tuple[Rows, ...]:
         """What each rank holds of `x` along `dim`."""
@@ -148,10 +155,12 @@ class Partitioner:
         before: tuple[int, ...] = (),
         after: tuple[int, ...] = (),
         fill: float = 0.0,
+        may_be_stale: bool = False,
     ) -> fx.Node:
         """Law 2, `fetch`: `x` with rows `want` along `dim`, framed by rows of `fill` on each rank.
 
-        A framed result is laid out as the whole value padded by the widest frame.
+        A framed result is laid out as the whole value padded by the widest frame. `may_be_stale`: at displaced steps,
+        rows of floating-point numbers may be those of an earlier step (law 4).
         """
         layout = layout_of(x)
         if layout.dim not in (None, dim):
@@ -160,12 +169,16 @@ class Partitioner:
             x = x.args[0]  # type: ignore[assignment]  # the whole value is at hand: an input, a table
         have = self.rows(x, dim)
         top, bottom = max(before, default=0), max(after, default=0)
+        holes = role == "halo"
         if not top and not bottom and all(w <= h for w, h in zip(want, have, strict=True)):
-            return self.take(x, dim, want)
+            return self.take(x, dim, want, holes=holes)
         shape, dtype = shape_of(x), x.meta["dtype"]
         owners = own(have) if len(set(want)) == 1 else have  # what all ranks get must be the same bits on all of them
         owners = () if owners == have else owners
-        declared = Fetch(role, shape, dtype, self.world, reason, dim, have, want, before, after, fill, owners)
+        declared = Fetch(
+            role, shape, dtype, self.world, reason, dim, have, want, before, after, fill, owners,
+            may_be_stale=may_be_stale and dtype.is_floating_point,
+        )  # fmt: skip
         padded = (*shape[:dim], shape[dim] + top + bottom, *shape[dim + 1 :])
         none = (0,) * self.world
         rows = tuple(
@@ -175,9 +188,10 @@ class Partitioner:
         result = WHOLE if rows == full(padded[dim], self.world) else Layout(dim, rows)
         if not layout_of(x).split:
             pads = [0] * (2 * (len(shape) - 1 - dim)) + [per_rank(before or none), per_rank(after or none)]
-            args = (self.take(x, dim, want), pads, fill)
-            return self.emit(torch.ops.aten.constant_pad_nd.default, args, shape=padded, dtype=dtype, layout=result)
-        return self._exchange(x, declared, padded, result)
+            args = (self.take(x, dim, want, holes=holes), pads, fill)
+            pad = torch.ops.aten.constant_pad_nd.default
+            return self.emit(pad, args, shape=padded, dtype=dtype, layout=result, holes=holes)
+        return self._exchange(x, declared, padded, result, holes=holes)
 
     def lay(self, x: fx.Node, layout: Layout, role: Role = "realign", reason: str = "") -> fx.Node:
         """Bring `x` to `layout`, at no cost where each rank has what it needs."""
@@ -187,20 +201,24 @@ class Partitioner:
             return self.whole(x, role, reason)
         return self.fetch(x, layout.dim, layout.rows, role, reason)
 
-    def whole(self, x: fx.Node, role: Role, reason: str = "") -> fx.Node:
+    def whole(self, x: fx.Node, role: Role, reason: str = "", *, may_be_stale: bool = False) -> fx.Node:
         layout = layout_of(x)
         if layout.dim is None:
             return x
-        return self.fetch(x, layout.dim, full(shape_of(x)[layout.dim], self.world), role, reason)
+        everything = full(shape_of(x)[layout.dim], self.world)
+        return self.fetch(x, layout.dim, everything, role, reason, may_be_stale=may_be_stale)
 
-    def reduce(self, x: fx.Node, op: str = "sum") -> fx.Node:
+    def reduce(self, x: fx.Node, op: ReduceOp = "sum", *, may_be_stale: bool = False) -> fx.Node:
         """Partial results of the ranks, one of the whole shape on each, to the whole result."""
-        return self._exchange(x, Reduce("sum", shape_of(x), x.meta["dtype"], self.world, op=op), shape_of(x), WHOLE)  # type: ignore[arg-type]
+        shape, dtype = shape_of(x), x.meta["dtype"]
+        stale = may_be_stale and dtype.is_floating_point
+        return self._exchange(x, Reduce("sum", shape, dtype, self.world, op=op, may_be_stale=stale), shape, WHOLE)
 
-    def moments(self, x: fx.Node, counts: Sequence[int]) -> fx.Node:
+    def moments(self, x: fx.Node, counts: Sequence[int], *, may_be_stale: bool = False) -> fx.Node:
         """`stack([mean, M2])` of each rank's `counts[k]` elements to `stack([mean, variance])` of all."""
-        declared = Moments("moments", shape_of(x), x.meta["dtype"], self.world, counts=tuple(counts))
-        return self._exchange(x, declared, shape_of(x), WHOLE)
+        shape, dtype = shape_of(x), x.meta["dtype"]
+        declared = Moments("moments", shape, dtype, self.world, counts=tuple(counts), may_be_stale=may_be_stale)
+        return self._exchange(x, declared, shape, WHOLE)
 
     def own(self, x: fx.Node) -> fx.Node:
         """Each position on one rank only, so that it counts once."""
@@ -306,9 +324,11 @@ class Partitioner:
     def _output(self, value: fx.Node) -> fx.Node:
         return self.whole(value, "output")
 
-    def _exchange(self, x: fx.Node, declared: Exchange, shape: Sequence[int], layout: Layout) -> fx.Node:
+    def _exchange(
+        self, x: fx.Node, declared: Exchange, shape: Sequence[int], layout: Layout, *, holes: bool = False
+    ) -> fx.Node:
         node = self._emit(ops.exchange, ((x,), (declared,)), {}, {})
-        return self.emit(operator.getitem, (node, 0), shape=shape, dtype=declared.dtype, layout=layout)
+        return self.emit(operator.getitem, (node, 0), shape=shape, dtype=declared.dtype, layout=layout, holes=holes)
 
     def _emit(self, target: Any, args: Any, kwargs: Any, meta: dict[str, Any]) -> fx.Node:
         key = call_key(target, args, kwargs)

@@ -107,7 +107,8 @@ class _Trimmer(Partitioner):
 
     def _replace(self, x: fx.Node, result: fx.Node) -> None:
         for user in list(x.users):
-            user.replace_all_uses_with(self.take(result, layout_of(user).axis, layout_of(user).rows))
+            layout, holes = layout_of(user), "holes" in user.meta
+            user.replace_all_uses_with(self.take(result, layout.axis, layout.rows, holes=holes))
             self._erase(user)
         self._erase(x)
 
@@ -116,7 +117,7 @@ class _Trimmer(Partitioner):
             self._takes.pop((node.args[0], layout_of(node)), None)
         self._graph.erase_node(node)
 
-    def _exchange(self, x: fx.Node, declared: Exchange, shape: Any, layout: Layout) -> fx.Node:
+    def _exchange(self, x: fx.Node, declared: Exchange, shape: Any, layout: Layout, *, holes: bool = False) -> fx.Node:
         raise SplitError("nothing travels for a value that every rank has")
 
 

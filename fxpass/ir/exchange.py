@@ -56,10 +56,11 @@ class Earlier:
 class Exchange:
     """One declared exchange. `shape` is the whole operand's (for partial results: every rank's own) shape.
 
-    `fresh` says what a displaced step uses in place of what the others send now, as an exact step does: `stale` what
-    they sent at the last step, `frozen` what they sent at the last exact step, `local` nothing; of moments,
-    `corrected` those of the last step and the own change since, `predicted` an estimate of their change. What a
-    displaced step sends serves the next; frozen and local ones send nothing.
+    `may_be_stale` is the word of the rule that declares the exchange: the result stays close where the others' parts
+    are those of an earlier step (law 4). `fresh` says what a displaced step uses in place of what the others send now,
+    as an exact step does: `stale` what they sent at the last step, `frozen` what they sent at the last exact step,
+    `local` nothing; of moments, `corrected` those of the last step and the own change since, `predicted` an estimate of
+    their change. What a displaced step sends serves the next; frozen and local ones send nothing.
 
     Where `forecast` is not 0, a change is expected to go on: what was sent at the last two steps, a and then b, serves
     as b + trend (b - a). The trend is measured on the own values, whose change in this step is known, and is taken from
@@ -73,6 +74,7 @@ class Exchange:
     dtype: torch.dtype
     world: int
     reason: str = ""
+    may_be_stale: bool = field(default=False, kw_only=True)
     fresh: Freshness = field(default="sync", kw_only=True)
     forecast: float = field(default=0.0, kw_only=True)
     order: tuple[int, ...] = field(default=(), kw_only=True)

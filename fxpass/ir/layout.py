@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from itertools import pairwise
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,10 @@ class Layout:
     def uniform(self) -> bool:
         """Whether every rank holds equally many rows."""
         return len(set(self.sizes)) <= 1
+
+    def covers(self, size: int) -> bool:
+        """Whether every row of a dim of `size` is on some rank, and no others are."""
+        return self.dim is None or reduce(or_, self.rows, Rows(())) == Rows.interval(0, size)
 
     def at(self, dim: int) -> Layout:
         """The same rows along another dim."""

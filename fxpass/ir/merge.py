@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .exchange import Earlier, Exchange, Payloads
 
+ReduceOp = Literal["sum", "prod", "amax", "amin", "exponentials"]
 HALF = 0.5  #: share of a change that predicted moments expect of others, or to come again
 
 
@@ -117,7 +118,7 @@ class Reduce(Merged):
     an old one is right in itself.
     """
 
-    op: Literal["sum", "prod", "amax", "amin", "exponentials"] = "sum"
+    op: ReduceOp = "sum"
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         parts = in_rank_order(rank, x, received)

@@ -6,6 +6,8 @@ A node of a partitioned graph carries in `meta`:
     layout         how it lies on the ranks
     path           the module that made it, e.g. "mid_block.attentions.0.attn1"
     resized        present where a displaced step's value has fewer rows (keys and values in a window)
+    holes          present where the layout may leave rows out, because no operator reads them: what a convolution or
+                   a resampling gets of its operand. Such a value is never exchanged, nor an output.
 
 and may have `PerRank` arguments; `specialize` turns it into the static-shape graph of one rank (law 6).
 """
@@ -13,6 +15,7 @@ and may have `PerRank` arguments; `specialize` turns it into the static-shape gr
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -111,6 +114,19 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 def layout_of(node: fx.Node) -> Layout:
     return node.meta.get("layout", WHOLE)
+
+
+def fetched(node: fx.Node) -> tuple[fx.Node, Exchange] | None:
+    """The operand and the declaration of the exchange that `node` is a result of; None if it is of none."""
+    if node.target is not operator.getitem:
+        return None
+    source, place = node.args
+    if source.target is ops.wait:  # type: ignore[union-attr]
+        source = source.args[0]  # type: ignore[union-attr]
+    if source.target is not ops.exchange:  # type: ignore[union-attr]
+        return None
+    values, declared = source.args  # type: ignore[union-attr]
+    return values[place], declared[place]  # type: ignore[index]
 
 
 def exchanges_of(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[Exchange, ...]]]:

@@ -16,9 +16,9 @@ from torch._ops import OpOverload
 from . import ops
 from .exchange import DISPLACED
 from .fetch import Fetch
-from .layout import Rows
+from .layout import PerRank, Rows, own
 from .merge import Moments
-from .program import calls, exchanges_of, layout_of
+from .program import calls, exchanges_of, fetched, layout_of, shape_of
 
 Stage = Literal["captured", "normal", "partitioned", "displaced", "scheduled"]
 Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
@@ -68,14 +68,40 @@ def _local(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
             yield node
 
 
+def _chosen(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """An argument that differs from rank to rank has a value for each."""
+    for node in graph.nodes:
+        if any(len(each.values) != world for each in _per_rank((node.args, node.kwargs))):
+            yield node
+
+
+def _per_rank(tree: Any) -> Iterator[PerRank]:
+    if isinstance(tree, PerRank):
+        yield tree
+    elif isinstance(tree, slice):
+        yield from _per_rank((tree.start, tree.stop, tree.step))
+    elif isinstance(tree, (tuple, list, dict)):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _per_rank(each)
+
+
 def _covered(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """Layouts have a set for each rank, and the sets cover the dim (frames of a halo excepted)."""
+    """A split value has a set of rows for each rank; together they are all rows, unless `holes` allows some to lack."""
     for node in graph.nodes:
         layout = layout_of(node)
         if not layout.split:
             continue
-        size = node.meta["shape"][layout.axis]
-        if len(layout.rows) != world or any(r.runs and (r.start < 0 or r.stop > size) for r in layout.rows):
+        size = shape_of(node)[layout.axis]
+        inside = all(rows <= Rows.interval(0, size) for rows in layout.rows)
+        if len(layout.rows) != world or not inside or not ("holes" in node.meta or layout.covers(size)):
+            yield node
+
+
+def _complete(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """What may have holes stays on its rank."""
+    for node in graph.nodes:
+        leaves = node.op == "output" or node.target is ops.exchange
+        if leaves and any("holes" in value.meta for value in node.all_input_nodes):
             yield node
 
 
@@ -96,8 +122,48 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
                 break
 
 
+def _resulting(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """A result of an exchange has the dtype, and on each rank the shape, that the exchange makes of its operand."""
+    for node in graph.nodes:
+        if (found := fetched(node)) is None:
+            continue
+        value, exchange = found
+        shape, layout = shape_of(value), layout_of(value)
+        if node.meta["dtype"] != exchange.dtype or any(
+            exchange.result_shape(rank, layout.local_shape(shape, rank))
+            != layout_of(node).local_shape(shape_of(node), rank)
+            for rank in range(world)
+        ):
+            yield node
+
+
+def _owned(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """Each row that is sent has one owner, who holds it, and a fetch that gives all rows to all ranks names them."""
+    for node, declared in exchanges_of(graph):
+        for each in declared:
+            if not isinstance(each, Fetch):
+                continue
+            owners = each.owners or each.have
+            held = all(mine <= have for mine, have in zip(owners, each.have, strict=True))
+            if not held or (each.owners and own(owners) != owners) or (each.fresh == "sync" and not _agreed(each)):
+                yield node
+                break
+
+
+def _agreed(fetch: Fetch) -> bool:
+    return fetch.agrees or len(set(fetch.want)) > 1
+
+
+def _allowed(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """Rules allow to be stale: halos, keys and values, moments and sums, of real numbers."""
+    for node, declared in exchanges_of(graph):
+        allowed = [each for each in declared if each.may_be_stale]
+        if not all(each.role in DISPLACED and each.dtype.is_floating_point for each in allowed):
+            yield node
+
+
 def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """Only halos, keys and values, moments and sums of real numbers are stale, all of a node alike.
+    """Stale is what a rule allows to be, all of a node alike.
 
     Windows hold the own rows. Changes are coded of what is stale.
     """
@@ -105,7 +171,7 @@ def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
         kinds = {each.fresh for each in declared}
         stale = kinds != {"sync"}
         if len(kinds) > 1 or any(
-            (stale and not (each.role in DISPLACED and each.dtype.is_floating_point))
+            (stale and not each.may_be_stale)
             or (each.fresh in ("predicted", "corrected", "local") and not isinstance(each, Moments))
             or (isinstance(each, Fetch) and each.bits and each.fresh != "stale")
             or (isinstance(each, Fetch) and not all(h <= w for h, w in zip(each.have, each.window, strict=False)))
@@ -129,11 +195,16 @@ SPECS: dict[Stage, list[tuple[str, Check]]] = {
     "partitioned": [
         *_BASE,
         ("only ATen's and the local operators are called", _local),
-        ("layouts lie within the whole value", _covered),
+        ("arguments that differ from rank to rank have a value for each", _chosen),
+        ("layouts cover their dim", _covered),
+        ("values with holes stay on their rank", _complete),
         ("exchanges are declared for the layout of their operands", _declared),
+        ("results of exchanges have the declared shape", _resulting),
+        ("what every rank gets comes from one owner per row", _owned),
+        ("rules allow only real halos, keys and values, moments and sums to be stale", _allowed),
     ],
 }
-SPECS["displaced"] = [*SPECS["partitioned"], ("only what law 4 allows is stale", _displaced)]
+SPECS["displaced"] = [*SPECS["partitioned"], ("only what its rule allows is stale", _displaced)]
 SPECS["scheduled"] = [*SPECS["displaced"], ("each launch is awaited once", _awaited)]
 
 

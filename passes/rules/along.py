@@ -15,6 +15,7 @@ from torch import fx
 from ...capture import row_rules as rows
 from ...ir import ops
 from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.merge import ReduceOp
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, Rule, SplitError
@@ -57,7 +58,8 @@ def op_shape(op: Op) -> tuple[int, ...]:
 def exponentials(p: Partitioner, x: fx.Node, dims: list[int]) -> tuple[fx.Node, fx.Node]:
     """The maximum and the sum of exp(x - maximum) over `dims` (kept, size 1), the split dim among them."""
     kept, dtype = tuple(1 if d in dims else s for d, s in enumerate(shape_of(x))), x.meta["dtype"]
-    merged = p.reduce(p.emit(ops.exponentials, (p.own(x), dims), shape=(2, *kept), dtype=dtype), "exponentials")
+    part = p.emit(ops.exponentials, (p.own(x), dims), shape=(2, *kept), dtype=dtype)
+    merged = p.reduce(part, "exponentials", may_be_stale=True)
     most, total = (p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1))
     return most, total
 
@@ -126,7 +128,7 @@ def running(join: Any, neutral: float) -> Rule:
         shape = tuple(p.world if d == dim else s for d, s in enumerate(op.shape))
         last = per_rank([Rows.interval(len(r) - 1, len(r)) for r in layout.rows])
         totals = p.emit(ops.take, (y, dim, last), shape=shape, dtype=inner, layout=Layout(dim, each))
-        totals = p.whole(totals, "sum")
+        totals = p.whole(totals, "sum", may_be_stale=True)
         pad = [0] * (2 * (ndim - 1 - dim)) + [1, -1]
         totals = p.emit(aten.constant_pad_nd.default, (totals, pad, neutral), shape=shape, dtype=inner)
         before = p.take(p.emit(op.target, (totals, dim), {"dtype": inner}, shape=shape, dtype=inner), dim, each)
@@ -152,8 +154,9 @@ def extreme(largest: bool, both: bool) -> Rule:
                 return p.several(op, (x, dim, keepdim), None, [layout, layout])
             return p.same(op, (x, dim, keepdim), layout=layout)
         kept = tuple(1 if d == dim else s for d, s in enumerate(shape))
-        name = "amax" if largest else "amin"
+        name: ReduceOp = "amax" if largest else "amin"
         reduce = getattr(aten, name).default
+        # never stale: an old value equals none of the rank's own
         value = p.reduce(p.emit(reduce, (x, [dim], True), shape=kept, dtype=x.meta["dtype"]), name)
 
         def compared(target: Any, *args: Any) -> fx.Node:

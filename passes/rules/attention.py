@@ -6,7 +6,7 @@ a causal one is made for the rank's own query positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -17,12 +17,15 @@ from torch import fx
 from ...ir import ops
 from ...ir.layout import Layout, Rows, even, per_rank
 from ...ir.operators import OpSpec
-from ...ir.program import layout_of, shape_of
+from ...ir.program import layout_of, reached, shape_of
 from ..partition import Op, Partitioner, SplitError
+from . import pointwise, views
 from .pointwise import broadcast_to
 
 aten = torch.ops.aten
 Shape = Sequence[int]
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+THROUGH = {*pointwise.TABLE, *views.TABLE, ops.take, aten.slice.Tensor}
 
 
 def attention(
@@ -65,8 +68,8 @@ def attention(
         if length < p.world:
             raise SplitError(reason)
         query = p.lay(query, Layout(len(shape_of(query)) - 2, even(length, p.world)), "realign", reason)
-    key = p.whole(key, "keys_values")
-    value = p.whole(value, "keys_values")
+    key = p.whole(key, "keys_values", may_be_stale=True)
+    value = p.whole(value, "keys_values", may_be_stale=True)
     layout = layout_of(query)
     if layout.dim is None:
         mask = p.whole(attn_mask, "realign") if attn_mask is not None else None
@@ -83,6 +86,28 @@ def attention(
     return p.same(op, (query, key, value, mask, dropout_p, False), kwargs, layout=layout)
 
 
+def is_key_or_value(product: fx.Node, kept: bool, others: Iterable[fx.Node]) -> bool:
+    """Whether an operand of a matrix product holds the keys or the values of attention that is written by hand.
+
+    Args:
+        product: the product, in the graph of whole values.
+        kept: whether the operand's tokens are a dim of the result (keys) or are summed over (values).
+        others: the product's other operands, in the partitioned graph.
+    """
+    if kept:
+        return _leads_to_softmax([product], lambda node: node.users)
+    return _leads_to_softmax(others, lambda node: node.all_input_nodes)
+
+
+def _leads_to_softmax(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
+    """Whether a softmax is found from `nodes` by `step`, through nothing but pointwise operators and views."""
+
+    def onward(node: fx.Node) -> Iterable[fx.Node]:
+        return (each for each in step(node) if each.target in THROUGH or each.target in SOFTMAX)
+
+    return any(node.target in SOFTMAX for node in reached(nodes, onward))
+
+
 def _spread(rows: Rows, group: int) -> np.ndarray:
     """The heads of the groups `rows`."""
     return (rows.array[:, None] * group + np.arange(group)).reshape(-1)
@@ -90,7 +115,7 @@ def _spread(rows: Rows, group: int) -> np.ndarray:
 
 def _each_head(p: Partitioner, x: fx.Node, heads: int) -> fx.Node:
     """Grouped keys or values, one for each head of the queries."""
-    x = p.whole(x, "keys_values")
+    x = p.whole(x, "keys_values", may_be_stale=True)
     shape, dim = shape_of(x), len(shape_of(x)) - 3
     index = ops.Index(np.arange(heads) // (heads // shape[dim]))
     wide = (*shape[:dim], heads, *shape[dim + 1 :])

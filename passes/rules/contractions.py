@@ -1,7 +1,11 @@
 """Matrix products in the letters of einsum: one rule for linear, mm, bmm, matmul, einsum and cdist.
 
 A split letter of the output stays split, and operands split otherwise are fetched whole; a split letter that is
-summed over gives partial sums, which are added over the ranks (role `sum`): linear attention.
+summed over gives partial sums, which are added over the ranks (role `sum`).
+
+What is fetched for attention written by hand may be stale: the keys of a product whose result a softmax weighs, the
+values of a product with what a softmax has made. So may sums over tokens of products of two values that both have a row
+for each token, as in linear attention. Other products are never stale: nothing is known of how they use an operand.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..forms import products
 from ..partition import Op, Partitioner, SplitError
+from .attention import is_key_or_value
 from .pointwise import broadcast_to
 
 aten = torch.ops.aten
@@ -42,15 +47,19 @@ def contract(
     lead, layout = next(((s, at) for s, at in split if s in output), split[0])
     free = lead in output
     rows = layout.rows if free else own(layout.rows)
-    laid = [
-        p.lay(x, Layout(word.index(lead), rows), "realign", "operands cut differently")
-        if lead in word
-        else p.whole(x, "keys_values")
-        for x, word in zip(operands, letters, strict=True)
-    ]
+    laid: list[fx.Node] = []
+    for x, word in zip(operands, letters, strict=True):
+        others = [y for y in operands if y is not x]
+        if lead in word:
+            laid.append(p.lay(x, Layout(word.index(lead), rows), "realign", "operands cut differently"))
+        elif layout_of(x).split and is_key_or_value(op.node, word[layout_of(x).axis] in output, others):
+            laid.append(p.whole(x, "keys_values", may_be_stale=True))
+        else:
+            laid.append(p.whole(x, "realign", "a matrix product uses all rows"))
     if free:
         return p.same(op, rebuild(laid), layout=Layout(output.index(lead), rows))
-    return p.reduce(p.same(op, rebuild(laid), layout=Layout()))
+    tokens = sum(s == lead for s, _ in split) > 1
+    return p.reduce(p.same(op, rebuild(laid), layout=Layout()), may_be_stale=tokens)
 
 
 def linear(p: Partitioner, op: Op, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:

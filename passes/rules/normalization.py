@@ -55,7 +55,7 @@ def group_norm(
         raise SplitError("the channels are split")
     row = prod(shape[1:]) // groups // shape[layout.axis]
     local = p.emit(ops.group_moments, (p.own(x), groups), shape=(2, shape[0], groups), dtype=wide(op.dtype))
-    merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)])
+    merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)], may_be_stale=True)
     return p.emit(
         ops.group_normalize, (x, merged, groups, weight, bias, eps), shape=op.shape, dtype=op.dtype, layout=layout
     )
@@ -68,7 +68,7 @@ def moments(p: Partitioner, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, f
     dtype = wide(x.meta["dtype"])
     row = prod(shape[d] for d in dims) // shape[layout.axis]
     local = p.emit(ops.moments, (p.own(x), list(dims)), shape=(2, *kept), dtype=dtype)
-    merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)])
+    merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)], may_be_stale=True)
     mean, variance = (p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1))
     return mean, variance
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from ...capture import row_rules as rows
 from ...ir.layout import Layout
+from ...ir.merge import ReduceOp
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..forms import reductions as forms
@@ -31,7 +32,7 @@ def _without(layout: Layout, dims: list[int], keepdim: bool) -> Layout:
     return layout.at(layout.axis - (0 if keepdim else sum(d < layout.axis for d in dims)))
 
 
-def reduction(partial: str) -> Rule:
+def reduction(partial: ReduceOp | Literal["mean"]) -> Rule:
     """A reduction with arguments (x, dims, keepdim, …), merged over ranks by `partial`."""
 
     def rule(p: Partitioner, op: Op, x: fx.Node, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> fx.Node:
@@ -45,12 +46,12 @@ def reduction(partial: str) -> Rule:
             part = p.emit(
                 aten.sum.dim_IntList, (p.own(x), inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype
             )
-            mean = p.emit(aten.div.Scalar, (p.reduce(part), count), shape=op.shape, dtype=dtype)
+            mean = p.emit(aten.div.Scalar, (p.reduce(part, may_be_stale=True), count), shape=op.shape, dtype=dtype)
             return p.emit(aten._to_copy.default, (mean,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
         # a rank may own nothing: of that there is a sum, but no maximum; maxima may count a row twice
         x = p.own(x) if partial in ("sum", "prod") else x
         dims = dims if isinstance(dims, int) else inside
-        return p.reduce(p.same(op, (x, dims, keepdim), kwargs, layout=Layout()), partial)
+        return p.reduce(p.same(op, (x, dims, keepdim), kwargs, layout=Layout()), partial, may_be_stale=True)
 
     return rule
 
@@ -75,7 +76,7 @@ def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
 
 
 def whole_product(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
-    return p.reduce(p.same(op, (p.own(x),), kwargs, layout=Layout()), "prod")
+    return p.reduce(p.same(op, (p.own(x),), kwargs, layout=Layout()), "prod", may_be_stale=True)
 
 
 def variance(
@@ -125,7 +126,7 @@ def vector_norm(
         raise SplitError(f"a norm of order {order} over the split dim")
     dtype = wide(op.dtype)
     part = p.emit(op.target, (p.own(x), order, inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype)
-    total = p.reduce(p.emit(aten.square.default, (part,), shape=op.shape, dtype=dtype))
+    total = p.reduce(p.emit(aten.square.default, (part,), shape=op.shape, dtype=dtype), may_be_stale=True)
     root = p.emit(aten.sqrt.default, (total,), shape=op.shape, dtype=dtype)
     return p.emit(aten._to_copy.default, (root,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
 

@@ -91,7 +91,7 @@ def _weighted(
     first = np.minimum(first, size - width)
     taps = first[:, None] + np.arange(width)
     want = tuple(Rows.of(taps[r.array].reshape(-1)) for r in rows)
-    x = p.fetch(x, dim, want, "halo")
+    x = p.fetch(x, dim, want, "halo", may_be_stale=True)
     indices, values = [], []
     for mine, have in zip(rows, p.rows(x, dim), strict=True):
         positions = taps[mine.array]

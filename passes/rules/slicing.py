@@ -140,7 +140,7 @@ def mirrored_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], mode: str, 
         rest[place] = rest[place + 1] = 0
         spread = torch.arange(size, dtype=torch.float64)[None, None]
         sources = torch.nn.functional.pad(spread, (before, after), mode=mode)[0, 0].long().numpy()
-        x = p.fetch(x, dim, tuple(Rows.of(sources[r.array]) for r in rows), "halo")
+        x = p.fetch(x, dim, tuple(Rows.of(sources[r.array]) for r in rows), "halo", may_be_stale=True)
         local = [
             ops.Index(np.searchsorted(have.array, sources[r.array]))
             for r, have in zip(rows, p.rows(x, dim), strict=True)

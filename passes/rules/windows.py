@@ -93,6 +93,7 @@ def halo(
         before=tuple(max(0, -lo) for lo, _ in reach),
         after=tuple(max(0, hi - size) for _, hi in reach),
         fill=fill,
+        may_be_stale=True,
     )
     return x, rows, tuple(lo for lo, _ in reach)
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxpass.ir import ops
 from fxpass.ir.fetch import Fetch
-from fxpass.ir.layout import Layout, full
+from fxpass.ir.layout import Layout, PerRank, full
 from fxpass.ir.merge import Reduce
 from fxpass.ir.verify import VerificationError, verify
 from tests.passes.harness import cut
@@ -43,14 +43,14 @@ def call(
     return build
 
 
-def fetched(**changes: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:
+def fetched(result: dict[str, Any] | None = None, **changes: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:
     declared: dict[str, Any] = {"role": "output", "shape": (4, 3), "dtype": torch.float32, "world": 2, "dim": 0}
     declared |= {"have": HALVES.rows, "want": full(4, 2)} | changes
 
     def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
         args: Any = ((x,), (Fetch(**declared),))
         node = graph.call_function(operator.getitem, (graph.call_function(ops.exchange, args), 0))
-        node.meta = meta()
+        node.meta = result or meta()
         return node
 
     return build
@@ -76,8 +76,11 @@ def test_a_good_exchange_passes() -> None:
         ("normal", call(aten.conv2d.default, ..., ...), "operators are in normal form"),
         ("normal", call(ops.take, ..., 0, HALVES.rows[0]), "only ATen operators are called"),
         ("partitioned", call(torch.relu, ...), "only ATen's and the local operators are called"),
-        ("partitioned", call(aten.relu.default, ..., layout=cut(0, (0, 4))), "layouts lie within the whole value"),
-        ("partitioned", call(aten.relu.default, ..., layout=cut(0, (0, 2), (2, 5))), "layouts lie within"),
+        ("partitioned", call(aten.relu.default, ..., layout=cut(0, (0, 4))), "layouts cover their dim"),
+        ("partitioned", call(aten.relu.default, ..., layout=cut(0, (0, 2), (2, 5))), "layouts cover their dim"),
+        ("partitioned", call(aten.relu.default, ..., layout=cut(0, (0, 2), (3, 4))), "layouts cover their dim"),
+        ("partitioned", call(aten.add.Tensor, ..., PerRank((1, 2, 3))), "have a value for each"),
+        ("partitioned", call(aten.expand.default, ..., [PerRank((4,)), 3]), "have a value for each"),
     ],
 )
 def test_a_broken_graph_is_refused(stage: Any, build: Any, rule: str) -> None:
@@ -109,6 +112,65 @@ def test_an_exchange_that_is_declared_for_another_operand_is_refused(
 ) -> None:
     with pytest.raises(VerificationError, match="exchanges are declared for the layout of their operands"):
         verify(graph_of(fetched(**changes), layout), "partitioned", 2)
+
+
+def test_a_value_with_holes_may_be_read_but_not_exchanged() -> None:
+    def build(graph: fx.Graph, x: fx.Node, leaves: bool) -> fx.Node:
+        rows = cut(0, (0, 2), (3, 4))
+        part = call(ops.take, ..., 0, PerRank(rows.rows), layout=rows)(graph, x)
+        part.meta["holes"] = True
+        if leaves:
+            return fetched(have=rows.rows, want=rows.rows, result=meta(layout=rows) | {"holes": True})(graph, part)
+        return call(aten.sum.default, ..., shape=())(graph, part)
+
+    verify(graph_of(lambda graph, x: build(graph, x, leaves=False)), "partitioned", 2)
+    with pytest.raises(VerificationError, match="values with holes stay on their rank"):
+        verify(graph_of(lambda graph, x: build(graph, x, leaves=True)), "partitioned", 2)
+
+
+@pytest.mark.parametrize(
+    "result", [meta((3, 3)), meta(dtype=torch.float64), meta(layout=HALVES), meta(layout=cut(0, (0, 4), (0, 3)))]
+)
+def test_a_result_that_an_exchange_does_not_make_is_refused(result: dict[str, Any]) -> None:
+    with pytest.raises(VerificationError, match="results of exchanges have the declared shape"):
+        verify(graph_of(fetched(result=result), HALVES), "partitioned", 2)
+
+
+SHARED = cut(0, (0, 3), (2, 4))
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [
+        (),  # either rank's row 2 would be taken
+        SHARED.rows,
+        cut(0, (0, 1), (1, 4)).rows,  # one does not have what it is to send
+    ],
+)
+def test_a_gather_without_one_owner_for_each_row_is_refused(owners: Any) -> None:
+    verify(graph_of(fetched(have=SHARED.rows, owners=HALVES.rows), SHARED), "partitioned", 2)
+    with pytest.raises(VerificationError, match="comes from one owner per row"):
+        verify(graph_of(fetched(have=SHARED.rows, owners=owners), SHARED), "partitioned", 2)
+
+
+@pytest.mark.parametrize("role", ["realign", "rebalance", "small", "fallback", "output", "inputs"])
+def test_a_rule_that_lets_other_roles_be_stale_is_refused(role: str) -> None:
+    with pytest.raises(VerificationError, match="rules allow only real halos"):
+        verify(graph_of(fetched(role=role, may_be_stale=True), HALVES), "partitioned", 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_rule_that_lets_other_than_real_numbers_be_stale_is_refused(dtype: torch.dtype) -> None:
+    graph = graph_of(fetched(role="halo", dtype=dtype, may_be_stale=True, result=meta(dtype=dtype)), HALVES)
+    graph.find_nodes(op="placeholder")[0].meta["dtype"] = dtype  # type: ignore[index]
+    with pytest.raises(VerificationError, match="rules allow only real halos"):
+        verify(graph, "partitioned", 2)
+
+
+def test_what_its_rule_does_not_allow_to_be_stale_is_refused() -> None:
+    verify(graph_of(fetched(role="halo", may_be_stale=True, fresh="stale"), HALVES), "displaced", 2)
+    with pytest.raises(VerificationError, match="only what its rule allows is stale"):
+        verify(graph_of(fetched(role="halo", fresh="stale"), HALVES), "displaced", 2)
 
 
 def test_a_reduction_of_a_split_value_is_refused() -> None:

@@ -6,12 +6,21 @@ its table promises.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fxpass.capture import capture
+from fxpass.ir.program import exchanges_of
+from fxpass.passes.displace import displace
+from fxpass.passes.normalize import normalize
+from fxpass.passes.partition import partition
+from fxpass.passes.rules import RULES
+from fxpass.strategy import Strategy
 from tests.passes import (
     test_random_networks,
     test_rules_along,
@@ -22,7 +31,7 @@ from tests.passes import (
 )
 from tests.passes.displaced import PRESETS, follow
 from tests.passes.examples import Example, randn
-from tests.passes.harness import cut, evenly, split
+from tests.passes.harness import Function, cut, evenly, split
 
 COMPARES = "softmax where most is masked"  # what equals a maximum of now and one of then: nothing is left
 
@@ -65,7 +74,7 @@ def test_displaced_steps_of_a_rule_equal_exact_ones_at_rest_and_agree_in_motion(
                 assert found.finite or name == COMPARES, f"input {place} cut along {dim} on {world} ranks, {preset}"
 
 
-@pytest.mark.parametrize("name", ["softmax", "cumsum", "norm, instance", "linear", "others, bicubic"])
+@pytest.mark.parametrize("name", ["softmax", "cumsum", "norm, instance", "others, bicubic"])
 def test_what_these_rules_exchange_is_stale(name: str) -> None:
     """So that the test above has something to show."""
     example = EXAMPLES[name]
@@ -73,6 +82,70 @@ def test_what_these_rules_exchange_is_stale(name: str) -> None:
     found = follow(example.function, example.inputs, {0: evenly(dim, example.inputs[0].shape[dim], 2)}, 2, "stale_gn")
     assert found.stale
     assert found.moved
+
+
+def scored(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * 0.3 + 1, -1) @ v
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.baddbmm(torch.ones(2, 6, 6, dtype=q.dtype), q, k.mT, beta=0.5)
+    weights = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -1e9).softmax(-1)
+    return torch.bmm(weights.to(v.dtype), v)
+
+
+def spelled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.unflatten(2, (2, 2)) for x in (q, k, v))
+    weights = torch.einsum("bihc,bjhc->bhij", q, k).softmax(-1)
+    return torch.einsum("bhij,bjhc->bihc", weights, v).flatten(2)
+
+
+def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+def similar(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).relu() @ v
+
+
+def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q.mT @ torch.ones(6, 3, dtype=q.dtype)).mT
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (scored, {("keys_values", "stale"): 2}),
+        (masked, {("keys_values", "stale"): 2}),
+        (spelled, {("keys_values", "stale"): 2}),
+        (linear, {("sum", "stale"): 2}),  # of the softmax over tokens, and of the products
+        (similar, {("realign", "sync"): 2}),
+        (mixed, {("sum", "sync"): 1}),
+    ],
+)
+def test_matrix_products_are_stale_only_in_attention(function: Any, expected: dict[tuple[str, str], int]) -> None:
+    """Keys, values and sums over tokens may be old; what else a product does with an operand is not known."""
+
+    def model(*inputs: Tensor) -> Tensor:
+        return function(*(x.tanh() for x in inputs))  # every rank has all rows of an input
+
+    inputs = [randn(2, 6, 4) for _ in range(3)]
+    program = normalize(capture(Function(model), *inputs))
+    seeds = {name: evenly(1, 6, 2) for name in program.inputs}
+    graph = displace(partition(program.graph, 2, seeds, RULES), Strategy.of("stale_gn"), program.inputs, 2)
+    found = Counter((each.role, each.fresh) for _, some in exchanges_of(graph) for each in some)
+    del found["output", "sync"]
+    assert found == expected
+    for preset in PRESETS:
+        follow(model, inputs, {i: evenly(1, 6, 2) for i in range(len(program.inputs))}, 2, preset)
+
+
+def test_the_position_of_the_largest_is_found_among_fresh_values() -> None:
+    """An old maximum is equal to none of the values now, so that no position would be found."""
+    for function in (lambda x: x.argmax(1), lambda x: x.min(1)[1]):
+        found = follow(function, [randn(3, 6)], {0: evenly(1, 6, 2)}, 2, "stale_gn")
+        assert not found.stale
+        assert not found.moved
 
 
 @pytest.mark.parametrize("preset", ["sync", "displaced"])
