@@ -162,7 +162,7 @@ def test_a_rule_that_lets_other_roles_be_stale_is_refused(role: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_a_rule_that_lets_other_than_real_numbers_be_stale_is_refused(dtype: torch.dtype) -> None:
     graph = graph_of(fetched(role="halo", dtype=dtype, may_be_stale=True, result=meta(dtype=dtype)), HALVES)
-    graph.find_nodes(op="placeholder")[0].meta["dtype"] = dtype  # type: ignore[index]
+    graph.find_nodes(op="placeholder")[0].meta["dtype"] = dtype
     with pytest.raises(VerificationError, match="rules allow only real halos"):
         verify(graph, "partitioned", 2)
 

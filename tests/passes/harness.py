@@ -212,7 +212,7 @@ def check_copies(graph: fx.Graph, values: Mapping[str, Tensor], world: int, beca
 
 def _is_result(node: fx.Node) -> bool:
     """Whether the node is a result of an exchange."""
-    return node.target is operator.getitem and node.args[0].target is ops.exchange  # type: ignore[union-attr]
+    return node.target is operator.getitem and node.args[0].target is ops.exchange
 
 
 def overlap(graph: fx.Graph) -> bool:
