@@ -82,7 +82,7 @@ def col2im(
     heights = [(len(r) - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1 for r in p.rows(x, 2)]
     columns = tuple(Rows.interval(r.start * grid[1], r.stop * grid[1]) for r in p.rows(x, 2))
     shape, at = (*shape[:2], shape_of(x)[2] * grid[1]), Layout(2, columns)
-    x = p.emit(aten.reshape.default, (x, p.local(shape, at)), shape=shape, dtype=op.dtype, layout=at)
+    x = p.emit(aten.reshape.default, (x, p.local(shape, at)), shape=shape, dtype=op.dtype, layout=at, holes=True)
     offsets = [lo * stride[0] - padding[0] for lo in first]
     kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
     args = (op.target, 2, kept, x, [per_rank(heights), size[1]], kernel, dilation, _at(padding, 0, 0), stride)
