@@ -98,7 +98,7 @@ class Plan:
     world_size: int
     strategy: Strategy
     target: Target
-    seeds: dict[str, Layout]  #: what is split, by name of input or value
+    cuts: dict[str, Layout]  #: what is split, by name of input or value
     seconds: dict[str, float]  #: wall time of `capture`, of `plan`, and of each pass of the latter
     attempts: int = 0  #: how many ways to cut the search tried
 
@@ -214,7 +214,7 @@ class Plan:
             "strategy": self.strategy.name,
             "target": self.target.name,
             "fingerprint": self.fingerprint,
-            "seeds": {name: str(layout) for name, layout in self.seeds.items()},
+            "cuts": {name: str(layout) for name, layout in self.cuts.items()},
             "flops_total": self.flops_total,
             "flops_per_rank": list(self.flops_per_rank),
             "bound": self.bound,
@@ -239,11 +239,11 @@ class Plan:
 
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {size / 1e6:.2f} MB" for role, size in self.bytes_by_role.items())
-        seeds = "; ".join(f"{name} {layout}" for name, layout in self.seeds.items()) or "nothing"
+        cuts = "; ".join(f"{name} {layout}" for name, layout in self.cuts.items()) or "nothing"
         slowest = max(self.flops_per_rank, default=0)
         lines = [
             f"plan for {self.world_size} ranks, strategy {self.strategy.name}",
-            f"  split      {seeds}",
+            f"  split      {cuts}",
             f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest rank {slowest / 1e9:.2f}"
             f" (at most {self.bound:.2f} times as fast)",
             f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
@@ -263,7 +263,7 @@ def make_plan(
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
-        result.program, result.graph, world_size, strategy, result.target, dict(result.seeds), seconds, result.attempts
+        result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.attempts
     )
     if strict and plan.gathered:
         raise FallbackError(

@@ -20,25 +20,27 @@ from ..ir.program import Program
 from ..ir.verify import Stage, verify
 from .bucket import bucket
 from .cost import Target
+from .cuts import Candidate, choose_cuts
 from .displace import Kinds, displace
 from .narrow import narrow
 from .normalize import normalize
+from .partition import partition
 from .rules import RULES
 from .schedule import schedule
-from .seed import seed
+from .trim import trim
 
 
 @dataclass(frozen=True)
 class Build:
-    """What the passes hand on: the program, and from `seed` on how it is cut."""
+    """The state that the passes hand on: the program, from `cuts` on how it is cut, from `partition` on the graph."""
 
     program: Program
     world: int
     target: Target
     kinds: Kinds  #: how fresh each kind of exchange is, and how much of each neighbour attention sees
-    seeds: Mapping[str, Layout] = field(default_factory=dict)
-    attempts: int = 0  #: how many ways to cut were tried
-    chosen: fx.Graph | None = None  #: what the search partitioned by these seeds
+    cuts: Mapping[str, Layout] = field(default_factory=dict)  #: by name of input or value
+    attempts: int = 0  #: number of candidates that the search tried
+    best: Candidate | None = None  #: the winner of the search: a cache of `partition` and `trim` for its cuts
     graph: fx.Graph | None = None  #: the partitioned graph
 
     @property
@@ -60,13 +62,21 @@ def _normalize(build: Build) -> Build:
     return replace(build, program=normalize(build.program))
 
 
-def _seed(build: Build) -> Build:
-    found = seed(build.program.graph, build.program.inputs, build.world, build.target, RULES)
-    return replace(build, seeds=found.seeds, attempts=found.attempts, chosen=found.graph)
+def _cuts(build: Build) -> Build:
+    found = choose_cuts(build.program.graph, build.program.inputs, build.world, build.target, RULES)
+    return replace(build, cuts=found.cuts, attempts=found.attempts, best=found.best)
 
 
 def _partition(build: Build) -> Build:
-    return replace(build, graph=build.chosen)  # the search has done it
+    if build.best is not None and build.best.cuts == build.cuts:
+        return replace(build, graph=build.best.partitioned)
+    return replace(build, graph=partition(build.program.graph, build.world, build.cuts, RULES))
+
+
+def _trim(build: Build) -> Build:
+    if build.best is not None and build.best.partitioned is build.graph:
+        return replace(build, graph=build.best.trimmed, best=None)
+    return replace(build, graph=trim(build.current, build.program.graph, build.world, RULES))
 
 
 def _displace(build: Build) -> Build:
@@ -87,8 +97,9 @@ def _schedule(build: Build) -> Build:
 
 PASSES: tuple[Pass, ...] = (
     Pass("normalize", _normalize, "normal"),
-    Pass("seed", _seed, "normal"),
+    Pass("cuts", _cuts, "normal"),
     Pass("partition", _partition, "partitioned"),
+    Pass("trim", _trim, "partitioned"),
     Pass("displace", _displace, "displaced"),
     Pass("narrow", _narrow, "displaced"),
     Pass("bucket", _bucket, "displaced"),

@@ -14,7 +14,7 @@ from ..ir.program import calls, exchanges_of, layout_of
 
 @dataclass(frozen=True)
 class Target:
-    """A machine, roughly: what the seed search weighs computing against communication with."""
+    """A machine, roughly: what the search for cuts weighs computing against communication with."""
 
     name: str
     flops: float  #: of matrix products, per second and rank

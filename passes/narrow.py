@@ -22,19 +22,21 @@ from ..ir import ops
 from ..ir.exchange import Exchange
 from ..ir.fetch import Fetch
 from ..ir.layout import Rows, own, per_rank
+from ..ir.nodes import copied
 from ..ir.program import layout_of, shape_of
 
 attention = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
-    """Declare the windows of keys and values, in place. What has none is given the reason.
+    """A copy of `graph` in which keys and values have windows, or a reason for having none.
 
     Args:
         windows: the share of each neighbour's tokens, for equal parts of the depth, first to last; none: see all.
     """
     if not windows:
         return graph
+    graph = copied(graph)
     layers = []
     for node in graph.nodes:
         if node.target is ops.exchange:

@@ -54,10 +54,10 @@ Rule = Callable[..., "fx.Node | tuple[fx.Node, ...]"]
 class Partitioner:
     """What rules build with. Values are nodes of the new graph; `layout_of` and `shape_of` tell how they lie."""
 
-    def __init__(self, graph: fx.Graph, world: int, seeds: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> None:
+    def __init__(self, graph: fx.Graph, world: int, cuts: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> None:
         self.world = world
         self._source = graph
-        self._seeds = seeds
+        self._cuts = cuts
         self._rules = rules
         self._graph = fx.Graph()
         self._memo: dict[Any, fx.Node] = {}
@@ -70,13 +70,13 @@ class Partitioner:
             if node.op == "placeholder":
                 new = self._graph.placeholder(node.name)
                 new.meta = dict(node.meta) | {"layout": WHOLE}
-                env[node] = self._seeded(node, new)
+                env[node] = self._with_cut(node, new)
             elif node.op == "output":
                 self._graph.output(map_arg(node.args[0], lambda n: self._output(env[n])))
             elif node.target is operator.getitem:
-                env[node] = self._seeded(node, env[node.args[0]][node.args[1]])
+                env[node] = self._with_cut(node, env[node.args[0]][node.args[1]])
             else:
-                env[node] = self._seeded(node, self._operator(node, env))
+                env[node] = self._with_cut(node, self._operator(node, env))
         for node in reversed(self._graph.nodes):
             if node.op == "call_function" and not node.users:
                 self._graph.erase_node(node)  # every operator is functional: no need to ask torch.fx for each
@@ -316,9 +316,9 @@ class Partitioner:
             return self.several(op, args, kwargs, [WHOLE] * len(value))
         return self.same(op, args, kwargs, layout=WHOLE)
 
-    def _seeded(self, node: fx.Node, value: Any) -> Any:
-        if node.name in self._seeds:
-            return self.lay(value, self._seeds[node.name], "rebalance", "seed")
+    def _with_cut(self, node: fx.Node, value: Any) -> Any:
+        if node.name in self._cuts:
+            return self.lay(value, self._cuts[node.name], "rebalance", "cut")
         return value
 
     def _output(self, value: fx.Node) -> fx.Node:
@@ -352,6 +352,6 @@ def _split(x: fx.Node) -> bool:
     return layout_of(x).split if "layout" in x.meta else any(map(_split, x.all_input_nodes))
 
 
-def partition(graph: fx.Graph, world: int, seeds: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> fx.Graph:
-    """The partitioned form of `graph` on `world` ranks, cut where `seeds` (by node name) say."""
-    return Partitioner(graph, world, seeds, rules).run()
+def partition(graph: fx.Graph, world: int, cuts: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> fx.Graph:
+    """The partitioned form of `graph` on `world` ranks, cut where `cuts` (by node name) say."""
+    return Partitioner(graph, world, cuts, rules).run()

@@ -16,18 +16,17 @@ from torch.fx.node import map_arg
 from ..ir import ops
 from ..ir.exchange import Exchange
 from ..ir.layout import Layout, own
+from ..ir.nodes import copied
 from ..ir.operators import spec_of
-from ..ir.program import layout_of, shape_of
+from ..ir.program import calls, layout_of, shape_of
 from .partition import Op, Partitioner, Rule, SplitError
 
 
 def trim(graph: fx.Graph, source: fx.Graph, world: int, rules: Mapping[Any, Rule]) -> fx.Graph:
-    """Trim `graph`, the partitioned form of `source`, in place."""
-    trimmer = _Trimmer(graph, source, world, rules)
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function":
-            trimmer.visit(node)
-    return graph
+    """The trimmed form of `graph`, which is the partitioned form of `source`; `graph` itself if nothing is to do."""
+    if not _Trimmer(graph, source, world, rules).anything:
+        return graph
+    return _Trimmer(copied(graph), source, world, rules).run()
 
 
 class _Trimmer(Partitioner):
@@ -40,6 +39,16 @@ class _Trimmer(Partitioner):
         self._takes: dict[tuple[Any, Layout], fx.Node] = {
             (n.args[0], layout_of(n)): n for n in graph.nodes if n.target is ops.take
         }
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is an operator that might be given rows."""
+        return any(self._wanted(x) is not None and self._op(x) is not None for x in calls(self._graph))
+
+    def run(self) -> fx.Graph:
+        for node in reversed(list(calls(self._graph))):
+            self.visit(node)
+        return self._graph
 
     def visit(self, x: fx.Node) -> None:
         if not x.users:

@@ -215,12 +215,12 @@ def graph_text(program: Program, graph: fx.Graph, rank: int = 0) -> str:
     return "\n".join(lines)
 
 
-def seeds_text(program: Program, graph: fx.Graph, seeds: Mapping[str, Layout]) -> list[tuple[str, str, str]]:
-    """(value that is split, its layout, positions of the cuts) for each seed."""
+def cut_values_text(program: Program, graph: fx.Graph, cuts: Mapping[str, Layout]) -> list[tuple[str, str, str]]:
+    """(value that is split, its layout, positions of the cuts) for each cut value."""
     nodes = {node.name: node for node in graph.nodes}
     paths = dict(zip(program.inputs, program.input_paths, strict=True))
     rows = []
-    for name, layout in seeds.items():
+    for name, layout in cuts.items():
         inside = nodes[name].meta.get("path", "")
         shape = nodes[name].meta["shape"]
         label = paths.get(name) or (f"{name} in {inside}" if inside else name)

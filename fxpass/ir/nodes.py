@@ -41,6 +41,15 @@ def append_copy(graph: fx.Graph, node: fx.Node, change: Callable[[fx.Node], Any]
     return _filled(graph.create_node(node.op, node.target, name=node.name), args, kwargs, node.meta)
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy of `graph` whose nodes have the same names and metadata."""
+    result = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = append_copy(result, node, env.__getitem__)
+    return result
+
+
 def _filled(node: fx.Node, args: Any, kwargs: Any, meta: Mapping[str, Any]) -> fx.Node:
     if args:
         node.args = args

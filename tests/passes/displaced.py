@@ -53,13 +53,13 @@ def follow(
     module = (model if isinstance(model, nn.Module) else Function(model)).eval()
     strategy = Strategy.of(preset)
     program = normalize(capture(module, *inputs))
-    seeds = {program.inputs[i]: layout for i, layout in cuts.items()}
-    graph = partition(program.graph, world, seeds, RULES)
+    layouts = {program.inputs[i]: layout for i, layout in cuts.items()}
+    graph = partition(program.graph, world, layouts, RULES)
     graph = displace(with_rounding(graph, world) if overlap(graph) else graph, strategy, program.inputs, world)
     verify(graph, "displaced", world)
     graph = schedule(bucket(narrow(graph, strategy.windows)))
     verify(graph, "scheduled", world)
-    plan = Plan(program, graph, world, strategy, TARGETS["cpu"], seeds, {})
+    plan = Plan(program, graph, world, strategy, TARGETS["cpu"], layouts, {})
     weights = WeightTable(module, list(program.weights.values())).tensors()
     rest, motion = (Call.of(module, tuple(map(refreshed, inputs)), {}).tensors for _ in range(2))
     loaded = LockstepExecutor(world, check=True).load(plan, weights, rest)

@@ -62,8 +62,8 @@ class Recording(Partitioner):
         super().__init__(*args)
         self.became: dict[str, fx.Node] = {}
 
-    def _seeded(self, node: fx.Node, value: Any) -> Any:
-        result = super()._seeded(node, value)
+    def _with_cut(self, node: fx.Node, value: Any) -> Any:
+        result = super()._with_cut(node, value)
         if isinstance(result, fx.Node) and result.target is ops.take and result is not value:
             like = {"shape": node.meta["shape"], "dtype": node.meta["dtype"], "layout": layout_of(result)}
             result = self.emit(torch.ops.aten.clone.default, (result,), **like)
@@ -104,7 +104,7 @@ def split(
     tensors = [refreshed(x) for x in inputs if isinstance(x, Tensor)]
     program = normalize(program)
     verify(program.graph, "normal")
-    seeds = {program.inputs[i]: layout for i, layout in cuts.items()}
+    layouts_by_name = {program.inputs[i]: layout for i, layout in cuts.items()}
     with torch.no_grad():
         expected = _tensors(module(*_replaced(inputs, tensors)))
     whole = bind(
@@ -114,7 +114,7 @@ def split(
     computed = run_nodes(program.graph.nodes, whole)
     assert_equal(list(computed), expected, "normalized program")
 
-    partitioner = Recording(program.graph, world, seeds, RULES)
+    partitioner = Recording(program.graph, world, layouts_by_name, RULES)
     graph = partitioner.run()
     verify(graph, "partitioned", world)
     envs = lockstep(graph, world, values)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxpass.capture import capture
-from fxpass.passes.seed import WorldSizeError
+from fxpass.passes.cuts import WorldSizeError
 from fxpass.plan import make_plan
 from fxpass.strategy import Strategy
 from tests.passes.test_random_networks import CHANNELS, Network, apply, blocks

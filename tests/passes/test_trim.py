@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import fx
 
+from fxpass.capture import capture
 from fxpass.ir.program import calls, layout_of
+from fxpass.passes.normalize import normalize
+from fxpass.passes.partition import partition
+from fxpass.passes.rules import RULES
+from fxpass.passes.trim import trim
 from tests.passes.examples import randn
-from tests.passes.harness import evenly, layouts, split
+from tests.passes.harness import Function, evenly, layouts, split
 from tests.properties import few, given
 
 torch.manual_seed(0)  # the values below are the same whatever was imported before
@@ -81,3 +86,13 @@ def test_rows_taken_twice_are_computed_once() -> None:
 def test_columns_of_a_table_that_is_looked_up_whole_are_right() -> None:
     columns = evenly(2, 6, 2)
     split(lambda x, t: x + F.embedding((t > 0).long(), W[:2]), (randn(*T), randn(2, 8)), {0: columns}, 2, exact=False)
+
+
+def test_the_graph_that_is_trimmed_is_left_as_it_was() -> None:
+    program = normalize(capture(Function(lambda x, t: x * F.linear(t, W).cos().exp()), randn(*T), randn(*T)))
+    graph = partition(program.graph, 2, {program.inputs[0]: evenly(1, 8, 2)}, RULES)
+    before = str(graph)
+    trimmed = trim(graph, program.graph, 2, RULES)
+    assert whole_values(graph)
+    assert not whole_values(trimmed)
+    assert str(graph) == before

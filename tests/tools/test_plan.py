@@ -80,8 +80,9 @@ def test_plan_accepts_sizes() -> None:
     [
         ("captured", "view(", "exchanges"),
         ("normalize", "reshape(", "split:"),
-        ("seed", "split: sample [B, C, H/2, W], 16 rows, cut at 8", "halo("),
+        ("cuts", "split: sample [B, C, H/2, W], 16 rows, cut at 8", "halo("),
         ("partition", "for keys_values", "one message of"),
+        ("trim", "for keys_values", "one message of"),
         ("bucket", "one message of 2 values", "view("),
     ],
 )
@@ -103,8 +104,8 @@ def test_diff_shows_what_a_pass_changed() -> None:
     text = fxpass("dump", GOOD, "--after", "normalize", "--diff").stdout
     assert text.startswith("--- after captured\n+++ after normalize\n")
     assert "\n-  view_default" in text
-    seeds = fxpass("dump", GOOD, "--after", "seed", "--diff").stdout
-    assert "+split: sample" in seeds
+    cuts = fxpass("dump", GOOD, "--after", "cuts", "--diff").stdout
+    assert "+split: sample" in cuts
 
 
 def test_models_lists_the_catalog_and_the_small_models() -> None:

@@ -12,12 +12,12 @@ from fxpass.ir.merge import Moments
 from fxpass.plan import Plan, plan
 from fxpass.tools.printer import (
     bytes_text,
+    cut_values_text,
     cuts_text,
     exchange_text,
     flops_text,
     graph_text,
     layout_text,
-    seeds_text,
     sizes_text,
 )
 from tests.runtime.plans import block, inputs
@@ -124,7 +124,7 @@ def test_keys_and_values_in_one_bucket_are_one_message(made: Plan) -> None:
 
 
 def test_cuts_have_the_callers_names_of_inputs(made: Plan) -> None:
-    assert seeds_text(made.program, made.program.graph, made.seeds) == [
+    assert cut_values_text(made.program, made.program.graph, made.cuts) == [
         ("sample", "[B, C, H/2, W]", "16 rows, cut at 8")
     ]
 

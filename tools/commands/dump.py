@@ -67,12 +67,12 @@ def text(program: Program, world_size: int, rank: int, stage: str, target: str =
     """The graph of a captured program after `stage`, below a heading with what is split and how much is exchanged."""
     from ...ir.program import calls, exchanges_of
     from ...plan import gathered_in
-    from ..printer import bytes_text, graph_text, seeds_text
+    from ..printer import bytes_text, cut_values_text, graph_text
 
     state = built(program, world_size, stage, target, strategy)
     declared = [each for _, some in exchanges_of(state.current) for each in some]
-    seeds = seeds_text(state.program, state.program.graph, state.seeds)
-    lines = [f"split: {name} {layout}, {cuts}" for name, layout, cuts in seeds]
+    rows = cut_values_text(state.program, state.program.graph, state.cuts)
+    lines = [f"split: {name} {layout}, {cuts}" for name, layout, cuts in rows]
     count = f"{sum(1 for _ in calls(state.current))} operators"
     if state.graph is not None:
         received = sum(each.received(rank) for each in declared)

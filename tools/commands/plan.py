@@ -77,7 +77,7 @@ def show(out: Console, model: str, plan: Plan) -> None:
     out.print(
         f"{model} on {plan.world_size} ranks, strategy {plan.strategy.name}, target {plan.target.name}", style="bold"
     )
-    out.print(_seeds(plan))
+    out.print(_cuts(plan))
     out.print(
         f"\nwork {flops_text(plan.flops_total)}, slowest rank {flops_text(max(plan.flops_per_rank))}: "
         f"at most {plan.bound:.2f} times as fast\n"
@@ -98,13 +98,13 @@ def show(out: Console, model: str, plan: Plan) -> None:
     out.print(f"captured in {seconds['capture']:.1f} s, planned in {seconds['plan']:.1f} s")
 
 
-def _seeds(plan: Plan) -> RenderableType:
-    from ..printer import seeds_text
+def _cuts(plan: Plan) -> RenderableType:
+    from ..printer import cut_values_text
 
     table = _table("split", "layout", "cuts")
-    for row in seeds_text(plan.program, plan.program.graph, plan.seeds):
+    for row in cut_values_text(plan.program, plan.program.graph, plan.cuts):
         table.add_row(*row)
-    return table if plan.seeds else "nothing is split"
+    return table if plan.cuts else "nothing is split"
 
 
 def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:

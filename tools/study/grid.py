@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...passes.seed import WorldSizeError
+from ...passes.cuts import WorldSizeError
 from ...strategy import Strategy
 from .results import Cell, Outcome, Results
 

@@ -31,7 +31,7 @@ import torch
 from ...ir.program import calls, shape_of
 from ...models.catalog import catalog, load
 from ...passes.cost import node_flops
-from ...passes.seed import OVERHEAD, inputs_with_rows
+from ...passes.cuts import OVERHEAD, inputs_with_rows
 from ...plan import Plan, plan
 from ..checkout import ROOT
 

@@ -20,7 +20,7 @@ from ...ir.exchange import DISPLACED, Exchange
 from ...ir.program import Program, calls
 from ...models.case import Case
 from ...models.zoo import kind_of, zoo_case
-from ...passes.seed import WorldSizeError
+from ...passes.cuts import WorldSizeError
 from ...plan import Plan, make_plan
 from ...runtime.executor import EXACT, Step
 from ...runtime.lockstep import LockstepExecutor, Tamper

@@ -1,19 +1,19 @@
-"""seed: which values are split, along which dim, where the cuts lie; searched by cost, never by name.
+"""cuts: choose which values are split, along which dim and where, by the cost of the partitioned graph.
 
-    1. one input and dim (the picture's rows, the tokens), with cuts on multiples of 1, 2, 4 … rows
+    1. one input and dim (the image's rows, the tokens), with cuts on multiples of 1, 2, 4 … rows
     2. further inputs (the text stream; several of one shape at once), while they make the slowest rank faster
     3. a value inside (the tokens after patch embedding), where rows cannot be shared out evenly
 
-Each candidate is partitioned and judged: first by how evenly it shares out the work, in steps of a quarter, then by
-its time under the cost model. (By time alone a tiny model would never be split; the user asked for it.) Candidates
-whose rows alone are shared out less evenly than the best one's work are not tried.
+Each candidate is partitioned, trimmed and judged: first by how evenly it shares out the work, in steps of a quarter,
+then by its time under the cost model. (By time alone a tiny model would never be split; the user asked for it.)
+Candidates whose rows are shared out less evenly than the best candidate's work are not tried.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import floor, log
 from typing import Any
 
@@ -23,31 +23,44 @@ from ..ir.exchange import Role
 from ..ir.layout import Layout, even
 from ..ir.program import calls, exchanges_of, layout_of, reached, shape_of
 from .cost import Cost, Target, cost, flops, node_flops
+from .limits import WorldSizeError, refusal
 from .partition import Rule, partition
 from .trim import trim
 
-Seeds = dict[str, Layout]
+Cuts = dict[str, Layout]  #: by name of input or value
 OVERHEAD: tuple[Role, ...] = ("realign", "rebalance", "small", "fallback")  #: roles of exchanges that the cuts ask for
 USERS = operator.attrgetter("users")
 GRAINS = (1, 2, 4, 8, 16, 32)
-WORTHWHILE = 1.2  #: times as fast: less is replication, not a split
-GOOD = 0.97  #: of the ideal speed-up: good enough to stop
-INNER = 4  #: values inside that are tried, of each kind
-ALIKE = 0.05  #: shares of rows that differ by less are equally even
-HOPEFUL = 3  #: steps of unevenness: beyond it most of the work is replicated, and coarser cuts mend nothing
+WORTHWHILE = 1.2  #: smallest speed-up that is a split; less is replication
+GOOD = 0.97  #: share of the ideal speed-up at which the search stops
+INNER = 4  #: largest number of values inside the model that are tried, of each kind
+ALIKE = 0.05  #: dims whose largest shares of rows differ by less count as equally even
+HOPEFUL = 3  #: imbalance, in steps of a quarter, above which coarser grains are skipped
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One set of cuts, what it makes of the graph, and what that costs."""
+
+    cuts: Cuts
+    partitioned: fx.Graph
+    trimmed: fx.Graph
+    cost: Cost
+    unevenness: int  #: in steps of a quarter; see `_steps`
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Smaller is better."""
+        return self.unevenness, self.cost.seconds
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the search found."""
+    """The result of the search."""
 
-    seeds: Seeds
-    attempts: int  #: candidates that were partitioned and judged
-    graph: fx.Graph  #: partitioned by `seeds`
-
-
-class WorldSizeError(ValueError):
-    """The model cannot be shared among so many ranks; the message says how many would do."""
+    cuts: Cuts
+    attempts: int = 0  #: number of candidates that were partitioned and judged
+    best: Candidate | None = None  #: the winner; None if nothing had to be searched
 
 
 @dataclass
@@ -60,64 +73,65 @@ class Search:
     rules: Mapping[Any, Rule]
     inputs: tuple[str, ...]
     total: int = 0
-    best: tuple[tuple[int, float], Seeds, fx.Graph, Cost] | None = None
+    best: Candidate | None = None
     tried: set[tuple[tuple[str, Layout], ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.total = flops(self.graph)
 
-    def attempt(self, seeds: Seeds) -> bool:
-        """Partition by one set of seeds and judge the result; whether a coarser cut might spare exchanges."""
-        key = tuple(sorted(seeds.items(), key=lambda item: item[0]))
+    def attempt(self, cuts: Cuts) -> bool:
+        """Partition by one set of cuts and judge the result; whether a coarser grain might save exchanges."""
+        key = tuple(sorted(cuts.items(), key=lambda item: item[0]))
         if key in self.tried:
             return False
         self.tried.add(key)
-        graph = trim(partition(self.graph, self.world, seeds, self.rules), self.graph, self.world, self.rules)
-        judged = cost(graph, self.world, self.target)
+        partitioned = partition(self.graph, self.world, cuts, self.rules)
+        trimmed = trim(partitioned, self.graph, self.world, self.rules)
+        judged = cost(trimmed, self.world, self.target)
         unevenness = _steps(self.world * max(judged.flops_per_rank) / self.total) if self.total else 0
-        rank = unevenness, judged.seconds
-        if self.best is None or rank < self.best[0]:
-            self.best = rank, seeds, graph, judged
-        return unevenness <= HOPEFUL and _moves_cuts(graph)
+        candidate = Candidate(cuts, partitioned, trimmed, judged, unevenness)
+        if self.best is None or candidate.rank < self.best.rank:
+            self.best = candidate
+        return unevenness <= HOPEFUL and _moves_cuts(trimmed)
 
     def run(self) -> bool:
-        """Search; whether something was found that makes the slowest rank faster."""
+        """Search; whether the best candidate makes the slowest rank faster by `WORTHWHILE`."""
         candidates = list(_candidates(self))
         for node, dim in candidates:
-            if self.best is not None and not self.best[0][0] and node.name not in self.seeds:
+            if self.best is not None and not self.best.unevenness and node.name not in self.cuts:
                 break  # one input shares out the work: others may join it
-            for rows in _cuts(shape_of(node)[dim], self.world):
-                if self.best is not None and _steps(_share(shape_of(node)[dim], self.world)) > self.best[0][0]:
+            for rows in _grains(shape_of(node)[dim], self.world):
+                if self.best is not None and _steps(_share(shape_of(node)[dim], self.world)) > self.best.unevenness:
                     break
                 if not self.attempt({node.name: Layout(dim, rows)}):
                     break
-            if self.best is not None and self.reached >= GOOD and not _moves_cuts(self.best[2]):
+            if self.best is not None and self.reached >= GOOD and not _moves_cuts(self.best.trimmed):
                 break
         for node, dim in candidates:
             if self.reached >= GOOD:
                 break
-            if self.best is not None and node.name not in self.seeds:
+            if self.best is not None and node.name not in self.cuts:
                 layout = Layout(dim, even(shape_of(node)[dim], self.world))
                 alike = [n for n, d in candidates if (shape_of(n), d) == (shape_of(node), dim)]
-                self.attempt({n.name: layout for n in alike} | self.seeds)  # one of many may not be worth its exchanges
-                self.attempt({node.name: layout} | self.seeds)
-        for values in _inner(self) if self.best is not None and self.reached < GOOD else ():
+                self.attempt({n.name: layout for n in alike} | self.cuts)  # one of many may not be worth its exchanges
+                self.attempt({node.name: layout} | self.cuts)
+        for values in _inner(self, self.best) if self.best is not None and self.reached < GOOD else ():
             fruitless = 0
             for name, layout in values:
                 before = self.reached
                 if before < GOOD and fruitless < 2:
-                    self.attempt({**self.seeds, name: layout})
+                    self.attempt({**self.cuts, name: layout})
                     fruitless = 0 if self.reached > before else fruitless + 1
         return self.best is not None and (not self.total or self.bound >= WORTHWHILE)
 
     @property
-    def seeds(self) -> Seeds:
-        return self.best[1] if self.best else {}
+    def cuts(self) -> Cuts:
+        return self.best.cuts if self.best else {}
 
     @property
     def bound(self) -> float:
         """Unsplit work over the slowest rank's."""
-        return self.total / max(self.best[3].flops_per_rank) if self.best and self.total else 0.0
+        return self.total / max(self.best.cost.flops_per_rank) if self.best and self.total else 0.0
 
     @property
     def reached(self) -> float:
@@ -125,32 +139,25 @@ class Search:
         return self.bound / self.world
 
 
-def seed(graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, rules: Mapping[Any, Rule]) -> Found:
-    """The best seeds found, and how many candidates were tried.
+def choose_cuts(
+    graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, rules: Mapping[Any, Rule]
+) -> Found:
+    """The best cuts found, and how many candidates were tried.
 
-    Raises `WorldSizeError` if no input has enough rows for `world` ranks; the message says how many ranks would do.
+    Raises `WorldSizeError` if no cut makes the model faster on `world` ranks; the message says what limits it.
     """
     if world == 1 or not any(0 not in node.meta.get("shape", ()) for node in calls(graph)):
-        return Found({}, 0, partition(graph, world, {}, rules))  # alone, or nothing to compute: an empty batch
+        return Found({})  # one rank, or nothing to compute: an empty batch
     search = Search(graph, world, target, rules, inputs)
     if search.run():
-        assert search.best is not None
-        return Found(search.seeds, len(search.tried), search.best[2])
-    sizes = sorted({shape_of(node)[dim] for node, dim in _candidates(replace(search, world=2))}, reverse=True)
-    if not sizes:
-        given = [n for n in graph.nodes if n.name in inputs and "shape" in n.meta]
-        shapes = ", ".join(f"{n.name} {list(shape_of(n))}" for n in given)
-        raise WorldSizeError(
-            "this model cannot be shared among ranks: none of its inputs has rows to cut, as a floating-point tensor "
-            "[batch, channels, height, width], [batch, tokens, channels] or [batch, samples] has; "
-            f"it was given {shapes or 'no tensors'}"
-        )
-    fewer = [size for size in sizes if size < world][:4]
-    most = next((n for n in fewer if Search(graph, n, target, rules, inputs).run()), None)
-    advice = f"at most {most} ranks would do" if most else "it has to run on one"
-    gain = f"; the best cut found makes it {search.bound:.2f} times as fast" if search.best else ""
+        return Found(search.cuts, len(search.tried), search.best)
+    two = Search(graph, 2, target, rules, inputs)
+    sizes = sorted({shape_of(node)[dim] for node, dim in _candidates(two)}, reverse=True)
+    smaller = [size for size in sizes if size < world][:4]
+    most = next((n for n in smaller if Search(graph, n, target, rules, inputs).run()), None)
+    best = search.best
     raise WorldSizeError(
-        f"this model cannot be shared among {world} ranks: its inputs have too few rows ({advice}){gain}"
+        refusal(graph, inputs, world, sizes, most, best.trimmed if best else None, search.cuts, search.bound)
     )
 
 
@@ -211,7 +218,7 @@ def _moves_cuts(graph: fx.Graph) -> bool:
     return any(each.role in OVERHEAD for _, declared in exchanges_of(graph) for each in declared)
 
 
-def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:
+def _grains(size: int, world: int) -> list[tuple[Any, ...]]:
     """Even cuts on multiples of ever coarser grains, as long as every rank gets a row."""
     found: list[tuple[Any, ...]] = []
     for grain in GRAINS:
@@ -221,17 +228,16 @@ def _cuts(size: int, world: int) -> list[tuple[Any, ...]]:
     return found
 
 
-def _inner(search: Search) -> tuple[list[tuple[str, Layout]], list[tuple[str, Layout]]]:
+def _inner(search: Search, best: Candidate) -> tuple[list[tuple[str, Layout]], list[tuple[str, Layout]]]:
     """Values that most of the work depends on, unevenly split or whole, along a dim that could be shared out evenly.
 
     Apart come those where streams begin that depend on nothing cut: each rank takes its rows at no cost.
     """
-    assert search.best is not None
     seen: set[tuple[int, ...]] = set()
     free: list[tuple[str, Layout]] = []
     anew: list[tuple[str, Layout]] = []
-    laid = {n.meta.get("origin"): layout_of(n) for n in search.best[2].nodes if n.target is not operator.getitem}
-    after = reached([n for n in search.graph.nodes if n.name in search.seeds], USERS)
+    laid = {n.meta.get("origin"): layout_of(n) for n in best.trimmed.nodes if n.target is not operator.getitem}
+    after = reached([n for n in search.graph.nodes if n.name in best.cuts], USERS)
     streams: set[fx.Node] = set()
     for node in calls(search.graph):
         shape = node.meta.get("shape")

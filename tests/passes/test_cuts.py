@@ -1,12 +1,14 @@
-"""Which values the search cuts, and along which dim."""
+"""Which values the search cuts, and along which dim; what it says where none can be."""
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from fxpass.capture import capture
 from fxpass.ir.layout import Layout, even
+from fxpass.passes.cuts import WorldSizeError
 from fxpass.plan import Plan, make_plan
 from fxpass.strategy import Strategy
 
@@ -27,18 +29,18 @@ def plan(function: Callable[[Tensor], Tensor], *shape: int, world: int = 2) -> P
 def test_a_signal_without_channels_is_cut_along_its_samples() -> None:
     kernel = torch.randn(4, 1, 3)
     found = plan(lambda x: torch.conv1d(x[:, None], kernel, padding=1), 2, 16)
-    assert list(found.seeds.values()) == [Layout(1, even(16, 2))]
+    assert list(found.cuts.values()) == [Layout(1, even(16, 2))]
 
 
 def test_a_dim_that_needs_no_gathering_is_taken_before_one_that_does() -> None:
     kernel = torch.randn(4, 4, 1, 1)
     found = plan(lambda x: torch.conv2d(x + x.sin().sort(2)[0][:, :, :1], kernel), 2, 4, 16, 16)
-    assert list(found.seeds.values()) == [Layout(3, even(16, 2))]
+    assert list(found.cuts.values()) == [Layout(3, even(16, 2))]
     assert not found.fallbacks
 
 
 def test_a_model_of_no_flops_is_cut_as_any_other() -> None:
-    assert list(plan(torch.sin, 1, 4, 8).seeds.values()) == [Layout(1, even(4, 2))]
+    assert list(plan(torch.sin, 1, 4, 8).cuts.values()) == [Layout(1, even(4, 2))]
 
 
 def test_a_stream_made_inside_is_cut_beside_the_input() -> None:
@@ -103,3 +105,61 @@ def test_the_faster_of_two_even_cuts_wins_although_more_of_its_few_bytes_only_mo
     program = capture(Patches().eval(), torch.randn(1, 4, 10, 18), torch.randn(1, 1024, width))
     found = make_plan(program, 2, Strategy.of("sync"))
     assert found.bound > 1.9
+
+
+def refused(model: nn.Module, *inputs: Tensor, world: int) -> str:
+    with pytest.raises(WorldSizeError) as caught:
+        make_plan(capture(model.eval(), *inputs), world, Strategy.of("sync"))
+    return str(caught.value)
+
+
+class Encoded(nn.Module):
+    """An image, and an encoder of a condition that has no rows to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.Linear(256, 4))
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.conv(x) + self.encoder(condition)[:, :, None, None]
+
+
+def test_an_encoder_that_every_rank_runs_whole_is_named_with_its_share_of_the_work() -> None:
+    message = refused(Encoded(), torch.randn(2, 4, 16, 16), torch.randn(2, 256), world=4)
+    assert "too few rows" not in message
+    assert "the module 'encoder' runs whole on every rank, which is 97% of the work" in message
+    assert "does not depend on the rows that are cut" in message
+
+
+def test_an_operator_that_is_gathered_is_named_with_the_reason() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv1d(16, 16, 1)  # the tokens are its channels
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mix(x.sin())
+
+    message = refused(Mixed(), torch.randn(1, 16, 1), world=4)
+    assert "the module 'mix' runs whole on every rank, which is 100% of the work" in message
+    assert "channels are split" in message
+
+
+def test_inputs_of_too_few_rows_are_said_to_have_so_many() -> None:
+    message = refused(nn.Conv2d(4, 4, 1), torch.randn(2, 4, 3, 3), world=5)
+    assert "its inputs have too few rows, at most 4" in message
+
+
+def test_an_operator_of_fewer_rows_than_ranks_is_named() -> None:
+    class Coarse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Conv2d(3, 3, 1, stride=4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(x.sin())
+
+    message = refused(Coarse(), torch.randn(1, 3, 8, 8), world=4)
+    assert "the module 'down' runs whole on every rank, which is 100% of the work" in message
+    assert "fewer rows" in message

@@ -1,0 +1,101 @@
+"""Why a model cannot be shared among so many ranks: the text of a `WorldSizeError`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from operator import attrgetter
+
+from torch import fx
+
+from ..ir.program import calls, exchanges_of, layout_of, reached, shape_of
+from .cost import flops, node_flops
+
+MOST = 0.9  #: share of the replicated work that the named module must hold
+
+
+class WorldSizeError(ValueError):
+    """The model cannot be shared among so many ranks; the message says what limits it, and how many would do."""
+
+
+def refusal(
+    graph: fx.Graph,
+    inputs: tuple[str, ...],
+    world: int,
+    sizes: Sequence[int],
+    most: int | None,
+    best: fx.Graph | None,
+    cuts: Collection[str],
+    bound: float,
+) -> str:
+    """The message.
+
+    Args:
+        graph: the program on whole tensors.
+        sizes: rows of the inputs along the dims that could be cut.
+        most: a smaller number of ranks that would do, if one was found.
+        best: the best partitioned graph, if any input has a row for each rank.
+        cuts: names of the values that it cuts.
+        bound: its speed-up.
+    """
+    if not sizes:
+        given = [n for n in graph.nodes if n.name in inputs and "shape" in n.meta]
+        shapes = ", ".join(f"{n.name} {list(shape_of(n))}" for n in given)
+        return (
+            "this model cannot be shared among ranks: none of its inputs has rows to cut, as a floating-point tensor "
+            "[batch, channels, height, width], [batch, tokens, channels] or [batch, samples] has; "
+            f"it was given {shapes or 'no tensors'}"
+        )
+    advice = f"at most {most} ranks would do" if most else "run it on one"
+    if best is None:
+        return (
+            f"this model cannot be shared among {world} ranks: its inputs have too few rows, at most {max(sizes)} "
+            f"({advice})"
+        )
+    where, share, reason = replicated(graph, best, cuts)
+    limit = f"the slowest rank computes {1 / bound:.0%} of the work"
+    if share > (1 / bound - 1 / world) / 2:  # more than half of what the slowest rank computes beyond its share
+        limit = f"{where} runs whole on every rank, which is {share:.0%} of the work: {reason}"
+    return f"this model cannot be shared among {world} ranks: {limit}; {advice} (the best cut gives {bound:.2f}x)"
+
+
+def replicated(graph: fx.Graph, best: fx.Graph, cuts: Collection[str]) -> tuple[str, float, str]:
+    """What every rank computes whole in the partitioned graph `best`: the module, its share of the work, and why."""
+    work: Counter[str] = Counter()
+    operators: Counter[str] = Counter()
+    reasons = {
+        str(node.meta.get("origin")): each.reason
+        for node, declared in exchanges_of(best)
+        for each in declared
+        if each.role in ("fallback", "small")
+    }
+    for node in calls(best):
+        if not layout_of(node).split and not any(layout_of(operand).split for operand in node.all_input_nodes):
+            work[node.meta.get("path", "")] += node_flops(node)
+            operators[str(node.meta.get("origin", node.name))] += node_flops(node)
+    share = sum(work.values()) / flops(graph)
+    module = _module(work)
+    where = f"the module {module!r}" if module else "a part of it"
+    names = [name for name, _ in operators.most_common()]
+    explained = next((reasons[name] for name in names if name in reasons), "")
+    after = reached([node for node in graph.nodes if node.name in cuts], attrgetter("users"))
+    independent = names[0] not in {node.name for node in after}
+    return (
+        where,
+        share,
+        explained or ("it does not depend on the rows that are cut" if independent else "no rule splits it"),
+    )
+
+
+def _module(work: Counter[str]) -> str:
+    """The innermost module that most of the work is in, by the paths that do it."""
+    module, least = "", MOST * sum(work.values())
+    while True:
+        start = f"{module}." if module else ""
+        inside: Counter[str] = Counter()
+        for path, count in work.items():
+            if path.startswith(start) and path != module:
+                inside[start + path[len(start) :].split(".")[0]] += count
+        if not inside or inside.most_common(1)[0][1] < least:
+            return module
+        module = inside.most_common(1)[0][0]

@@ -1,0 +1,79 @@
+"""The list of passes: each does what its name says, to a graph of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import fx
+
+import fxpass
+from fxpass.ir.layout import Layout, even
+from fxpass.ir.program import fingerprint, layout_of
+from fxpass.models.small import case
+from fxpass.passes import PASSES, Build, build
+from fxpass.passes.cost import TARGETS
+from fxpass.strategy import Strategy
+
+NAMES = [each.name for each in PASSES]
+
+
+def printed(graph: fx.Graph) -> list[Any]:
+    """All that a graph holds, as text."""
+    return [
+        (node.format_node(), repr(node.args), sorted((k, repr(v)) for k, v in node.meta.items()))
+        for node in graph.nodes
+    ]
+
+
+def initial(name: str, strategy: str) -> Build:
+    chosen = case(name)
+    model: Any = chosen.build()
+    program = fxpass.capture(model, **chosen.inputs(rows=32, seed=0, module=model))
+    return Build(program, 2, TARGETS["cpu"], Strategy.of(strategy))
+
+
+@pytest.mark.parametrize("strategy", ["displaced", "pcpp"])
+@pytest.mark.parametrize("name", ["unet_sd", "flux", "cogvideox_5b"])
+def test_a_pass_leaves_the_graph_it_is_given_as_it_was(name: str, strategy: str) -> None:
+    state = initial(name, strategy)
+    for each in PASSES:
+        given = state.current
+        before = printed(given)
+        state = each.run(state)
+        assert printed(given) == before, each.name
+
+
+def test_each_pass_of_the_list_comes_after_the_one_whose_graph_it_needs() -> None:
+    assert NAMES == ["normalize", "cuts", "partition", "trim", "displace", "narrow", "bucket", "schedule"]
+
+
+@pytest.mark.parametrize("name", ["unet_sd", "flux"])
+def test_partition_and_trim_make_what_the_search_kept_of_its_winner(name: str) -> None:
+    state = initial(name, "sync")
+    for each in PASSES[: NAMES.index("cuts") + 1]:
+        state = each.run(state)
+    assert state.graph is None
+    forgetful = replace(state, best=None)
+    for each in PASSES[NAMES.index("partition") : NAMES.index("trim") + 1]:
+        state, forgetful = each.run(state), each.run(forgetful)
+        assert state.graph is not forgetful.graph
+        assert fingerprint(state.current) == fingerprint(forgetful.current)
+
+
+def test_partition_cuts_where_the_build_says_although_the_search_chose_otherwise() -> None:
+    state = initial("unet_sd", "sync")
+    for each in PASSES[: NAMES.index("cuts") + 1]:
+        state = each.run(state)
+    (name,) = [name for name in state.cuts if state.program.inputs[0] == name]
+    columns = Layout(3, even(16, 2))
+    assert state.cuts[name] != columns
+    state = PASSES[NAMES.index("partition")].run(replace(state, cuts={name: columns}))
+    assert columns in {layout_of(node) for node in state.current.nodes}
+
+
+def test_an_unknown_pass_is_refused_with_the_names_of_those_there_are() -> None:
+    state = initial("unet_sd", "sync")
+    with pytest.raises(ValueError, match=r"no pass is called 'seed'.*normalize, cuts, partition, trim"):
+        build(state.program, 2, state.target, state.kinds, after="seed")
