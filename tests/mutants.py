@@ -1,0 +1,300 @@
+"""`make mutants`: change one place of the compiler at a time, and see whether a test fails.
+
+A sample of all single changes (a comparison, a bound, a flag, an operator of arithmetic) is drawn from a seed. Each
+runs in a fork that has torch imported already. There the changed module replaces the original one, and the tests that
+reach the changed line run, fastest first, up to the first failure. Which tests reach which line is recorded once for each
+state of the sources, in `out/mutants`. Changes that alter no result stand in `tests/mutants.toml`, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import hashlib
+import importlib
+import importlib.machinery
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "out" / "mutants"
+REVIEWED = ROOT / "tests" / "mutants.toml"
+TESTS = ["tests/ir", "tests/passes", "tests/capture", "tests/runtime"]
+SOURCES = ["passes/**/*.py", "fxpass/ir/*.py", "fxpass/capture/*.py", *(f"runtime/{name}.py" for name in (
+    "agreement", "clock", "collectives", "engine", "executor", "interpreter", "lockstep", "messages", "past",
+    "process_group", "structure", "wire",
+))]  # fmt: skip
+OPTIONS = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "--no-header", "--timeout=60"]
+
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
+}  # fmt: skip
+
+
+# -- mutants ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutant:
+    path: str  #: from the root of the repository
+    place: int  #: which of the file's nodes, in the order of `ast.walk`
+    kind: int  #: which of the node's changes
+    line: int
+    text: str  #: the line, without what surrounds it
+    change: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.change}: {self.text}"
+
+
+def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """(description, what takes the node's place), without annotations, which do nothing."""
+    new: Any = copy.deepcopy(node)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and (other := COMPARISONS.get(type(node.ops[0]))):
+        new.ops = [other()]
+        yield f"{ast.unparse(node)} -> {ast.unparse(new)}", new
+    elif isinstance(node, ast.BinOp) and (operator := ARITHMETIC.get(type(node.op))):
+        new.op = operator()
+        yield f"{ast.unparse(node)} -> {ast.unparse(new)}", new
+    elif isinstance(node, ast.BoolOp):
+        new.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+        yield f"{ast.unparse(node)} -> {ast.unparse(new)}", new
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield f"{ast.unparse(node)} -> {ast.unparse(node.operand)}", node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield f"{node.value} -> {not node.value}", ast.copy_location(ast.Constant(not node.value), node)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        for value in (node.value + 1, node.value - 1):
+            yield f"{node.value} -> {value}", ast.copy_location(ast.Constant(value), node)
+
+
+def _silent(tree: ast.AST) -> set[int]:
+    """ids of nodes that do nothing in a run without errors: annotations, messages, raise, assert, `strict=`."""
+    nodes: list[ast.AST] = []
+    for node in ast.walk(tree):
+        nodes += [x for x in (getattr(node, "annotation", None), getattr(node, "returns", None)) if x]
+        if isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert) or getattr(node, "arg", None) == "strict":
+            nodes.append(node)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes.append(node)
+    return {id(inner) for node in nodes for inner in ast.walk(node)}
+
+
+def mutants() -> list[Mutant]:
+    """All of them, in a fixed order."""
+    found = []
+    for path in sorted({p for pattern in SOURCES for p in ROOT.glob(pattern)}):
+        source = path.read_text()
+        lines, tree = source.splitlines(), ast.parse(source)
+        silent = _silent(tree)
+        for place, node in enumerate(ast.walk(tree)):
+            if id(node) in silent or not hasattr(node, "lineno"):
+                continue
+            text = lines[node.lineno - 1].strip()
+            for kind, (change, _) in enumerate(changes(node)):
+                found.append(Mutant(str(path.relative_to(ROOT)), place, kind, node.lineno, text, change))
+    return found
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> Any:
+        return self.new if node is self.old else self.generic_visit(node)
+
+
+def mutated(mutant: Mutant) -> Any:
+    """The code of the mutant's module."""
+    path = ROOT / mutant.path
+    tree = ast.parse(path.read_text())
+    node = list(ast.walk(tree))[mutant.place]
+    new = [new for _, new in changes(node)][mutant.kind]
+    return compile(ast.fix_missing_locations(_Replace(node, new).visit(tree)), str(path), "exec", dont_inherit=True)
+
+
+# -- which tests reach which lines -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reach:
+    tests: list[str]
+    seconds: list[float]
+    lines: dict[str, dict[int, list[int]]]  #: path -> line -> tests that run it; line 0: any line, after the imports
+    modules: list[str]  #: of other packages, that the tests import
+
+
+def state() -> str:
+    """A hash of all sources and tests."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        {p for folder in ("fxpass", "passes", "runtime", "models", "tests") for p in (ROOT / folder).rglob("*.py")}
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def reach() -> Reach:
+    """Recorded in a process of its own, where nothing of ours was imported yet."""
+    path = CACHE / f"{state()}.json"
+    if not path.exists():
+        print("recording which tests reach which lines: once for this state of the sources, many minutes", flush=True)
+        subprocess.run([sys.executable, "-m", "tests.mutants", "--record", str(path)], cwd=ROOT, check=True)
+    loaded = json.loads(path.read_text())
+    lines = {path: {int(line): tests for line, tests in found.items()} for path, found in loaded.pop("lines").items()}
+    return Reach(lines=lines, **loaded)
+
+
+def record(path: Path) -> None:
+    import coverage
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    covered = coverage.Coverage(data_file=None, source=[str(ROOT / n) for n in ("fxpass", "passes", "runtime")])
+    covered.start()
+    import pytest
+
+    tests: dict[str, float] = {}
+
+    class Contexts:
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+            covered.switch_context(item.nodeid)
+            start = time.perf_counter()
+            result = yield
+            tests[item.nodeid] = time.perf_counter() - start
+            covered.switch_context("")
+            return result
+
+    pytest.main([*TESTS, *[o for o in OPTIONS if o != "-x"], "--timeout=600"], plugins=[Contexts()])
+    covered.stop()
+    number = {name: i for i, name in enumerate(tests)}
+    data, lines = covered.get_data(), {}
+    for file in data.measured_files():
+        found: dict[int, list[int]] = {}
+        for line, contexts in data.contexts_by_lineno(file).items():
+            found[line] = [number[c] for c in contexts if c in number]
+        found[0] = sorted({i for of_line in found.values() for i in of_line})
+        lines[str(Path(file).resolve().relative_to(ROOT))] = found
+    modules = [n for n, m in sys.modules.items() if not str(getattr(m, "__file__", None) or ROOT).startswith(str(ROOT))]
+    path.write_text(json.dumps({"tests": [*tests], "seconds": [*tests.values()], "lines": lines, "modules": modules}))
+
+
+def tests_of(mutant: Mutant, known: Reach) -> list[str]:
+    """Those that reach its line, fastest first; all that reach its module, if the line runs at its import only."""
+    lines = known.lines.get(mutant.path, {})
+    found = lines.get(mutant.line) or (lines.get(0, []) if mutant.line in lines else [])
+    return [known.tests[i] for i in sorted(found, key=lambda i: known.seconds[i])]
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def run(mutant: Mutant | None, tests: list[str], limit: float, log: Path) -> str:
+    """In a fork: "killed", or that all tests passed, or that those passed which had the time."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        with contextlib.suppress(BaseException):
+            with log.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            code = _run_here(mutant, tests, limit)
+        os._exit(code)
+    end = time.monotonic() + limit + 120
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return {0: "survived", 3: "survived the time limit"}.get(os.waitstatus_to_exitcode(status), "killed")
+        time.sleep(0.05)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return "killed"  # it hangs where no test's time limit can end it
+
+
+def _run_here(mutant: Mutant | None, tests: list[str], limit: float) -> int:
+    import pytest
+
+    if mutant is not None:
+        path, code, original = ROOT / mutant.path, mutated(mutant), importlib.machinery.SourceFileLoader.get_code
+
+        def get_code(self: Any, name: str) -> Any:
+            return code if Path(self.path).resolve() == path else original(self, name)
+
+        importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+
+    class Ordered:
+        end = 0.0
+        late = False
+
+        def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+            by_id = {item.nodeid: item for item in items}
+            items[:] = [by_id[name] for name in tests if name in by_id]
+            self.end = time.monotonic() + limit
+
+        def pytest_runtest_setup(self, item: pytest.Item) -> None:
+            if time.monotonic() > self.end:
+                self.late = True
+                item.session.shouldstop = "no time is left"
+
+    ordered = Ordered()
+    files = sorted({name.split("::")[0] for name in tests})
+    result = pytest.main([*files, *OPTIONS], plugins=[ordered])
+    return 3 if ordered.late and result != pytest.ExitCode.TESTS_FAILED else int(result)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("-n", type=int, default=100, help="how many mutants")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--limit", type=float, default=90, help="seconds of tests for each mutant")
+    parser.add_argument("--match", default="", help="only mutants whose line of the report contains this")
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.record:
+        record(args.record)
+        return 0
+    known = reach()
+    for name in known.modules:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    reviewed = {(r["file"], r["line"], r["change"]): r["reason"] for r in tomllib.loads(REVIEWED.read_text())["mutant"]}
+    chosen = [m for m in mutants() if args.match in str(m)]
+    chosen = random.Random(args.seed).sample(chosen, min(args.n, len(chosen)))
+    log = CACHE / "last.log"
+    some = random.Random(0).sample(known.tests, min(20, len(known.tests)))
+    if run(None, some, 600, log) != "survived":
+        print(f"tests fail without any change: see {log}")
+        return 1
+    results = Counter[str]()
+    for mutant in chosen:
+        start, tests = time.monotonic(), tests_of(mutant, known)
+        if reason := reviewed.get((mutant.path, mutant.text, mutant.change)):
+            result = f"reviewed ({reason})"
+        else:
+            result = run(mutant, tests, args.limit, log) if tests else "survived, no test reaches the line"
+        results[result.split(" ")[0].rstrip(",")] += 1
+        print(f"{result:10} {time.monotonic() - start:5.1f} s  {mutant}", flush=True)
+    killed, survived = results["killed"], results["survived"]
+    print(f"{killed} killed, {survived} survived, {results['reviewed']} of them known to change no result")
+    print(f"{100 * killed / max(1, killed + survived):.0f} % of the others are killed")
+    return int(killed < 0.95 * (killed + survived))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
