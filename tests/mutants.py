@@ -2,8 +2,9 @@
 
 A sample of all single changes (a comparison, a bound, a flag, an operator of arithmetic) is drawn from a seed. Each
 runs in a fork that has torch imported already. There the changed module replaces the original one, and the tests that
-reach the changed line run, fastest first, up to the first failure. Which tests reach which line is recorded once for each
-state of the sources, in `out/mutants`. Changes that alter no result stand in `tests/mutants.toml`, with the reason.
+reach the changed line run, fastest first, up to the first failure. Which tests reach which line is recorded once for
+each state of the sources, in `out/mutants`. Changes that alter no result stand in `tests/mutants.toml`, with the
+reason.
 """
 
 from __future__ import annotations
@@ -273,7 +274,9 @@ def main() -> int:
     for name in known.modules:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    reviewed = {(r["file"], r["line"], r["change"]): r["reason"] for r in tomllib.loads(REVIEWED.read_text())["mutant"]}
+    reviewed = {
+        (r["file"], r["line"], r["change"]): r["reason"] for r in tomllib.loads(REVIEWED.read_text()).get("mutant", [])
+    }
     chosen = [m for m in mutants() if args.match in str(m)]
     chosen = random.Random(args.seed).sample(chosen, min(args.n, len(chosen)))
     log = CACHE / "last.log"
