@@ -14,9 +14,10 @@ endif
 
 MINUTES ?= 30
 JOBS    ?= 2
+N       ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz slow zoo balance bench bench-displaced bench-link lint format train-demo clean
+.PHONY: help demo test fuzz mutants study-tests slow zoo balance bench bench-displaced bench-link lint format train-demo clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -37,11 +38,17 @@ help:
 demo: .venv/.stamp  ## a picture from a prompt, on one device and on two
 	$(PY) -m fxpass.tools.demo
 
-test: .venv/.quantised  ## the tests, without the slow ones, in two processes
+test: .venv/.quantised  ## the tests of the compiler and the runtime, in two processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 fuzz: .venv/.quantised  ## new random examples for every property of tests/passes: make fuzz MINUTES=30 JOBS=2
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --minutes $(MINUTES) --jobs $(JOBS) $(if $(SEED),--seed $(SEED))
+
+mutants: .venv/.quantised  ## change one place of the compiler at a time; a test must fail: make mutants N=100 SEED=0
+	OMP_NUM_THREADS=1 $(PY) -m tests.mutants -n $(N) $(if $(SEED),--seed $(SEED))
+
+study-tests: .venv/.stamp  ## the tests of `fxpass study` and its reports
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m study
 
 slow: .venv/.quantised  ## the slow tests: whole models, many ranks
 	$(PY) -m pytest -m slow --timeout=1800

@@ -26,6 +26,8 @@ from fxpass.tools.study.runs import CAP, costs, generate, held_out, split, subje
 from tests.tools.command import fxpass
 from tests.tools.pipelines import VAE, write_pipeline
 
+pytestmark = pytest.mark.study
+
 CELL = Cell("tiny", 64, 2, "00000000", 3, 2, "stale_gn", 1)
 
 
