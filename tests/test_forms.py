@@ -1,4 +1,4 @@
-"""One model, many forms: dtypes, orders in memory, adapters, processors, quantised weights. All must stay exact.
+"""One model in many variants: dtypes, orders in memory, adapters, processors, quantised weights. All must stay exact.
 
 Low precision is judged by the float32 model: the split model may be off by twice as much as the unsplit one of the same
 dtype, by root mean square.
@@ -167,7 +167,7 @@ def test_calls_with_and_without_gradients_and_in_inference_mode_take_turns(execu
             assert error(found, expected) <= EXACT
 
 
-def test_a_model_made_in_inference_mode_is_as_good_as_any() -> None:
+def test_a_model_made_in_inference_mode_is_split() -> None:
     with torch.inference_mode():
         parallel = fxpass.parallelize(build("uvit"), 2, executor="lockstep")
         assert_exact(parallel, "uvit")
@@ -356,7 +356,7 @@ def test_a_weight_packed_into_an_object_is_refused_with_the_line() -> None:
 
 
 @torch.no_grad()
-def test_a_model_that_decides_by_the_order_in_memory_is_given_another_program() -> None:
+def test_a_model_that_branches_on_the_memory_order_gets_another_program() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -34,5 +34,5 @@ def test_a_real_model_is_planned_without_weights_in_seconds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl", pytest.param("flux-dev", marks=pytest.mark.slow)])
-def test_processes_that_hash_otherwise_make_the_same_plan(name: str) -> None:
+def test_processes_with_another_hash_seed_make_the_same_plan(name: str) -> None:
     assert on_8_ranks(name, "1").fingerprint == on_8_ranks(name, "2").fingerprint

@@ -40,7 +40,7 @@ def test_a_plan_names_each_operator_once_with_module_shapes_and_bytes() -> None:
     assert [each["node"] for each in plan.describe()["fallbacks"]] == ["lgamma_default", "igamma_default"]
 
 
-def test_parallelize_warns_of_what_it_gathers_and_is_right_all_the_same() -> None:
+def test_parallelize_warns_of_gathered_operators_and_stays_exact() -> None:
     module, inputs = model()
     split = fxpass.parallelize(module, 2, executor="lockstep")
     with torch.no_grad(), pytest.warns(UserWarning, match="2 operators cannot be split") as caught:
@@ -53,7 +53,7 @@ def test_parallelize_warns_of_what_it_gathers_and_is_right_all_the_same() -> Non
     split.close()
 
 
-def test_strict_refuses_and_lists_what_cannot_be_split() -> None:
+def test_strict_refuses_and_lists_operators_that_cannot_be_split() -> None:
     module, inputs = model()
     with pytest.raises(fxpass.FallbackError) as refused:
         fxpass.plan(module, *inputs, world_size=2, strict=True)
@@ -64,7 +64,7 @@ def test_strict_refuses_and_lists_what_cannot_be_split() -> None:
     split.close()
 
 
-def test_strict_takes_what_can_be_split() -> None:
+def test_strict_accepts_models_that_can_be_split() -> None:
     conv = nn.Conv2d(3, 3, 3, padding=1).eval()
     assert not fxpass.plan(conv, torch.randn(2, 3, 8, 6), world_size=2, strict=True).gathered
 

@@ -114,7 +114,7 @@ def old_and_new(x: Tensor, cache: Any) -> tuple[Tensor, ...]:
     "body", [stored, filled, through_data, appended, emptied, renamed, noted, old_and_new], ids=lambda b: b.__name__
 )
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_what_a_model_writes_to_a_cache_is_written_to_the_callers(body: Body, ranks: int) -> None:
+def test_writes_to_a_cache_reach_the_callers_cache(body: Body, ranks: int) -> None:
     model, module = parallel(body, ranks)
     for _ in range(2):
         alike(model, module, sample(), Memory(sample(), sample()))
@@ -207,7 +207,7 @@ def test_tensors_that_change_places() -> None:
     alike(*parallel(body), sample(), sample(), sample())
 
 
-def test_what_is_returned_as_it_was_given_is_the_callers_own() -> None:
+def test_an_argument_that_is_returned_is_the_callers_own_object() -> None:
     def body(x: Tensor, y: Tensor, cache: Any) -> Any:
         y.add_(1)
         cache["y"] = y
@@ -222,7 +222,7 @@ def test_what_is_returned_as_it_was_given_is_the_callers_own() -> None:
     assert found[3]["layers"] is cache["layers"]
 
 
-def test_whether_two_arguments_are_one_tensor_may_be_asked() -> None:
+def test_a_model_may_ask_whether_two_arguments_are_one_tensor() -> None:
     model, module = parallel(lambda x, y, z: x * 2 if y is z else x + z)
     y = sample()
     for z in (y, sample(), y):

@@ -130,7 +130,7 @@ def test_a_value_read_from_a_tensor_attribute_is_guarded_too() -> None:
     assert broken_guard(program, model, (x,)) is not None
 
 
-def test_the_same_question_in_every_block_is_one_guard() -> None:
+def test_the_same_comparison_in_every_block_is_one_guard() -> None:
     def body(x: Tensor, mask: Tensor) -> Tensor:
         for _ in range(4):
             x = x * 2 if mask.all() else x

@@ -1,4 +1,4 @@
-"""Functions of functions inside a model: vmap, flex_attention, checkpoint, scripts, decorators, autocast regions."""
+"""Higher-order functions inside a model: vmap, flex_attention, checkpoint, scripts, decorators, autocast regions."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def test_each_rank_routes_its_own_tokens(body: Body) -> None:
             torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_what_an_expert_makes_of_tokens_that_are_not_its_own_is_not_seen() -> None:
+def test_the_result_of_an_expert_for_tokens_of_other_experts_is_discarded() -> None:
     """Not even if it is infinite."""
 
     def body(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:

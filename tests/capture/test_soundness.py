@@ -234,7 +234,7 @@ def test_autocast_is_part_of_the_program_and_of_the_key(inside: bool) -> None:
     assert same(model, capture(model, x), x).dtype == torch.float32
 
 
-def test_inference_tensors_hooks_and_replaced_forwards_are_no_obstacle() -> None:
+def test_inference_tensors_hooks_and_replaced_forwards_are_captured() -> None:
     with torch.inference_mode():
         model: Any = Block(lambda m, x: m.get_submodule("compiled")(m.linear(x)))
         x = torch.randn(4, 6)
@@ -307,7 +307,7 @@ def refused(model: nn.Module, *args: Any) -> str:
         *("batch norm", "strides", "other"),
     ],
 )
-def test_what_no_graph_can_hold_is_refused_with_the_line_of_the_model(body: Any, message: str) -> None:
+def test_operations_that_a_graph_cannot_hold_are_refused_with_the_line_of_the_model(body: Any, message: str) -> None:
     text = refused(Block(body), torch.randn(4, 6))
     assert message in text
     assert "call" in text or "is read" in text or "test_soundness.py:" in text
@@ -342,14 +342,14 @@ def holders() -> dict[str, tuple[Any, Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", holders())
-def test_what_is_carried_from_call_to_call_is_refused_wherever_it_is_kept(kind: str) -> None:
+def test_state_carried_between_calls_is_refused_wherever_it_is_kept(kind: str) -> None:
     model = Cache(*holders()[kind], reset=False).eval()
     assert "read, then replaced" in refused(model, torch.randn(2, 6))
     assert type(model.get(model._holder)) is Tensor
 
 
 @pytest.mark.parametrize("kind", holders())
-def test_what_is_kept_within_a_call_only_is_no_obstacle(kind: str) -> None:
+def test_attributes_that_are_set_and_read_within_one_call_are_captured(kind: str) -> None:
     model = Cache(*holders()[kind], reset=True).eval()
     with torch.no_grad():
         program = capture(model, torch.randn(2, 6))
@@ -373,7 +373,7 @@ def test_a_table_that_is_moved_to_where_it_is_already_is_no_state() -> None:
     same(model, capture(model, torch.randn(2, 6)), torch.randn(2, 6))
 
 
-def test_what_every_second_call_uses_is_refused() -> None:
+def test_state_that_every_second_call_reads_is_refused() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -78,7 +78,7 @@ def test_one_process_goes_through_nccl(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(280)
-def test_processes_on_a_gpu_do_as_ranks_in_lockstep_at_every_step(tmp_path: Path) -> None:
+def test_processes_on_a_gpu_equal_lockstep_at_every_step(tmp_path: Path) -> None:
     _torchrun(2, tmp_path)
     for name, strategy, compiled in RUNS:
         expected = steps(name, DEVICE, strategy=strategy, world_size=2, executor="lockstep")

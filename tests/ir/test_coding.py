@@ -1,4 +1,4 @@
-"""Changes in few bits: sizes, errors, and that the error does not add up."""
+"""Coding changes in a few bits: sizes and errors, and that errors do not accumulate."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_a_full_group_costs_its_bits_and_two_bytes(bits: int) -> None:
 
 
 @given(counts, bits)
-def test_no_change_is_coded_as_none(count: int, bits: int) -> None:
+def test_a_change_of_zero_decodes_to_zero(count: int, bits: int) -> None:
     assert torch.equal(decode(encode(torch.zeros(2, count), bits), count, bits), torch.zeros(2, count))
 
 
 @pytest.mark.parametrize("bits", OUTERMOST)
-def test_told_of_changes_again_and_again_the_other_side_comes_to_know_a_value_that_stays(bits: int) -> None:
+def test_repeated_codes_of_the_remaining_difference_converge_to_the_value(bits: int) -> None:
     value = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
     known = torch.zeros_like(value)
     off = [value.norm()]
@@ -64,7 +64,7 @@ def test_told_of_changes_again_and_again_the_other_side_comes_to_know_a_value_th
 
 
 @pytest.mark.parametrize("count", [20, 21, 130])
-def test_codes_of_a_single_vector(count: int) -> None:
+def test_codes_of_a_single_vector_decode_although_their_steps_start_at_an_odd_byte(count: int) -> None:
     """Its steps begin at an odd byte."""
     change = torch.linspace(-1, 1, count).unsqueeze(0)
     torch.testing.assert_close(decode(encode(change, 8), count, 8), change, rtol=0, atol=0.01)

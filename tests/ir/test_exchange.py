@@ -61,14 +61,14 @@ def test_fetch_frames_a_halo_with_fill(data: st.DataObject, world: int, fill: fl
         assert torch.equal(found, torch.cat([fills[0], part(whole, 1, want[rank]), fills[1]], 1))
 
 
-def test_fetch_gives_the_own_value_itself_where_nothing_changes() -> None:
+def test_fetch_returns_its_operand_where_nothing_changes() -> None:
     x = torch.randn(4, 3)
     fetch = Fetch("realign", (4, 3), x.dtype, 2, dim=0, have=full(4, 2), want=full(4, 2))
     assert all(found is x for found in after(fetch, [x, x]))
     assert fetch.bytes == fetch.messages == 0
 
 
-def test_fetch_says_what_travels_to_whom() -> None:
+def test_fetch_describes_its_messages() -> None:
     halves = cut(0, (0, 2), (2, 4)).rows
     gather = Fetch("output", (4, 3), torch.float32, 2, dim=0, have=halves, want=full(4, 2))
     assert gather.broadcast
@@ -143,7 +143,7 @@ def test_sums_of_low_precision_are_added_in_float32_in_rank_order() -> None:
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     st.booleans(),
 )
-def test_receivers_of_codes_know_what_the_sender_thinks_they_know(
+def test_receivers_decode_exactly_the_value_that_the_sender_keeps(
     data: st.DataObject, world: int, dim: int, dtype: torch.dtype, channels_last: bool
 ) -> None:
     """For any layouts, split along any dim, in any precision and order in memory; and that is near the value."""

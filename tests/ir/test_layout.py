@@ -1,4 +1,4 @@
-"""Law 1's algebra, against Python's sets."""
+"""Sets of rows and layouts, compared with Python's sets."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ sets = positions | bands()
 
 
 @given(sets)
-def test_rows_are_the_set_that_they_were_made_of(numbers: frozenset[int]) -> None:
+def test_rows_hold_the_positions_that_they_were_made_of(numbers: frozenset[int]) -> None:
     rows = Rows.of(sorted(numbers))
     assert rows.array.tolist() == sorted(numbers)
     assert len(rows) == len(numbers)
@@ -109,7 +109,7 @@ def test_routes_bring_each_wanted_row_once_from_the_nearest_holder(
                 assert abs(src - dst) == min(abs(k - dst) for k, s in enumerate(held) if i in s)
 
 
-def test_a_row_that_nobody_holds_is_an_error() -> None:
+def test_a_row_that_no_rank_holds_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"rank 1 wants rows .* that no rank holds"):
         routes((Rows.interval(0, 4), Rows.interval(4, 8)), (Rows.interval(0, 4), Rows.interval(6, 10)))
 

@@ -18,7 +18,7 @@ def test_an_operator_in_two_tables_is_refused() -> None:
     assert spec_of(aten.reshape.default).rule is RULES[aten.reshape.default]
 
 
-def test_of_an_unknown_operator_nothing_is_assumed() -> None:
+def test_the_spec_of_an_unknown_operator_is_empty() -> None:
     assert spec_of(operator.add) == OpSpec()
 
 

@@ -167,7 +167,7 @@ def test_a_rule_that_lets_other_than_real_numbers_be_stale_is_refused(dtype: tor
         verify(graph, "partitioned", 2)
 
 
-def test_what_its_rule_does_not_allow_to_be_stale_is_refused() -> None:
+def test_a_stale_exchange_that_its_rule_does_not_allow_is_refused() -> None:
     verify(graph_of(fetched(role="halo", may_be_stale=True, fresh="stale"), HALVES), "displaced", 2)
     with pytest.raises(VerificationError, match="only what its rule allows is stale"):
         verify(graph_of(fetched(role="halo", fresh="stale"), HALVES), "displaced", 2)

@@ -1,4 +1,4 @@
-"""Displaced steps of a small function: what law 4 promises of any."""
+"""Run displaced steps of a small function and check law 4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test of the passes does: split a small function on some cuts and hold it against law 1.
+"""Split a small function on given cuts, run all ranks, and check law 1.
 
 `split` captures, normalizes, partitions, trims and buckets a function; runs the ranks in lockstep; and compares, on
 every rank, *each value of the whole program* with the part of it that its layout promises. Of the values that rules

@@ -1,4 +1,4 @@
-"""Operators without a rule of their own, which are split in parts; what cannot be is gathered, and cut again."""
+"""Operators without a rule are decomposed into ones that have one, or gathered and split again."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ PARTS: dict[str, tuple[Any, list[tuple[int, ...]], dict[int, tuple[int, ...]]]] 
 @pytest.mark.parametrize("name", PARTS)
 @few
 @given(data=st.data())
-def test_what_has_no_rule_is_split_in_parts(name: str, data: st.DataObject) -> None:
+def test_operators_without_a_rule_are_split_through_the_operators_they_consist_of(
+    name: str, data: st.DataObject
+) -> None:
     function, shapes, promised = PARTS[name]
     split_where_promised(data, Example(function, [randn(*s) for s in shapes], promised))
 
@@ -68,12 +70,12 @@ def test_what_has_no_rule_is_split_in_parts(name: str, data: st.DataObject) -> N
 @pytest.mark.parametrize("name", PARTS)
 @few
 @given(data=st.data())
-def test_parts_are_right_on_any_cut(name: str, data: st.DataObject) -> None:
+def test_operators_without_a_rule_are_right_on_any_cut(name: str, data: st.DataObject) -> None:
     function, shapes, _ = PARTS[name]
     split_anywhere(data, Example(function, [randn(*s) for s in shapes]))
 
 
-def test_what_is_gathered_is_cut_again_and_gathered_once() -> None:
+def test_a_gathered_value_is_split_again_and_not_gathered_twice() -> None:
     result = split(lambda x: x.digamma().lgamma() + x, [randn(8, 5)], {0: evenly(0, 8, 2)}, 2, exact=False)
     assert result.layouts[0] == evenly(0, 8, 2)
     assert result.roles == {"fallback": 1, "output": 1}

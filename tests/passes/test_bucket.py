@@ -55,13 +55,13 @@ def test_keys_and_values_share_a_message_and_so_do_outputs() -> None:
     assert messages(bucket(graph)) == [["keys_values", "keys_values"], ["output", "output", "output"]]
 
 
-def test_what_depends_on_another_exchange_waits_for_it() -> None:
+def test_an_exchange_that_depends_on_another_waits_for_it() -> None:
     model = nn.Sequential(nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1), nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1))
     graph = partitioned(model, torch.randn(1, 3, 8, 6), evenly(2, 8, 2))
     assert messages(bucket(graph)) == [["halo"], ["halo"], ["output"]]
 
 
-def test_the_halo_of_an_input_is_at_hand() -> None:
+def test_the_halo_of_an_input_needs_no_exchange() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 5, padding=2, stride=2), nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1))
     graph = partitioned(model, torch.randn(1, 3, 16, 6), evenly(2, 16, 2))
     assert messages(graph) == [["halo"], ["output"]]
@@ -147,7 +147,7 @@ class Mixed(nn.Module):
 
 @examples(25)
 @given(st.data())
-def test_numbers_are_kept_and_messages_are_fewer(data: st.DataObject) -> None:
+def test_bucketing_keeps_the_values_and_sends_fewer_messages(data: st.DataObject) -> None:
     kinds = data.draw(st.lists(st.sampled_from(["conv", "norm", "mean", "shuffle"]), min_size=1, max_size=5))
     model = Parallel(kinds, [data.draw(st.booleans()) for _ in kinds])
     program = normalize(capture(model, torch.randn(1, 4, 8, 5)))

@@ -56,7 +56,7 @@ def test_a_stream_made_inside_is_cut_beside_the_input() -> None:
     assert found.bound > 3.9
 
 
-def test_inputs_of_one_shape_join_together() -> None:
+def test_inputs_of_one_shape_are_cut_together() -> None:
     kernel = torch.randn(8, 8, 3, 3)
 
     class Guided(nn.Module):
@@ -146,7 +146,7 @@ def test_an_operator_that_is_gathered_is_named_with_the_reason() -> None:
     assert "channels are split" in message
 
 
-def test_inputs_of_too_few_rows_are_said_to_have_so_many() -> None:
+def test_an_error_about_too_few_rows_says_how_many_there_are() -> None:
     message = refused(nn.Conv2d(4, 4, 1), torch.randn(2, 4, 3, 3), world=5)
     assert "its inputs have too few rows, at most 4" in message
 

@@ -247,7 +247,7 @@ def test_stale_sums_are_the_own_part_and_the_others_of_the_last_step(ranks: int)
         old = now
 
 
-def test_only_what_law_4_allows_is_stale() -> None:
+def test_only_exchanges_that_law_4_allows_are_stale() -> None:
     chosen = case("unet_sd")
     model = chosen.build()
     given = chosen.inputs(rows=32, seed=0, module=model)
@@ -312,7 +312,7 @@ class Texted(torch.nn.Module):
         return self.conv(h + mixed)
 
 
-def test_what_follows_from_the_prompt_alone_travels_at_exact_steps_only() -> None:
+def test_values_that_depend_on_the_prompt_alone_travel_at_exact_steps_only() -> None:
     torch.manual_seed(0)
     model = Texted().eval()
     sample, time, text = torch.randn(2, 4, 16, 8), torch.tensor([0.9]), torch.randn(2, 256, 16)
@@ -357,7 +357,7 @@ def test_a_prompt_of_another_length_begins_exactly(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["displaced", "compressed", "corrected_async_gn", "stale_gn", "no_sync", "pcpp"])
-def test_what_is_kept_is_what_the_plan_says_and_does_not_grow(name: str) -> None:
+def test_state_between_steps_has_the_bytes_of_the_plan_and_does_not_grow(name: str) -> None:
     model = block()
     module = parallel(model, LockstepExecutor(2), replace(Strategy.of(name), warmup_steps=2))
     for generation in range(200 if name == "displaced" else 3):

@@ -64,7 +64,7 @@ EXAMPLES = dict(_tables())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_displaced_steps_of_a_rule_equal_exact_ones_at_rest_and_agree_in_motion(name: str) -> None:
+def test_displaced_steps_of_a_rule_equal_exact_ones_on_equal_inputs_and_all_ranks_agree(name: str) -> None:
     example = EXAMPLES[name]
     places = [(i, dim, example.inputs[i].shape[dim]) for i, dims in example.promised.items() for dim in dims]
     for place, dim, size in places:
@@ -75,7 +75,7 @@ def test_displaced_steps_of_a_rule_equal_exact_ones_at_rest_and_agree_in_motion(
 
 
 @pytest.mark.parametrize("name", ["softmax", "cumsum", "norm, instance", "others, bicubic"])
-def test_what_these_rules_exchange_is_stale(name: str) -> None:
+def test_displaced_steps_of_these_rules_use_stale_values(name: str) -> None:
     """So that the test above has something to show."""
     example = EXAMPLES[name]
     dim = {"cumsum": 1, "softmax": 1}.get(name, 2)
@@ -140,7 +140,7 @@ def test_matrix_products_are_stale_only_in_attention(function: Any, expected: di
         follow(model, inputs, {i: evenly(1, 6, 2) for i in range(len(program.inputs))}, 2, preset)
 
 
-def test_the_position_of_the_largest_is_found_among_fresh_values() -> None:
+def test_argmax_compares_fresh_values_only() -> None:
     """An old maximum is equal to none of the values now, so that no position would be found."""
     for function in (lambda x: x.argmax(1), lambda x: x.min(1)[1]):
         found = follow(function, [randn(3, 6)], {0: evenly(1, 6, 2)}, 2, "stale_gn")

@@ -1,4 +1,4 @@
-"""normalize: the same numbers in fewer words."""
+"""normalize: the same values by fewer kinds of operators."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_each_form_keeps_the_numbers(function: Any, expected: set[Any] | None) -
     ],
     ids=str,
 )
-def test_convolutions_are_one_word(module: nn.Module, shape: tuple[int, ...]) -> None:
+def test_all_forms_of_convolution_become_one_operator(module: nn.Module, shape: tuple[int, ...]) -> None:
     found = normalized(module.double(), torch.randn(shape, dtype=torch.float64))
     assert found <= {aten.convolution.default, aten.constant_pad_nd.default, R}
 
@@ -139,7 +139,7 @@ def test_a_batch_norm_in_use_has_one_result() -> None:
     assert normalized(nn.BatchNorm2d(4).double(), x) == {aten.batch_norm.default}
 
 
-def test_what_depends_on_no_input_is_computed_once() -> None:
+def test_values_that_depend_on_no_input_are_computed_once() -> None:
     def function(x: Tensor) -> Tensor:
         position = torch.arange(8, dtype=x.dtype)[None] / torch.arange(1, 7, dtype=x.dtype)[:, None]
         return x + position.sin().cos()
@@ -150,7 +150,7 @@ def test_what_depends_on_no_input_is_computed_once() -> None:
     assert constant.shape == (6, 8)
 
 
-def test_what_depends_on_weights_is_not_folded() -> None:
+def test_values_that_depend_on_weights_are_not_folded() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -164,7 +164,7 @@ def test_what_depends_on_weights_is_not_folded() -> None:
     assert list(program.weights.values()) == ["weight"]
 
 
-def test_dead_code_and_what_only_it_used_go() -> None:
+def test_dead_code_and_its_operands_are_removed() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

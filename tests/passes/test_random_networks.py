@@ -1,4 +1,4 @@
-"""Random small denoisers, cut at random, against the whole: what rules do to each other."""
+"""Random small denoisers on random cuts equal the unsplit network: rules in combination."""
 
 from __future__ import annotations
 
@@ -351,12 +351,14 @@ def test_many_random_networks_on_cuts_of_any_kind_equal_the_whole(data: st.DataO
 
 @examples(15)
 @given(st.data())
-def test_displaced_steps_of_a_random_network_equal_exact_ones_at_rest_and_agree_in_motion(data: st.DataObject) -> None:
+def test_displaced_steps_of_a_random_network_equal_exact_ones_on_equal_inputs_and_all_ranks_agree(
+    data: st.DataObject,
+) -> None:
     check(data, "uneven overlapping", displaced=True)
 
 
 @pytest.mark.slow
 @examples(200)
 @given(st.data())
-def test_displaced_steps_of_many_random_networks_are_as_promised(data: st.DataObject) -> None:
+def test_displaced_steps_of_many_random_networks_keep_law_4(data: st.DataObject) -> None:
     check(data, "uneven overlapping strided any", displaced=True)

@@ -1,4 +1,4 @@
-"""What works along one dim when that dim is split: softmax, running sums, positions of maxima."""
+"""Operators along a dim that is split: softmax, running sums, argmax."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ ALONG: dict[str, Any] = {
 @pytest.mark.parametrize("name", ALONG)
 @few
 @given(data=st.data())
-def test_what_works_along_the_split_dim_is_split(name: str, data: st.DataObject) -> None:
+def test_operators_along_the_split_dim_need_no_fallback(name: str, data: st.DataObject) -> None:
     split_where_promised(data, Example(ALONG[name], [randn(3, 5, 6)], {0: EVERY}))
 
 
 @pytest.mark.parametrize("name", ALONG)
 @few
 @given(data=st.data())
-def test_what_works_along_the_split_dim_is_right_on_any_cut(name: str, data: st.DataObject) -> None:
+def test_operators_along_the_split_dim_are_right_on_any_cut(name: str, data: st.DataObject) -> None:
     split_anywhere(data, Example(ALONG[name], [randn(3, 5, 6)]))
 
 
@@ -100,6 +100,6 @@ NEITHER: dict[str, Any] = {
 @pytest.mark.parametrize("name", NEITHER)
 @few
 @given(data=st.data())
-def test_what_is_ordered_along_a_dim_is_split_along_the_others(name: str, data: st.DataObject) -> None:
+def test_operators_that_sort_along_one_dim_are_split_along_the_others(name: str, data: st.DataObject) -> None:
     split_where_promised(data, Example(NEITHER[name], [randn(3, 5, 6)], {0: (0, 2) if name != "glu" else (0, 1)}))
     split_anywhere(data, Example(NEITHER[name], [randn(3, 5, 6)]))

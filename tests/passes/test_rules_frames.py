@@ -1,4 +1,4 @@
-"""Rules of signals in frames: along every dim, on uneven cuts with overlaps and holes."""
+"""Rules of signals: unfold, STFT and FFT, along every dim, on uneven cuts with overlaps and holes."""
 
 from typing import Any
 

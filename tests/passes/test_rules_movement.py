@@ -176,14 +176,16 @@ def windows(x: Tensor) -> Tensor:
         (lambda x: x.reshape(1, 2, 1, 5, 1), (2, 5), cut(1, (0, 2), (2, 5))),
     ],
 )
-def test_cuts_on_the_grain_go_through_a_reshape_without_communication(function: Any, shape: Any, layout: Any) -> None:
+def test_cuts_between_groups_of_rows_pass_a_reshape_without_communication(
+    function: Any, shape: Any, layout: Any
+) -> None:
     result = split(function, [randn(*shape)], {0: layout}, 2)
     assert result.roles == {"output": 1}
     assert result.layouts[0].split
 
 
 @pytest.mark.parametrize("function", [pack, windows, lambda x: F.pixel_unshuffle(x, 2)])
-def test_cuts_off_the_grain_are_realigned(function: Any) -> None:
+def test_cuts_within_groups_of_rows_are_realigned(function: Any) -> None:
     dim = 1 if function is windows else 2
     shape = (1, 8, 6, 3) if function is windows else (1, 3, 8, 6)
     result = split(function, [randn(*shape)], {0: cut(dim, (0, 3), (3, 8))}, 2)
@@ -282,7 +284,7 @@ def test_movements_along_a_dim_are_right_on_any_cut(name: str, data: st.DataObje
 
 
 @pytest.mark.parametrize("name", ["slice", "cat along", "cat with itself", "constant pad", "flip", "roll"])
-def test_what_only_moves_rows_moves_nothing_between_ranks(name: str) -> None:
+def test_operators_that_only_move_rows_exchange_nothing(name: str) -> None:
     function, shapes, _ = SLICING[name]
     for dim in (1, 2):
         result = split(function, [randn(*s) for s in shapes], {0: evenly(dim, shapes[0][dim], 2)}, 2)

@@ -143,7 +143,7 @@ ALONG: dict[str, Any] = {
 @pytest.mark.parametrize("dim", [1, -1])
 @few
 @given(data=st.data())
-def test_what_works_along_one_dim_is_split_along_the_others(name: str, dim: int, data: st.DataObject) -> None:
+def test_operators_along_one_dim_are_split_along_the_others(name: str, dim: int, data: st.DataObject) -> None:
     example = Example(lambda x: ALONG[name](x, dim), [randn(3, 4, 6)], {0: [d for d in range(3) if d != dim % 3]})
     split_where_promised(data, example)
 
@@ -151,7 +151,7 @@ def test_what_works_along_one_dim_is_split_along_the_others(name: str, dim: int,
 @pytest.mark.parametrize("name", ALONG)
 @few
 @given(data=st.data())
-def test_what_works_along_one_dim_is_right_on_any_cut(name: str, data: st.DataObject) -> None:
+def test_operators_along_one_dim_are_right_on_any_cut(name: str, data: st.DataObject) -> None:
     split_anywhere(data, Example(lambda x: ALONG[name](x, 1), [randn(3, 4, 6)]))
 
 
@@ -236,7 +236,7 @@ def test_a_dim_that_shrinks_to_one_row_on_every_rank_is_whole() -> None:
     split(lambda x, y: conv(x) * y + x[:, :1], [randn(1, 2, 4, 5), randn(1, 1, 4, 5)], {0: overlapping}, 2)
 
 
-def test_a_join_of_overlapping_parts_that_is_whole_everywhere_is_known_to_be() -> None:
+def test_a_cat_that_has_all_rows_on_every_rank_becomes_whole() -> None:
     everywhere = {0: cut(1, (0, 4), (2, 4)), 1: cut(1, (0, 3), (0, 3))}
     result = split(lambda x, y: torch.cat([x, y], 1).flatten(1), [randn(2, 4, 3), randn(2, 3, 3)], everywhere, 2)
     assert result.roles["fallback"] == 0

@@ -1,4 +1,4 @@
-"""Look-ups along the split dim and writes at positions that are values; windows as values of their own."""
+"""Reads and writes by index along the split dim, and windows of rows as tensors (unfold, fold, grid_sample)."""
 
 from __future__ import annotations
 
@@ -126,12 +126,12 @@ def example(name: str) -> Example:
 @pytest.mark.parametrize("name", CASES)
 @few
 @given(data=st.data())
-def test_reading_and_writing_anywhere_is_split(name: str, data: st.DataObject) -> None:
+def test_reads_and_writes_by_index_are_split(name: str, data: st.DataObject) -> None:
     split_where_promised(data, example(name))
 
 
 @pytest.mark.parametrize("name", CASES)
 @few
 @given(data=st.data())
-def test_reading_and_writing_anywhere_is_right_on_any_cut(name: str, data: st.DataObject) -> None:
+def test_reads_and_writes_by_index_are_right_on_any_cut(name: str, data: st.DataObject) -> None:
     split_anywhere(data, example(name))

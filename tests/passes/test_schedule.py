@@ -54,7 +54,7 @@ def kept_waiting(after: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
 
 
 @pytest.mark.parametrize("name", ["unet_sd", "flux"])
-def test_nothing_is_added_or_lost_and_waits_come_as_late_as_they_can(name: str) -> None:
+def test_the_schedule_keeps_all_operators_and_waits_as_late_as_possible(name: str) -> None:
     chosen = case(name)
     model: Any = chosen.build()
     program = fxpass.capture(model, **chosen.inputs(rows=32, seed=0, module=model))

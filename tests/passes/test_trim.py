@@ -1,4 +1,4 @@
-"""What the ranks only take rows of is computed in those rows alone."""
+"""Trim computes replicated values only on the rows that each rank uses."""
 
 from __future__ import annotations
 
@@ -52,14 +52,16 @@ def whole_values(graph: fx.Graph) -> list[str]:
 @pytest.mark.parametrize(("name", "dim"), [(name, dim) for name, case in TRIMMED.items() for dim in case[2]])
 @few
 @given(data=st.data())
-def test_what_ranks_only_take_rows_of_is_computed_in_rows(name: str, dim: int, data: st.DataObject) -> None:
+def test_values_of_which_ranks_use_only_rows_are_computed_on_those_rows(
+    name: str, dim: int, data: st.DataObject
+) -> None:
     function, shape, _ = TRIMMED[name]
     layout = data.draw(layouts(T, 2, dims=(dim,), kinds="uneven strided any"))  # overlaps may be everything
     graph = split(function, (randn(*T), randn(*shape)), {0: layout}, 2).graph
     assert not whole_values(graph)
 
 
-def test_what_is_used_whole_as_well_stays_whole() -> None:
+def test_a_value_that_is_also_used_whole_stays_whole() -> None:
     def function(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         t = F.linear(t, W)
         return x + t.sin(), t

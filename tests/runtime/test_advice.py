@@ -1,4 +1,4 @@
-"""What messages advise can be done, and helps."""
+"""Following the advice of an error message solves the problem."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_an_interrupted_generation_is_not_continued_by_img2img_at_a_lower_timest
 
 @pytest.mark.parametrize("warmup", [1, 2])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_nor_by_one_from_the_same_noise_that_begins_further_on(name: str, warmup: int) -> None:
+def test_a_generation_that_starts_later_from_the_same_noise_starts_exactly(name: str, warmup: int) -> None:
     watch = clock(warmup)
     exact(watch, trajectory(name, 20, 0)[:8])
     assert exact(watch, trajectory(name, 20, 0)[16:])[:warmup] == [True] * warmup
@@ -110,7 +110,7 @@ def test_the_same_timestep_again_and_again_is_no_generation(warmup: int) -> None
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 7.0, 12.0])
 @pytest.mark.parametrize("count", [4, 8, 50])
-def test_schedules_that_fall_ever_faster_are_one_generation(count: int, shift: float) -> None:
+def test_a_schedule_of_growing_steps_is_one_generation(count: int, shift: float) -> None:
     times = [shift * t / (1 + (shift - 1) * t) for t in torch.linspace(1, 0, count + 1)[:-1].tolist()]
     noise, picture = torch.randn(2, 1, 4, 16, 16)
     calls = [(t * noise + (1 - t) * picture, torch.tensor(t)) for t in times]
@@ -118,7 +118,7 @@ def test_schedules_that_fall_ever_faster_are_one_generation(count: int, shift: f
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 1, 8)])
-def test_a_sample_without_structure_continues_nothing(shape: tuple[int, ...]) -> None:
+def test_a_sample_without_structure_starts_a_new_generation(shape: tuple[int, ...]) -> None:
     calls = [(torch.randn(shape), torch.tensor(9 - k)) for k in range(4)]
     assert all(exact(clock(warmup=1), calls))
 
@@ -175,7 +175,7 @@ def test_a_prompt_that_is_changed_in_place_is_another_prompt() -> None:
     assert exact(watch, [c], prompt) == [True]
 
 
-def test_what_was_used_long_ago_is_not_continued() -> None:
+def test_the_least_recently_used_context_starts_exactly_again() -> None:
     watch = clock(warmup=1)
     calls = trajectory("ddim", 20, 0)
     exact(watch, calls[:2])
@@ -220,7 +220,7 @@ def test_the_last_step_is_found_in_whatever_form_the_model_is_given_its_timestep
 
 
 @pytest.mark.parametrize(("start", "count"), [(17, 3), (18, 3), (18, 5), (19, 1)])
-def test_where_few_timesteps_are_left_all_may_be_final(start: int, count: int) -> None:
+def test_all_steps_may_be_final_where_few_timesteps_are_left(start: int, count: int) -> None:
     known = trajectory("ddim", 20, 0)
     assert cooled(trajectory("ddim", 20, 0, start=start), known, count) == [True] * (20 - start)
 
@@ -231,7 +231,7 @@ def test_img2img_ends_exactly_though_it_leaves_out_the_first_timesteps() -> None
 
 
 @pytest.mark.parametrize("known", ["none", "of another generation", "unlike ones"])
-def test_where_the_last_timesteps_are_not_known_none_is_taken_for_one(known: str) -> None:
+def test_no_step_is_taken_for_the_last_where_the_timesteps_are_not_known(known: str) -> None:
     calls = trajectory("ddim", 20, 0)
     if known == "unlike ones":
         calls = [(sample, torch.stack([time, time + 5])) for sample, time in calls]

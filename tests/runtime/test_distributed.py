@@ -70,11 +70,11 @@ def test_memory_between_displaced_steps_is_at_most_two_of_each_message(seen: lis
         assert held["received"] <= held["used"] <= 2 * (held["received"] + held["other"] + held["sent"]) + rounding
 
 
-def test_ranks_that_are_early_and_late_by_turns_never_read_another_run(seen: list[dict[str, Any]]) -> None:
+def test_ranks_that_take_turns_being_late_never_read_messages_of_another_step(seen: list[dict[str, Any]]) -> None:
     assert all(rank["unsteady"] for rank in seen)
 
 
-def test_what_is_under_way_is_no_memory_of_the_model(seen: list[dict[str, Any]]) -> None:
+def test_messages_in_flight_do_not_alias_memory_of_the_model(seen: list[dict[str, Any]]) -> None:
     """So a compiled program may reuse the memory of a value as soon as it is launched."""
     assert all(rank["copied"] for rank in seen)
 
@@ -83,7 +83,7 @@ def test_a_closed_module_gives_its_shared_memory_back(seen: list[dict[str, Any]]
     assert [rank["files of closed modules"] for rank in seen] == [0, 0]
 
 
-def test_not_a_number_is_no_disagreement(seen: list[dict[str, Any]]) -> None:
+def test_ranks_that_all_hold_nan_agree(seen: list[dict[str, Any]]) -> None:
     assert all(rank["nan"] for rank in seen)
 
 
@@ -100,20 +100,20 @@ def test_another_world_size_is_refused_at_once(seen: list[dict[str, Any]]) -> No
         ("shapes", "rank 1 differs from rank 0 in the input sample: (2, 4, 18, 8)"),
     ],
 )
-def test_what_differs_is_named_on_every_rank(seen: list[dict[str, Any]], what: str, words: str) -> None:
+def test_a_difference_between_ranks_is_named_on_every_rank(seen: list[dict[str, Any]], what: str, words: str) -> None:
     for rank in seen:
         assert rank[what].startswith("DisagreementError after <30 s")
         assert words in rank[what]
 
 
-def test_ranks_that_drift_apart_are_told_at_the_next_call(seen: list[dict[str, Any]]) -> None:
+def test_ranks_whose_inputs_differ_fail_at_the_next_call(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         first, unlike, after, later = rank["drifting"]
         assert (first, unlike, later) == ("nothing",) * 3
         assert "rank 1 was called with another value of `sample` than rank 0 at the call before this one" in after
 
 
-def test_ranks_that_take_unlike_steps_are_told_at_once(seen: list[dict[str, Any]]) -> None:
+def test_ranks_that_take_different_kinds_of_steps_fail_at_once(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         first, second, unlike, after = rank["unlike steps"]
         assert (first, second) == ("nothing",) * 2
@@ -122,11 +122,11 @@ def test_ranks_that_take_unlike_steps_are_told_at_once(seen: list[dict[str, Any]
         assert "cannot go on" in after
 
 
-def test_a_rank_that_does_not_call_is_missed(seen: list[dict[str, Any]]) -> None:
+def test_a_rank_that_does_not_call_is_reported(seen: list[dict[str, Any]]) -> None:
     assert "RankError after <30 s: rank 0 waited 2 s for the other ranks" in seen[0]["absent"]
 
 
-def test_a_rank_that_raises_is_heard_on_the_others(seen: list[dict[str, Any]]) -> None:
+def test_an_error_on_one_rank_is_raised_on_the_others(seen: list[dict[str, Any]]) -> None:
     assert "mat1 and mat2" in seen[1]["raises"]
     assert seen[0]["raises"].startswith("RankError after <30 s: rank 1 failed: Traceback")
     assert "mat1 and mat2" in seen[0]["raises"]
@@ -146,14 +146,14 @@ def test_a_first_call_on_one_rank_only_is_a_rank_error_that_says_who_must_call(t
     assert "start all processes again" in second
 
 
-def test_a_rank_that_fails_in_the_first_call_of_all_is_heard_on_the_others(tmp_path: Path) -> None:
+def test_an_error_on_one_rank_in_the_first_call_is_raised_on_the_others(tmp_path: Path) -> None:
     seen = torchrun("tests.runtime.ranks", "first_call_fails", folder=tmp_path)
     assert seen[0]["error"].startswith("RankError after <30 s: rank 1 failed: Traceback")
     assert all("mat1 and mat2" in rank["error"] for rank in seen)
 
 
 @pytest.mark.parametrize(("transport", "world"), [("memory", 3), ("gloo", 2)])
-def test_a_killed_rank_is_missed_on_all_others(transport: str, world: int, tmp_path: Path) -> None:
+def test_a_killed_rank_is_reported_on_all_others(transport: str, world: int, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

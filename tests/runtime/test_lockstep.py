@@ -1,4 +1,4 @@
-"""Ranks in one process: exact, in step, and deaf to nothing."""
+"""Ranks in one process: exact, in step, and every corrupted message changes the output."""
 
 import operator
 import re

@@ -64,7 +64,7 @@ def lowered() -> dict[str, Any]:
     return {"code": code, "values": values, "compiled": compiled[0], "source": sources[-1], "graph": plan.graph}
 
 
-def test_compiled_ranks_do_as_interpreted_ones(lowered: dict[str, Any]) -> None:
+def test_compiled_ranks_equal_interpreted_ranks(lowered: dict[str, Any]) -> None:
     """Also: what a wait is given is what was launched; Inductor has not used its memory in between (`Recorder`).
 
     (That what is under way is no memory of Inductor's, test_distributed.py shows by overwriting launched values.)

@@ -52,7 +52,7 @@ print(json.dumps({"steps": steps, "compiled": reports}))
         ("flux", "compressed"),
     ],
 )
-def test_compiled_processes_do_as_ranks_in_lockstep_at_every_step(name: str, strategy: str, tmp_path: Path) -> None:
+def test_compiled_processes_equal_lockstep_at_every_step(name: str, strategy: str, tmp_path: Path) -> None:
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, name, strategy],

@@ -19,7 +19,7 @@ from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.plans import block, inputs, parallel
 
 
-def test_too_little_shared_memory_is_said_beforehand() -> None:
+def test_too_little_shared_memory_is_an_error_before_any_step() -> None:
     with pytest.raises(OSError, match=r"weights needs .* MiB of shared memory, /dev/shm has .*--shm-size"):
         check_shm(1 << 60, "sharing the weights")
 
@@ -78,7 +78,7 @@ def test_the_limit_of_a_container_counts_less_what_it_uses_but_for_cached_files(
     assert available(tmp_path) == 800_000
 
 
-def test_nothing_is_refused_where_the_system_does_not_say_how_much_is_available(
+def test_no_plan_is_refused_where_the_available_memory_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert available(tmp_path) is None

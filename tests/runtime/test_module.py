@@ -39,7 +39,7 @@ def check(module: ParallelModule, model: nn.Module, seed: int = 0, rows: int = 1
     torch.testing.assert_close(module(*inputs(rows, seed))["sample"], whole(model, *inputs(rows, seed)))
 
 
-def test_it_looks_like_the_model(module: ParallelModule, model: Block) -> None:
+def test_a_parallel_module_has_the_attributes_of_the_model(module: ParallelModule, model: Block) -> None:
     assert inspect.signature(module.forward) == inspect.signature(model.forward)
     assert module.config is model.config
     assert module.dtype is torch.float32
@@ -86,7 +86,7 @@ def test_outputs_keep_their_structure(module: ParallelModule) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_every_grad_mode_serves(module: ParallelModule, model: Block, mode: Any) -> None:
+def test_calls_work_in_every_grad_mode(module: ParallelModule, model: Block, mode: Any) -> None:
     with mode():
         result = module(*inputs())["sample"]
     assert not result.requires_grad
@@ -162,7 +162,7 @@ def test_a_changed_structure_is_captured_anew(module: ParallelModule, model: Blo
     assert module._engine.signatures == 1
 
 
-def test_what_is_changed_of_a_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_class_attribute_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     class Model(nn.Module):
         scales: dict[str, float] = {"x": 1.0}  # noqa: RUF012
 
@@ -313,7 +313,7 @@ def test_wrong_arguments_fail_as_the_model_would(module: ParallelModule, model: 
     check(module, model)
 
 
-def test_it_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
+def test_a_parallel_module_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
     with pytest.raises(TypeError, match="unwrapped"):
         copy.deepcopy(module)
 
@@ -344,7 +344,7 @@ def test_wrong_options_are_named(options: dict[str, Any], error: type[Exception]
         fxpass.parallelize(block(), **options)
 
 
-def test_what_is_no_model_is_refused() -> None:
+def test_an_object_that_is_not_a_module_is_refused() -> None:
     with pytest.raises(TypeError, match="pipeline"):
         fxpass.parallelize("a model", 2)
 

@@ -81,7 +81,7 @@ def part(fetch: Fetch, whole: Tensor, mine: Rows) -> Tensor:
 
 
 @given(st.data(), st.integers(2, 4), st.integers(1, 3))
-def test_any_message_comes_as_it_was_sent(data: st.DataObject, world: int, count: int) -> None:
+def test_any_message_arrives_as_it_was_sent(data: st.DataObject, world: int, count: int) -> None:
     exchanges: list[Any] = []
     wholes = []
     for _ in range(count):
@@ -105,7 +105,7 @@ def test_any_message_comes_as_it_was_sent(data: st.DataObject, world: int, count
             assert torch.equal(result, part(e, whole, e.want[rank]))
 
 
-def test_what_all_send_alike_is_gathered_however_small() -> None:
+def test_messages_of_equal_size_from_all_ranks_are_gathered_however_small() -> None:
     total = Reduce("sum", (3,), torch.float32, 3)
     found, gathered = through_lanes(Site(0, "site", "", (total,)), [[torch.full((3,), float(r))] for r in range(3)])
     assert all(gathered)
@@ -135,7 +135,7 @@ def test_a_plan_tells_what_its_all_gathers_pad(strategy: str, later: int) -> Non
     assert made.describe()["padding_received_per_rank_displaced"] == displaced
 
 
-def test_a_payload_of_another_size_is_no_row_of_the_result() -> None:
+def test_payloads_of_unequal_size_are_not_rows_of_the_result() -> None:
     halves = (Rows.interval(0, 2), Rows.interval(2, 4))
     halo = Fetch("halo", (4, 3), torch.float32, 2, dim=0, have=halves, want=full(4, 2))
     with pytest.raises(AssertionError, match=r"rank 0 got .* from rank 1"):

@@ -141,7 +141,7 @@ def test_a_worker_that_died_between_calls_is_named() -> None:
         module(*inputs(18))
 
 
-def test_not_a_number_passes_through(pair: tuple[Block, ParallelModule]) -> None:
+def test_nan_inputs_give_nan_outputs(pair: tuple[Block, ParallelModule]) -> None:
     _, module = pair
     sample, timestep = inputs()
     sample[0, 0, -1, 0] = float("nan")
@@ -149,7 +149,7 @@ def test_not_a_number_passes_through(pair: tuple[Block, ParallelModule]) -> None
     assert module(sample, timestep)["sample"].isnan().any(dim=(1, 2, 3)).all()
 
 
-def test_inference_mode_serves(pair: tuple[Block, ParallelModule]) -> None:
+def test_calls_work_in_inference_mode(pair: tuple[Block, ParallelModule]) -> None:
     model, module = pair
     with torch.inference_mode():
         assert same_as_lockstep(model, module, rows=18)

@@ -164,7 +164,7 @@ def test_the_verifier_refuses_a_broken_step(change: Any, message: str) -> None:
         verify_step(edited(program, change))
 
 
-def test_a_displaced_step_is_never_the_first() -> None:
+def test_a_displaced_first_step_is_refused() -> None:
     runner = StepRunner(lower_comm(planned("block", "displaced")[2].graph, 0), CPU)
     with pytest.raises(ValueError, match="first step of a context is exact"):
         runner.store.mode(Step(0, False))

@@ -1,4 +1,4 @@
-"""Messages between displaced steps have a whole step to travel; no other generation reads them, and none is left."""
+"""Messages of displaced steps have a whole step to travel; no other generation reads them, and none stays unread."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_a_displaced_step_ends_before_anything_it_sent_has_left(seen: list[dict[
         assert rank["overlap"]["equal"] == [True] * 6
 
 
-def test_what_a_displaced_step_sends_is_received_in_the_next(seen: list[dict[str, Any]]) -> None:
+def test_messages_of_a_displaced_step_are_received_in_the_next_step(seen: list[dict[str, Any]]) -> None:
     for flights in [rank["overlap"]["flights"] for rank in seen]:
         assert [(sent, received) for sent, received, _ in flights] == [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5), (5, 6)]
         (nodes,) = {count for _, _, count in flights}
@@ -54,9 +54,7 @@ def test_a_closed_module_leaves_no_message_no_lane_and_no_thread(broken_off: lis
 
 
 @pytest.mark.parametrize("who", ["all", "one"])
-def test_after_an_exception_in_mid_step_nothing_of_it_is_read_or_left(
-    who: str, broken_off: list[dict[str, Any]]
-) -> None:
+def test_an_exception_within_a_step_leaves_no_message_behind(who: str, broken_off: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(broken_off):
         first, *later = rank[f"{who} raise"]
         assert "ArithmeticError: only once" in first or first == "ArithmeticError after <30 s: only once"
