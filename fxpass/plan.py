@@ -16,7 +16,7 @@ from .capture import capture
 from .ir.exchange import Exchange
 from .ir.fetch import Fetch
 from .ir.layout import Layout
-from .ir.program import Program, exchanges_of, fingerprint
+from .ir.program import Program, calls, exchanges_of, fingerprint
 from .passes import Build, build
 from .passes.cost import TARGETS, Target, flops
 from .runtime.process_group import padding
@@ -85,6 +85,15 @@ def gathered_in(graph: fx.Graph) -> tuple[Gathered, ...]:
     )
 
 
+def uncounted_in(graph: fx.Graph, gathered: Sequence[Gathered]) -> dict[str, int]:
+    """The operators of unknown work of a normalized graph, by name, with how many there are."""
+    names = {each.node for each in gathered}
+    unknown = [node for node in calls(graph) if node.meta.get("flops", 0) is None]
+    return dict(
+        Counter(str(n.target) for n in unknown if n.name in names or getattr(n.target, "namespace", "") != "aten")
+    )
+
+
 class FallbackError(ValueError):
     """`strict=True`, and there are operators that no rule could split; the message lists them."""
 
@@ -141,9 +150,15 @@ class Plan:
         """The same for each rank, replicated work included."""
         return tuple(flops(self.graph, rank) for rank in range(self.world_size))
 
+    @cached_property
+    def uncounted(self) -> dict[str, int]:
+        """Operators of unknown work and how many there are, by name: custom ones, and those that are gathered without a
+        FLOP formula. `flops_total`, `flops_per_rank` and `bound` leave them out."""
+        return uncounted_in(self.program.graph, self.gathered)
+
     @property
     def bound(self) -> float:
-        """The speed-up that the slowest rank's work allows."""
+        """The speed-up that the slowest rank's work allows, as far as it is counted."""
         slowest = max(self.flops_per_rank)
         return self.flops_total / slowest if slowest else float(self.world_size)
 
@@ -217,6 +232,7 @@ class Plan:
             "cuts": {name: str(layout) for name, layout in self.cuts.items()},
             "flops_total": self.flops_total,
             "flops_per_rank": list(self.flops_per_rank),
+            "uncounted": self.uncounted,
             "bound": self.bound,
             "exchanges": [
                 {"role": e.role, "bytes": e.bytes, "messages": e.messages, "node": e.node, "path": e.path,
@@ -248,6 +264,7 @@ class Plan:
             f" (at most {self.bound:.2f} times as fast)",
             f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
         ]
+        lines += [f"  uncounted  {count} x {name}: its work is unknown" for name, count in self.uncounted.items()]
         lines += [f"  fallback   {each}" for each in self.gathered]
         lines += [f"  {e.node} in {e.path}: {e.reason}" for e in self.seen_whole]
         return "\n".join(lines)

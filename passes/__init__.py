@@ -18,6 +18,7 @@ from ..ir.inputs import moving_names
 from ..ir.layout import Layout
 from ..ir.program import Program
 from ..ir.verify import Stage, verify
+from .apart import count_work
 from .bucket import bucket
 from .cost import Target
 from .cuts import Candidate, choose_cuts
@@ -59,7 +60,9 @@ class Pass:
 
 
 def _normalize(build: Build) -> Build:
-    return replace(build, program=normalize(build.program))
+    program = normalize(build.program)
+    count_work(program.graph)
+    return replace(build, program=program)
 
 
 def _cuts(build: Build) -> Build:

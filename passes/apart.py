@@ -6,6 +6,7 @@ Composite operators (`cosine_similarity`, `kron`) are run on fake tensors, and w
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,10 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from ..capture.forms import is_composite, mutates
+from ..ir.operators import spec_of
+from ..ir.program import calls
 from .builder import Builder
+from .cost import flops
 from .normalize import rewrite
 
 
@@ -32,6 +36,21 @@ def apart(node: fx.Node) -> fx.Graph | None:
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     values = [_Operand(leaf.meta["val"]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
     return _traced(node.target, tuple((type(v), v) for v in values), spec)
+
+
+def count_work(graph: fx.Graph) -> None:
+    """Give each operator without a rule and a FLOP formula of its own the FLOPs of its parts, as `meta["flops"]`.
+
+    Where torch defines no parts, the work is unknown: None. Operators with a rule but no formula are bound by memory.
+    """
+    for node in calls(graph):
+        spec = spec_of(node.target)
+        if spec.rule is None and spec.flops is None and node.target is not operator.getitem and node.all_input_nodes:
+            parts = apart(node)
+            if parts is not None:
+                count_work(parts)
+            unknown = parts is None or any(part.meta.get("flops", 0) is None for part in calls(parts))
+            node.meta["flops"] = None if unknown else flops(parts)
 
 
 class _Operand:

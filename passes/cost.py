@@ -34,10 +34,10 @@ def _local(node: fx.Node, rank: int) -> Any:
 
 
 def node_flops(node: fx.Node, rank: int = 0) -> int:
-    """Floating-point operations of one node on one rank."""
+    """Floating-point operations of one node on one rank; 0 where they are unknown or not worth counting."""
     count = spec_of(node.target).flops
     if count is None:
-        return 0
+        return node.meta.get("flops") or 0
     args = fx.node.map_arg(node.args, lambda n: _Shape(_local(n, rank)))
     return count(_local(node, rank), *args)
 

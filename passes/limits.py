@@ -79,12 +79,10 @@ def replicated(graph: fx.Graph, best: fx.Graph, cuts: Collection[str]) -> tuple[
     names = [name for name, _ in operators.most_common()]
     explained = next((reasons[name] for name in names if name in reasons), "")
     after = reached([node for node in graph.nodes if node.name in cuts], attrgetter("users"))
-    independent = names[0] not in {node.name for node in after}
-    return (
-        where,
-        share,
-        explained or ("it does not depend on the rows that are cut" if independent else "no rule splits it"),
-    )
+    if not explained:
+        first = next((node.target for node in after if node.name == names[0]), None)
+        explained = f"no rule splits {first}" if first else "it does not depend on the rows that are cut"
+    return where, share, explained
 
 
 def _module(work: Counter[str]) -> str:

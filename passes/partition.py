@@ -335,7 +335,9 @@ class Partitioner:
         if key not in self._memo:
             assert self._node is not None
             about = self._node.meta
-            origin = {"path": about.get("path", ""), "origin": about.get("origin", self._node.name)}
+            origin: dict[str, Any] = {"path": about.get("path", ""), "origin": about.get("origin", self._node.name)}
+            if target is self._node.target and "flops" in about:
+                origin["flops"] = about["flops"]
             self._memo[key] = append(self._graph, target, args, kwargs, meta | origin)
         return self._memo[key]
 

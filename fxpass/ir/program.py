@@ -5,6 +5,7 @@ A node of a partitioned graph carries in `meta`:
     shape, dtype   of the *whole* value (law 1)
     layout         how it lies on the ranks
     path           the module that made it, e.g. "mid_block.attentions.0.attn1"
+    flops          of an operator without a formula: FLOPs of its parts on whole tensors, None if unknown
     resized        present where a displaced step's value has fewer rows (keys and values in a window)
     holes          present where the layout may leave rows out, because no operator reads them: what a convolution or
                    a resampling gets of its operand. Such a value is never exchanged, nor an output.

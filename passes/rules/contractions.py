@@ -169,5 +169,9 @@ TABLE = {
     aten.einsum.default: OpSpec(einsum, form=products.einsum, flops=_einsum_flops),
     aten._int_mm.default: OpSpec(product, flops=_product_flops),
     aten._weight_int8pack_mm.default: OpSpec(packed_product, flops=_product_flops),
+    aten._weight_int4pack_mm.default: OpSpec(flops=_product_flops),
+    aten._weight_int4pack_mm_for_cpu.default: OpSpec(flops=_product_flops),
+    aten._dyn_quant_matmul_4bit.default: OpSpec(flops=_product_flops),
+    aten._scaled_mm.default: OpSpec(flops=_product_flops),
     aten.cdist.default: OpSpec(distances, flops=_product_flops),
 }

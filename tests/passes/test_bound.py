@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fxpass.capture import capture
 from fxpass.passes.cuts import WorldSizeError
-from fxpass.plan import make_plan
+from fxpass.plan import Plan, make_plan
 from fxpass.strategy import Strategy
+from tests.passes.harness import Function
 from tests.passes.test_random_networks import CHANNELS, Network, apply, blocks
 from tests.properties import examples, given
 
@@ -83,3 +84,65 @@ def test_the_bound_of_a_random_network_is_at_most_the_number_of_ranks(data: st.D
         return
     assert made.flops_total <= sum(made.flops_per_rank)
     assert made.bound <= ranks
+
+
+@torch.library.custom_op("fxpass_test::project", mutates_args=())
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+@project.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+class Projected(nn.Module):
+    """A layer, and products by operators that have no rule."""
+
+    def __init__(self, product: Any, count: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.product, self.count = product, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        for _ in range(self.count):
+            x = self.product(x.sin(), self.layer.weight)
+        return x
+
+
+def planned(model: nn.Module, *inputs: Tensor) -> Plan:
+    return make_plan(capture(model.eval(), *inputs), 2, Strategy.of("sync"))
+
+
+def test_custom_operators_are_named_as_not_counted() -> None:
+    made = planned(Projected(project, 3), torch.randn(1, 8, 64))
+    assert made.uncounted == {"fxpass_test.project.default": 3}
+    assert made.describe()["uncounted"] == made.uncounted
+    assert "3 x fxpass_test.project.default: its work is unknown" in str(made)
+
+
+def test_work_that_is_gathered_counts_as_replicated() -> None:
+    packed, scales = torch.zeros(64, 32, dtype=torch.uint8), torch.ones(2, 64, 2)
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.flatten(0, 1), packed, 32, scales)[None]
+
+    made = planned(Projected(product, 1), torch.randn(1, 8, 64))
+    assert not made.uncounted
+    assert made.flops_total == 2 * 2 * 8 * 64 * 64
+    assert made.bound == pytest.approx(2 / 1.5)
+    with pytest.raises(WorldSizeError, match=r"which is 75% of the work: no rule splits aten._weight_int4pack_mm"):
+        planned(Projected(product, 3), torch.randn(1, 8, 64))
+
+
+def test_work_of_an_operator_without_a_formula_is_that_of_its_parts() -> None:
+    weight = torch.randn(16, 16)
+    made = planned(Function(lambda x: torch.tensordot(x.sin(), weight, 1)), torch.randn(1, 12, 16))
+    assert made.flops_total == sum(made.flops_per_rank) == 2 * 12 * 16 * 16
+
+
+def test_an_operator_whose_parts_are_unknown_is_not_counted_where_it_is_gathered() -> None:
+    weight = torch.randn(16, 16)
+    made = planned(Function(lambda x: torch.linalg.svd(x @ weight)[1].sort(1)[0]), torch.randn(1, 12, 16))
+    assert made.uncounted == {"aten.linalg_svd.default": 1}

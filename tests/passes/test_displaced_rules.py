@@ -131,8 +131,8 @@ def test_matrix_products_are_stale_only_in_attention(function: Any, expected: di
 
     inputs = [randn(2, 6, 4) for _ in range(3)]
     program = normalize(capture(Function(model), *inputs))
-    seeds = {name: evenly(1, 6, 2) for name in program.inputs}
-    graph = displace(partition(program.graph, 2, seeds, RULES), Strategy.of("stale_gn"), program.inputs, 2)
+    layouts = {name: evenly(1, 6, 2) for name in program.inputs}
+    graph = displace(partition(program.graph, 2, layouts, RULES), Strategy.of("stale_gn"), program.inputs, 2)
     found = Counter((each.role, each.fresh) for _, some in exchanges_of(graph) for each in some)
     del found["output", "sync"]
     assert found == expected

@@ -66,7 +66,7 @@ def stages() -> list[str]:
 def text(program: Program, world_size: int, rank: int, stage: str, target: str = "auto", strategy: str = "sync") -> str:
     """The graph of a captured program after `stage`, below a heading with what is split and how much is exchanged."""
     from ...ir.program import calls, exchanges_of
-    from ...plan import gathered_in
+    from ...plan import gathered_in, uncounted_in
     from ..printer import bytes_text, cut_values_text, graph_text
 
     state = built(program, world_size, stage, target, strategy)
@@ -77,7 +77,10 @@ def text(program: Program, world_size: int, rank: int, stage: str, target: str =
     if state.graph is not None:
         received = sum(each.received(rank) for each in declared)
         count += f", {len(declared)} exchanges, {bytes_text(received)} received in one call"
-        lines += [f"fallback: {each}" for each in gathered_in(state.graph)]
+        gathered = gathered_in(state.graph)
+        unknown = uncounted_in(state.program.graph, gathered)
+        lines += [f"uncounted: {number} x {name}, whose work is unknown" for name, number in unknown.items()]
+        lines += [f"fallback: {each}" for each in gathered]
     return "\n".join([*lines, count, "", graph_text(state.program, state.current, rank)])
 
 
