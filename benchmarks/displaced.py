@@ -34,7 +34,7 @@ from benchmarks.harness import (
 )
 from benchmarks.models import MODELS
 from benchmarks.trace import trace
-from fxpass.strategy import PRESETS
+from fxpass.ir.strategy import PRESETS
 
 STEPS = 1  #: timed steps per turn, after an untimed one
 STALE = [name for name, strategy in PRESETS.items() if not strategy.exact and name != "no_sync"]

@@ -2,9 +2,9 @@
 
 from .api import parallelize
 from .capture import CaptureError, capture
+from .ir.strategy import Strategy
 from .plan import FallbackError, Plan, plan
 from .runtime.errors import DisagreementError, RankError
-from .strategy import Strategy
 
 __all__ = [
     "CaptureError",

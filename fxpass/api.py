@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .ir.program import Program
+from .ir.strategy import Strategy
 from .plan import Plan, check_target, check_world_size, make_plan
 from .runtime import distributed
 from .runtime.engine import Engine
@@ -20,7 +21,6 @@ from .runtime.executor import Executor
 from .runtime.lockstep import LockstepExecutor
 from .runtime.module import ParallelModule
 from .runtime.spawn import SpawnExecutor
-from .strategy import Strategy
 
 T = TypeVar("T")
 EXECUTORS = ("auto", "distributed", "spawn", "lockstep")

@@ -17,10 +17,10 @@ from .ir.exchange import Exchange
 from .ir.fetch import Fetch
 from .ir.layout import Layout
 from .ir.program import Program, calls, exchanges_of, fingerprint
+from .ir.strategy import Strategy
 from .passes import Build, build
 from .passes.cost import TARGETS, Target, flops
 from .runtime.process_group import padding
-from .strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Plan:
     def state_bytes_per_rank(self) -> tuple[int, ...]:
         """Bytes that each rank keeps from one step to the next, per guidance branch: what it received, and its own old
         moments where they are corrected. (Buffers of process groups hold padding and, of all-gathers, the own part.)"""
-        return tuple(sum(each.declared.kept(rank) for each in self.exchanges) for rank in range(self.world_size))
+        return tuple(sum(each.declared.state_bytes(rank) for each in self.exchanges) for rank in range(self.world_size))
 
     @property
     def exact_steps(self) -> tuple[int, int] | None:

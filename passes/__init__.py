@@ -17,12 +17,13 @@ from ..ir.garbage import collection_paused
 from ..ir.inputs import moving_names
 from ..ir.layout import Layout
 from ..ir.program import Program
+from ..ir.strategy import Strategy
 from ..ir.verify import Stage, verify
 from .apart import count_work
 from .bucket import bucket
 from .cost import Target
 from .cuts import Candidate, choose_cuts
-from .displace import Kinds, displace
+from .displace import displace
 from .narrow import narrow
 from .normalize import normalize
 from .partition import partition
@@ -38,7 +39,7 @@ class Build:
     program: Program
     world: int
     target: Target
-    kinds: Kinds  #: how fresh each kind of exchange is, and how much of each neighbour attention sees
+    strategy: Strategy  #: how fresh each kind of exchange is, and how much of each neighbour attention sees
     cuts: Mapping[str, Layout] = field(default_factory=dict)  #: by name of input or value
     attempts: int = 0  #: number of candidates that the search tried
     best: Candidate | None = None  #: the winner of the search: a cache of `partition` and `trim` for its cuts
@@ -83,11 +84,11 @@ def _trim(build: Build) -> Build:
 
 
 def _displace(build: Build) -> Build:
-    return replace(build, graph=displace(build.current, build.kinds, moving_names(build.program), build.world))
+    return replace(build, graph=displace(build.current, build.strategy, moving_names(build.program), build.world))
 
 
 def _narrow(build: Build) -> Build:
-    return replace(build, graph=narrow(build.current, build.kinds.windows))
+    return replace(build, graph=narrow(build.current, build.strategy.windows))
 
 
 def _bucket(build: Build) -> Build:
@@ -111,7 +112,7 @@ PASSES: tuple[Pass, ...] = (
 
 
 @collection_paused()
-def build(program: Program, world: int, target: Target, kinds: Kinds, *, after: str | None = None) -> Build:
+def build(program: Program, world: int, target: Target, strategy: Strategy, *, after: str | None = None) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
     Raises `ValueError` if no pass is called `after`, `WorldSizeError` if `world` ranks are too many.
@@ -120,7 +121,7 @@ def build(program: Program, world: int, target: Target, kinds: Kinds, *, after: 
     if after is not None and after not in names:
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
-    state = Build(program, world, target, kinds)
+    state = Build(program, world, target, strategy)
     seconds = dict(program.seconds)
     for each in PASSES:
         started = time.perf_counter()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import fx
@@ -21,33 +20,15 @@ from torch import fx
 from ..ir import ops
 from ..ir.exchange import Exchange, Freshness
 from ..ir.fetch import Fetch
-from ..ir.layout import full, own
+from ..ir.layout import full, owned
 from ..ir.nodes import append_copy
 from ..ir.program import layout_of, shape_of
+from ..ir.strategy import Strategy
 
 _view = torch.ops.aten.view.default
 
 
-class Kinds(Protocol):
-    """How fresh each kind of exchange is, how much of a change goes on, how it is sent, and what attention sees."""
-
-    @property
-    def halo(self) -> Freshness: ...
-    @property
-    def keys_values(self) -> Freshness: ...
-    @property
-    def moments(self) -> Freshness: ...
-    @property
-    def sums(self) -> Freshness: ...
-    @property
-    def forecast(self) -> float: ...
-    @property
-    def bits(self) -> int: ...
-    @property
-    def windows(self) -> tuple[float, ...]: ...
-
-
-def displace(graph: fx.Graph, kinds: Kinds, inputs: Collection[str], world: int) -> fx.Graph:
+def displace(graph: fx.Graph, strategy: Strategy, inputs: Collection[str], world: int) -> fx.Graph:
     """Declare how fresh each exchange is, and give what ranks would disagree on one owner.
 
     Args:
@@ -64,7 +45,7 @@ def displace(graph: fx.Graph, kinds: Kinds, inputs: Collection[str], world: int)
             continue
         new = env[node] = append_copy(result, node, env.__getitem__)
         if node.target is ops.exchange:
-            declared = _displaced(node.args[1], kinds, steady=node not in moving)  # type: ignore[arg-type]
+            declared = _displaced(node.args[1], strategy, steady=node not in moving)  # type: ignore[arg-type]
             new.args = (new.args[0], declared)
         if not _differs(new, node in moving, differing):
             continue
@@ -94,25 +75,26 @@ def _moving(graph: fx.Graph, inputs: Collection[str]) -> set[fx.Node]:
     return moving
 
 
-def _displaced(message: tuple[Exchange, ...], kinds: Kinds, *, steady: bool) -> tuple[Exchange, ...]:
+def _displaced(message: tuple[Exchange, ...], strategy: Strategy, *, steady: bool) -> tuple[Exchange, ...]:
     """The exchanges of one message: displaced if their rules allow it for all of them."""
     if not all(each.may_be_stale for each in message):
         return message
-    fresh: list[Freshness] = [getattr(kinds, "sums" if each.role == "sum" else each.role) for each in message]
+    fresh: list[Freshness] = [strategy.freshness(each.role) for each in message]
     if steady:
         return tuple(
             replace(each, fresh="sync" if how == "sync" else "frozen") for each, how in zip(message, fresh, strict=True)
         )
-    return tuple(_told(each, how, kinds) for each, how in zip(message, fresh, strict=True))
+    return tuple(_told(each, how, strategy) for each, how in zip(message, fresh, strict=True))
 
 
-def _told(exchange: Exchange, fresh: Freshness, kinds: Kinds) -> Exchange:
+def _told(exchange: Exchange, fresh: Freshness, strategy: Strategy) -> Exchange:
     """The exchange of displaced steps: how fresh, how much of a change goes on, and in how many bits it is sent."""
-    exchange = replace(exchange, fresh=fresh, forecast=kinds.forecast if _forecast(exchange, fresh) else 0.0)
+    exchange = replace(exchange, fresh=fresh, forecast=strategy.forecast if _forecast(exchange, fresh) else 0.0)
     if not isinstance(exchange, Fetch) or fresh == "sync":
         return exchange
     coded = fresh == "stale" and len(exchange.shape) > 1
-    return replace(exchange, owners=(), bits=kinds.bits if coded else 0)  # a rank's own rows are fresh, shared or not
+    # no owners: a rank uses all rows that it computed itself, because these are fresh
+    return replace(exchange, owners=(), bits=strategy.bits if coded else 0)
 
 
 def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
@@ -133,7 +115,7 @@ def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: str) -> fx.Node:
         return _emit(graph, node, _view, (node, []), ())
     dim = layout.axis if layout.split else max(range(len(shape)), key=shape.__getitem__)
     rows = layout.rows if layout.split else full(shape[dim], world)
-    owners = own(rows)
+    owners = owned(rows)
     if owners == rows:
         return node
     reason = "ranks may differ after stale exchanges"

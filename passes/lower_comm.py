@@ -115,11 +115,11 @@ def _kept(exchange: Exchange, rank: int, own: tuple[int, ...], one: bool) -> dic
     if isinstance(exchange, Fetch) and exchange.bits:
         shape = exchange.wire.have[rank]
         kept["known"] = (*own[: exchange.dim], len(shape), *own[exchange.dim + 1 :])
-    if exchange.needs_own:
+    if exchange.needs_sent:
         kept["own"] = own
     if exchange.forecast:
         kept["before"] = there
-        if not exchange.needs_own:
+        if not exchange.needs_sent:
             kept["last"] = kept["older"] = _witness_shape(exchange.steady, own)
     return kept
 
@@ -306,7 +306,7 @@ class _Lowering:
         names, steady = site.names[i], each.steady
         if each.fresh == "local":
             return self._emit(comm.local, x, each, self.rank)
-        estimated = isinstance(each, Moments) and each.needs_own and each.counts[self.rank] > 0
+        estimated = isinstance(each, Moments) and each.needs_sent and each.counts[self.rank] > 0
         if estimated:
             own = self.held[names["own"]]
             before = self.held[names["before"]] if "before" in names else received

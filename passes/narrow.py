@@ -21,7 +21,7 @@ from torch import fx
 from ..ir import ops
 from ..ir.exchange import Exchange
 from ..ir.fetch import Fetch
-from ..ir.layout import Rows, own, per_rank
+from ..ir.layout import Rows, owned, per_rank
 from ..ir.nodes import copied
 from ..ir.program import layout_of, shape_of
 
@@ -111,7 +111,7 @@ def windows_of(have: tuple[Rows, ...], share: float) -> tuple[Rows, ...]:
     Positions that all ranks hold aside, the sequence falls into segments in which the ranks take turns once: the frames
     of a video, or text and picture. Segments of the prevailing length are windowed, others are seen whole.
     """
-    owners = own(have)
+    owners = owned(have)
     size = max(rows.stop for rows in have if rows.runs)
     owner = np.full(size, -1)
     for rank, rows in enumerate(owners):

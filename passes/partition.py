@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..ir import ops
 from ..ir.exchange import Exchange, Role
 from ..ir.fetch import Fetch
-from ..ir.layout import WHOLE, Layout, Rows, even, full, own, per_rank
+from ..ir.layout import WHOLE, Layout, Rows, even, full, owned, per_rank
 from ..ir.merge import Moments, Reduce, ReduceOp
 from ..ir.nodes import append, call_key
 from ..ir.program import layout_of, shape_of
@@ -113,7 +113,9 @@ class Partitioner:
             return node
         reason = "every rank computes all rows, and the copies may differ in the last bit"
         held = layout.rows
-        declared = Fetch("small", shape_of(node), dtype, self.world, reason, layout.axis, held, held, owners=own(held))
+        declared = Fetch(
+            "small", shape_of(node), dtype, self.world, reason, layout.axis, held, held, owners=owned(held)
+        )
         return self._exchange(node, declared, shape, WHOLE)
 
     def same(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, layout: Layout) -> fx.Node:
@@ -173,7 +175,7 @@ class Partitioner:
         if not top and not bottom and all(w <= h for w, h in zip(want, have, strict=True)):
             return self.take(x, dim, want, holes=holes)
         shape, dtype = shape_of(x), x.meta["dtype"]
-        owners = own(have) if len(set(want)) == 1 else have  # what all ranks get must be the same bits on all of them
+        owners = owned(have) if len(set(want)) == 1 else have  # what all ranks get must be the same bits on all of them
         owners = () if owners == have else owners
         declared = Fetch(
             role, shape, dtype, self.world, reason, dim, have, want, before, after, fill, owners,
@@ -220,10 +222,10 @@ class Partitioner:
         declared = Moments("moments", shape, dtype, self.world, counts=tuple(counts), may_be_stale=may_be_stale)
         return self._exchange(x, declared, shape, WHOLE)
 
-    def own(self, x: fx.Node) -> fx.Node:
+    def owned(self, x: fx.Node) -> fx.Node:
         """Each position on one rank only, so that it counts once."""
         layout = layout_of(x)
-        return self.take(x, layout.axis, own(layout.rows))
+        return self.take(x, layout.axis, owned(layout.rows))
 
     def spread(self, rows: tuple[Rows, ...], size: int, *, contiguous: bool = False) -> tuple[Rows, ...] | None:
         """`rows` if every rank has some (and they are intervals, if need be), else even ones; None: too few rows."""

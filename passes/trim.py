@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from ..ir import ops
 from ..ir.exchange import Exchange
-from ..ir.layout import Layout, own
+from ..ir.layout import Layout, owned
 from ..ir.nodes import copied
 from ..ir.operators import spec_of
 from ..ir.program import calls, layout_of, shape_of
@@ -89,7 +89,7 @@ class _Trimmer(Partitioner):
         for layout in layouts[1:]:
             rows = tuple(a | b for a, b in zip(rows, layout.rows, strict=True))
         dim, size = layouts[0].axis, shape_of(x)[layouts[0].axis]
-        shared_out = all(r.runs for r in rows) and sum(map(len, own(rows))) == size and min(map(len, rows)) < size
+        shared_out = all(r.runs for r in rows) and sum(map(len, owned(rows))) == size and min(map(len, rows)) < size
         return Layout(dim, rows) if shared_out else None
 
     def _from_rows(self, op: Op, x: fx.Node, wanted: Layout, operands: dict[fx.Node, Layout]) -> fx.Node | None:

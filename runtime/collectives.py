@@ -14,7 +14,7 @@ from .board import Board
 from .executor import Step
 from .interpreter import Site, Transport
 from .messages import Lane, Route
-from .past import Past, copied, kept, results_now
+from .past import Past, copied, results_now, retained
 from .process_group import GroupLane
 from .shared_memory import open_lanes
 
@@ -200,7 +200,7 @@ class Link:
             self.drop()
             way.send(self.past.outgoing(self.site, self.rank, values))
             self._underway = True
-            self.past.keep_own(self.site, values)
+            self.past.remember(self.site, values)
 
     def wait(self, values: list[Tensor]) -> list[Tensor]:
         """The results of this step, for the values that were launched."""
@@ -212,8 +212,8 @@ class Link:
         if not self.site.stale:
             self.now.done()
             return results
-        self._arrived(self.now, kept(self.site, self.rank, received))
-        self.past.keep_own(self.site, values)
+        self._arrived(self.now, retained(self.site, self.rank, received))
+        self.past.remember(self.site, values)
         self.past.all_known(self.site, self.rank, values)
         return results
 

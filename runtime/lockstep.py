@@ -12,7 +12,7 @@ from ..ir.exchange import Exchange, Payloads
 from ..ir.program import specialize
 from .executor import EXACT, Bound, PlanLike, Report, Step, device_of
 from .interpreter import Act, RankProgram, Run, Site, emptied
-from .past import Past, copied, kept, results_now
+from .past import Past, copied, results_now, retained
 from .runner import Runner
 
 #: (exchange node, exchange, source rank, destination rank, payload) -> what arrives instead
@@ -132,8 +132,8 @@ class LockstepPlan:
                 received = self._delivered(site.wire, sent)
             for rank, (past, own) in enumerate(zip(pasts, values, strict=True)):
                 here = received[rank]
-                past.arrived(site, copied(kept(site, rank, here) if step.exact else past.decoded(site, here)))
-                past.keep_own(site, own)
+                past.arrived(site, copied(retained(site, rank, here) if step.exact else past.decoded(site, here)))
+                past.remember(site, own)
                 if step.exact:
                     past.all_known(site, rank, own)
             if step.exact:

@@ -17,14 +17,14 @@ class Past:
     Attributes:
         received: by source rank, the payload of each exchange, of the step that serves now.
         before: those of the step before, where values are forecast.
-        own: this rank's own values of the step that serves, where an estimator needs them.
+        sent: what this rank sent at that step, where an estimator needs it.
         known: of each exchange, what the others know of this rank's value, where they are told of changes.
         witnesses: of each exchange, the part of the own values at the last two steps on which a trend is measured.
     """
 
     received: list[Payloads] = field(default_factory=list)
     before: list[Payloads] | None = None
-    own: list[Tensor] = field(default_factory=list)
+    sent: list[Tensor] = field(default_factory=list)
     known: list[Tensor | None] = field(default_factory=list)
     witnesses: list[list[Tensor]] = field(default_factory=list)
 
@@ -55,10 +55,10 @@ class Past:
         """An exact step has sent these values as they are."""
         self.known = [each.known(rank, x) for each, x in zip(site.exchanges, values, strict=True)]
 
-    def keep_own(self, site: Site, values: list[Tensor]) -> None:
+    def remember(self, site: Site, values: list[Tensor]) -> None:
         """What later steps need of this rank's own values."""
-        self.own = [value.clone() for value in values] if any(each.needs_own for each in site.exchanges) else []
-        if site.forecast and not self.own:
+        self.sent = [value.clone() for value in values] if any(each.needs_sent for each in site.exchanges) else []
+        if site.forecast and not self.sent:
             seen = [each.witness(x).clone() for each, x in zip(site.steady.exchanges, values, strict=True)]
             self.witnesses = [*self.witnesses[-1:], seen]
 
@@ -67,12 +67,12 @@ class Past:
         results = []
         for i, each in enumerate(site.steady.exchanges):
             before = [part[i] for part in self.before] if self.before is not None else None
-            own = self.own[i] if self.own else None
+            sent = self.sent[i] if self.sent else None
             trend = None
             if pace and len(self.witnesses) == 2:
                 older, old = self.witnesses
                 trend = each.trend(each.witness(values[i]), old[i], older[i])
-            earlier = Earlier(own, [part[i] for part in self.received], before, pace, trend)
+            earlier = Earlier(sent, [part[i] for part in self.received], before, pace, trend)
             results.append(each.displaced(rank, values[i], earlier))
         return results
 
@@ -82,9 +82,9 @@ def results_now(site: Site, rank: int, values: list[Tensor], received: list[Payl
     return [each.unpack(rank, values[i], [part[i] for part in received]) for i, each in enumerate(site.exchanges)]
 
 
-def kept(site: Site, rank: int, received: list[Payloads]) -> list[Payloads]:
+def retained(site: Site, rank: int, received: list[Payloads]) -> list[Payloads]:
     """Of what an exact step received, by source, that which displaced steps read."""
-    by_exchange = [e.keep(rank, [part[i] for part in received]) for i, e in enumerate(site.exchanges)]
+    by_exchange = [e.retained(rank, [part[i] for part in received]) for i, e in enumerate(site.exchanges)]
     return [[payloads[src] for payloads in by_exchange] for src in range(len(received))]
 
 

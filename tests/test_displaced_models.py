@@ -19,6 +19,7 @@ from fxpass.capture import Call
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.inputs import moving
 from fxpass.ir.program import exchanges_of
+from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case, cases, output_tensors
 from fxpass.plan import Plan, make_plan
 from fxpass.runtime.clock import Clock
@@ -26,7 +27,6 @@ from fxpass.runtime.executor import EXACT as EXACT_STEP
 from fxpass.runtime.executor import Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.structure import WeightTable
-from fxpass.strategy import Strategy
 from tests.test_exact import EXACT, captured, error
 
 PRESETS = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn")

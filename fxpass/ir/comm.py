@@ -129,7 +129,7 @@ def decode_change(codes: Tensor, known: Tensor, exchange: Fetch) -> Tensor:
 
 def windowed(received: Tensor, exchange: Exchange, rank: int) -> Tensor:
     """The part of an exact step's receive buffer that displaced steps receive."""
-    kept = [part for part in exchange.keep(rank, payloads(received, exchange, rank)) if part is not None]
+    kept = [part for part in exchange.retained(rank, payloads(received, exchange, rank)) if part is not None]
     assert isinstance(exchange, Fetch)
     if not kept:
         return received.narrow(exchange.dim, 0, 0)

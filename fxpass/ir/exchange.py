@@ -38,14 +38,14 @@ class Earlier:
     """What a rank has kept of an exchange when a displaced step comes.
 
     Attributes:
-        own: its own value at the step that serves, where an estimator needs it.
+        sent: what it sent at the step that serves, where an estimator needs it.
         received: the payload of each rank at that step.
         before: the payloads of the step before that one; None where they are not kept.
         pace: how long this step is in units of the last one, in timesteps; 0 if that is not known.
         trend: per sample, the share of the last change of the own values that went on in this step [B].
     """
 
-    own: Tensor | None
+    sent: Tensor | None
     received: Payloads
     before: Payloads | None = None
     pace: float = 0.0
@@ -106,25 +106,25 @@ class Exchange:
         """What the payload of a displaced step stands for, where the one before was `known`."""
         return payload
 
-    def keep(self, rank: int, received: Payloads) -> Payloads:
+    def retained(self, rank: int, received: Payloads) -> Payloads:
         """Of what `rank` received at an exact step, that which displaced steps read."""
         return [None] * self.world if self.fresh == "local" else received
 
-    def kept(self, rank: int) -> int:
+    def state_bytes(self, rank: int) -> int:
         """Bytes that `rank` keeps from one step to the next."""
         if self.fresh in ("sync", "local"):
             return 0
-        own = self.own_numel(rank) * self.dtype.itemsize
+        own = self.sent_numel(rank) * self.dtype.itemsize
         if not self.forecast:
             return self.steady.received(rank) + own
         return 2 * self.steady.received(rank) + own
 
-    def own_numel(self, rank: int) -> int:
+    def sent_numel(self, rank: int) -> int:
         """Elements of its own value that rank `rank` keeps."""
-        return prod(self.shape) if self.needs_own else 0
+        return prod(self.shape) if self.needs_sent else 0
 
     @property
-    def needs_own(self) -> bool:
+    def needs_sent(self) -> bool:
         """Whether a displaced step needs the own value of the step that serves."""
         return self.fresh in ("corrected", "predicted")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .coding import decode, encode, encoded_size
 from .exchange import Exchange, Payloads
-from .layout import Rows, own, routes
+from .layout import Rows, owned, routes
 from .ops import index_tensor, take
 
 
@@ -99,10 +99,10 @@ class Fetch(Exchange):
         """The rows of the own value that any other is sent at displaced steps."""
         return take(x, self.dim, self.have[rank].locate(self._sent[rank]))
 
-    def own_numel(self, rank: int) -> int:
+    def sent_numel(self, rank: int) -> int:
         return prod(self.shape) // self.shape[self.dim] * len(self._sent[rank]) if self.bits else 0
 
-    def keep(self, rank: int, received: Payloads) -> Payloads:
+    def retained(self, rank: int, received: Payloads) -> Payloads:
         if not self.window:
             return received
         result: Payloads = []
@@ -126,7 +126,7 @@ class Fetch(Exchange):
     @cached_property
     def agrees(self) -> bool:
         sources = self.owners or self.have
-        return len(set(self.want)) == 1 and own(sources) == sources
+        return len(set(self.want)) == 1 and owned(sources) == sources
 
     def pack(self, rank: int, x: Tensor) -> Payloads:
         if self.broadcast:

@@ -282,7 +282,7 @@ def even(size: int, world: int, grain: int = 1) -> tuple[Rows, ...]:
     return tuple(Rows.interval(a, b) for a, b in pairwise(cuts))
 
 
-def own(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
+def owned(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
     """Disjoint sets with the same union: a position that several ranks hold belongs to the first of them."""
     seen = Rows(())
     result = []

@@ -61,12 +61,12 @@ class Moments(Merged):
             return super().displaced(rank, x, earlier)
         if self.fresh == "local":
             return torch.stack([x[0], x[1] / self.counts[rank]])
-        assert earlier.own is not None
+        assert earlier.sent is not None
         now = torch.stack(in_rank_order(rank, x, earlier.received))
         then = now
         if earlier.before and earlier.pace:
             then = torch.stack(in_rank_order(rank, x, earlier.before))
-        return self.estimated(rank, x, earlier.own, now, then, torch.tensor(earlier.pace, dtype=torch.float64))
+        return self.estimated(rank, x, earlier.sent, now, then, torch.tensor(earlier.pace, dtype=torch.float64))
 
     def estimated(self, rank: int, x: Tensor, own: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
         """Mean and variance [2, …] of a displaced step.

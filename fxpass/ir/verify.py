@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from . import ops
 from .exchange import DISPLACED
 from .fetch import Fetch
-from .layout import PerRank, Rows, own
+from .layout import PerRank, Rows, owned
 from .merge import Moments
 from .program import calls, exchanges_of, fetched, layout_of, shape_of
 
@@ -145,7 +145,7 @@ def _owned(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
                 continue
             owners = each.owners or each.have
             held = all(mine <= have for mine, have in zip(owners, each.have, strict=True))
-            if not held or (each.owners and own(owners) != owners) or (each.fresh == "sync" and not _agreed(each)):
+            if not held or (each.owners and owned(owners) != owners) or (each.fresh == "sync" and not _agreed(each)):
                 yield node
                 break
 

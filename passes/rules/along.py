@@ -58,7 +58,7 @@ def op_shape(op: Op) -> tuple[int, ...]:
 def exponentials(p: Partitioner, x: fx.Node, dims: list[int]) -> tuple[fx.Node, fx.Node]:
     """The maximum and the sum of exp(x - maximum) over `dims` (kept, size 1), the split dim among them."""
     kept, dtype = tuple(1 if d in dims else s for d, s in enumerate(shape_of(x))), x.meta["dtype"]
-    part = p.emit(ops.exponentials, (p.own(x), dims), shape=(2, *kept), dtype=dtype)
+    part = p.emit(ops.exponentials, (p.owned(x), dims), shape=(2, *kept), dtype=dtype)
     merged = p.reduce(part, "exponentials", may_be_stale=True)
     most, total = (p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1))
     return most, total

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from ...capture import row_rules as rows
-from ...ir.layout import Layout, own
+from ...ir.layout import Layout, owned
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..forms import products
@@ -46,7 +46,7 @@ def contract(
     # the first split letter of the output leads: of queries and keys, the queries stay
     lead, layout = next(((s, at) for s, at in split if s in output), split[0])
     free = lead in output
-    rows = layout.rows if free else own(layout.rows)
+    rows = layout.rows if free else owned(layout.rows)
     laid: list[fx.Node] = []
     for x, word in zip(operands, letters, strict=True):
         others = [y for y in operands if y is not x]

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from ...capture import row_rules as rows
 from ...ir import ops
-from ...ir.layout import Layout, own
+from ...ir.layout import Layout, owned
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, Rule, SplitError
@@ -54,8 +54,8 @@ def group_norm(
     if layout.dim == 1:
         raise SplitError("the channels are split")
     row = prod(shape[1:]) // groups // shape[layout.axis]
-    local = p.emit(ops.group_moments, (p.own(x), groups), shape=(2, shape[0], groups), dtype=wide(op.dtype))
-    merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)], may_be_stale=True)
+    local = p.emit(ops.group_moments, (p.owned(x), groups), shape=(2, shape[0], groups), dtype=wide(op.dtype))
+    merged = p.moments(local, [len(rows) * row for rows in owned(layout.rows)], may_be_stale=True)
     return p.emit(
         ops.group_normalize, (x, merged, groups, weight, bias, eps), shape=op.shape, dtype=op.dtype, layout=layout
     )
@@ -67,8 +67,8 @@ def moments(p: Partitioner, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, f
     kept = tuple(1 if d in dims else s for d, s in enumerate(shape))
     dtype = wide(x.meta["dtype"])
     row = prod(shape[d] for d in dims) // shape[layout.axis]
-    local = p.emit(ops.moments, (p.own(x), list(dims)), shape=(2, *kept), dtype=dtype)
-    merged = p.moments(local, [len(rows) * row for rows in own(layout.rows)], may_be_stale=True)
+    local = p.emit(ops.moments, (p.owned(x), list(dims)), shape=(2, *kept), dtype=dtype)
+    merged = p.moments(local, [len(rows) * row for rows in owned(layout.rows)], may_be_stale=True)
     mean, variance = (p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1))
     return mean, variance
 

@@ -13,17 +13,13 @@ from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
 from .views import through
-from .windows import Transposed, Window, halo
+from .windows import Transposed, Window, halo, with_entry
 
 aten = torch.ops.aten
 
 
 def _positions(size: int, kernel: int, dilation: int, padding: int, stride: int) -> int:
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _at(values: list[int], i: int, value: Any) -> list[Any]:
-    return [value if j == i else v for j, v in enumerate(values)]
 
 
 def im2col(
@@ -48,7 +44,7 @@ def im2col(
     x, rows, _ = found
     flat = through(grid, Layout(i, rows), (grid[0] * grid[1],))
     assert flat is not None
-    return p.same(op, (x, kernel, dilation, _at(padding, i, 0), stride), layout=flat.at(2))
+    return p.same(op, (x, kernel, dilation, with_entry(padding, i, 0), stride), layout=flat.at(2))
 
 
 def col2im(
@@ -85,7 +81,7 @@ def col2im(
     x = p.emit(aten.reshape.default, (x, p.local(shape, at)), shape=shape, dtype=op.dtype, layout=at, holes=True)
     offsets = [lo * stride[0] - padding[0] for lo in first]
     kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
-    args = (op.target, 2, kept, x, [per_rank(heights), size[1]], kernel, dilation, _at(padding, 0, 0), stride)
+    args = (op.target, 2, kept, x, [per_rank(heights), size[1]], kernel, dilation, with_entry(padding, 0, 0), stride)
     return p.emit(ops.rows_of, args, shape=op.shape, dtype=op.dtype, layout=Layout(2, rows))
 
 

@@ -44,12 +44,12 @@ def reduction(partial: ReduceOp | Literal["mean"]) -> Rule:
             dtype = op.dtype if op.dtype.is_complex else wide(op.dtype)  # a sum overflows where a mean does not
             count = prod(shape[d] for d in inside)
             part = p.emit(
-                aten.sum.dim_IntList, (p.own(x), inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype
+                aten.sum.dim_IntList, (p.owned(x), inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype
             )
             mean = p.emit(aten.div.Scalar, (p.reduce(part, may_be_stale=True), count), shape=op.shape, dtype=dtype)
             return p.emit(aten._to_copy.default, (mean,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
         # a rank may own nothing: of that there is a sum, but no maximum; maxima may count a row twice
-        x = p.own(x) if partial in ("sum", "prod") else x
+        x = p.owned(x) if partial in ("sum", "prod") else x
         dims = dims if isinstance(dims, int) else inside
         return p.reduce(p.same(op, (x, dims, keepdim), kwargs, layout=Layout()), partial, may_be_stale=True)
 
@@ -76,7 +76,7 @@ def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
 
 
 def whole_product(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
-    return p.reduce(p.same(op, (p.own(x),), kwargs, layout=Layout()), "prod", may_be_stale=True)
+    return p.reduce(p.same(op, (p.owned(x),), kwargs, layout=Layout()), "prod", may_be_stale=True)
 
 
 def variance(
@@ -125,7 +125,7 @@ def vector_norm(
     if order != 2 or x.meta["dtype"].is_complex:
         raise SplitError(f"a norm of order {order} over the split dim")
     dtype = wide(op.dtype)
-    part = p.emit(op.target, (p.own(x), order, inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype)
+    part = p.emit(op.target, (p.owned(x), order, inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype)
     total = p.reduce(p.emit(aten.square.default, (part,), shape=op.shape, dtype=dtype), may_be_stale=True)
     root = p.emit(aten.sqrt.default, (total,), shape=op.shape, dtype=dtype)
     return p.emit(aten._to_copy.default, (root,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)

@@ -98,7 +98,8 @@ def halo(
     return x, rows, tuple(lo for lo, _ in reach)
 
 
-def _at(values: list[int], i: int, value: int) -> list[int]:
+def with_entry(values: Sequence[Any], i: int, value: Any) -> list[Any]:
+    """`values` with `value` at place `i`."""
     return [value if j == i else v for j, v in enumerate(values)]
 
 
@@ -140,10 +141,10 @@ def convolution(
         weight,
         bias,
         stride,
-        _at(padding, i, 0),
+        with_entry(padding, i, 0),
         dilation,
         transposed,
-        _at(output_padding, i, 0),
+        with_entry(output_padding, i, 0),
         channel_groups,
     )
     if not transposed:
@@ -167,7 +168,7 @@ def _pool(
         x = p.whole(x, "small", f"fewer rows than ranks along dim {layout.axis}")
         return p.same(op, rebuild(x, padding), layout=Layout())
     x, rows, _ = found
-    return p.same(op, rebuild(x, _at(padding, i, 0)), layout=Layout(layout.axis, rows))
+    return p.same(op, rebuild(x, with_entry(padding, i, 0)), layout=Layout(layout.axis, rows))
 
 
 def _each(value: Any, spatial: int, default: int) -> list[int]:

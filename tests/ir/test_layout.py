@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from fxpass.ir.layout import Layout, PerRank, Rows, even, full, own, per_rank, routes
+from fxpass.ir.layout import Layout, PerRank, Rows, even, full, owned, per_rank, routes
 from tests.properties import given
 
 positions = st.frozensets(st.integers(0, 60), max_size=40)
@@ -84,7 +84,7 @@ def test_even_is_a_disjoint_cover_cut_on_the_grain(size: int, world: int, grain:
 
 @given(st.lists(sets, min_size=1, max_size=5))
 def test_own_gives_each_position_to_the_first_that_holds_it(held: list[frozenset[int]]) -> None:
-    result = own(tuple(Rows.of(sorted(s)) for s in held))
+    result = owned(tuple(Rows.of(sorted(s)) for s in held))
     expected, seen = [], set()
     for numbers in held:
         expected.append(Rows.of(sorted(numbers - seen)))

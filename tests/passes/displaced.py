@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxpass.capture import Call, capture
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout
+from fxpass.ir.strategy import Strategy
 from fxpass.ir.verify import verify
 from fxpass.passes.bucket import bucket
 from fxpass.passes.cost import TARGETS
@@ -25,7 +26,6 @@ from fxpass.plan import Plan
 from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.structure import WeightTable
-from fxpass.strategy import Strategy
 from tests.passes.harness import Function, assert_equal, overlap, refreshed, same_bits, with_rounding
 
 PRESETS = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "pcpp")

@@ -23,7 +23,7 @@ from fxpass.capture.evaluate import bind, run_nodes
 from fxpass.ir import ops
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.fetch import Fetch
-from fxpass.ir.layout import Layout, Rows, even, own, per_rank
+from fxpass.ir.layout import Layout, Rows, even, owned, per_rank
 from fxpass.ir.nodes import append, append_copy
 from fxpass.ir.program import Program, exchanges_of, fingerprint, layout_of, specialize
 from fxpass.ir.verify import verify
@@ -217,7 +217,7 @@ def _is_result(node: fx.Node) -> bool:
 
 def overlap(graph: fx.Graph) -> bool:
     """Whether some row of some value is computed by several ranks."""
-    return any(own(rows) != rows for node in graph.nodes if (rows := layout_of(node).rows))
+    return any(owned(rows) != rows for node in graph.nodes if (rows := layout_of(node).rows))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

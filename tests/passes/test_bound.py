@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxpass.capture import capture
+from fxpass.ir.strategy import Strategy
 from fxpass.passes.cuts import WorldSizeError
 from fxpass.plan import Plan, make_plan
-from fxpass.strategy import Strategy
 from tests.passes.harness import Function
 from tests.passes.test_random_networks import CHANNELS, Network, apply, blocks
 from tests.properties import examples, given

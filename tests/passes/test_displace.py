@@ -15,11 +15,11 @@ import fxpass
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.merge import Moments
 from fxpass.ir.program import exchanges_of
+from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case, output_tensors
 from fxpass.runtime.executor import Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.structure import WeightTable
-from fxpass.strategy import Strategy
 from tests.runtime.plans import Block, block, parallel, steps, whole
 
 NAMES = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp")
@@ -369,7 +369,7 @@ def test_state_between_steps_has_the_bytes_of_the_plan_and_does_not_grow(name: s
     assert _kept(entry.loaded) == first
     plan = entry.plan
     declared = [e for _, some in exchanges_of(plan.graph) for e in some]
-    assert first == [sum(each.kept(rank) for each in declared) for rank in range(2)]
+    assert first == [sum(each.state_bytes(rank) for each in declared) for rank in range(2)]
 
 
 def _kept(loaded: Any) -> list[int]:
@@ -379,6 +379,6 @@ def _kept(loaded: Any) -> list[int]:
         for rank, past in enumerate(pasts):
             payloads = [x for parts in (past.received, past.before or []) for part in parts for x in part]
             sizes[rank] += sum(
-                x.numel() * x.element_size() for x in [*payloads, *past.own, *past.known] if x is not None
+                x.numel() * x.element_size() for x in [*payloads, *past.sent, *past.known] if x is not None
             )
     return sizes

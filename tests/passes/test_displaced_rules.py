@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fxpass.capture import capture
 from fxpass.ir.program import exchanges_of
+from fxpass.ir.strategy import Strategy
 from fxpass.passes.displace import displace
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
-from fxpass.strategy import Strategy
 from tests.passes import (
     test_random_networks,
     test_rules_along,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, even, full
+from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case, output_tensors
 from fxpass.passes.narrow import windows_of
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.strategy import Strategy
 from tests.properties import given
 from tests.runtime.plans import block, parallel, steps, whole
 

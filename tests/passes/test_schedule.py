@@ -15,12 +15,12 @@ from fxpass.ir import ops
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import even, full
 from fxpass.ir.program import calls
+from fxpass.ir.strategy import Strategy
 from fxpass.ir.verify import verify
 from fxpass.models.small import case
 from fxpass.passes import build
 from fxpass.passes.cost import TARGETS
 from fxpass.passes.schedule import AHEAD, schedule
-from fxpass.strategy import Strategy
 
 aten = torch.ops.aten
 

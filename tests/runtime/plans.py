@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxpass.ir.inputs import moving_names
 from fxpass.ir.layout import Layout, PerRank, even
 from fxpass.ir.program import Program, fingerprint
+from fxpass.ir.strategy import Strategy
 from fxpass.passes.displace import displace
 from fxpass.passes.narrow import narrow
 from fxpass.passes.normalize import normalize
@@ -20,7 +21,6 @@ from fxpass.passes.schedule import schedule
 from fxpass.runtime.engine import Engine
 from fxpass.runtime.executor import Executor
 from fxpass.runtime.module import ParallelModule
-from fxpass.strategy import Strategy
 
 SYNC = Strategy()
 

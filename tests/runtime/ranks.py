@@ -24,10 +24,10 @@ import torch.distributed as dist
 
 import fxpass
 from fxpass.ir.program import exchanges_of
+from fxpass.ir.strategy import Strategy
 from fxpass.runtime.collectives import ExactStep
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.strategy import Strategy
 from tests.runtime.plans import block, inputs, parallel, steps, whole
 
 STRATEGIES = [

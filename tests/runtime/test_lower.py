@@ -18,10 +18,10 @@ import fxpass
 from fxpass.capture import capture
 from fxpass.ir import ops
 from fxpass.ir.program import specialize
+from fxpass.ir.strategy import Strategy
 from fxpass.runtime.executor import Bound
 from fxpass.runtime.interpreter import RankProgram, Site
 from fxpass.runtime.lower import Compiled
-from fxpass.strategy import Strategy
 from tests.runtime.plans import block, cut_plan, inputs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import fxpass
 from fxpass.capture import GuardError
+from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case
 from fxpass.runtime.engine import GUARDED, SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
-from fxpass.strategy import Strategy
 from tests.runtime.plans import Block, block, inputs, parallel, whole
 
 

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fxpass.ir.strategy import Strategy
 from fxpass.runtime.board import Board
 from fxpass.runtime.collectives import ExactStep
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
 from fxpass.runtime.process_group import GroupLane
-from fxpass.strategy import Strategy
 from tests.runtime.plans import block, parallel, steps, whole
 from tests.runtime.ranks import RANK, WORLD, attempt
 

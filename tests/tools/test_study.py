@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 
-from fxpass.strategy import Strategy
+from fxpass.ir.strategy import Strategy
 from fxpass.tools import checkout
 from fxpass.tools.demo.scenes import draw_scene
 from fxpass.tools.demo.train_dit import label, scenes

@@ -33,8 +33,8 @@ def dump(
 ) -> None:
     """Print one rank's graph: operators with their layouts, exchanges with role and bytes, by module."""
     from ...capture import capture
+    from ...ir.strategy import Strategy
     from ...models.resolve import Options, resolve
-    from ...strategy import Strategy
     from .plan import check_target
 
     names = stages()
@@ -99,11 +99,11 @@ def difference(
 
 def built(program: Program, world_size: int, stage: str, target: str, strategy: str) -> Build:
     """The state of the passes after `stage`."""
+    from ...ir.strategy import Strategy
     from ...passes import Build, build
     from ...plan import target_of
-    from ...strategy import Strategy
 
-    machine, kinds = target_of(target, program), Strategy.of(strategy)
+    machine, fresh = target_of(target, program), Strategy.of(strategy)
     if stage == CAPTURED:
-        return Build(program, world_size, machine, kinds)
-    return build(program, world_size, machine, kinds, after=stage)
+        return Build(program, world_size, machine, fresh)
+    return build(program, world_size, machine, fresh, after=stage)

@@ -99,7 +99,7 @@ def generate(
 def check_arguments(strategy: str, executor: str, output: Path) -> None:
     """Check the arguments before anything is loaded. Raises `ValueError`."""
     from ...api import EXECUTORS
-    from ...strategy import Strategy
+    from ...ir.strategy import Strategy
 
     Strategy.of(strategy)
     if executor not in EXECUTORS:

@@ -52,9 +52,9 @@ def plan(
 def make(model: str, world_size: int, strategy: str, target: str, options: Any, strict: bool = False) -> Plan:
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
+    from ...ir.strategy import Strategy
     from ...models.resolve import resolve
     from ...plan import plan as make_plan
-    from ...strategy import Strategy
 
     chosen = Strategy.of(strategy)
     check_target(target)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ...strategy import Strategy
+    from ...ir.strategy import Strategy
 
 STRATEGIES = ("displaced", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp")
 
@@ -85,7 +85,7 @@ def check_installed() -> None:
 
 def strategy_of(name: str) -> Strategy:
     """A variant or preset by name. Raises as `Strategy.of`."""
-    from ...strategy import Strategy
+    from ...ir.strategy import Strategy
     from ..study.grid import VARIANTS
 
     return VARIANTS[name] if name in VARIANTS else Strategy.of(name)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...ir.strategy import Strategy
 from ...passes.cuts import WorldSizeError
-from ...strategy import Strategy
 from .results import Cell, Outcome, Results
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ...api import parallelize
+from ...ir.strategy import Strategy
 from ...models.pipelines import denoisers
 from ...plan import Plan
 from ...runtime.module import ParallelModule
-from ...strategy import Strategy
 from ..checkout import DEMOS, demo_folder
 from ..commands.generate import load
 from ..demo.measure import Fact, fact

@@ -18,6 +18,7 @@ from ...capture import Call, CaptureError, GuardError, capture, unsplit
 from ...capture.guards import broken_guard
 from ...ir.exchange import DISPLACED, Exchange
 from ...ir.program import Program, calls
+from ...ir.strategy import Strategy
 from ...models.case import Case
 from ...models.zoo import kind_of, zoo_case
 from ...passes.cuts import WorldSizeError
@@ -25,7 +26,6 @@ from ...plan import Plan, make_plan
 from ...runtime.executor import EXACT, Step
 from ...runtime.lockstep import LockstepExecutor, Tamper
 from ...runtime.structure import WeightTable
-from ...strategy import Strategy
 
 RANKS = (2, 3, 4, 8)
 ROWS, COLS = 32, 16

@@ -6,8 +6,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from .ir.coding import OUTERMOST
-from .ir.exchange import Freshness
+from .coding import OUTERMOST
+from .exchange import Freshness, Role
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,13 @@ class Strategy:
             return ()
         return self.window if isinstance(self.window, tuple) else (self.window,)
 
+    def freshness(self, role: Role) -> Freshness:
+        """How fresh exchanges of `role` are, if their rules allow them to be stale."""
+        fields: dict[str, Freshness] = {
+            "halo": self.halo, "keys_values": self.keys_values, "moments": self.moments, "sum": self.sums
+        }  # fmt: skip
+        return fields[role]
+
     @property
     def exact(self) -> bool:
         """Whether the result equals the unsplit model's, to rounding."""
@@ -117,8 +124,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _stale(name: str, moments: Freshness, *, kept: Freshness = "stale", **more: Any) -> Strategy:
-    return Strategy(name, kept, kept, moments, kept, **{"warmup_steps": 5} | more)
+def _stale(name: str, moments: Freshness, *, others: Freshness = "stale", **more: Any) -> Strategy:
+    return Strategy(name, others, others, moments, others, **{"warmup_steps": 5} | more)
 
 
 PRESETS: dict[str, Strategy] = {
@@ -131,7 +138,7 @@ PRESETS: dict[str, Strategy] = {
         _stale("stale_gn", "stale"),
         _stale("sync_gn", "sync"),
         _stale("separate_gn", "local"),
-        _stale("no_sync", "local", kept="frozen"),
+        _stale("no_sync", "local", others="frozen"),
         _stale("pcpp", "corrected", window=0.3),
     )
 }
