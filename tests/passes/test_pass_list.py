@@ -11,10 +11,10 @@ from torch import fx
 import fxpass
 from fxpass.ir.layout import Layout, even
 from fxpass.ir.program import fingerprint, layout_of
+from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case
 from fxpass.passes import PASSES, Build, build
 from fxpass.passes.cost import TARGETS
-from fxpass.strategy import Strategy
 
 NAMES = [each.name for each in PASSES]
 
