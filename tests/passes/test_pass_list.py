@@ -76,4 +76,4 @@ def test_partition_cuts_where_the_build_says_although_the_search_chose_otherwise
 def test_an_unknown_pass_is_refused_with_the_names_of_those_there_are() -> None:
     state = initial("unet_sd", "sync")
     with pytest.raises(ValueError, match=r"no pass is called 'seed'.*normalize, cuts, partition, trim"):
-        build(state.program, 2, state.target, state.kinds, after="seed")
+        build(state.program, 2, state.target, state.strategy, after="seed")
