@@ -199,7 +199,7 @@ _RESHAPES = {aten.view, aten._unsafe_view, aten._reshape_alias, aten.unsqueeze, 
 def _undo(view: fx.Node, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The operator that makes `before` with the part that `view` shows replaced by `new`."""
     args = view.args[1:]
-    packet = view.target.overloadpacket  # type: ignore[union-attr]
+    packet = view.target.overloadpacket
     if packet in _SCATTERS:
         return _SCATTERS[packet], (before, new, *args), {}
     if packet in _RESHAPES:
@@ -216,7 +216,7 @@ def _undo(view: fx.Node, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, .
 
 def _undo_part(view: fx.Node, index: int, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The same for one of the several views that `split` and `unbind` make."""
-    packet = view.target.overloadpacket  # type: ignore[union-attr]
+    packet = view.target.overloadpacket
     dim = view.args[2] if len(view.args) > 2 else view.kwargs.get("dim", 0)
     if packet is aten.unbind:
         dim = view.args[1] if len(view.args) > 1 else view.kwargs.get("dim", 0)
