@@ -1,4 +1,4 @@
-"""Local operators that a partitioned graph has beside ATen's. All are functional; none communicates but `exchange`."""
+"""Local operators that a partitioned graph has beside ATen's. All are functional; only `exchange` communicates."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from torch import Tensor
 from .layout import Rows
 from .operators import OpSpec, register, spec_of
 
-LOCAL: set[Callable[..., Any]] = set()
-
-
+LOCAL: set[Callable[..., Any]] = set()  #: every local operator
 _PLAIN = OpSpec()
 
 
@@ -34,7 +32,7 @@ def local(spec: OpSpec = _PLAIN) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 class Index:
-    """A list of positions in any order, with repeats; compared by content."""
+    """Positions in any order, possibly repeated; compared by content."""
 
     def __init__(self, positions: np.ndarray) -> None:
         self.array = np.ascontiguousarray(positions, dtype=np.int64)
@@ -82,7 +80,7 @@ def index_tensors_from(supply: Supply) -> Iterator[None]:
 
 @local(OpSpec(free=True))
 def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
-    """The given local positions of `x` along `dim`, ascending; a view where they are one interval."""
+    """The local `rows` of `x` along `dim`, in ascending order; a view if they are one interval."""
     if len(rows) == x.shape[dim]:
         return x
     if not rows.runs:
@@ -94,13 +92,13 @@ def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
 
 @local()
 def select(x: Tensor, dim: int, index: Index) -> Tensor:
-    """`x.index_select(dim, index)` with a static index: roll, flip, repeat, nearest up-sampling, reflection."""
+    """`x.index_select(dim, index)` with a static index: for roll, flip, repeat, nearest up-sampling and reflection."""
     return x.index_select(dim, index_tensor(index, x.device))
 
 
 @local()
 def regroup(x: Tensor, first: int, stop: int, start: int, shape: Sequence[int]) -> Tensor:
-    """The dims `first` … `stop` of `x` as one, of which the elements from `start` on that `shape` has room for."""
+    """Flatten dims first:stop of `x`, skip `start` elements, and reshape as many as `shape` holds."""
     flat = x.flatten(first, stop - 1)
     size = prod(shape) * flat.shape[first] // max(flat.numel(), 1)
     return flat.narrow(first, start, size).reshape(shape)
@@ -131,14 +129,14 @@ def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
     if count == 0:
         shape = [1 if d in dims else s for d, s in enumerate(x.shape)]
         return wide.new_zeros((2, *shape))
-    # two passes that the CPU vectorises; `var_mean` updates its sums one element at a time and takes five times as long
+    # two vectorised passes: `var_mean` updates its sums element by element, which takes five times as long on the CPU
     mean = wide.mean(list(dims), keepdim=True)
     deviation = torch.linalg.vector_norm(wide - mean, dim=list(dims), keepdim=True)
     return torch.stack([mean, deviation * deviation])
 
 
 def _located(index: Tensor, rows: Rows, size: int) -> Tensor:
-    """Positions of a dim of `size` (negative ones count from its end) among `rows`; len(rows) for all others."""
+    """The places among `rows` of positions in a dim of `size` (negative: from the end); len(rows) for other rows."""
     place = torch.full((size,), len(rows), dtype=torch.int64, device=index.device)
     place[index_tensor(rows, index.device)] = torch.arange(len(rows), device=index.device)
     return place[index]
@@ -152,9 +150,12 @@ def _with_scratch_row(x: Tensor, dim: int) -> Tensor:
 def write_rows(
     operator: Any, rows: Rows, size: int, x: Tensor, dim: int, index: Tensor, *rest: Any, **kwargs: Any
 ) -> Tensor:
-    """The `rows` of what `operator(whole, dim, index, *rest)` writes; `x` holds these rows of the whole.
+    """This rank's rows of `operator(whole, dim, index, *rest)`, which writes to the rows that `index` names.
 
-    A scratch row absorbs what is written to other rows of the dim, which has `size`.
+    Args:
+        operator: an ATen operator that writes along a dim, as `scatter` and `index_add` do.
+        rows: this rank's rows of the dim, which has `size` rows in the whole value.
+        x: these rows of the whole value. A scratch row absorbs writes to other rows.
     """
     y = operator(_with_scratch_row(x, dim), dim, _located(index, rows, size), *rest, **kwargs)
     return y.narrow(dim, 0, len(rows))
@@ -164,7 +165,7 @@ def write_rows(
 def put_rows(
     rows: Rows, size: int, dim: int, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool
 ) -> Tensor:
-    """`write_rows` for `index_put`, of which one index is along `dim`."""
+    """`write_rows` for `index_put`: `indices[dim]` names the rows."""
     index = indices[dim]
     assert index is not None
     indices = [*indices[:dim], _located(index, rows, size), *indices[dim + 1 :]]
@@ -179,13 +180,13 @@ def _flops(out: Sequence[int], operator: Any, dim: int, rows: Any, *args: Any) -
 
 @local(OpSpec(flops=_flops))
 def rows_of(operator: Any, dim: int, rows: Rows, *args: Any) -> Tensor:
-    """The local `rows` along `dim` of `operator(*args)`: those that are complete on this rank."""
+    """The local `rows` along `dim` of `operator(*args)`, whose other rows are incomplete on this rank."""
     return take(operator(*args), dim, rows)
 
 
 @local()
 def exponentials(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """`stack([max, sum of exp(x - max)])` over `dims` (kept, size 1); of nothing -inf and 0."""
+    """`stack([max, sum of exp(x - max)])` over `dims` (kept, size 1); -inf and 0 if there are no elements."""
     if not all(x.shape[dim] for dim in dims):
         shape = [1 if d in dims else s for d, s in enumerate(x.shape)]
         return torch.stack([x.new_full(shape, -torch.inf), x.new_zeros(shape)])
@@ -227,20 +228,20 @@ def causal_mask(rows: Rows, keys: int, like: Tensor) -> Tensor:
 
 @local()
 def seen(mask: Tensor, key: Tensor, rows: Rows) -> Tensor:
-    """The columns of `mask` for the keys at hand: all, or those of the window `rows`."""
+    """The columns of `mask` for the keys that there are: all, or those of the window `rows`."""
     return mask if key.shape[-2] == mask.shape[-1] else take(mask, mask.ndim - 1, rows)
 
 
 @local(OpSpec(free=True))
 def exchange(values: tuple[Tensor, ...], exchanges: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """A declared exchange of several values that travel together; done by the executor, never called.
+    """Exchange several values in one message each way. The executor performs it; it is never called.
 
-    In a scheduled graph it only launches; `wait` yields the results.
+    In a scheduled graph this only launches the exchange, and `wait` returns the results.
     """
     raise RuntimeError("an exchange was called outside an executor")
 
 
 @local(OpSpec(free=True))
 def wait(launched: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The results of an exchange that was launched with `values`; done by the executor, never called."""
+    """The results of an exchange that was launched with `values`. The executor performs it; it is never called."""
     raise RuntimeError("an exchange was awaited outside an executor")

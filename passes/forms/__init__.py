@@ -1,6 +1,6 @@
-"""Normal forms of operators; one file per family, each ending in the table of those that are rewritten into others.
+"""Normal forms: one file per family of operators, each ending in the table of those that are rewritten into others.
 
-An operator that is part of the normal form has its entry in `passes/rules/`, with its form if arguments are normalized.
+An operator that belongs to normal form has its entry in `passes/rules/`; its `form` there normalizes its arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Copies and look-ups: what changes nothing goes, what changes the dtype is `_to_copy`."""
+"""Copies and look-ups. Copies that change nothing are dropped; changes of dtype become `_to_copy`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _itself(b: Builder, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> fx.Nod
 
 
 def clone(b: Builder, node: fx.Node, x: fx.Node, *, memory_format: Any = None, **_: Any) -> fx.Node:
-    """Kept where it changes the order in memory: a convolution would else do it for its weights, at every call."""
+    """Kept if it changes the memory format: otherwise a convolution would convert its weights at every call."""
     if memory_format in (None, torch.preserve_format) or x.meta["val"].is_contiguous(memory_format=memory_format):
         return x
     return b.emit(aten.clone.default, x, memory_format=memory_format)
@@ -34,7 +34,7 @@ def _contiguous(b: Builder, node: fx.Node, x: fx.Node, **_: Any) -> fx.Node:
 
 def to_copy(b: Builder, node: fx.Node, x: fx.Node | float, **kwargs: Any) -> fx.Node:
     dtype, device = kwargs.get("dtype"), kwargs.get("device")
-    if not isinstance(x, fx.Node):  # vmap leaves numbers in the place of tensors
+    if not isinstance(x, fx.Node):  # vmap may put a number in place of a tensor
         return b.copy(aten.full.default, ([], x), {"dtype": dtype or node.meta["dtype"]}, node.meta["val"])
     if dtype in (None, x.meta["dtype"]) and device in (None, x.meta["val"].device):
         return x
@@ -53,12 +53,12 @@ def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx
 def index_put(
     b: Builder, node: fx.Node, x: fx.Node, indices: Sequence[Any], values: fx.Node, accumulate: bool = False
 ) -> fx.Node:
-    """One row, the same wherever a mask is true, is a choice."""
+    """Writing one row wherever a mask is true is a `where`."""
     mask, before = indices[-1], len(indices) - 1
     masked = mask.meta["dtype"] == torch.bool and all(i is None for i in indices[:-1])
     after = len(shape_of(x)) - before - len(shape_of(mask))
     given = shape_of(values)
-    place = len(given) - 1 - after  # of the dim that counts what is true
+    place = len(given) - 1 - after  # the dim of `values` that counts the true elements
     if not masked or accumulate or (place >= 0 and given[place] != 1):
         return b.emit(aten.index_put.default, x, indices, values, accumulate)
     if place >= 0:

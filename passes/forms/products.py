@@ -1,4 +1,4 @@
-"""The normal form of einsum: a letter for every dim, and the result spelled out."""
+"""The normal form of einsum: every dim has a letter, and the equation names the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def einsum(b: Builder, node: fx.Node, equation: str, operands: Sequence[fx.Node]
 
 
 def letters(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
-    """Of each operand with so many dims, and of the result, where the equation has `...` or no result.
+    """The letters of each operand (with `ndims` dims) and of the result, without `...`, and with a result.
 
     `...` stands for dims aligned on the right; a result that is not given has them, then every letter that occurs
     once, in alphabetical order.

@@ -1,4 +1,4 @@
-"""Statistics: variances, extremes, and norms by given or own statistics."""
+"""Variances, extremes over all elements, and norms with given or computed statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def variance(arguments: Callable[..., tuple[Any, float, bool]], *, root: bool, mean: bool) -> Form:
-    """Every form of var, std, var_mean and std_mean is one of `var.correction` and `var_mean.correction`."""
+    """All overloads of var, std, var_mean and std_mean become `var.correction` or `var_mean.correction`."""
 
     def form(b: Builder, node: fx.Node, x: fx.Node, *args: Any, **named: Any) -> Any:
         dims, correction, keepdim = arguments(*args, **named)
@@ -55,14 +55,14 @@ def _instance_norm(
     b: Builder, node: fx.Node, x: fx.Node, weight: Any, bias: Any, mean: Any, variance: Any, own: bool,
     momentum: float, eps: float, cudnn: bool,
 ) -> Any:  # fmt: skip
-    """A group norm of one channel each, or with given statistics a batch norm."""
+    """A group norm with one channel per group; with given statistics, a batch norm."""
     if not own:
         return b.emit(aten.batch_norm.default, x, weight, bias, mean, variance, False, momentum, eps, cudnn)
     return b.emit(aten.group_norm.default, x, shape_of(x)[1], weight, bias, eps, cudnn)
 
 
 def _extreme(reduce: Any) -> Form:
-    """`x.max()` and `x.min()` over everything."""
+    """`x.max()` and `x.min()` over all elements."""
     return lambda b, node, x: b.emit(reduce, x, list(range(len(shape_of(x)))), False)
 
 

@@ -1,4 +1,4 @@
-"""Cuts, joints and padding: all are `slice`, `cat` and `pad`."""
+"""Ways to slice, join and pad become `slice`, `cat` and `pad`."""
 
 from __future__ import annotations
 

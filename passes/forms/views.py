@@ -1,4 +1,4 @@
-"""Views: all are `reshape`, `permute` and `expand`."""
+"""Views become `reshape`, `permute` and `expand`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _pixel_unshuffle(b: Builder, node: fx.Node, x: fx.Node, r: int) -> fx.Node:
 
 
 def _diagonal(b: Builder, node: fx.Node, x: fx.Node, offset: int = 0, dim1: int = 0, dim2: int = 1) -> fx.Node:
-    """Every (columns + 1)-th of the flattened matrix."""
+    """Every (columns + 1)-th element of the flattened matrix."""
     ndim = len(shape_of(x))
     dim1, dim2 = dim1 % ndim, dim2 % ndim
     x = b.permute(x, [*(d for d in range(ndim) if d not in (dim1, dim2)), dim1, dim2])
@@ -89,7 +89,7 @@ def roll(b: Builder, node: fx.Node, x: fx.Node, shifts: Sequence[int], dims: Seq
     return b.reshape(b.emit(aten.roll.default, flat, shifts, [0]), shape_of(x))
 
 
-#: other names for `reshape`, in every overload but those that change the dtype
+#: other names for `reshape`
 _RESHAPES = (aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten)
 TABLE = {
     getattr(packet, overload): OpSpec(form=to_result_shape, row_wise=rows.reshape)

@@ -1,4 +1,4 @@
-"""Convolutions, adaptive maxima, and interpolation to explicit sizes."""
+"""Convolutions, adaptive max pooling, and interpolation, which gets explicit sizes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _convolution(transposed: bool) -> Form:
 
 
 def _upsample(names: tuple[str, ...]) -> Form:
-    """`.vec` forms take a size or scale factors; the explicit forms take the size and, after the flags, scales."""
+    """`.vec` overloads take a size or scale factors; the default ones take (size, flags…, scales…)."""
 
     def form(b: Builder, node: fx.Node, x: fx.Node, *args: Any, **named: Any) -> fx.Node:
         given = dict(zip(("output_size", *names, "scale_factors"), args, strict=False)) | named
@@ -63,7 +63,7 @@ def _upsample(names: tuple[str, ...]) -> Form:
 
 
 def _adaptive_max(b: Builder, node: fx.Node, x: fx.Node, size: list[int]) -> Any:
-    """Maxima of maxima: windows of one size are pooled, others are cut out. Positions are left to the operator."""
+    """Windows of one size become `max_pool`, others slices and `amax`. Kept if the positions of the maxima are used."""
     if any(user.args[1] == 1 and user.users for user in node.users):
         return unpacked(b, b.copy(node.target, (x, size), {}, node.meta["val"]))
     spatial = len(shape_of(x)) - len(size)

@@ -1,4 +1,4 @@
-"""One file per family of operators, each ending in its table; here they are joined into one."""
+"""Rules: one file per family of operators, each ending in its table. The tables are registered here."""
 
 from __future__ import annotations
 

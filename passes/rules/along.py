@@ -1,7 +1,10 @@
-"""Operators that work along one dim (softmax, running sums, sorting): local, unless that dim is split.
+"""Operators that work along one dim: softmax, running sums, sorting. They are local unless that dim is split.
 
-A softmax over the split dim needs one small value of every rank (its maximum and its sum of exponentials), a running
-sum the totals of the ranks before, a maximum's position the maximum and then the first row that has it.
+Along the split dim, ranks exchange little:
+
+    softmax         each rank's maximum and sum of exponentials
+    running sum     the totals of the ranks before
+    argmax          the maximum, then the first position that has it
 """
 
 from __future__ import annotations
@@ -25,17 +28,17 @@ aten = torch.ops.aten
 
 
 def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[..., Any]:
-    """A rule for an operator that works along the dim given at argument `place` and keeps the others apart."""
+    """A rule for an operator that works along the dim in argument `place`. Other dims may be split."""
 
     def rule(p: Partitioner, op: Op, *args: Any, **kwargs: Any) -> Any:
         x = args[0]
         layout, ndim = layout_of(x), len(shape_of(x))
         dim = kwargs.get("dim", args[place] if len(args) > place else default)
         if dim is None:
-            raise SplitError("works on the flattened tensor")
+            raise SplitError("it works on the flattened tensor")
         if dim % ndim == layout.dim:
-            raise SplitError(f"works along the split dim {layout.dim}")
-        if len(op_shape(op)) < ndim:  # one row of the dim is picked: kthvalue, median
+            raise SplitError(f"it works along the split dim {layout.dim}")
+        if len(op_shape(op)) < ndim:  # kthvalue and median drop the dim
             layout = layout.at(layout.axis - (dim % ndim < layout.axis))
         others = [p.lay(a, layout) if isinstance(a, fx.Node) and a is not x else a for a in args]
         others[0] = x
@@ -47,7 +50,7 @@ def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[
 
 
 def op_shape(op: Op) -> tuple[int, ...]:
-    """The shape of an operator's result, or of its first one."""
+    """The shape of the operator's (first) result."""
     value = op.node.meta["val"]
     return tuple((value[0] if isinstance(value, (tuple, list)) else value).shape)
 
@@ -56,7 +59,7 @@ def op_shape(op: Op) -> tuple[int, ...]:
 
 
 def exponentials(p: Partitioner, x: fx.Node, dims: list[int]) -> tuple[fx.Node, fx.Node]:
-    """The maximum and the sum of exp(x - maximum) over `dims` (kept, size 1), the split dim among them."""
+    """The maximum and the sum of exp(x - maximum) over `dims`, which include the split dim and stay as size 1."""
     kept, dtype = tuple(1 if d in dims else s for d, s in enumerate(shape_of(x))), x.meta["dtype"]
     part = p.emit(ops.exponentials, (p.owned(x), dims), shape=(2, *kept), dtype=dtype)
     merged = p.reduce(part, "exponentials", may_be_stale=True)
@@ -70,7 +73,7 @@ def softmax(logarithm: bool) -> Rule:
         if layout.axis != dim:
             return p.same(op, (x, dim, *rest), kwargs, layout=layout)
         dtype = wide(op.dtype)
-        x = _to(p, x, dtype)
+        x = _cast(p, x, dtype)
         most, total = exponentials(p, x, [dim])
         y = p.emit(aten.sub.Tensor, (x, most), shape=op.shape, dtype=dtype, layout=layout)
         if logarithm:
@@ -79,7 +82,7 @@ def softmax(logarithm: bool) -> Rule:
         else:
             y = p.emit(aten.exp.default, (y,), shape=op.shape, dtype=dtype, layout=layout)
             y = p.emit(aten.div.Tensor, (y, total), shape=op.shape, dtype=dtype, layout=layout)
-        return _to(p, y, op.dtype)
+        return _cast(p, y, op.dtype)
 
     return rule
 
@@ -91,13 +94,13 @@ def logsumexp(p: Partitioner, op: Op, x: fx.Node, dims: Any, keepdim: bool = Fal
         gone = 0 if keepdim else sum(d < layout.axis for d in inside)
         return p.same(op, (x, dims, keepdim), layout=layout.at(layout.axis - gone))
     dtype = wide(op.dtype)
-    most, total = exponentials(p, _to(p, x, dtype), inside)
+    most, total = exponentials(p, _cast(p, x, dtype), inside)
     y = p.emit(aten.log.default, (total,), shape=shape_of(total), dtype=dtype)
     y = p.emit(aten.add.Tensor, (y, most), shape=shape_of(total), dtype=dtype)
-    return _to(p, p.emit(aten.reshape.default, (y, list(op.shape)), shape=op.shape, dtype=dtype), op.dtype)
+    return _cast(p, p.emit(aten.reshape.default, (y, list(op.shape)), shape=op.shape, dtype=dtype), op.dtype)
 
 
-def _to(p: Partitioner, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _cast(p: Partitioner, x: fx.Node, dtype: torch.dtype) -> fx.Node:
     if x.meta["dtype"] == dtype:
         return x
     return p.emit(aten._to_copy.default, (x,), {"dtype": dtype}, shape=shape_of(x), dtype=dtype, layout=layout_of(x))
@@ -107,7 +110,7 @@ def _to(p: Partitioner, x: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def running(join: Any, neutral: float) -> Rule:
-    """`cumsum` and `cumprod`: each rank's own, joined to the total of the ranks before it."""
+    """`cumsum` and `cumprod`: a local running sum, to which the total of the ranks before is added."""
 
     def rule(p: Partitioner, op: Op, x: fx.Node, dim: int, *, dtype: torch.dtype | None = None) -> fx.Node:
         layout, ndim = layout_of(x), len(op.shape)
@@ -132,7 +135,7 @@ def running(join: Any, neutral: float) -> Rule:
         pad = [0] * (2 * (ndim - 1 - dim)) + [1, -1]
         totals = p.emit(aten.constant_pad_nd.default, (totals, pad, neutral), shape=shape, dtype=inner)
         before = p.take(p.emit(op.target, (totals, dim), {"dtype": inner}, shape=shape, dtype=inner), dim, each)
-        return _to(p, p.emit(join, (y, before), shape=op.shape, dtype=inner, layout=layout), op.dtype)
+        return _cast(p, p.emit(join, (y, before), shape=op.shape, dtype=inner, layout=layout), op.dtype)
 
     return rule
 
@@ -141,11 +144,11 @@ def running(join: Any, neutral: float) -> Rule:
 
 
 def extreme(largest: bool, both: bool) -> Rule:
-    """`argmax` and `max` along a dim, and their like: the first of the positions that have it."""
+    """`argmax`, `argmin`, `max` and `min` along a dim: the first position that has the extreme value."""
 
     def rule(p: Partitioner, op: Op, x: fx.Node, dim: int | None = None, keepdim: bool = False) -> Any:
         if dim is None:
-            raise SplitError("works on the flattened tensor")
+            raise SplitError("it works on the flattened tensor")
         layout, shape = layout_of(x), shape_of(x)
         dim = dim % len(shape)
         if layout.axis != dim:
@@ -156,7 +159,7 @@ def extreme(largest: bool, both: bool) -> Rule:
         kept = tuple(1 if d == dim else s for d, s in enumerate(shape))
         name: ReduceOp = "amax" if largest else "amin"
         reduce = getattr(aten, name).default
-        # never stale: an old value equals none of the rank's own
+        # never stale: the positions are found by comparing for equality
         value = p.reduce(p.emit(reduce, (x, [dim], True), shape=kept, dtype=x.meta["dtype"]), name)
 
         def compared(target: Any, *args: Any) -> fx.Node:

@@ -1,7 +1,6 @@
-"""Attention: queries stay where they are; keys and values come from all ranks (role `keys_values`).
+"""Attention: each rank computes its own queries; it fetches all keys and values (role `keys_values`).
 
-The product of the split queries with all keys is exact for any mask; a mask is sliced along the queries,
-a causal one is made for the rank's own query positions.
+This is exact for any mask. A mask is sliced along the queries; a causal mask is built for the rank's query positions.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def attention(
 
 
 def is_key_or_value(product: fx.Node, kept: bool, others: Iterable[fx.Node]) -> bool:
-    """Whether an operand of a matrix product holds the keys or the values of attention that is written by hand.
+    """Whether an operand of a matrix product is the keys or the values of hand-written attention.
 
     Args:
         product: the product, in the graph of whole values.
@@ -100,7 +99,7 @@ def is_key_or_value(product: fx.Node, kept: bool, others: Iterable[fx.Node]) -> 
 
 
 def _leads_to_softmax(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
-    """Whether a softmax is found from `nodes` by `step`, through nothing but pointwise operators and views."""
+    """Whether `step` leads from `nodes` to a softmax through pointwise operators and views only."""
 
     def onward(node: fx.Node) -> Iterable[fx.Node]:
         return (each for each in step(node) if each.target in THROUGH or each.target in SOFTMAX)
@@ -109,12 +108,12 @@ def _leads_to_softmax(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterab
 
 
 def _spread(rows: Rows, group: int) -> np.ndarray:
-    """The heads of the groups `rows`."""
+    """The query heads that belong to the groups `rows` of keys."""
     return (rows.array[:, None] * group + np.arange(group)).reshape(-1)
 
 
 def _each_head(p: Partitioner, x: fx.Node, heads: int) -> fx.Node:
-    """Grouped keys or values, one for each head of the queries."""
+    """Grouped keys or values, repeated for each query head."""
     x = p.whole(x, "keys_values", may_be_stale=True)
     shape, dim = shape_of(x), len(shape_of(x)) - 3
     index = ops.Index(np.arange(heads) // (heads // shape[dim]))

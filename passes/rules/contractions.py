@@ -1,7 +1,7 @@
-"""Matrix products in the letters of einsum: one rule for linear, mm, bmm, matmul, einsum and cdist.
+"""Matrix products, written as einsum: one rule for linear, mm, bmm, matmul, einsum and cdist.
 
-A split letter of the output stays split, and operands split otherwise are fetched whole; a split letter that is
-summed over gives partial sums, which are added over the ranks (role `sum`).
+If a split letter is in the output, the output is split along it; operands without that letter are fetched whole. If the
+split letter is summed over, each rank computes a partial sum, and the ranks' sums are added (role `sum`).
 
 What is fetched for attention written by hand may be stale: the keys of a product whose result a softmax weighs, the
 values of a product with what a softmax has made. So may sums over tokens of products of two values that both have a row
@@ -39,11 +39,11 @@ def contract(
     output: str,
     rebuild: Callable[[list[fx.Node]], tuple[Any, ...]],
 ) -> fx.Node:
-    """The product of `operands` with dims named by `letters`; `rebuild` gives the operator's arguments."""
+    """The product of `operands`, whose dims are named by `letters`. `rebuild` returns the operator's arguments."""
     split = [
         (word[layout.axis], layout) for x, word in zip(operands, letters, strict=True) if (layout := layout_of(x)).split
     ]
-    # the first split letter of the output leads: of queries and keys, the queries stay
+    # if several letters of the output are split, the first operand's stays: queries stay split, keys are fetched
     lead, layout = next(((s, at) for s, at in split if s in output), split[0])
     free = lead in output
     rows = layout.rows if free else owned(layout.rows)
@@ -80,22 +80,22 @@ def linear(p: Partitioner, op: Op, x: fx.Node, weight: fx.Node, bias: fx.Node | 
 
 
 def product(p: Partitioner, op: Op, a: fx.Node, b: fx.Node) -> fx.Node:
-    """`mm`, `bmm` and `matmul` of [..., M, K] and [..., K, N], batch dims broadcast."""
+    """`mm`, `bmm` and `matmul` of [..., M, K] and [..., K, N]. Batch dims broadcast."""
     if len(shape_of(a)) < 2 or len(shape_of(b)) < 2:
-        raise SplitError("a product with a vector")
+        raise SplitError("one operand is a vector")
     batch, words = _batched((a, "MK"), (b, "KN"))
     return contract(p, op, (a, b), words, batch + "MN", tuple)
 
 
 def packed_product(p: Partitioner, op: Op, x: fx.Node, weight: fx.Node, scales: fx.Node) -> fx.Node:
-    """`_weight_int8pack_mm` of [M, K] and whole numbers [N, K] with a scale for each n."""
+    """`_weight_int8pack_mm` of [M, K] and an integer weight [N, K] with one scale per output channel."""
     if layout_of(weight).split or layout_of(scales).split or layout_of(x).dim == 1:
-        raise SplitError("only the rows of a product with packed weights can be split")
+        raise SplitError("with packed weights, only the rows can be split")
     return p.same(op, (x, weight, scales), layout=layout_of(x))
 
 
 def _batched(*operands: tuple[fx.Node, str]) -> tuple[str, list[str]]:
-    """Letters of the batch dims, and of each operand; dims of size 1 broadcast and have one of their own."""
+    """Letters for the batch dims and for each operand. Dims of size 1 broadcast and get the letter `_`."""
     batch = string.ascii_lowercase[: max(len(shape_of(x)) for x, _ in operands) - 2]
     words = []
     for x, ends in operands:
@@ -125,16 +125,16 @@ def einsum(p: Partitioner, op: Op, equation: str, operands: Sequence[fx.Node], *
     inputs, output = equation.split("->")
     words = inputs.split(",")
     if any(len(set(word)) < len(word) for word in words):
-        raise SplitError(f"einsum {equation!r} takes a diagonal")
+        raise SplitError(f"the equation {equation!r} takes a diagonal")
     words = [
-        "".join("_" if n == 1 else c for c, n in zip(word, shape_of(x), strict=True))  # as above
+        "".join("_" if n == 1 else c for c, n in zip(word, shape_of(x), strict=True))  # dims of size 1 broadcast
         for word, x in zip(words, operands, strict=True)
     ]
     return contract(p, op, operands, words, output, lambda xs: (equation, xs))
 
 
 def distances(p: Partitioner, op: Op, a: fx.Node, b: fx.Node, norm: float = 2, mode: int | None = None) -> fx.Node:
-    """`cdist` of [..., M, K] and [..., N, K]. The whole numbers of rows decide how it is computed."""
+    """`cdist` of [..., M, K] and [..., N, K]. torch chooses the algorithm by M and N of the whole operands."""
     if any(layout_of(x).dim == len(shape_of(x)) - 1 for x in (a, b)):
         raise SplitError("the coordinates are split")
     batch, words = _batched((a, "MK"), (b, "NK"))

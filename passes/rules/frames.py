@@ -1,4 +1,4 @@
-"""Signals in frames: sliding windows as a dim of their own, and Fourier transforms of them."""
+"""Frames of signals: sliding windows (`unfold`), short-time Fourier transforms, and Fourier transforms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def unfold(p: Partitioner, op: Op, x: fx.Node, dim: int, size: int, step: int) -> fx.Node:
-    """`x.unfold(dim, size, step)`: each window is a row of the result, and what it holds a dim of its own."""
+    """`x.unfold(dim, size, step)`: each window is a row of the result; its elements are a new last dim."""
     layout, dim = layout_of(x), dim % len(shape_of(x))
     if layout.dim != dim:
         return p.same(op, (x, dim, size, step), layout=layout)
@@ -38,10 +38,10 @@ def stft(
     return_complex: bool | None = None,
     align_to_window: bool | None = None,
 ) -> fx.Node:
-    """`[B, N]` samples to `[B, K, F]`: K frequencies of F frames."""
+    """Samples [B, N] -> [B, K, F]: K frequencies of F frames."""
     layout = layout_of(x)
     if align_to_window:
-        raise SplitError("frames that are as long as the window")
+        raise SplitError("align_to_window is set")
     window = p.whole(window, "realign") if window is not None else None
     if layout.split and layout.axis == len(shape_of(x)) - 1:
         frames = len(op.shape) - (1 if return_complex else 2)
@@ -50,7 +50,7 @@ def stft(
 
 
 def _framed(p: Partitioner, op: Op, x: fx.Node, window: Window, frames: int) -> tuple[fx.Node, Layout]:
-    """The samples that each rank's frames see, and how the frames lie along their dim of the result."""
+    """Fetch the samples that each rank's frames read: (samples, layout of the frames in the result)."""
     found = halo(p, x, window, op.shape[frames])
     if found is None:
         return p.whole(x, "small", "fewer frames than ranks"), Layout()
@@ -61,7 +61,7 @@ def _framed(p: Partitioner, op: Op, x: fx.Node, window: Window, frames: int) -> 
 def fourier(p: Partitioner, op: Op, x: fx.Node, dims: Sequence[int], *rest: object) -> fx.Node:
     layout = layout_of(x)
     if layout.axis in [d % len(op.shape) for d in dims]:
-        raise SplitError("a Fourier transform along the split dim")
+        raise SplitError(f"it transforms the split dim {layout.dim}")
     return p.same(op, (x, dims, *rest), layout=layout)
 
 

@@ -1,5 +1,8 @@
-"""Look-ups: embedding, advanced indexing, gather. Split indices look up whole tables; a split table dim that is not
-indexed stays split; where it is, each rank gets the whole table and looks up its share."""
+"""Look-ups: embedding, advanced indexing, gather.
+
+If the indices are split, each rank looks up its own in the whole table. If a table dim that is not indexed is split,
+the result stays split along it. If the indexed dim is split, the table is fetched whole, and the look-ups are divided.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ ANY = "any row may be looked up"
 
 
 def share(p: Partitioner, rows: tuple[Rows, ...], size: int) -> tuple[Rows, ...] | None:
-    """How look-ups of `size` rows are shared out that come from a dim cut as `rows`."""
+    """How the ranks divide `size` look-ups in a dim that was cut into `rows`; None if there are too few."""
     if max(r.stop for r in rows) == size:
         return rows
     return even(size, p.world) if size >= p.world else None
@@ -50,11 +53,11 @@ def index_select(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node)
 
 
 def index(p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None]) -> fx.Node:
-    """`x[i, :, j]` with integer tensors that broadcast; boolean ones have data-dependent sizes."""
+    """`x[i, :, j]` with integer tensors that broadcast. The result of a boolean one has a data-dependent size."""
     used = [d for d, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     if any(i.meta["dtype"] == torch.bool for i in given):
-        raise SplitError("a boolean index")
+        raise SplitError("its index is boolean")
     layout = layout_of(x)
     adjacent = used == list(range(used[0], used[-1] + 1))
     broadcast = torch.broadcast_shapes(*(shape_of(i) for i in given))
@@ -79,7 +82,7 @@ def index(p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None]) -> 
 def gather(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node, **kwargs: object) -> fx.Node:
     dim = dim % len(op.shape)
     for d, size in enumerate(op.shape):
-        if d != dim and shape_of(x)[d] != size:  # rows that no index is for are never looked up
+        if d != dim and shape_of(x)[d] != size:  # `gather` ignores the rows beyond the index's size
             x = shortened(p, x, d, size)
     layout = layout_of(indices) if layout_of(indices).split else layout_of(x)
     if layout.dim == dim:
@@ -101,19 +104,19 @@ def shortened(p: Partitioner, x: fx.Node, dim: int, size: int) -> fx.Node:
 
 
 def one_hot(p: Partitioner, op: Op, indices: fx.Node, classes: int = -1) -> fx.Node:
-    """A new last dim."""
+    """Adds a dim at the end."""
     return p.same(op, (indices, classes), layout=layout_of(indices))
 
 
 def made_from_shape(p: Partitioner, op: Op, x: fx.Node, *rest: object, **kwargs: object) -> fx.Node:
-    """`new_zeros` and its like: `x` gives dtype and device only."""
+    """`new_zeros`, `new_ones` and so on use only the dtype and the device of `x`."""
     return p.same(op, (x, *rest), kwargs, layout=Layout())
 
 
 def _embedding_indices(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:
     indices = x.args[1]
     assert isinstance(indices, fx.Node)
-    if wanted.axis < len(shape_of(indices)):  # else columns of the table
+    if wanted.axis < len(shape_of(indices)):  # otherwise columns of the table are wanted
         yield {indices: wanted}
 
 

@@ -1,4 +1,4 @@
-"""Norms: statistics over the split dim are merged from every rank's moments (role `moments`); others are local."""
+"""Norms. Statistics over the split dim are merged from the moments of all ranks (role `moments`); others are local."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ aten = torch.ops.aten
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are computed in float32 at least."""
+    """The dtype of statistics: float32 at least."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def norm(function: Rule) -> Rule:
-    """Weights and other statistics are used whole; a whole value is normalized as it is."""
+    """Fetch weights and given statistics whole; apply `function` only if `x` is split."""
 
     def rule(p: Partitioner, op: Op, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
         args, kwargs = map_arg((args, kwargs), lambda w: p.whole(w, "realign", "weights of a norm are used whole"))
@@ -62,7 +62,7 @@ def group_norm(
 
 
 def moments(p: Partitioner, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, fx.Node]:
-    """Mean and biased variance over `dims` (kept, size 1), the split dim among them, in float32 at least."""
+    """Mean and biased variance over `dims`, which include the split dim and stay as size 1; float32 at least."""
     shape, layout = shape_of(x), layout_of(x)
     kept = tuple(1 if d in dims else s for d, s in enumerate(shape))
     dtype = wide(x.meta["dtype"])
@@ -111,7 +111,7 @@ def rms_norm(
 ) -> fx.Node:
     layout = layout_of(x)
     if layout.axis >= len(op.shape) - len(normalized):
-        raise SplitError("the normalized dims are split")
+        raise SplitError("a normalized dim is split")
     return p.same(op, (x, normalized, weight, eps), layout=layout)
 
 
@@ -128,8 +128,10 @@ def batch_norm(
     *rest: object,
 ) -> fx.Node:
     layout = layout_of(x)
-    if training or layout.dim == 1:
-        raise SplitError("batch statistics, or split channels")
+    if training:
+        raise SplitError("it computes batch statistics")
+    if layout.dim == 1:
+        raise SplitError("the channels are split")
     return p.same(op, (x, weight, bias, mean, variance, training, *rest), layout=layout)
 
 

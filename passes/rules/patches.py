@@ -1,4 +1,4 @@
-"""Patches of pictures as columns (`im2col`), their sum (`col2im`), and pictures sampled at the places of a grid."""
+"""Patches of images as columns (`im2col`), sums of overlapping patches (`col2im`), and sampling at grid positions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def im2col(
     """[B, C, H, W] -> [B, C * kernel, windows]."""
     layout, shape = layout_of(x), shape_of(x)
     if len(shape) != 4:
-        raise SplitError("without a batch")
+        raise SplitError("it has no batch dim")
     if layout.dim == 0:
         return p.same(op, (x, kernel, dilation, padding, stride), layout=layout)
     if layout.dim == 1:
@@ -51,14 +51,14 @@ def col2im(
     p: Partitioner, op: Op, x: fx.Node, size: list[int], kernel: list[int], dilation: list[int], padding: list[int],
     stride: list[int],
 ) -> fx.Node:  # fmt: skip
-    """[B, C * kernel, windows] -> [B, C, H, W], windows that overlap added: split along the rows of windows."""
+    """[B, C * kernel, windows] -> [B, C, H, W]: adds overlapping windows. Cuts run between rows of windows."""
     layout, shape = layout_of(x), shape_of(x)
     if len(shape) != 3:
-        raise SplitError("without a batch")
+        raise SplitError("it has no batch dim")
     if layout.dim == 0:
         return p.same(op, (x, size, kernel, dilation, padding, stride), layout=layout)
     if layout.dim == 1:
-        raise SplitError("the positions in a window are split")
+        raise SplitError("the channels are split")
     grid = tuple(_positions(size[j], kernel[j], dilation[j], padding[j], stride[j]) for j in range(2))
     if grid[0] < p.world or size[0] < p.world:
         x = p.whole(x, "small", "fewer rows of windows than ranks")
@@ -67,7 +67,7 @@ def col2im(
     if at is None or at.dim != 0:
         back = through(grid, Layout(0, even(grid[0], p.world)), (grid[0] * grid[1],))
         assert back is not None
-        x = p.lay(x, back.at(2), "realign", "windows are cut between their rows")
+        x = p.lay(x, back.at(2), "realign", "cuts run between rows of windows")
         at = Layout(0, even(grid[0], p.world))
     spread = (*shape[:2], *grid)
     x = p.emit(aten.reshape.default, (x, p.local(spread, at.at(2))), shape=spread, dtype=op.dtype, layout=at.at(2))
@@ -86,18 +86,18 @@ def col2im(
 
 
 def grid_sampler(p: Partitioner, op: Op, x: fx.Node, grid: fx.Node, *rest: Any) -> fx.Node:
-    """`x` [B, C, …] at the places of `grid` [B, …, dims]: any place may be asked for; the places are shared out."""
+    """`x` [B, C, …] sampled at `grid` [B, …, dims]. `x` is fetched whole, the positions are divided."""
     layout, at = layout_of(x), layout_of(grid)
     last = len(op.shape) - 1
     if 0 in (layout.dim, at.dim):
         layout = layout if layout.dim == 0 else at
         return p.same(op, (p.lay(x, layout), p.lay(grid, layout), *rest), layout=layout)
     if at.dim == last:
-        grid = p.whole(grid, "realign", "the coordinates of a place are used together")
+        grid = p.whole(grid, "realign", "the coordinates of a position are used together")
         at = layout_of(grid)
     if layout.dim == 1 and not at.split:
         return p.same(op, (x, grid, *rest), layout=layout)
-    x = p.whole(x, "realign", "any place may be sampled")
+    x = p.whole(x, "realign", "any position may be sampled")
     if not at.split and op.shape[2] >= p.world:
         at = Layout(1, even(op.shape[2], p.world))
         grid = p.take(grid, 1, at.rows)

@@ -1,6 +1,6 @@
-"""Pointwise operators, with broadcasting: operands are brought to one layout; whole ones are sliced for free.
+"""Pointwise operators with broadcasting: all operands get one layout. Slicing whole operands costs nothing.
 
-Only audited operators are listed: a pointwise *tag* is not enough (law 3).
+Only operators that were checked are listed: torch's pointwise *tag* is not enough (law 3).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def align(p: Partitioner, shape: tuple[int, ...], values: list[fx.Node]) -> tuple[Layout, list[fx.Node]]:
-    """Bring operands that broadcast to `shape` to one layout: the most even of those of its largest operands.
+    """Bring operands that broadcast to `shape` to one layout: the most even one among the largest operands.
 
     So a value that comes from few rows, unevenly shared, is cut again where it meets one of many rows.
     """
@@ -41,7 +41,7 @@ def align(p: Partitioner, shape: tuple[int, ...], values: list[fx.Node]) -> tupl
 
 
 def broadcast_to(p: Partitioner, x: fx.Node, layout: Layout, ndim: int) -> fx.Node:
-    """The part of `x` that broadcasts against a value of `ndim` dims laid out by `layout`."""
+    """The part of `x` that broadcasts against a value of `ndim` dims with `layout`."""
     dim = layout.axis - (ndim - len(shape_of(x)))
     if dim < 0 or shape_of(x)[dim] == 1:
         return p.whole(x, "realign", "broadcast along the split dim")
@@ -70,13 +70,13 @@ _NAMES = """
     sinc sinh softplus softshrink sqrt square sub subtract tan tanh threshold _to_copy true_divide trunc where
     xlogy __xor__ zeros_like
 """
-#: pointwise in some overloads only
+#: operators of which only this overload is pointwise
 OVERLOADS = (aten.max.other, aten.min.other)
 TABLE = {
     getattr(packet, overload): OpSpec(pointwise, row_wise=rows.pointwise)
     for packet in (getattr(aten, name) for name in _NAMES.split())
     for overload in packet.overloads()
-    if not mutates(getattr(packet, overload)) and getattr(packet, overload) is not aten.where.default  # that is nonzero
+    if not mutates(getattr(packet, overload)) and getattr(packet, overload) is not aten.where.default  # `nonzero`
 }
 TABLE |= dict.fromkeys(OVERLOADS, OpSpec(pointwise, row_wise=rows.pointwise)) | {
     aten.clone.default: OpSpec(pointwise, form=copies.clone, row_wise=rows.same),

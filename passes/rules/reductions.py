@@ -1,4 +1,4 @@
-"""Reductions: local, unless the split dim is reduced; then the partial results of the ranks are merged."""
+"""Reductions: local unless the split dim is reduced. Then the ranks' partial results are merged."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def _dims(dims: Any, ndim: int) -> list[int]:
 
 
 def _without(layout: Layout, dims: list[int], keepdim: bool) -> Layout:
-    """The layout once `dims` (not the split one) are reduced."""
+    """The layout after `dims`, none of which is split, are reduced."""
     return layout.at(layout.axis - (0 if keepdim else sum(d < layout.axis for d in dims)))
 
 
 def reduction(partial: ReduceOp | Literal["mean"]) -> Rule:
-    """A reduction with arguments (x, dims, keepdim, …), merged over ranks by `partial`."""
+    """A rule for a reduction of (x, dims, keepdim, …); `partial` merges the ranks' results."""
 
     def rule(p: Partitioner, op: Op, x: fx.Node, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> fx.Node:
         layout, shape = layout_of(x), shape_of(x)
@@ -41,14 +41,14 @@ def reduction(partial: ReduceOp | Literal["mean"]) -> Rule:
         if layout.axis not in inside:
             return p.same(op, (x, dims, keepdim), kwargs, layout=_without(layout, inside, keepdim))
         if partial == "mean":
-            dtype = op.dtype if op.dtype.is_complex else wide(op.dtype)  # a sum overflows where a mean does not
+            dtype = op.dtype if op.dtype.is_complex else wide(op.dtype)  # the sum may overflow where the mean does not
             count = prod(shape[d] for d in inside)
             part = p.emit(
                 aten.sum.dim_IntList, (p.owned(x), inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype
             )
             mean = p.emit(aten.div.Scalar, (p.reduce(part, may_be_stale=True), count), shape=op.shape, dtype=dtype)
             return p.emit(aten._to_copy.default, (mean,), {"dtype": op.dtype}, shape=op.shape, dtype=op.dtype)
-        # a rank may own nothing: of that there is a sum, but no maximum; maxima may count a row twice
+        # a row must be summed once; a maximum may count it twice, and is not defined where a rank owns no row
         x = p.owned(x) if partial in ("sum", "prod") else x
         dims = dims if isinstance(dims, int) else inside
         return p.reduce(p.same(op, (x, dims, keepdim), kwargs, layout=Layout()), partial, may_be_stale=True)
@@ -57,7 +57,7 @@ def reduction(partial: ReduceOp | Literal["mean"]) -> Rule:
 
 
 def truth(partial: str) -> Rule:
-    """`any` is the maximum of the ranks' partial results, `all` the minimum."""
+    """`any` merges the ranks' results by their maximum, `all` by their minimum."""
 
     def rule(p: Partitioner, op: Op, x: fx.Node, dims: Any = None, keepdim: bool = False) -> fx.Node:
         layout, inside = layout_of(x), _dims(dims, len(shape_of(x)))
@@ -69,7 +69,7 @@ def truth(partial: str) -> Rule:
 
 
 def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
-    """`x.sum()` and `x.mean()` over everything."""
+    """`x.sum()` and `x.mean()` over all elements."""
     reduce = aten.sum.dim_IntList if op.target is aten.sum.default else aten.mean.dim
     inner = Op(op.node, reduce)
     return reduction("sum" if op.target is aten.sum.default else "mean")(p, inner, x, None, False, **kwargs)
@@ -93,7 +93,7 @@ def variance(
             p.several(op, (x, dims), kwargs, [result, result]) if both else p.same(op, (x, dims), kwargs, layout=result)
         )
     if x.meta["dtype"].is_complex:
-        raise SplitError("moments of complex numbers")
+        raise SplitError("it is complex: moments are merged for real numbers only")
     mean, biased = moments(p, x, inside)
     count = 1
     for d in inside:
@@ -117,13 +117,13 @@ def variance(
 def vector_norm(
     p: Partitioner, op: Op, x: fx.Node, order: float = 2, dims: Any = None, keepdim: bool = False, **kwargs: Any
 ) -> fx.Node:
-    """The Euclidean norm over ranks is that of the ranks' norms."""
+    """The Euclidean norm of the ranks' norms. Other orders are local only."""
     layout, shape = layout_of(x), shape_of(x)
     inside = _dims(dims, len(shape))
     if layout.axis not in inside:
         return p.same(op, (x, order, dims, keepdim), kwargs, layout=_without(layout, inside, keepdim))
     if order != 2 or x.meta["dtype"].is_complex:
-        raise SplitError(f"a norm of order {order} over the split dim")
+        raise SplitError(f"it takes a norm of order {order} over the split dim")
     dtype = wide(op.dtype)
     part = p.emit(op.target, (p.owned(x), order, inside, keepdim), {"dtype": dtype}, shape=op.shape, dtype=dtype)
     total = p.reduce(p.emit(aten.square.default, (part,), shape=op.shape, dtype=dtype), may_be_stale=True)

@@ -1,4 +1,4 @@
-"""Interpolation and adaptive pooling: static linear maps along each dim, taken apart along the split one.
+"""Interpolation and adaptive pooling: a static linear map along each dim. The split dim is resampled first, by itself.
 
 What output row o sees, and with what weight, is read from the operator itself by applying it to an identity
 matrix. So nearest, linear, cubic, antialiased and area resampling are one rule.
@@ -43,7 +43,7 @@ def _only(values: Any, i: int, other: Any) -> Any:
 
 
 def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: Any) -> fx.Node:
-    """`rest` is (align_corners, scales…) for smooth kinds, (scales…) for nearest, nothing for adaptive pooling."""
+    """`rest` is (align_corners, scales…) for smooth modes, (scales…) for nearest, and empty for adaptive pooling."""
     layout = layout_of(x)
     spatial = len(output_size)
     i = layout.axis - (len(op.shape) - spatial)
@@ -55,7 +55,7 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
     if outputs < p.world:
         x = p.whole(x, "small", f"fewer rows than ranks along dim {dim}")
         return p.same(op, (x, output_size, *rest), layout=Layout())
-    wide = torch.float64 if op.dtype == torch.float64 else torch.float32  # as torch's kernels of half precision, too
+    wide = torch.float64 if op.dtype == torch.float64 else torch.float32  # so do torch's half-precision kernels
     weights = response(op.target, size, i, spatial, _hashable(one), wide)
     shape = (*shape_of(x)[:dim], outputs, *shape_of(x)[dim + 1 :])
     if (np.count_nonzero(weights, axis=1) == 1).all() and (weights.sum(axis=1) == 1).all():

@@ -1,4 +1,4 @@
-"""Slices, concatenation, padding and other movements along a dim: a remap of positions, without communication."""
+"""Slices, concatenation, padding, flips and rolls: they change positions along a dim. Most need no exchange."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def slice_(p: Partitioner, op: Op, x: fx.Node, dim: int, start: int, end: int, s
 
 
 def cut(p: Partitioner, x: fx.Node, dim: int, start: int, end: int, step: int = 1) -> fx.Node:
-    """The rows start … end of a split value."""
+    """Rows start:end:step of a split value."""
     layout = layout_of(x)
     if layout.dim != dim:
         shape = (*shape_of(x)[:dim], len(range(start, end, step)), *shape_of(x)[dim + 1 :])
@@ -40,7 +40,7 @@ def cut(p: Partitioner, x: fx.Node, dim: int, start: int, end: int, step: int = 
 
 
 def remap(p: Partitioner, x: fx.Node, dim: int, sources: np.ndarray) -> fx.Node:
-    """Row o of the result is row `sources[o]` of `x`; it lies where its source lies, so nothing travels."""
+    """Row o of the result is row `sources[o]` of `x`, on the same rank, so that nothing is exchanged."""
     layout = layout_of(x)
     rows, local = [], []
     for have in layout.rows:
@@ -58,7 +58,7 @@ def remap(p: Partitioner, x: fx.Node, dim: int, sources: np.ndarray) -> fx.Node:
 
 
 def _moved(p: Partitioner, x: fx.Node, dim: int, size: int, rows: list[Rows], target: Any, local: list[Any]) -> fx.Node:
-    """`target` picks the `local` rows of `x`; they are the ranks' `rows` of a dim of `size`."""
+    """Apply `target`, which picks `local` rows of `x`. They are the ranks' `rows` of the new dim, which has `size`."""
     shape = (*shape_of(x)[:dim], size, *shape_of(x)[dim + 1 :])
     layout = Layout(dim, tuple(rows))
     return p.settle(p.emit(target, (x, dim, per_rank(local)), shape=shape, dtype=x.meta["dtype"], layout=layout))
@@ -75,7 +75,7 @@ def flip(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:
 
 def roll(p: Partitioner, op: Op, x: fx.Node, shifts: list[int], dims: list[int] | None = None) -> fx.Node:
     if not dims:
-        raise SplitError("roll of the flattened tensor")
+        raise SplitError("it rolls the flattened tensor")
     layout = layout_of(x)
     others = []
     for shift, dim in zip(shifts, dims, strict=True):
@@ -105,7 +105,7 @@ def cat(p: Partitioner, op: Op, tensors: list[fx.Node], dim: int = 0) -> fx.Node
 
 
 def constant_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], value: float = 0) -> fx.Node:
-    """The ranks that hold the first and the last row add the rows of padding there."""
+    """Ranks that hold the first or the last row add the padding there."""
     layout, ndim = layout_of(x), len(op.shape)
     place = 2 * (ndim - 1 - layout.axis)
     if place >= len(pad) or pad[place] == pad[place + 1] == 0:
@@ -116,9 +116,9 @@ def constant_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], value: floa
 
 
 def _padded(layout: Layout, size: int, before: int, after: int) -> tuple[list[int], list[int], tuple[Rows, ...]]:
-    """The rows of padding that each rank adds before and after, and its rows of the padded value."""
+    """(rows that each rank adds before, rows that it adds after, its rows of the padded value)."""
     if before < 0 or after < 0:
-        raise SplitError(f"negative padding along the split dim {layout.dim}")
+        raise SplitError(f"its padding along the split dim {layout.dim} is negative")
     first = [before if 0 in r.array[:1] else 0 for r in layout.rows]
     last = [after if size - 1 in r.array[-1:] else 0 for r in layout.rows]
     rows = tuple(
@@ -129,7 +129,7 @@ def _padded(layout: Layout, size: int, before: int, after: int) -> tuple[list[in
 
 
 def mirrored_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], mode: str, value: float | None = None) -> fx.Node:
-    """Reflect, replicate or circular padding: rows of padding are copies of rows, which may be another rank's."""
+    """Reflect, replicate or circular padding: copies of rows, which are fetched if another rank holds them."""
     layout, ndim = layout_of(x), len(op.shape)
     dim, place = layout.axis, 2 * (ndim - 1 - layout.axis)
     rest = list(pad)
@@ -150,14 +150,14 @@ def mirrored_pad(p: Partitioner, op: Op, x: fx.Node, pad: list[int], mode: str, 
         x = p.emit(ops.select, (x, dim, per_rank(local)), shape=shape, dtype=op.dtype, layout=layout)
     if not any(rest):
         return x
-    # these modes pad as many dims as `pad` names, those of width zero included
+    # torch chooses the kernel by the length of `pad`, so zero widths stay in it
     return p.same(op, (x, rest, mode, value), layout=layout)
 
 
 def slice_scatter(p: Partitioner, op: Op, x: fx.Node, source: fx.Node, dim: int = 0, *span: int) -> fx.Node:
-    """Every step-th row along a dim that is not split; others are slices and a concatenation."""
+    """Replaces every step-th row of a dim that is not split. Normal form writes step 1 as slices and `cat`."""
     if dim in (layout_of(x).dim, layout_of(source).dim):
-        raise SplitError("scatters strided rows along the split dim")
+        raise SplitError("it replaces strided rows along the split dim")
     shape = tuple(1 if d == dim else s for d, s in enumerate(op.shape))
     layout, (x, source) = align(p, shape, [x, source])
     return p.same(op, (x, source, dim, *span), layout=layout)

@@ -1,9 +1,9 @@
-"""Views: a split dim goes through reshape, permute and expand wherever law 1 allows.
+"""Views: reshape, permute and expand keep a split dim split wherever law 1 allows it.
 
-A reshape is taken apart into minimal groups of dims with equal products. Within the group of the split dim, the
-rank's flat positions are enumerated over the input dims and unravelled on the output dims: the result is split
-along the one output dim whose set is not full. This covers frames x rows x columns flattened to tokens, heads,
-2x2 packing and unpacking, window attention.
+`groups` divides a reshape into minimal groups of dims with equal products. In the group of the split dim, the rank's
+flat positions are enumerated and unravelled on the output dims. The result is split along the one output dim of which
+the rank does not have all positions. This covers flattening frames x rows x columns to tokens, heads, 2x2 packing and
+unpacking, and window attention.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[range
 
 @lru_cache(maxsize=1 << 14)
 def unravel(source: tuple[int, ...], dim: int, rows: Rows, target: tuple[int, ...]) -> tuple[int, Rows] | None:
-    """Where `rows` of dim `dim` of a group `source` lie in the group `target`: (dim, rows), or None.
+    """The (dim, rows) in the group `target` of `rows` of dim `dim` in the group `source`, or None.
 
-    dim is -1 if the set is full in all dims.
+    The dim is -1 if all positions of all dims are there.
     """
     outer, inner = prod(source[:dim]), prod(source[dim + 1 :])
     block = rows.array[:, None] * inner + np.arange(inner)
@@ -72,7 +72,7 @@ def unravel(source: tuple[int, ...], dim: int, rows: Rows, target: tuple[int, ..
 
 
 def through(source: tuple[int, ...], layout: Layout, target: tuple[int, ...]) -> Layout | None:
-    """The layout after a reshape, or None where the parts are not split along one dim."""
+    """The layout after a reshape, or None if the ranks' parts are not split along one dim."""
     ins, outs = next(g for g in groups(source, target) if layout.axis in g[0])
     part, result = tuple(source[i] for i in ins), tuple(target[j] for j in outs)
     dim = layout.axis - ins.start
@@ -98,7 +98,7 @@ def reshape(p: Partitioner, op: Op, x: fx.Node, shape: list[int]) -> fx.Node:
 
 
 def _realign(p: Partitioner, x: fx.Node, target: tuple[int, ...]) -> tuple[fx.Node, Layout] | None:
-    """Move the cuts of `x` to where the reshape lets them through: even cuts of one of the output dims."""
+    """Move the cuts of `x` so that the result is split evenly along an output dim; None if no dim allows it."""
     source, layout = shape_of(x), layout_of(x)
     _, outs = next(g for g in groups(source, target) if layout.axis in g[0])
     for axis in sorted(outs, key=lambda j: -target[j]):
@@ -113,14 +113,14 @@ def _realign(p: Partitioner, x: fx.Node, target: tuple[int, ...]) -> tuple[fx.No
 
 
 def _regroup(p: Partitioner, op: Op, x: fx.Node) -> fx.Node:
-    """A reshape in which no cut goes through: [n, 2n] -> [2n, n] -> (without the first row) [n, 2n-1].
+    """A reshape that no cut goes through, because rows get another length: [2n-1, n] -> [n, 2n-1].
 
-    Where the split dim is the outermost of its group, an output row is an interval of the group's flat elements, and so
-    lies within a window of input rows. A rank fetches the windows of its output rows (role `halo`).
+    If the split dim is the outermost of its group, an output row is an interval of the group's flat elements, and lies
+    within a window of input rows. Each rank fetches the windows of its output rows (role `halo`).
     """
     source, layout = shape_of(x), layout_of(x)
     ins, outs = next(g for g in groups(source, op.shape) if layout.axis in g[0])
-    dim = next(j for j in outs if op.shape[j] > 1)
+    dim = next((j for j in outs if op.shape[j] > 1), outs.start)
     if prod(source[ins.start : layout.axis]) > 1 or op.shape[dim] < p.world:
         raise SplitError(f"{list(source)} -> {list(op.shape)} mixes the split dim {layout.dim} with others")
     before, after = prod(source[layout.axis + 1 : ins.stop]), prod(op.shape[dim + 1 : outs.stop])  #: elements in a row
@@ -129,7 +129,7 @@ def _regroup(p: Partitioner, op: Op, x: fx.Node) -> fx.Node:
     rows = p.spread(rows, op.shape[dim], contiguous=True)
     assert rows is not None
     want = tuple(Rows.interval(r.start * after // before, -(-r.stop * after // before)) for r in rows)
-    x = p.fetch(x, layout.axis, want, "halo")
+    x = p.fetch(x, layout.axis, want, "halo", may_be_stale=True)
     skipped = per_rank([r.start * after - w.start * before for r, w in zip(rows, p.rows(x, layout.axis), strict=True)])
     result = Layout(dim, rows)
     args = (x, ins.start, ins.stop, skipped, p.local(op.shape, result))
@@ -148,7 +148,7 @@ def expand(p: Partitioner, op: Op, x: fx.Node, shape: list[int]) -> fx.Node:
 
 
 def last_dim_pair(p: Partitioner, op: Op, x: fx.Node) -> fx.Node:
-    """`view_as_complex` and `view_as_real`: the last dim is consumed or made."""
+    """`view_as_complex` and `view_as_real`: they remove or add the last dim."""
     layout = layout_of(x)
     if op.target is aten.view_as_complex.default and layout.axis == len(shape_of(x)) - 1:
         raise SplitError("the (real, imaginary) dim is split")

@@ -1,7 +1,7 @@
-"""Operators whose output row sees a window of input rows: convolutions and pooling, in one to three dims.
+"""Operators whose output rows each read a window of input rows: convolutions and pooling, in one to three dims.
 
-Each output row belongs to the rank that holds the centre of its window; the rows of the windows which the rank
-lacks are fetched (role `halo`), the zero padding at the border of the picture in the same copy::
+The rank that holds the centre of a window computes its output row. It fetches the rows that it lacks (role `halo`);
+zero padding at the border of the image is part of the same copy::
 
     own rows           . . . a b c d . . .
     windows reach    . . p a b c d q . . .        fetch(p, q), then convolve without padding along this dim
@@ -31,7 +31,7 @@ Shape = Sequence[int]
 
 @dataclass(frozen=True)
 class Window:
-    """Along one dim: output row o sees input rows o*stride - padding + dilation*(0 … size-1)."""
+    """Along one dim: output row o reads input rows o*stride - padding + dilation*(0 … size-1)."""
 
     size: int
     stride: int
@@ -46,7 +46,7 @@ class Window:
         return np.arange(outputs) * self.stride - self.padding + (self.size - 1) * self.dilation // 2
 
     def reach(self, rows: Rows) -> tuple[int, int]:
-        """The input rows [lo, hi) that output rows [start, stop) see; outside the input it is padding."""
+        """The input rows [lo, hi) that the output `rows` read. Rows outside the input are padding."""
         lo = rows.start * self.stride - self.padding
         return lo, (rows.stop - 1) * self.stride - self.padding + (self.size - 1) * self.dilation + 1
 
@@ -62,16 +62,16 @@ class Transposed(Window):
         span = (self.size - 1) * self.dilation
         lo = -((span - rows.start - self.padding) // self.stride)
         hi = (rows.stop - 1 + self.padding) // self.stride + 1
-        # kernels shorter than the stride leave gaps, which the rows on both sides span
+        # a kernel shorter than the stride leaves gaps between rows: include the rows on both sides
         return min(lo, (rows.start + self.padding) // self.stride), hi + (span < self.stride - 1)
 
 
 def halo(
     p: Partitioner, x: fx.Node, window: Window, outputs: int, fill: float = 0.0
 ) -> tuple[fx.Node, tuple[Rows, ...], tuple[int, ...]] | None:
-    """Fetch what each rank's windows see: (x with halo, output rows of each rank, where its first row stands).
+    """Fetch what each rank's windows read: (x with halo, output rows of each rank, position of its first input row).
 
-    None where there are fewer output rows than ranks.
+    None if there are fewer output rows than ranks.
     """
     layout = layout_of(x)
     dim = layout.axis
@@ -84,7 +84,7 @@ def halo(
     reach = [window.reach(r) for r in rows]
     want = tuple(Rows.interval(max(lo, 0), min(hi, size)) for lo, hi in reach)
     if not all(w.runs for w in want):
-        raise SplitError("a rank's windows would see nothing but padding")
+        raise SplitError("the windows of one rank would read nothing but padding")
     x = p.fetch(
         x,
         dim,
@@ -149,7 +149,7 @@ def convolution(
     )
     if not transposed:
         return p.same(op, args, layout=Layout(dim, rows))
-    # the local result also has rows that other ranks' rows add to: keep those of this rank
+    # keep the rows of this rank: others lack what the input rows of other ranks add
     offsets = [lo * window.stride - window.padding for lo in first]
     kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
     return p.emit(ops.rows_of, (op.target, dim, kept, *args), shape=op.shape, dtype=op.dtype, layout=Layout(dim, rows))
@@ -200,7 +200,7 @@ def avg_pool(
     if i >= 0 and divisor_override is None:
         left = (shape_of(x)[layout_of(x).axis] + 2 * paddings[i] - sizes[i]) % strides[i]
         if (ceil_mode and left) or (paddings[i] and not count_include_pad):
-            raise SplitError("windows of different size at the border are averaged")
+            raise SplitError("it averages windows of different sizes at the border")
     rest = (divisor_override,) if spatial > 1 else ()
     return _pool(
         p, op, x, sizes, strides, paddings, [1] * spatial, 0.0,

@@ -1,6 +1,6 @@
-"""Writes at positions that are values: scatter, index_add, index_put. What is written comes to all; rows stay apart.
+"""Writes at computed positions: scatter, index_add, index_put. The target is split, indices and sources are whole.
 
-Each rank writes into its own rows; what is for others goes to a scratch row (`ops.write_rows`).
+Each rank writes into its own rows; a scratch row absorbs writes to other ranks' rows (`ops.write_rows`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANY = "any row may be written"
 
 
 def own_rows(p: Partitioner, x: fx.Node, dim: int) -> fx.Node:
-    """`x` split along `dim`: as it is, or evenly."""
+    """`x` split along `dim`: as it is if it is split there, else evenly."""
     if layout_of(x).dim == dim:
         return x
     if shape_of(x)[dim] < p.world:
@@ -32,7 +32,7 @@ def own_rows(p: Partitioner, x: fx.Node, dim: int) -> fx.Node:
 
 
 def write(aligned: bool) -> Rule:
-    """Operators of (x, dim, index, source, …); `aligned`: the index has all dims of the source, else one."""
+    """Operators of (x, dim, index, source, …). `aligned`: the index has all dims of the source, not only one."""
 
     def rule(
         p: Partitioner, op: Op, x: fx.Node, dim: int, index: fx.Node, source: Any, *rest: Any, **kwargs: Any
@@ -47,7 +47,7 @@ def write(aligned: bool) -> Rule:
             index = p.lay(index, layout) if aligned else p.whole(index, "realign", ANY)
             return p.same(op, (x, dim, index, source, *rest), kwargs, layout=layout)
         if together and layout_of(x).split:
-            x = p.whole(x, "realign", ANY)  # the index is for the first rows only
+            x = p.whole(x, "realign", ANY)  # the index covers the first rows only
         x, index = own_rows(p, x, dim), p.whole(index, "realign", ANY)
         source = p.whole(source, "realign", ANY) if isinstance(source, fx.Node) else source
         layout = layout_of(x)
@@ -63,7 +63,7 @@ def index_put(
     used = [d for d, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     if any(i.meta["dtype"] == torch.bool for i in given):
-        raise SplitError("a boolean index")
+        raise SplitError("its index is boolean")
     indices = [p.whole(i, "realign", ANY) if i is not None else None for i in indices]
     layout = layout_of(x)
     if layout.split and layout.dim not in used:
@@ -76,7 +76,7 @@ def index_put(
         return p.same(op, (x, indices, values, accumulate), layout=layout)
     values = p.whole(values, "realign", ANY)
     dim = layout.dim if layout.split else next((d for d in used if op.shape[d] >= p.world), None)
-    if dim is None:  # a value of few rows: every rank writes all
+    if dim is None:  # too few rows to split: every rank writes all
         return p.same(op, (x, indices, values, accumulate), layout=layout)
     x = own_rows(p, x, dim)
     layout = layout_of(x)
