@@ -200,7 +200,8 @@ class Engine:
             )
         entry = Entry(program, plan, loaded, table, clock)
         entries.append(entry)
-        self._structure = Structure(self.model)
+        changes = [change for each in self._all() for change in each.captured.changes]
+        self._structure = Structure(self.model, [*changes, *program.changes])
         return entry
 
     def _all(self) -> list[Entry]:

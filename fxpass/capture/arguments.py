@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from types import CellType
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..ir.program import Change, Given, Program
 from .call import PLAIN, Call, copied, flatten_output, is_open, state_of
 from .errors import CaptureError
+from .reach import table_of, tensors_in
+from .survivors import mark_left_behind
 
 _GONE = object()
 
@@ -67,8 +70,9 @@ class Arguments:
     def flatten(self, output: Any, entries: list[dict[Any, Any]]) -> tuple[list[Any], pytree.TreeSpec]:
         """Outputs and entries; what of them the caller has given is a `Given`."""
         flatten_output((output, entries))  # registers what is in them
-        leaves, spec = pytree.tree_flatten((output, entries), is_leaf=lambda value: id(value) in self._owned)
-        return [self._owned.get(id(leaf), leaf) for leaf in leaves], spec
+        owned = self._owned  # pytree keeps the function below alive for a while; it must hold no tensors
+        leaves, spec = pytree.tree_flatten((output, entries), is_leaf=lambda value: id(value) in owned)
+        return [owned.get(id(leaf), leaf) for leaf in leaves], spec
 
 
 def check_memory(program: Program, model: nn.Module, call: Call) -> None:
@@ -89,7 +93,7 @@ def check_memory(program: Program, model: nn.Module, call: Call) -> None:
                 )
     holders = [id(value) for _, value in _places(call.arguments)]
     for change in program.changes:
-        if holders.count(id(_find(call.arguments, change.place))) > 1:
+        if change.held is None and holders.count(id(_find(call.arguments, change.place))) > 1:
             raise CaptureError(
                 f"the model writes to {'.'.join(map(str, change.place))}, which was given to it twice; give it a copy"
             )
@@ -105,7 +109,10 @@ def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
     for tensor, value in zip(written, supply, strict=True):
         tensor.copy_(value)
     for change, new in zip(program.changes, entries, strict=True):
-        _apply(_table(_find(call.arguments, change.place)), change.removed, new)
+        held = change.held is not None
+        _apply(table_of(change.held.value()) if held else _table(_find(call.arguments, change.place)), change, new)
+        if held:
+            mark_left_behind(tensors_in(new))
     return output
 
 
@@ -134,12 +141,14 @@ def _leaf(leaf: Any, supply: Iterator[Tensor], call: Call) -> Any:
     return _find(call.arguments, leaf.place) if isinstance(leaf, Given) else copied(leaf)
 
 
-def _apply(table: Any, removed: tuple[Any, ...], new: dict[Any, Any]) -> None:
-    for key in reversed(removed):
+def _apply(table: Any, change: Change, new: dict[Any, Any]) -> None:
+    for key in reversed(change.removed):
         del table[key]
     for key, item in new.items():
-        if isinstance(table, list) and key == len(table):
+        if isinstance(table, list) and key >= min(len(table), len(table) if change.grows is None else change.grows):
             table.append(item)
+        elif type(table) is CellType:
+            table.cell_contents = item
         else:
             table[key] = item
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,17 @@ from .call import Call
 from .compare import alike, check_values
 from .concrete import Reader, memory_of
 from .errors import CaptureError, raised_line
+from .executed import Executed
 from .functional import functionalize
 from .functions import Functions
 from .guards import version
-from .model import Changes, check_model, kept_as_it_is, names_of, restored_on_error
+from .left import State, outputs_of
+from .model import check_model, names_of, unchanged_on_error
+from .reads import Reads
 from .recorder import Recorder
 from .routing import Routing
 from .rows import resolve
+from .survivors import refuse_survivors, release_survivors
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
@@ -51,21 +55,32 @@ def capture_call(model: nn.Module, call: Call) -> Program:
     check_model(model)
     fake_mode = detect_fake_mode([*model.parameters(), *model.buffers(), *call.tensors])
     is_fake = any(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *call.tensors))
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _autocast_cache_off(), restored_on_error(model):
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        _autocast_cache_off(),
+        unchanged_on_error(model) as (state, writes),
+    ):
         lift = bool(call.numbers)
         if not is_fake:
-            expected, lift = _warm_up(model, call)
+            with Executed(state.begins), writes:
+                expected, lift = _warm_up(model, call, state)
+        state.save()
         warm = time.perf_counter()
         mode = fake_mode if is_fake and fake_mode is not None else FakeTensorMode()
+        recording = _Recording(model, call, mode, state, is_fake)
         try:
-            program = _trace(model, call, mode, lift, is_fake)
+            program = _trace(recording, lift)
         except CaptureError:
             if not lift:
                 raise
-            program = _trace(model, call, mode, False, is_fake)
+            program = _trace(recording, False)
         recorded = time.perf_counter()
         if not is_fake:
             check_values(program, model, call, expected)
+            state.shorten(program)
+        constants = [program.constants[name] for name in program.versions if name not in program.attributes]
+        program.reads = Reads(state, call.functions(), constants, program.changes)
     program.seconds |= {
         "warm up": warm - started,
         "capture": recorded - warm,
@@ -74,12 +89,19 @@ def capture_call(model: nn.Module, call: Call) -> Program:
     return program
 
 
-def _warm_up(model: nn.Module, call: Call) -> tuple[list[Any], bool]:
+def _warm_up(model: nn.Module, call: Call, state: State) -> tuple[list[Any], bool]:
     """What the model returns, run eagerly; whether it takes tensors for its number arguments, whatever the numbers."""
 
     def run(tensors: Sequence[Any]) -> list[Any]:
         tensors = [own(each) if isinstance(each, Tensor) else each for each in tensors]
-        return results_of(lambda copies: call.run(model, copies), call, tensors)
+        state.save()
+        try:
+            results = results_of(lambda copies: call.run(model, copies), call, tensors)
+        except Exception:
+            state.undo()  # what a run that failed half-way has changed, and would have changed back
+            raise
+        state.settle()
+        return results
 
     def alike(tensors: Sequence[Any], expected: list[Any]) -> bool:
         try:
@@ -106,12 +128,23 @@ def _warm_up(model: nn.Module, call: Call) -> tuple[list[Any], bool]:
     return first, alike(tensors, expected)
 
 
+@dataclass(frozen=True)
+class _Recording:
+    """What every recorded run of a call is given."""
+
+    model: nn.Module
+    call: Call
+    fake_mode: FakeTensorMode
+    state: State
+    is_fake: bool
+
+
 @collection_paused()
-def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, is_fake: bool) -> Program:
-    program, routing, routed = _record(model, call, fake_mode, lift, is_fake)
+def _trace(recording: _Recording, lift: bool) -> Program:
+    program, routing, routed = _record(recording, lift)
     for empty in (0, 1) if routing.questions else ():
         expected = routed(empty)
-        found, _, _ = _record(model, call, fake_mode, lift, is_fake, empty)
+        found, _, _ = _record(recording, lift, empty)
         if not alike(found, expected):
             raise CaptureError(
                 f"the model asks at {routing.questions[empty]} whether an activation selects any rows, and does "
@@ -121,48 +154,32 @@ def _trace(model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, 
 
 
 def _record(
-    model: nn.Module, call: Call, fake_mode: FakeTensorMode, lift: bool, is_fake: bool, empty: int | None = None
-) -> tuple[Program, Routing, Callable[[int], Program]]:
+    recording: _Recording, lift: bool, empty: int | None = None
+) -> tuple[Program, Routing, Callable[[int | None], Program]]:
     """A recorded run, what it asked, and its program where of every second question the answer is "none"."""
-    names = names_of(model)
-    recorder = Recorder(fake_mode, names)
+    model, call = recording.model, recording.call
+    recorder = Recorder(recording.fake_mode, names_of(model))
     reader = Reader(recorder)
     recorder.read = reader
     recorder.routing = routing = Routing(recorder, reader, empty)
-    fakes = [recorder.add_input(tensor, path) for tensor, path in zip(call.tensors, call.paths, strict=True)]
-    inputs = [recorder.node(fake) for fake in fakes]
-    device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
-    copies = call.rebuild(fakes if lift else call.with_numbers(fakes))
-    arguments = Arguments(call, copies)
-    with ExitStack() as stack:
-        changes = stack.enter_context(kept_as_it_is(model))
-        stack.enter_context(_compiling())
-        stack.enter_context(_module_paths(model, recorder))
-        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
-        stack.enter_context(Functions(recorder, reader, routing, device))
-        stack.enter_context(recorder)
-        try:
-            output = call.run(model, copies)
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(
-                f"the model cannot be captured: {type(error).__name__} at {raised_line(error)}: {error}"
-            ) from error
+    inputs, output, copies, arguments, changes = _run(recording, recorder, reader, routing, lift)
+    left = outputs_of(changes, recorder, reader, not recording.is_fake)
+    del changes
     noted, entries = arguments.changes()
+    noted, entries = noted + [change for change, _ in left], entries + [new for _, new in left]
     leaves, spec = arguments.flatten(output, entries)
     memory = {m for write in recorder.writes for m in memory_of(write.meta["val"])}
     written = [i for i, n in enumerate(inputs) if i not in call.numbers and memory & set(memory_of(n.meta["val"]))]
     results = [recorder.node(recorder.fake(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
     results += [inputs[i] for i in written]
+    out_leaves = tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    del output, copies, arguments, left, entries, leaves
+    refuse_survivors(recorder)
     guards = list(reader.guards)
     if not lift:
         guards += [_number_guard(str(inputs[i].target), call.paths[i], call.tensors[i]) for i in call.numbers]
-    if not is_fake:
-        _refuse_carried(recorder, changes)
     routing.check()
     functional, results = functionalize(recorder, results)
-    out_leaves = tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     names_of_inputs = [str(n.target) for n in inputs]
 
     def routed(empty: int | None) -> Program:
@@ -171,6 +188,35 @@ def _record(
         return replace(program, written=tuple(written), changes=tuple(noted))
 
     return routed(None), routing, routed
+
+
+def _run(recording: _Recording, recorder: Recorder, reader: Reader, routing: Routing, lift: bool) -> Any:
+    """The nodes of the inputs; what the model returned; its arguments; what it did to Python state, undone by now."""
+    model, call, state = recording.model, recording.call, recording.state
+    fakes = [recorder.add_input(tensor, path) for tensor, path in zip(call.tensors, call.paths, strict=True)]
+    inputs = [recorder.node(fake) for fake in fakes]
+    device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
+    copies = call.rebuild(fakes if lift else call.with_numbers(fakes))
+    arguments = Arguments(call, copies)
+    with ExitStack() as stack:
+        stack.enter_context(_compiling())
+        stack.enter_context(_module_paths(model, recorder))
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        stack.enter_context(Functions(recorder, reader, routing, device))
+        stack.enter_context(recorder)
+        if recording.is_fake:
+            stack.enter_context(Executed(state.begins))
+        try:
+            output = call.run(model, copies)
+        except Exception as error:
+            state.undo()
+            release_survivors(recorder)
+            if isinstance(error, CaptureError):
+                raise
+            raise CaptureError(
+                f"the model cannot be captured: {type(error).__name__} at {raised_line(error)}: {error}"
+            ) from error
+    return inputs, output, copies, arguments, state.undo()
 
 
 def _program(
@@ -210,7 +256,7 @@ def _program(
         if origin.kind in ("constant", "fresh")
     }
     attributes = {name: origin.name for name, origin in kept.items() if origin.kind == "constant" and origin.name}
-    versions = {name: version(constants[name]) for name in attributes}
+    versions = {name: version(constants[name]) for name, origin in kept.items() if origin.kind == "constant"}
     return Program(
         graph, weights, constants, tuple(inputs), call.paths, spec, leaves,
         guards=guards, attributes=attributes, versions=versions,
@@ -222,25 +268,6 @@ def _number_guard(placeholder: str, path: str, value: Tensor) -> Guard:
     graph = fx.Graph()
     graph.output(graph.call_function(torch.ops.aten._local_scalar_dense.default, (graph.placeholder(placeholder),)))
     return Guard(path, value.item(), "the call: the model does not take a tensor there", graph)
-
-
-def _refuse_carried(recorder: Recorder, changes: Changes) -> None:
-    """An attribute that was read and then assigned anew carries a value from one call to the next.
-
-    So does a number that the recorded run changed, though the warm-up had just run the same call.
-    """
-    if changes.counted:
-        raise CaptureError(
-            f"the model counts from call to call: {', '.join(changes.counted)}; pass the number in as an argument"
-        )
-    if changes.grown:
-        raise CaptureError(f"the model keeps values from call to call in {', '.join(changes.grown)}")
-    read = {id(origin.real): node for node, origin in recorder.origins.items() if origin.real is not None}
-    for place, old, new in changes.replaced:
-        node = read.get(id(old))
-        # a move to the device where it is already changes nothing
-        if node is not None and (new is None or recorder.node(new) is not node):
-            raise CaptureError(f"the model changes its own state while it runs: {place} is read, then replaced")
 
 
 @contextmanager

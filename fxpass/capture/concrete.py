@@ -45,15 +45,26 @@ class Reader:
             self._add(_guard(", ".join(sources), value, self._recorder, graph, origins, shape_only))
         return result
 
+    def value(self, node: fx.Node) -> Any:
+        """The real value of `node` in this call, without a guard; None if weights or values that are fake decide it."""
+        needed = self._needed(node)
+        origins = {n: self._recorder.origins[n] for n in needed if n.op == "placeholder"}
+        if any(origin.kind == "weight" or origin.real is None for origin in origins.values()):
+            return None
+        graph = self._graph(needed, node)
+        reals = {str(n.target): origin.real for n, origin in origins.items()}
+        return run_nodes(graph.nodes, {n: reals[str(n.target)] for n in graph.find_nodes(op="placeholder")})
+
     def is_activation(self, node: fx.Node) -> bool:
         """Whether the value of `node` mixes inputs and weights."""
-        kinds = {self._recorder.origins[n].kind for n in self._needed(node) if n.op == "placeholder"}
-        return {"input", "weight"} <= kinds
+        return {"input", "weight"} <= self._kinds(node)
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether the value of `node` is computed without inputs and weights."""
-        kinds = {self._recorder.origins[n].kind for n in self._needed(node) if n.op == "placeholder"}
-        return kinds <= {"constant", "fresh"}
+        return self._kinds(node) <= {"constant", "fresh"}
+
+    def _kinds(self, node: fx.Node) -> set[str]:
+        return {self._recorder.origins[n].kind for n in self._needed(node) if n.op == "placeholder"}
 
     def _add(self, guard: Guard) -> None:
         """Every block of a model may ask the same question."""

@@ -34,9 +34,9 @@ class Functions(TorchFunctionMode):
         if self._has_autocast:
             active = torch.is_autocast_enabled(self._device)
             self._recorder.autocast = (self._device, torch.get_autocast_dtype(self._device)) if active else None
-        if func is Tensor.data.__get__:
+        if func == Tensor.data.__get__:  # a new object at each look-up
             return args[0].detach()  # shares memory, so that what is written there is seen
-        if func is Tensor.data.__set__:
+        if func == Tensor.data.__set__:
             raise CaptureError(f"the model assigns to .data at {model_line()}; use copy_ or a new tensor")
         if func in _SHAPES and (shape := self._routing.shape(args[0])) is not None:
             return _size(func, shape, *args[1:], **(kwargs or {}))

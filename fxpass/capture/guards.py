@@ -40,12 +40,15 @@ def broken_guard(program: Program, model: nn.Module, tensors: Sequence[Tensor]) 
 
 
 def outdated(program: Program, model: nn.Module) -> bool:
-    """Whether a plain tensor attribute was replaced or changed in place since capture: the program is of no use."""
-    for placeholder, name in program.attributes.items():
-        value = lookup(model, name)
-        if value is not program.constants[placeholder] or version(value) != program.versions[placeholder]:
-            return True
-    return False
+    """Whether Python state that the program has baked in changed since capture: the program is of no use.
+
+    That is a tensor attribute that was replaced, a constant that was written to, another global or closure.
+    """
+    if any(lookup(model, name) is not program.constants[place] for place, name in program.attributes.items()):
+        return True
+    if any(version(program.constants[place]) != seen for place, seen in program.versions.items()):
+        return True
+    return program.reads is not None and program.reads.changed()
 
 
 def version(tensor: Tensor) -> int:

@@ -4,32 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain, zip_longest
-from logging import Logger
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from .errors import CaptureError
+from .forms import mutates
+from .left import OF_EVERY_MODULE, State
+from .reach import module_places, walk
+
+#: classes of hooks that replace weights while the model runs -> what switched them on
+_MOVES_WEIGHTS = {
+    "AlignDevicesHook": "offloading (device_map, enable_sequential_cpu_offload or cpu_offload)",
+    "CpuOffload": "offloading of whole models (enable_model_cpu_offload)",
+    "GroupOffloadingHook": "group offloading (enable_group_offload)",
+    "LazyPrefetchGroupOffloadingHook": "group offloading (enable_group_offload)",
+    "LayerwiseCastingHook": "layerwise casting (enable_layerwise_casting)",
+}
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises `CaptureError` if the weights are not plain tensors on one device."""
+    """Raises `CaptureError` if the weights are not plain tensors on one device, or a hook would move them."""
+    for place, module in module_places(model):
+        for name, value in vars(module).items():
+            for where, inside in walk(place.then(name), value, set(), 5) if name not in OF_EVERY_MODULE else ():
+                kind = type(inside).__name__
+                if kind in _MOVES_WEIGHTS and getattr(inside, "offload", True):
+                    raise CaptureError(
+                        f"{_MOVES_WEIGHTS[kind]} moves the weights of {place.name or 'the model'} while it runs (a "
+                        f"{kind} at {where.name}), but every rank keeps its weights in place; load the model without "
+                        "it, on one device and in one dtype, or remove the hook, before the first call"
+                    )
     devices: dict[torch.device, str] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if not is_lazy(tensor) and tensor.ndim:
             devices.setdefault(tensor.device, name)
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise CaptureError(
-            f"the model's weights are on several devices ({where}); move it to one, without offloading hooks"
-        )
+        raise CaptureError(f"the model's weights are on several devices ({where}); move them to one")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if not is_lazy(tensor) and tensor.is_meta and not isinstance(tensor, FakeTensor):
+            raise CaptureError(f"{name} is on the meta device and has no values; load the weights first")
 
 
 def names_of(model: nn.Module) -> dict[int, tuple[str, str]]:
@@ -62,107 +84,58 @@ def parts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give buffers back their values if capture fails: the eager warm-up of a model with state has changed them."""
-    saved = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not is_lazy(buffer)
-    ]
+def unchanged_on_error(model: nn.Module) -> Iterator[tuple[State, Writes]]:
+    """If capture fails, put everything back as it was before: Python state, and tensors with their values.
+
+    `Writes` must be active where the model itself runs.
+    """
+    state = State(model)
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
+    tensors += [tensor for tensor in state.tensors() if not isinstance(tensor, nn.Parameter) and not is_lazy(tensor)]
+    data = [(tensor, tensor.data) for tensor in tensors if type(tensor) is not FakeTensor]
+    writes = Writes(tensors)
     try:
-        yield
-    except Exception:
-        for module, name, buffer, value in saved:
-            if not isinstance(buffer, FakeTensor):
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        yield state, writes
+    except BaseException:
+        state.reset()
+        for tensor, before in data:
+            if (tensor.device, tensor.dtype) != (before.device, before.dtype) or tensor.data_ptr() != before.data_ptr():
+                tensor.data = before
+        writes.undo()
         raise
 
 
-@dataclass
-class Changes:
-    """What a recorded run did to what the model holds, before it was undone."""
+class Writes(TorchDispatchMode):
+    """Copies each of `tensors` before an operator writes to it for the first time."""
 
-    #: (place, a tensor that stood there, what stands there instead)
-    replaced: list[tuple[str, Tensor, Tensor | None]] = field(default_factory=list)
-    grown: list[str] = field(default_factory=list)  #: places that took up tensors of the run, and had none before
-    counted: list[str] = field(default_factory=list)  #: numbers that the same call changes each time
+    supports_higher_order_operators = True
 
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self._held: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            for _, part in parts(tensor):
+                if not is_traceable_wrapper_subclass(part) and not isinstance(part, FakeTensor):
+                    self._held.setdefault(part.untyped_storage()._cdata, []).append(part)
+        self._copies: list[tuple[Tensor, Tensor]] = []
 
-@contextmanager
-def kept_as_it_is(model: nn.Module) -> Iterator[Changes]:
-    """Undo what the recorded run assigns (its tensors are fake) to modules, and to containers and objects that they
-    hold, however deep; the changes are known afterwards."""
-    before: list[tuple[str, Any, Any]] = []  # (place, a dict or list, its contents)
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        prefix = path + "." if path else ""
-        before += [(prefix, table, dict(table)) for table in (vars(module), module._parameters, module._buffers)]
-        for name, value in vars(module).items():
-            if name not in _OF_EVERY_MODULE:
-                before += _holders(prefix + name, value, seen)
-    changes = Changes()
-    try:
-        yield changes
-    finally:
-        for place, now, saved in before:
-            _undo(place, now, saved, changes)
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(op, OpOverload) and mutates(op):
+            named = zip(op._schema.arguments, args, strict=False)
+            written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
+            written += [kwargs[a.name] for a in op._schema.arguments if a.is_out and a.name in kwargs]
+            self._copy(written)
+        elif isinstance(op, OpOverload) and "batch_norm" in op.name():  # writes to statistics, whatever its schema says
+            self._copy([args, kwargs])
+        return op(*args, **kwargs)
 
+    def _copy(self, written: Any) -> None:
+        for tensor in pytree.tree_leaves(written):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):
+                held = self._held.pop(tensor.untyped_storage()._cdata, ())
+                self._copies += [(each, each.detach().clone()) for each in held]
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-#: what holds no state of a model
-_OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, Logger)
-
-
-def _holders(place: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any, Any]]:
-    """The dicts, lists and states of objects in `value`, each with a copy of its contents."""
-    if id(value) in seen or isinstance(value, _OPAQUE):
-        return
-    seen.add(id(value))
-    if isinstance(value, (dict, list)):
-        yield place, value, value.copy()
-    elif (state := getattr(value, "__dict__", None)) is not None and type(state) is dict:
-        yield place + ".", state, state.copy()
-    for key, inner in _items(value):
-        yield from _holders(f"{place}.{key}", inner, seen)
-
-
-def _items(value: Any) -> list[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        return list(value.items())
-    if isinstance(value, (list, tuple)):
-        return list(enumerate(value))
-    state = getattr(value, "__dict__", None)
-    return list(state.items()) if type(state) is dict and not isinstance(value, _OPAQUE) else []
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """All tensors in `value`."""
-    if isinstance(value, Tensor):
-        yield value
-    elif id(value) not in seen:
-        seen.add(id(value))
-        for _, inner in _items(value):
-            yield from _tensors(inner, seen)
-
-
-def _undo(place: str, now: Any, saved: Any, changes: Changes) -> None:
-    new, old = dict(_items(now)), dict(_items(saved))
-    if new.keys() == old.keys() and all(new[key] is value for key, value in old.items()):
-        return
-    dot = "" if not place or place.endswith(".") else "."
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, after = old.get(key), new.get(key)
-        if before is after:
-            continue
-        name = f"{place}{dot}{key}"
-        had, has = list(_tensors(before, set())), list(_tensors(after, set()))
-        changes.replaced += [(name, old, new) for old, new in zip_longest(had, has[: len(had)])]
-        if not had and any(isinstance(tensor, FakeTensor) for tensor in has):
-            changes.grown.append(name)
-        if isinstance(before, (int, float)) and isinstance(after, (int, float)) and before != after:
-            changes.counted.append(f"{name} ({before} before, {after} after)")
-    now.clear()
-    now.update(saved) if isinstance(saved, dict) else now.extend(saved)
+    def undo(self) -> None:
+        for tensor, copy in self._copies:
+            tensor.detach().copy_(copy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from ..ir.nodes import append
 from . import flex, forms
 from .errors import CaptureError, model_line
 from .fakes import Form, form_of
+from .survivors import is_left_behind
 
 aten = torch.ops.aten
 
@@ -92,6 +94,11 @@ class Recorder(TorchDispatchMode):
         if id(tensor) in self._fakes:
             return self._fakes[id(tensor)]
         kind, name = self._names.get(id(tensor), ("fresh" if fresh else "constant", ""))
+        if kind != "weight" and is_left_behind(tensor):
+            raise CaptureError(
+                f"the model reads {name or 'a tensor'} at {self.current_line()}, which an earlier call left behind; "
+                "pass it from call to call as an argument, or switch off what keeps it"
+            )
         _refuse_subclass(tensor, name or "a tensor")
         if tensor.is_meta and not isinstance(tensor, FakeTensor):
             raise CaptureError(f"{name or 'a tensor'} is on the meta device (offloaded?); load the weights first")
@@ -121,6 +128,24 @@ class Recorder(TorchDispatchMode):
         elif isinstance(result, Tensor):
             self.register(result, node)
         return node
+
+    def holds(self) -> Iterator[Any]:
+        """Every reference that the recorder itself has to a recorded value; a value comes as often as it is held."""
+        yield from self._kept
+        yield from self._fakes.values()
+        lists: set[int] = set()
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if not isinstance(value, (list, tuple)):
+                yield value
+            elif id(value) not in lists:
+                lists.add(id(value))
+                yield from value
+
+    def containers(self) -> set[int]:
+        """The ids of everything through which the recorder holds values."""
+        metas = [node.meta for node in self.graph.nodes]
+        return {id(each) for each in (self._kept, self._fakes, *metas, *(meta.get("val") for meta in metas))}
 
     def current_line(self) -> str:
         return self.line or model_line()

@@ -52,7 +52,8 @@ class Program:
     guards: tuple[Guard, ...] = ()  #: values that inputs must have for this program to be theirs
     seconds: dict[str, float] = field(default_factory=dict)  #: time spent per stage
     attributes: dict[str, str] = field(default_factory=dict)  #: constant -> the plain attribute of the model that it is
-    versions: dict[str, int] = field(default_factory=dict)  #: of each of them, how often it had been changed in place
+    versions: dict[str, int] = field(default_factory=dict)  #: constant -> how often it had been changed in place
+    reads: Any = None  #: the Python state beside the model that is baked in: `capture.reads.Reads`
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)
@@ -70,10 +71,13 @@ class Given:
 
 @dataclass(frozen=True)
 class Change:
-    """The model changes a dict, list or object that it is given."""
+    """Each call changes a dict, list or object: one of the arguments, or Python state that the call leaves behind."""
 
-    place: tuple[Any, ...]  #: the keys that lead there
+    place: tuple[Any, ...]  #: of an argument: the keys that lead to it
     removed: tuple[Any, ...]  #: keys
+    held: Any = None  #: of Python state: `capture.reach.Place`
+    keys: tuple[Any, ...] = ()  #: of Python state: which entries each call puts there
+    grows: int | None = None  #: of a list among Python state: entries with keys from here on are appended
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Which of the user's functions a run executes: their globals and closures are state that the forward reads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+#: files whose functions read nothing that a user changes
+_LIBRARIES = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(__file__) + os.sep,
+    "<frozen",
+    "<string>",
+)
+_STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
+_SITE = os.sep + "site-packages" + os.sep
+
+
+def is_library(code: CodeType) -> bool:
+    """Whether a function is torch's, Python's own or this package's."""
+    file = code.co_filename
+    return file.startswith(_LIBRARIES) or (file.startswith(_STANDARD) and _SITE not in file)
+
+
+class Executed:
+    """Notes the functions that are called while it is active, in this thread, the libraries' own left out.
+
+    `begins(frame)` is called when one of them begins for the first time, before it has done anything.
+    """
+
+    def __init__(self, begins: Callable[[FrameType], None]) -> None:
+        self._known: set[CodeType] = set()
+        self._begins = begins
+
+    def __enter__(self) -> Executed:
+        self._active = sys.getprofile() is None
+        if self._active:
+            sys.setprofile(self._note)
+        else:
+            log.debug("a profiler is active, so the globals and closures that the model reads are not watched")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._active:
+            sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event != "call":
+            return
+        code = frame.f_code
+        if code not in self._known:
+            self._known.add(code)
+            if not is_library(code):
+                self._begins(frame)

@@ -1,0 +1,311 @@
+"""What a forward call leaves behind in Python state: attributes, lists and dicts that outlive the call.
+
+The recorded run must leave nothing: `State` remembers every table (dict, list, cell) that the forward can reach, reads
+off what the run put there, and undoes it. Tensors that were put there become outputs of the program; a `Change` with a
+`Place` says where each call puts them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from types import CellType, CodeType, FrameType, FunctionType
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..ir.program import Change, Program
+from .concrete import Reader
+from .errors import CaptureError
+from .reach import OPAQUE, Place, classes_of, entries, module_places, table_of, tensors_in, walk
+from .recorder import Recorder
+
+#: attributes that every module has and that no forward writes to; hooks are not among them
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
+
+
+@dataclass
+class _Saved:
+    place: Place
+    table: Any
+    names: tuple[str, ...] | None  #: the only keys that count; None: all
+    first: dict[Any, Any]  #: the contents before anything ran
+    before: dict[Any, Any]  #: the contents before the recorded run
+
+    def now(self) -> dict[Any, Any]:
+        return _chosen(self.table, self.names)
+
+    def put_back(self, contents: dict[Any, Any]) -> None:
+        now = self.now()
+        if now.keys() == contents.keys() and all(now[key] is value for key, value in contents.items()):
+            return
+        if self.names is not None:
+            for name in self.names:
+                self.table.pop(name, None)
+            self.table.update(contents)
+        elif type(self.table) is CellType:
+            self.table.cell_contents = contents.get("cell_contents")
+        else:
+            self.table.clear()
+            self.table.update(contents) if isinstance(self.table, dict) else self.table.extend(contents.values())
+
+
+def _chosen(table: Any, names: tuple[str, ...] | None) -> dict[Any, Any]:
+    return entries(table) if names is None else {name: table[name] for name in names if name in table}
+
+
+@dataclass(frozen=True)
+class Put:
+    """The recorded run put tensors, alone or in containers, into a table."""
+
+    place: Place
+    key: Any
+    before: Any  #: what stood there
+    after: Any
+    table: list[Any] | None  #: if the table is a list: what was in it before
+    grown: int  #: by how many entries that list grew
+
+
+@dataclass
+class Changes:
+    """What a recorded run did to Python state, before it was undone."""
+
+    #: (place, a tensor that stood there, what stands there instead)
+    replaced: list[tuple[str, Tensor, Any]] = field(default_factory=list)
+    put: list[Put] = field(default_factory=list)
+    counted: list[str] = field(default_factory=list)  #: numbers that the same call changes each time
+
+
+class State:
+    """The tables that the forward of `model` can write to, with their contents.
+
+    They are found by walking over the modules' attributes and hooks, and into closures, bound methods and partials.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.closures: set[CodeType] = set()  #: of those that ran, the ones whose closure can change
+        self._tables: dict[Any, _Saved] = {}
+        self.functions: list[FunctionType] = []  #: those that were found
+        self.codes: dict[CodeType, dict[str, Any]] = {}  #: of the user's functions that ran -> the globals of each
+        self._seen: set[int] = set()
+        self.save()
+
+    def save(self) -> None:
+        """Remember the contents as they are now, of the tables known so far and of those that the model has by now."""
+        for saved in self._tables.values():
+            saved.before = saved.now()
+        self._seen = set()
+        for place, module in module_places(self._model):
+            for table in (vars(module), module._parameters, module._buffers, module._modules):
+                self._add(Place(place.name, table), table)
+            for name, value in vars(module).items():
+                if name not in OF_EVERY_MODULE:
+                    self.add(place.then(name), value)
+        for kind in classes_of(self._model):
+            for name, value in vars(kind).items():
+                self.add(Place(f"{kind.__qualname__}.{name}", value), value, 3)
+
+    def add(self, place: Place, value: Any, depth: int = 8) -> None:
+        """Also watch everything that `value` leads to."""
+        for where, inside in walk(place, value, self._seen, depth):
+            if isinstance(inside, FunctionType):
+                self.functions.append(inside)
+            table = table_of(inside)
+            if table is not None:
+                self._add(where, table)
+
+    def begins(self, frame: FrameType) -> None:
+        """Also watch the globals and closure that a function names, which is about to run."""
+        code, table = frame.f_code, frame.f_globals
+        self.codes[code] = table
+        names = tuple(name for name in code.co_names if name in table)
+        self.add_names(Place(str(table.get("__name__")), table), table, names)
+        if code.co_freevars:
+            seen = {name: frame.f_locals[name] for name in code.co_freevars if name in frame.f_locals}
+            for name, value in seen.items():
+                self.add(Place(f"the variable {name} of {code.co_qualname}", (value,), (0,)), value)
+            if not all(isinstance(value, (*OPAQUE, FunctionType)) for value in seen.values()):
+                self.closures.add(code)
+
+    def add_names(self, place: Place, table: dict[str, Any], names: tuple[str, ...]) -> None:
+        """Also watch these names of a module's globals, and what they lead to."""
+        self._add(place, table, names)
+        for name in names:
+            if name in table:
+                self.add(Place(f"{place.name}.{name}", table, (name,)), table[name], 3)
+
+    def _add(self, place: Place, table: Any, names: tuple[str, ...] | None = None) -> None:
+        key = id(table) if names is None else (id(table), names)
+        if key not in self._tables:
+            contents = _chosen(table, names)
+            self._tables[key] = _Saved(place, table, names, contents, contents)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that a table holds."""
+        return [each for saved in self._tables.values() for each in saved.now().values() if isinstance(each, Tensor)]
+
+    def places(self, tensors: Sequence[Tensor]) -> list[tuple[Place, Tensor]]:
+        """Where those of `tensors` are that a table holds."""
+        wanted = {id(tensor): tensor for tensor in tensors}
+        return [
+            (saved.place if type(saved.table) is CellType else saved.place.then(key), wanted[id(value)])
+            for saved in self._tables.values()
+            for key, value in saved.now().items()
+            if id(value) in wanted
+        ]
+
+    def undo(self) -> Changes:
+        """Put back what was remembered last; what had changed until now."""
+        changes = Changes()
+        for saved in self._tables.values():
+            _compare(saved, saved.now(), changes)
+        for saved in self._tables.values():
+            saved.put_back(saved.before)
+        return changes
+
+    def settle(self) -> None:
+        """Put back numbers that a run changed and changed back, but for rounding or the type (`x * scale / scale`)."""
+        for saved in self._tables.values():
+            for key, value in saved.now().items():
+                first, number = saved.first.get(key), _number(value)
+                if number is None or value is first or not is_number(first) or type(saved.table) is CellType:
+                    continue
+                if same_number(first, number):
+                    saved.table[key] = first
+
+    def reset(self) -> None:
+        """Put back what there was before anything ran."""
+        for saved in self._tables.values():
+            saved.put_back(saved.first)
+
+    def shorten(self, program: Program) -> None:
+        """Take from lists that grow with each call of `program` what the runs before capture added."""
+        for change in program.changes:
+            if change.held is not None and change.grows is not None:
+                table = table_of(change.held.value())
+                saved = self._tables.get(id(table))
+                if saved is not None and len(saved.first) < len(table):
+                    del table[len(saved.first) :]
+
+
+def _compare(saved: _Saved, new: dict[Any, Any], changes: Changes) -> None:
+    table = list(saved.before.values()) if isinstance(saved.table, list) else None
+    grown = max(0, len(new) - len(saved.before))
+    for key in [*saved.before, *(key for key in new if key not in saved.before)]:
+        before, after = saved.before.get(key), new.get(key)
+        if before is after:
+            continue
+        name = saved.place.name if type(saved.table) is CellType else saved.place.then(key).name
+        had, has = list(tensors_in(before)), list(tensors_in(after))
+        changes.replaced += [(name, old, now) for old, now in zip_longest(had, has[: len(had)])]
+        if any(isinstance(tensor, FakeTensor) for tensor in has):
+            changes.put.append(Put(saved.place, key, before, after, table, grown))
+        if is_number(before) and is_number(after) and not same_number(before, after):
+            changes.counted.append(f"{name} ({before} before, {after} after)")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def same_number(one: float, other: float) -> bool:
+    """Whether two numbers are equal to rounding: `x * s / s` is off by a unit in the last place."""
+    return one == other or (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-14))
+
+
+def _number(value: Any) -> float | None:
+    """The number that a number or a 0-dim tensor is."""
+    if isinstance(value, Tensor):
+        single = value.ndim == 0 and not value.is_complex() and not isinstance(value, FakeTensor) and not value.is_meta
+        return value.item() if single else None
+    return value if is_number(value) else None
+
+
+def outputs_of(changes: Changes, recorder: Recorder, reader: Reader, ran: bool) -> list[tuple[Change, dict[Any, Any]]]:
+    """The tensors that each call puts into Python state, as changes with their new entries.
+
+    Args:
+        ran: whether the model ran the same call before the recorded run. (Fake models do not.)
+
+    Raises `CaptureError` if the model carries values from call to call: if it reads what the call before put there, or
+    puts something there in some calls only.
+    """
+    read = {id(origin.real): node for node, origin in recorder.origins.items() if origin.real is not None}
+    if ran:
+        _refuse_carried(changes, recorder, read)
+    found: dict[Place, dict[Any, Any]] = {}
+    lengths: dict[Place, int | None] = {}
+    for put in changes.put:
+        fixed = all(map(reader.is_constant, _nodes(put, recorder)))
+        if fixed or _moved(put, recorder, read) or _put_back(put, recorder, reader):
+            continue  # each call puts the same there
+        if ran and not _every_call_does(put, read):
+            raise CaptureError(
+                f"the model keeps values from call to call in {put.place.then(put.key).name}; return them instead"
+            )
+        found.setdefault(put.place, {})[put.key] = put.after
+        lengths[put.place] = None if put.table is None else len(put.table)
+    return [(Change((), (), place, tuple(new), lengths[place]), new) for place, new in found.items()]
+
+
+def _refuse_carried(changes: Changes, recorder: Recorder, read: dict[int, fx.Node]) -> None:
+    """A tensor that was read and then replaced carries a value from one call to the next; so does a number."""
+    if changes.counted:
+        raise CaptureError(
+            f"the model counts from call to call: {', '.join(changes.counted)}; pass the number in as an argument"
+        )
+    for place, old, new in changes.replaced:
+        node = read.get(id(old))
+        # a move to the device where it is already changes nothing
+        if node is not None and (new is None or recorder.node(new) is not node):
+            raise CaptureError(f"the model changes its own state while it runs: {place} is read, then replaced")
+        if new is None:
+            raise CaptureError(f"the model keeps values in {place} in some calls only; keep one in each, or in none")
+
+
+def _nodes(put: Put, recorder: Recorder) -> list[fx.Node]:
+    return [recorder.node(tensor) for tensor in tensors_in(put.after) if isinstance(tensor, FakeTensor)]
+
+
+def _moved(put: Put, recorder: Recorder, read: dict[int, fx.Node]) -> bool:
+    """Whether all tensors are those that stood there before, moved to the device where they are already."""
+    had, has = list(tensors_in(put.before)), list(tensors_in(put.after))
+    return len(had) == len(has) and all(
+        old is new or recorder.find(new) is read.get(id(old), 0) for old, new in zip(had, has, strict=True)
+    )
+
+
+def _put_back(put: Put, recorder: Recorder, reader: Reader) -> bool:
+    """Whether a number was changed by an argument, and changed back: the same to rounding stands there again."""
+    if not is_number(put.before) or not isinstance(put.after, Tensor) or put.after.ndim:
+        return False
+    value = reader.value(recorder.node(put.after))
+    return value is not None and same_number(float(put.before), float(value))
+
+
+def _every_call_does(put: Put, read: dict[int, fx.Node]) -> bool:
+    """Whether the run before the recorded one, of the same call, put the like there, and nothing reads it."""
+    before = put.before
+    if put.table is not None:
+        if any(id(each) in read for each in put.table):
+            return False
+        if put.key >= len(put.table):
+            before = put.table[put.key - put.grown] if put.key >= put.grown else None
+    had, has = ([(t.shape, t.dtype) for t in tensors_in(value)] for value in (before, put.after))
+    return had == has
+
+
+def left_by(program: Program) -> list[Tensor]:
+    """The tensors that the latest call left where each call of `program` puts some."""
+    found: list[Tensor] = []
+    for change in program.changes:
+        if change.held is not None:
+            now = entries(table_of(change.held.value()))
+            grown = [key for key in change.keys if change.grows is not None and key >= change.grows]
+            for key in change.keys:
+                found += tensors_in(now[len(now) - len(grown) + grown.index(key)] if key in grown else now[key])
+    return found

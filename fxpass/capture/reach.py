@@ -1,0 +1,114 @@
+"""The Python state that a value leads to: containers, attributes, closures, defaults, bound methods, partials."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from logging import Logger
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+#: These hold no state that a forward call changes, or hold it where nothing can look.
+OPAQUE = (Tensor, type, ModuleType, BuiltinFunctionType, Logger)
+
+
+def table_of(value: Any) -> Any:
+    """The dict, list or cell through which `value` can be written to; None if there is none."""
+    if isinstance(value, (dict, list)) or type(value) is CellType:
+        return value
+    if isinstance(value, (*OPAQUE, FunctionType, MethodType)):
+        return None
+    state = getattr(value, "__dict__", None)
+    return state if type(state) is dict else None
+
+
+def entries(table: Any) -> dict[Any, Any]:
+    """What a table holds now, by key."""
+    if type(table) is CellType:
+        try:
+            return {"cell_contents": table.cell_contents}
+        except ValueError:  # empty
+            return {}
+    return dict(table) if isinstance(table, dict) else dict(enumerate(table))
+
+
+def inner(value: Any) -> dict[Any, Any]:
+    """The values one level inside `value`, by name, index or key. Modules are opaque: their owner walks over them."""
+    if isinstance(value, (*OPAQUE, nn.Module)):
+        return {}
+    if isinstance(value, FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        return {**dict(cells), "__defaults__": value.__defaults__, "__kwdefaults__": value.__kwdefaults__}
+    if isinstance(value, MethodType):
+        return {"__self__": value.__self__, "__func__": value.__func__}
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, tuple):
+        return dict(enumerate(value))
+    table = table_of(value)
+    return {} if table is None else entries(table)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a table is: the keys that lead to it from a table that stays the same object."""
+
+    name: str  #: for messages: "mid.processor.bank", "closure of hook at file.py:3: seen"
+    root: Any
+    keys: tuple[Any, ...] = ()
+
+    def then(self, key: Any) -> Place:
+        return Place(f"{self.name}{'.' if self.name else ''}{key}", self.root, (*self.keys, key))
+
+    def value(self) -> Any:
+        """Raises `KeyError` if nothing is there any more."""
+        value = self.root
+        for key in self.keys:
+            value = inner(value)[key]
+        return value
+
+
+def module_places(model: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
+    """Each module of `model` with the place of its attributes."""
+    for path, module in model.named_modules():
+        yield Place(path, vars(module)), module
+
+
+def classes_of(model: nn.Module) -> list[type]:
+    """The classes of a model's modules, but for torch's own: their attributes are the modules' too."""
+    kinds = dict.fromkeys(base for kind in {type(m): None for m in model.modules()} for base in kind.__mro__)
+    return [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+
+
+def walk(place: Place, value: Any, seen: set[int], depth: int = 8) -> Iterator[tuple[Place, Any]]:
+    """`value` and everything in it that is not opaque, each once, with its place."""
+    if depth < 0 or id(value) in seen or isinstance(value, (*OPAQUE, nn.Module, *_PLAIN)):
+        return
+    seen.add(id(value))
+    yield place, value
+    for key, item in inner(value).items():
+        if type(item) is CellType:
+            code = value.__code__
+            name = f"the variable {key} of {code.co_qualname} ({code.co_filename}:{code.co_firstlineno})"
+            yield from walk(Place(name, item), item, seen, depth - 1)
+        elif type(value) is CellType:
+            yield from walk(Place(place.name, value, (key,)), item, seen, depth - 1)
+        else:
+            yield from walk(place.then(key), item, seen, depth - 1)
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors in `value`."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for item in inner(value).values():
+            yield from tensors_in(item, seen)
+
+
+_PLAIN = (int, float, complex, str, bytes, type(None))

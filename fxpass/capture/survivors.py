@@ -1,0 +1,145 @@
+"""Values that outlive a recorded run, and tensors that an earlier call left behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterable
+from sys import getrefcount
+from types import CellType, FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
+_left_behind: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def mark_left_behind(tensors: Iterable[Tensor]) -> None:
+    """Remember that a call of a program put these into Python state: no program may take them as constants."""
+    for tensor in tensors:
+        _left_behind[id(tensor)] = tensor
+
+
+def is_left_behind(tensor: Tensor) -> bool:
+    return _left_behind.get(id(tensor)) is tensor
+
+
+def refuse_survivors(recorder: Recorder) -> None:
+    """Raises `CaptureError` if anyone but the recorder still holds a recorded value; they hold it no longer then."""
+    kept = _survivors(list(recorder.holds()))
+    if not kept:
+        return
+    gc.collect()
+    kept = _survivors(list(recorder.holds()))  # what only garbage held is not kept
+    holders = release_survivors(recorder, kept)
+    for tensor in kept:
+        if id(tensor) in holders:
+            node = recorder.node(tensor)
+            raise CaptureError(
+                f"a tensor from {node.meta['trace'] or node.target} outlives the call in {holders[id(tensor)]}; "
+                "return it, or keep it in an attribute, a list or a dict of a module, where each call can put it anew"
+            )
+
+
+def _survivors(held: list[Any]) -> list[Tensor]:
+    """The fake tensors among `held` to which there are more references than those in `held`."""
+    known = Counter(map(id, held))
+    values = {id(value): value for value in held if isinstance(value, FakeTensor)}
+    del held[:]
+    values[0] = torch.empty(0, device="meta")  # that nobody else holds
+    counts = {key: getrefcount(value) - known[key] - _held_by_views(value) for key, value in values.items()}
+    none = counts.pop(0)
+    return [values[key] for key, count in counts.items() if count > none]
+
+
+def release_survivors(recorder: Recorder, kept: list[Tensor] | None = None) -> dict[int, str]:
+    """Take recorded values out of every list, dict, set and cell that holds them; by the id of a value, who did."""
+    kept = _survivors(list(recorder.holds())) if kept is None else kept
+    own = recorder.containers() | {id(kept), id(locals())}
+    found: dict[int, str] = {}
+    for value in kept:
+        _release(value, own, found, id(value), 3)
+    return found
+
+
+def _release(value: Any, own: set[int], found: dict[int, str], key: int, depth: int) -> None:
+    for holder in gc.get_referrers(value):
+        if id(holder) in own or isinstance(holder, (FrameType, ModuleType)):
+            continue
+        if isinstance(holder, (list, deque, dict, set)) or type(holder) is CellType:
+            found.setdefault(key, _describe(holder, value, own))
+            _remove(holder, value)
+        elif depth:
+            found.setdefault(key, f"a {type(holder).__name__}")
+            _release(holder, own | {id(holder)}, found, key, depth - 1)
+
+
+def _remove(holder: Any, value: Any) -> None:
+    if isinstance(holder, (list, deque)):
+        for place in reversed(range(len(holder))):
+            if holder[place] is value:
+                del holder[place]
+    elif isinstance(holder, dict):
+        for key in list(holder):
+            if holder[key] is value:
+                del holder[key]
+    elif isinstance(holder, set):
+        holder.discard(value)
+    else:
+        holder.cell_contents = None
+
+
+def _describe(holder: Any, value: Any, own: set[int]) -> str:
+    if type(holder) is CellType:
+        return f"a variable of {_owner(holder, own)}"
+    if isinstance(holder, dict):
+        for key in holder:
+            if holder[key] is value:
+                return f"{_owner(holder, own)}, as {key!r}"
+    return f"{_owner(holder, own)} (a {type(holder).__name__})"
+
+
+def _owner(holder: Any, own: set[int], depth: int = 3) -> str:
+    """Who holds a container: a module's globals, an object's attribute, a function's closure."""
+    if isinstance(holder, dict) and "__name__" in holder and "__builtins__" in holder:
+        return f"the globals of {holder['__name__']}"
+    for other in gc.get_referrers(holder):
+        if id(other) in own or isinstance(other, FrameType):
+            continue
+        if getattr(other, "__dict__", None) is holder:
+            return f"a {type(other).__name__}"
+        if isinstance(other, dict):
+            names = [k for k, v in other.items() if v is holder]
+            if names and ("__builtins__" in other or isinstance(names[0], str)):
+                where = f" of {other['__name__']}" if "__builtins__" in other else ""
+                return f"{names[0]}{where}"
+        if type(other) is CellType and depth:
+            return f"a variable of {_owner(other, own, depth - 1)}"
+        if isinstance(other, tuple):  # of cells
+            function = next((f for f in gc.get_referrers(other) if getattr(f, "__closure__", None) is other), None)
+            if function is not None:
+                return f"{function.__qualname__} ({function.__code__.co_filename}:{function.__code__.co_firstlineno})"
+    return f"a {type(holder).__name__}"
+
+
+def _held_by_views(tensor: Tensor) -> int:
+    """How many references to a Python tensor stand for views of it; they are 0 or 1, and always 0 in older torches."""
+    return _COUNTED if _COUNTED and tensor._use_count() > 1 else 0  # type: ignore[attr-defined]
+
+
+def _counted() -> int:
+    base = torch.empty(2, device="meta")
+    before = getrefcount(base)
+    view = base[:1]
+    return getrefcount(base) - before if view is not None else 0
+
+
+_COUNTED = _counted()

@@ -1,0 +1,127 @@
+"""A refused capture changes nothing: every tensor of the model is the object, and holds the values, that it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from diffusers.hooks import apply_layerwise_casting
+from torch import Tensor, nn
+
+import fxpass
+from fxpass.capture import CaptureError, capture
+from tests.capture.test_soundness import REFUSED, Block
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a module holds, in whatever way, by name."""
+    for path, module in model.named_modules():
+        waiting = [(f"{path}.{name}", value) for name, value in vars(module).items()]
+        while waiting:
+            name, value = waiting.pop()
+            if isinstance(value, Tensor):
+                yield name, value
+            elif isinstance(value, dict):
+                waiting += [(f"{name}.{key}", item) for key, item in value.items()]
+            elif isinstance(value, (list, tuple)):
+                waiting += [(f"{name}.{i}", item) for i, item in enumerate(value)]
+
+
+def refused(model: nn.Module, *args: Any, run: Callable[..., Any] = capture, **kwargs: Any) -> str:
+    """The message; raises `AssertionError` if a tensor of the model is another one, elsewhere, or of other values."""
+    before = {name: (tensor, tensor.device, tensor.dtype, tensor.clone()) for name, tensor in tensors(model)}
+    with pytest.raises(CaptureError) as caught:
+        run(model, *args, **kwargs)
+    after = dict(tensors(model))
+    assert after.keys() == before.keys()
+    for name, (tensor, device, dtype, value) in before.items():
+        assert after[name] is tensor, name
+        assert (tensor.device, tensor.dtype) == (device, dtype), name
+        assert torch.equal(tensor, value), name
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("body", [body for body, _ in REFUSED.values()], ids=REFUSED)
+def test_a_refused_model_is_left_as_it_was(body: Any) -> None:
+    refused(Block(body), torch.randn(4, 6))
+
+
+def weights_in_place(m: Block, x: Tensor) -> Tensor:
+    m.linear.weight.mul_(2)
+    return m.linear(x)
+
+
+def weights_by_data(m: Block, x: Tensor) -> Tensor:
+    m.linear.weight.data[0] = 5
+    return m.linear(x)
+
+
+def replaced_weights(m: Block, x: Tensor) -> Tensor:
+    m.linear.weight = nn.Parameter(m.linear.weight * 2)
+    return m.linear(x)
+
+
+def moved_weights(m: Block, x: Tensor) -> Tensor:
+    m.linear.bias.data = m.linear.bias.data.to(torch.float64).float() + 1
+    return m.linear(x)
+
+
+def attributes(m: Block, x: Tensor) -> Tensor:
+    m.plain.add_(1)
+    m.kept.append(x)
+    m.table = m.table * 2
+    return x + m.plain + m.kept[0]
+
+
+@pytest.mark.parametrize("body", [weights_in_place, weights_by_data, replaced_weights, moved_weights, attributes])
+def test_weights_and_attributes_that_the_forward_changed_are_put_back(body: Any) -> None:
+    refused(Block(body), torch.randn(4, 6))
+
+
+def unet() -> tuple[nn.Module, tuple[Any, ...]]:
+    model = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return model.eval(), (torch.randn(1, 3, 8, 8), 1)
+
+
+def offload_groups(model: Any) -> None:
+    model.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize(
+    ("switch", "words"),
+    [
+        (offload_groups, "group offloading"),
+        (lambda model: cpu_offload_with_hook(model, torch.device("cpu")), "offloading of whole models"),
+        (lambda model: apply_layerwise_casting(model, torch.bfloat16, torch.float32), "layerwise casting"),
+    ],
+    ids=["groups", "model", "casting"],
+)
+def test_hooks_that_move_weights_are_refused_before_anything_runs(switch: Any, words: str, called: bool) -> None:
+    model, args = unet()
+    switch(model)
+    if called:
+        with torch.no_grad():
+            model(*args)
+
+    def run(model: Any, *args: Any) -> None:
+        module: Any = fxpass.parallelize(model, 2, executor="lockstep")
+        module(*args)
+
+    text = refused(model, *args, run=run)
+    assert words in text
+    assert "remove the hook" in text
+
+
+def test_weights_on_the_meta_device_are_refused_by_name() -> None:
+    with pytest.raises(CaptureError, match=r"0\.weight is on the meta device"):
+        capture(nn.Sequential(nn.Linear(2, 2, device="meta")), torch.ones(1, 2))
