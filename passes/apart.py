@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from ..capture.forms import is_composite, mutates
+from ..capture.kinds import is_composite, mutates
 from ..ir.operators import spec_of
 from ..ir.program import calls
 from .builder import Builder

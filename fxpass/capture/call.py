@@ -81,7 +81,6 @@ class Call:
             args.extend(value) if isinstance(value, tuple) and name == self._positional[-1] else args.append(value)
         return model(*args, **named)
 
-<<<<<<< HEAD
     def refuse_gradients(self) -> None:
         """Raises `RuntimeError` if a tensor requires a gradient: no output will carry one."""
         path = next((path for path, tensor in zip(self.paths, self.tensors, strict=True) if tensor.requires_grad), None)
@@ -90,11 +89,10 @@ class Call:
                 f"the input {path!r} requires a gradient, but a parallel module is for inference: its outputs carry no "
                 "gradients; call it under torch.no_grad(), pass a detached tensor (.detach()), or use .unwrapped"
             )
-=======
+
     def functions(self) -> list[Any]:
         """Functions, bound methods and partials among the arguments."""
         return [leaf for leaf in self._leaves if isinstance(leaf, (FunctionType, MethodType, functools.partial))]
->>>>>>> 15817fe (Put what a forward leaves behind where it put it, watch globals and closures, and leave refused models as they were)
 
     def with_numbers(self, tensors: Sequence[Any]) -> list[Any]:
         """`tensors` with the caller's own numbers in their places."""

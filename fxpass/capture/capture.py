@@ -23,9 +23,8 @@ from .compare import alike, check_values
 from .concrete import Reader, memory_of
 from .errors import CaptureError, raised_line
 from .executed import Executed
-from .functional import functionalize
-from .functions import Functions
 from .guards import version
+from .intercepts import Intercepts
 from .left import State, outputs_of
 from .model import check_model, names_of, unchanged_on_error
 from .reads import Reads
@@ -33,6 +32,7 @@ from .recorder import Recorder
 from .routing import Routing
 from .rows import resolve
 from .survivors import refuse_survivors, release_survivors
+from .writes import functionalize
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
@@ -202,7 +202,7 @@ def _run(recording: _Recording, recorder: Recorder, reader: Reader, routing: Rou
         stack.enter_context(_compiling())
         stack.enter_context(_module_paths(model, recorder))
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
-        stack.enter_context(Functions(recorder, reader, routing, device))
+        stack.enter_context(Intercepts(recorder, reader, routing, device))
         stack.enter_context(recorder)
         if recording.is_fake:
             stack.enter_context(Executed(state.begins))

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from .errors import CaptureError
-from .forms import mutates
+from .kinds import mutates
 from .left import OF_EVERY_MODULE, State
 from .reach import module_places, walk
 

@@ -1,7 +1,7 @@
 """The recorder: the model's own Python runs once on fake tensors, and every ATen operator becomes a node.
 
-Autograd is switched off below the model, so that composite operators arrive whole (`forms` says which stay so). Views
-and in-place writes are recorded as they are; `functional` rewrites the writes afterwards. Where the model asks for a
+Autograd is switched off below the model, so that composite operators arrive whole (`kinds` says which stay so). Views
+and in-place writes are recorded as they are; `writes` rewrites the writes afterwards. Where the model asks for a
 *value* (`.item()`, `if x.any()`, a mask as an index), `concrete` computes it from the real inputs and guards it.
 """
 
@@ -27,7 +27,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from ..ir.nodes import append
-from . import flex, forms
+from . import flex, kinds
 from .errors import CaptureError, model_line
 from .fakes import Form, form_of
 from .survivors import is_left_behind
@@ -56,7 +56,7 @@ class Recorder(TorchDispatchMode):
         self.graph = fx.Graph()
         self.origins: dict[fx.Node, Origin] = {}
         self.writes: list[fx.Node] = []  #: in-place operators
-        self.autocast: tuple[str, torch.dtype] | None = None  #: kept up to date by `functions`
+        self.autocast: tuple[str, torch.dtype] | None = None  #: kept up to date by `intercepts`
         self.path = ""  #: of the module that runs
         self.line: str | None = None  #: overrides the line that is running
         self._names = names
@@ -186,19 +186,19 @@ class Recorder(TorchDispatchMode):
                 return flex.attention(*args, **(kwargs or {}))
         if not isinstance(op, OpOverload):
             raise CaptureError(f"the higher-order operator {op} at {self.current_line()} cannot be captured")
-        if forms.is_metadata(op):
+        if kinds.is_metadata(op):
             return op(*args, **(kwargs or {}))
         if any(map(is_traceable_wrapper_subclass_type, types)):  # its own class knows what the operator does
-            return self._apart(op, args, kwargs or {}) if forms.is_composite(op) else NotImplemented
+            return self._apart(op, args, kwargs or {}) if kinds.is_composite(op) else NotImplemented
         fresh = op is aten.lift_fresh.default
         args = _map_tensors(args, lambda t: self.fake(t, fresh))
         kwargs = _map_tensors(kwargs or {}, self.fake)
         if op in _SAME:
             return self._same(op, args)
         self._refuse(op, args, kwargs)
-        if not forms.is_kept(op) or (self.autocast and forms.is_composite(op) and not self._cast_whole(op)):
+        if not kinds.is_kept(op) or (self.autocast and kinds.is_composite(op) and not self._cast_whole(op)):
             return self._apart(op, args, kwargs)
-        if not forms.returns_tensors(op):
+        if not kinds.returns_tensors(op):
             return self.read(self.record(op, args, kwargs, None), shape_only=False)
         if op.overloadpacket in _RENAMED_VIEWS:
             raise CaptureError(
@@ -210,7 +210,7 @@ class Recorder(TorchDispatchMode):
             result = self._run(op, args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             return self._dynamic(op, args, kwargs)
-        if forms.mutates(op):
+        if kinds.mutates(op):
             self._record_write(op, args, kwargs, result)
         else:
             self.record(op, args, kwargs, result)
@@ -225,7 +225,7 @@ class Recorder(TorchDispatchMode):
 
     def _run(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         """The fake result; looked up by the operands' form, since models repeat their blocks."""
-        if forms.aliases(op):
+        if kinds.aliases(op):
             with self.fake_mode:
                 return op(*args, **kwargs)
         key = (op, form_of(args), form_of(kwargs))
@@ -265,11 +265,11 @@ class Recorder(TorchDispatchMode):
             return op.decompose(*args, **kwargs)
 
     def _cast_whole(self, op: OpOverload) -> bool:
-        return forms.is_cast_whole(op, self.autocast[0]) if self.autocast else True
+        return kinds.is_cast_whole(op, self.autocast[0]) if self.autocast else True
 
     def _dynamic(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator whose result's size depends on values."""
-        if forms.is_composite(op):
+        if kinds.is_composite(op):
             return self._apart(op, args, kwargs)
         if op is aten.index.Tensor:
             with self:
@@ -308,7 +308,7 @@ class Recorder(TorchDispatchMode):
                 "keep it as tensors (whole numbers and scales) that forward() multiplies"
             )
         if (
-            forms.is_random(op)
+            kinds.is_random(op)
             and _argument(op, args, kwargs, "train", True)
             and _argument(op, args, kwargs, "dropout", 1)
         ):
@@ -328,7 +328,7 @@ def _refuse_subclass(tensor: Tensor, name: str) -> None:
 
 def _argument(op: OpOverload, args: Any, kwargs: dict[str, Any], name: str, default: Any) -> Any:
     """What an operator is given as the argument of that name; `default` where it has none."""
-    names = forms.argument_names(op)
+    names = kinds.argument_names(op)
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else kwargs.get(name, default)
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...capture import row_rules as rows
-from ...capture.forms import mutates
+from ...capture.kinds import mutates
 from ...ir.operators import OpSpec
 from ...ir.program import shape_of
 from ..builder import Builder

@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ...capture import row_rules as rows
-from ...capture.forms import mutates
+from ...capture.kinds import mutates
 from ...ir.layout import Layout
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.nodes import append_copy
-from . import forms
+from . import kinds
 from .concrete import memory_of
 from .errors import CaptureError
 from .recorder import Recorder
@@ -93,7 +93,7 @@ class _Rewriter:
         """Any operator that writes nothing: a view of written memory becomes an alias, all else is copied."""
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         shared = bool(self._written & set(memory_of(node.meta["val"])))
-        if shared and source in self._aliases and (node.target is operator.getitem or forms.aliases(node.target)):
+        if shared and source in self._aliases and (node.target is operator.getitem or kinds.aliases(node.target)):
             alias = self._aliases[source]
             self._aliases[node] = _Alias(alias.base, (*alias.views, node))
             return
@@ -183,7 +183,7 @@ def _functional(op: Any, node: fx.Node) -> Any:
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
     for overload in () if packet is None else packet.overloads():
         candidate = getattr(packet, overload)
-        if not forms.mutates(candidate) and [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
+        if not kinds.mutates(candidate) and [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
             return candidate
     raise CaptureError(f"{op} at {node.meta['trace']} writes in place and has no functional form")
 

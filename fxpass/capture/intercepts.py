@@ -19,7 +19,7 @@ _ASKED = {Tensor.numpy: "array", Tensor.item: "item", Tensor.__bool__: "bool"}
 _SHAPES = {Tensor.shape.__get__, Tensor.size, Tensor.__len__, Tensor.numel}
 
 
-class Functions(TorchFunctionMode):
+class Intercepts(TorchFunctionMode):
     """Active around the model together with the recorder."""
 
     def __init__(self, recorder: Recorder, reader: Reader, routing: Routing, device: str) -> None:
