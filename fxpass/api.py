@@ -42,7 +42,7 @@ def parallelize(
     """Make a denoiser run on `world_size` ranks. The result is used exactly like what was given.
 
     A model is captured at its first call, and again when it is called with other shapes or was changed (an adapter, a
-    scale; its attributes are watched, not the globals and closures that it reads). The model itself is left as it is.
+    scale, a global or closure that its forward reads). The model itself is left as it is.
     In a pipeline (anything with a denoiser among its attributes) the denoiser is replaced, and the pipeline is
     returned; its scheduler then says when a generation begins.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from types import CellType, CodeType, FrameType, FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -208,7 +208,7 @@ def _compare(saved: _Saved, new: dict[Any, Any], changes: Changes) -> None:
             changes.counted.append(f"{name} ({before} before, {after} after)")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float))
 
 

@@ -52,7 +52,7 @@ def refuse_survivors(recorder: Recorder) -> None:
 def _survivors(held: list[Any]) -> list[Tensor]:
     """The fake tensors among `held` to which there are more references than those in `held`."""
     known = Counter(map(id, held))
-    values = {id(value): value for value in held if isinstance(value, FakeTensor)}
+    values: dict[int, Tensor] = {id(value): value for value in held if isinstance(value, FakeTensor)}
     del held[:]
     values[0] = torch.empty(0, device="meta")  # that nobody else holds
     counts = {key: getrefcount(value) - known[key] - _held_by_views(value) for key, value in values.items()}
@@ -132,7 +132,7 @@ def _owner(holder: Any, own: set[int], depth: int = 3) -> str:
 
 def _held_by_views(tensor: Tensor) -> int:
     """How many references to a Python tensor stand for views of it; they are 0 or 1, and always 0 in older torches."""
-    return _COUNTED if _COUNTED and tensor._use_count() > 1 else 0  # type: ignore[attr-defined]
+    return _COUNTED if _COUNTED and tensor._use_count() > 1 else 0
 
 
 def _counted() -> int:
