@@ -1,4 +1,4 @@
-"""A plan: one program cut for n ranks, with what travels, what it costs and why."""
+"""Plans: one program split over n ranks, with its exchanges, their cost and their reasons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .runtime.process_group import padding
 
 @dataclass(frozen=True)
 class PlannedExchange:
-    """One declared exchange in its place."""
+    """One declared exchange, with the operator and the module that need it."""
 
     node: str  #: the operator of the captured program that needs it
     path: str  #: the module that operator is in, e.g. "mid_block.attentions.0"
@@ -54,11 +54,11 @@ class PlannedExchange:
 
 @dataclass(frozen=True)
 class Gathered:
-    """An operator that no rule could split: it runs whole on every rank, its operands are fetched."""
+    """An operator that could not be split: its operands are gathered, and every rank runs it whole."""
 
     node: str  #: the operator of the captured program
-    path: str  #: the module it is in
-    shapes: tuple[tuple[int, ...], ...]  #: of the operands that are fetched
+    path: str  #: the module that it is in
+    shapes: tuple[tuple[int, ...], ...]  #: of the gathered operands
     bytes: int  #: received by all ranks together in one step
     reason: str
 
@@ -74,7 +74,7 @@ def _placed(graph: fx.Graph) -> Iterator[PlannedExchange]:
 
 
 def gathered_in(graph: fx.Graph) -> tuple[Gathered, ...]:
-    """The operators of a partitioned graph that could not be split, each once."""
+    """The operators of a partitioned graph that could not be split, each listed once."""
     found: dict[tuple[str, str], list[PlannedExchange]] = {}
     for each in _placed(graph):
         if each.role == "fallback":
@@ -95,21 +95,21 @@ def uncounted_in(graph: fx.Graph, gathered: Sequence[Gathered]) -> dict[str, int
 
 
 class FallbackError(ValueError):
-    """`strict=True`, and there are operators that no rule could split; the message lists them."""
+    """`strict=True`, and some operators cannot be split; the message lists them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `world_size` ranks do. Every rank derives the same plan; equal plans have equal fingerprints."""
+    """The work and the exchanges of `world_size` ranks. All ranks derive the same plan, with the same fingerprint."""
 
     program: Program  #: the normalized program on whole tensors
     graph: fx.Graph  #: the partitioned graph, for all ranks
     world_size: int
     strategy: Strategy
     target: Target
-    cuts: dict[str, Layout]  #: what is split, by name of input or value
+    cuts: dict[str, Layout]  #: layouts of the cut values, by name of input or value
     seconds: dict[str, float]  #: wall time of `capture`, of `plan`, and of each pass of the latter
-    attempts: int = 0  #: how many ways to cut the search tried
+    attempts: int = 0  #: number of candidates that the search for cuts tried
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,17 +122,17 @@ class Plan:
 
     @property
     def fallbacks(self) -> tuple[PlannedExchange, ...]:
-        """Exchanges that gather what no rule could split; each has a reason."""
+        """Exchanges that gather operands of operators that could not be split; each has a reason."""
         return tuple(e for e in self.exchanges if e.role == "fallback")
 
     @cached_property
     def gathered(self) -> tuple[Gathered, ...]:
-        """The operators that they are for, each once."""
+        """The operators that `fallbacks` are for, each listed once."""
         return gathered_in(self.graph)
 
     @property
     def seen_whole(self) -> tuple[PlannedExchange, ...]:
-        """Stale keys and values that the strategy's windows do not hold for; each has a reason."""
+        """Exchanges of stale keys and values without a window, although the strategy has windows; each has a reason."""
         return tuple(
             e
             for e in self.exchanges
@@ -147,7 +147,7 @@ class Plan:
 
     @cached_property
     def flops_per_rank(self) -> tuple[int, ...]:
-        """The same for each rank, replicated work included."""
+        """Floating-point operations of each rank, replicated work included."""
         return tuple(flops(self.graph, rank) for rank in range(self.world_size))
 
     @cached_property
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def bound(self) -> float:
-        """The speed-up that the slowest rank's work allows, as far as it is counted."""
+        """Upper bound of the speed-up: all work over the slowest rank's, as far as it is counted."""
         slowest = max(self.flops_per_rank)
         return self.flops_total / slowest if slowest else float(self.world_size)
 
@@ -181,9 +181,9 @@ class Plan:
         """Bytes that a rank receives in one step, by role.
 
         Args:
-            exact: at an exact step; else at a displaced one.
-            exposed: only those that the same step awaits.
-            half: as if every floating-point number had 2 bytes.
+            exact: in an exact step; else in a displaced one.
+            exposed: only bytes that the same step waits for.
+            half: count 2 bytes per floating-point number.
         """
         total: Counter[str] = Counter()
         for exchange in self.exchanges:
@@ -203,16 +203,21 @@ class Plan:
         return tuple(self.bytes_received(rank, exact=False) for rank in range(self.world_size))
 
     def padding_received(self, rank: int, *, exact: bool = True) -> int:
-        """Bytes that come to a rank in one step beside `bytes_received` where NCCL carries it: parts of all-gathers are
-        padded to the largest, payloads to a multiple of 16."""
+        """Bytes of padding that a rank receives in one step over NCCL, in addition to `bytes_received`.
+
+        Parts of all-gathers are padded to the largest part, payloads to a multiple of 16.
+        """
         nodes = [declared for _, declared in exchanges_of(self.graph) if exact or declared[0].repeated]
         wires = nodes if exact else [tuple(each.wire for each in declared) for declared in nodes]
         return sum(padding(each, rank, self.world_size) for each in wires)
 
     @property
     def state_bytes_per_rank(self) -> tuple[int, ...]:
-        """Bytes that each rank keeps from one step to the next, per guidance branch: what it received, and its own old
-        moments where they are corrected. (Buffers of process groups hold padding and, of all-gathers, the own part.)"""
+        """Bytes that each rank holds from one step to the next, per guidance branch.
+
+        These are received values, and its own old moments where they are corrected. (Buffers of process groups also
+        hold padding and, for all-gathers, the own part.)
+        """
         return tuple(sum(each.declared.state_bytes(rank) for each in self.exchanges) for rank in range(self.world_size))
 
     @property
@@ -273,7 +278,7 @@ class Plan:
 def make_plan(
     program: Program, world_size: int, strategy: Strategy, target: str | Target = "auto", *, strict: bool = False
 ) -> Plan:
-    """Cut a captured program for `world_size` ranks. Raises as `plan` does."""
+    """Plan a captured program for `world_size` ranks. Raises as `plan` does."""
     check_world_size(world_size)
     started = time.perf_counter()
     result: Build = build(program, world_size, target_of(target, program), strategy)
@@ -284,14 +289,14 @@ def make_plan(
     )
     if strict and plan.gathered:
         raise FallbackError(
-            f"strict: {len(plan.gathered)} operators cannot be split and would run whole on every rank:\n"
+            f"strict=True, but {len(plan.gathered)} operators cannot be split and would run whole on every rank:\n"
             + "\n".join(f"  {each}" for each in plan.gathered)
         )
     if plan.seen_whole:
         first = plan.seen_whole[0]
         warnings.warn(
-            f"strategy {strategy.name!r}: windows do not hold for {len(plan.seen_whole)} exchanges of keys and values, "
-            f"which travel whole; the first, for {first.node} in {first.path or 'the model'}: {first.reason}",
+            f"strategy {strategy.name!r}: {len(plan.seen_whole)} exchanges of keys and values have no window; the "
+            f"first, for {first.node} in {first.path or 'the model'}: {first.reason}",
             stacklevel=3,
         )
     return plan
@@ -308,8 +313,8 @@ def plan(
 ) -> Plan:
     """Plan `model(*args, **kwargs)` on `world_size` ranks without running it. Weight-free (fake) models work.
 
-    Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if the ranks are too many,
-    and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (see `Plan.gathered`).
+    Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if it cannot be split over
+    so many ranks, and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (`Plan.gathered`).
     """
     check_world_size(world_size)
     check_target(target)
@@ -319,20 +324,20 @@ def plan(
 
 
 def check_world_size(world_size: Any) -> int:
-    """Raises `ValueError` for what is no number of ranks."""
+    """Raises `ValueError` unless `world_size` is a whole number of at least 1."""
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size must be a whole number of at least 1, not {world_size!r}")
     return world_size
 
 
 def check_target(target: Any) -> None:
-    """Raises `ValueError` for what is no target."""
+    """Raises `ValueError` unless `target` is a `Target` or the name of one."""
     if not isinstance(target, Target) and target not in ("auto", *TARGETS):
-        raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")
+        raise ValueError(f"unknown target {target!r}; the targets are auto, {', '.join(TARGETS)}")
 
 
 def target_of(target: str | Target, program: Program) -> Target:
-    """A target by name; "auto" is the kind of device that the program's tensors are on.
+    """The target with this name; "auto" follows the device of the program's tensors.
 
     Raises `ValueError` for an unknown name.
     """

@@ -1,8 +1,8 @@
-"""The compiler's story in one ordered list.
+"""The ordered list of passes.
 
-Each pass takes a `Build` and returns it further along; after each, the verifier checks the spec of the stage that
-was reached. All but `displace` and `narrow` preserve the numbers to rounding; what these do is defined by law 4
-(docs/design.md).
+Each pass takes a `Build` and returns a new one; it never changes the graph that it is given. After each pass the
+verifier checks the spec of its stage. All passes but `displace` and `narrow` preserve the numbers up to rounding; these
+two follow law 4 (docs/design.md).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..ir.layout import Layout
 from ..ir.program import Program
 from ..ir.strategy import Strategy
 from ..ir.verify import Stage, verify
-from .apart import count_work
 from .bucket import bucket
 from .cost import Target
 from .cuts import Candidate, choose_cuts
+from .decompose import count_work
 from .displace import displace
 from .narrow import narrow
 from .normalize import normalize
@@ -39,7 +39,7 @@ class Build:
     program: Program
     world: int
     target: Target
-    strategy: Strategy  #: how fresh each kind of exchange is, and how much of each neighbour attention sees
+    strategy: Strategy  #: freshness of each kind of exchange, and the windows of attention
     cuts: Mapping[str, Layout] = field(default_factory=dict)  #: by name of input or value
     attempts: int = 0  #: number of candidates that the search tried
     best: Candidate | None = None  #: the winner of the search: a cache of `partition` and `trim` for its cuts
@@ -47,13 +47,13 @@ class Build:
 
     @property
     def current(self) -> fx.Graph:
-        """The graph as it is now."""
+        """The partitioned graph; before partition, the program's."""
         return self.program.graph if self.graph is None else self.graph
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A named step; `ensures` is the stage whose spec the graph meets afterwards."""
+    """A named pass; `ensures` is the stage whose spec the graph meets afterwards."""
 
     name: str
     run: Callable[[Build], Build]
@@ -115,7 +115,7 @@ PASSES: tuple[Pass, ...] = (
 def build(program: Program, world: int, target: Target, strategy: Strategy, *, after: str | None = None) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
-    Raises `ValueError` if no pass is called `after`, `WorldSizeError` if `world` ranks are too many.
+    Raises `ValueError` if no pass has the name `after`, `WorldSizeError` if so many ranks cannot share the model.
     """
     names = [each.name for each in PASSES]
     if after is not None and after not in names:

@@ -1,7 +1,6 @@
-"""bucket: exchanges that are ready together travel together (K and V; all outputs), as they lie in memory. Exact.
+"""bucket: merge exchanges that are ready together into one message (K and V; all outputs), in memory order. Exact.
 
-Equal exchanges are one node already, and those that move nothing were never declared: `partition` emits each
-operator on each value once.
+Equal exchanges are one node already, because `partition` emits each operator on each value once.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..ir.program import shape_of
 
 @dataclass
 class _Group:
-    """Exchanges of one kind that can be one message: all operands are ready before the first result is used."""
+    """Exchanges that can be one message: all operands are ready before the first result is used."""
 
     ready: int
     needed: int
@@ -29,9 +28,9 @@ class _Group:
 
 
 def bucket(graph: fx.Graph) -> fx.Graph:
-    """Merge exchanges, equally fresh and of one role, where none waits for another.
+    """Merge exchanges of one role and freshness that do not depend on each other.
 
-    Each stands where its last operand is ready.
+    A merged exchange is placed where its last operand is ready.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     due: dict[int, list[_Group]] = {}
@@ -49,7 +48,7 @@ def bucket(graph: fx.Graph) -> fx.Graph:
 
 
 def _is_result(node: fx.Node) -> bool:
-    """Whether the node picks a result of an exchange."""
+    """Whether the node is one result of an exchange."""
     return node.target is operator.getitem and node.args[0].target is ops.exchange  # type: ignore[union-attr]
 
 
@@ -92,7 +91,7 @@ def _emit(result: fx.Graph, group: _Group, env: dict[fx.Node, fx.Node]) -> None:
 
 
 def order_of(value: fx.Node) -> tuple[int, ...]:
-    """The dims of a value as they lie in memory, the outermost first, where it is a transposed view; else ()."""
+    """The dims of a transposed view in memory order, outermost first; () for other values."""
     if value.target is not torch.ops.aten.permute.default:
         return ()
     dims = [dim % len(shape_of(value)) for dim in value.args[1]]  # type: ignore[union-attr]

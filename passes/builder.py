@@ -1,6 +1,6 @@
-"""The builder that normal forms are written with.
+"""Build graphs in normal form.
 
-It runs each new operator on fake tensors, for its shape and dtype, and merges equal operators on equal operands.
+Each new operator runs on fake tensors, for its shape and dtype. Equal operators on equal operands are merged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Form = Callable[..., Any]  #: (builder, node, *its arguments) -> its normal form
 
 
 class Builder:
-    """Emits operators into the new graph, equal ones once: captured programs have no operator with a random result."""
+    """Emits operators into a new graph. Merging is safe: captured programs have no operators with random results."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
@@ -47,7 +47,7 @@ class Builder:
         return self._emitted[key]
 
     def append(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
-        """A new node, even where an equal one exists."""
+        """Emit an operator even if an equal one exists."""
         assert self.source is not None
         meta = {k: v for k, v in self.source.meta.items() if k in ("path", "trace")} | {"val": value}
         if isinstance(value, Tensor):
@@ -66,9 +66,9 @@ class Builder:
         return x if (start, end, step) == (0, size, 1) else self.emit(aten.slice.Tensor, x, dim, start, end, step)
 
     def cat(self, tensors: Sequence[fx.Node], dim: int) -> fx.Node:
-        """The join of what is not empty; the dtypes of empty tensors count as well."""
+        """Concatenate the tensors that are not empty; the result has the dtype that all of them promote to."""
         dtype = reduce(torch.promote_types, (x.meta["dtype"] for x in tensors))
-        shaped = [x for x in tensors if shape_of(x) != (0,)] or list(tensors)  # torch skips these, whatever the dim
+        shaped = [x for x in tensors if shape_of(x) != (0,)] or list(tensors)  # torch skips them for any dim
         kept = [x for x in shaped if shape_of(x)[dim] != 0] or shaped[:1]
         joined = kept[0] if len(kept) == 1 else self.emit(aten.cat.default, kept, dim)
         return joined if joined.meta["dtype"] == dtype else self.emit(aten._to_copy.default, joined, dtype=dtype)

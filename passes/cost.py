@@ -1,4 +1,4 @@
-"""What a graph costs: floating-point operations, memory traffic and time on each rank, under a simple machine model."""
+"""Cost of a graph: floating-point operations, memory traffic and time per rank, under a simple machine model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..ir.program import calls, exchanges_of, layout_of
 
 @dataclass(frozen=True)
 class Target:
-    """A machine, roughly: what the search for cuts weighs computing against communication with."""
+    """A rough machine model, with which the search for cuts weighs computation against communication."""
 
     name: str
     flops: float  #: of matrix products, per second and rank
     memory: float  #: bytes per second read and written by everything else
     link: float  #: bytes per second received by a rank
-    latency: float  #: seconds that an exchange takes however small it is
+    latency: float  #: seconds per exchange, whatever its size
 
 
 TARGETS = {
@@ -43,24 +43,24 @@ def node_flops(node: fx.Node, rank: int = 0) -> int:
 
 
 class _Shape(tuple[int, ...]):
-    """A shape in the place of an operand (`map_arg` would enter a plain tuple)."""
+    """The shape of an operand (`map_arg` would descend into a plain tuple)."""
 
 
 def node_bytes(node: fx.Node, rank: int = 0) -> int:
-    """Bytes written by one node on one rank; about as many are read."""
+    """Bytes that one node writes on one rank; it reads about as many."""
     if spec_of(node.target).free or "dtype" not in node.meta:
         return 0
     return prod(_local(node, rank)) * node.meta["dtype"].itemsize
 
 
 def flops(graph: fx.Graph, rank: int = 0) -> int:
-    """Floating-point operations of a rank; of a graph that is not partitioned: of the model."""
+    """Floating-point operations of one rank; of the whole model if the graph is not partitioned."""
     return sum(node_flops(node, rank) for node in calls(graph))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of the slowest rank's computing, and of all exchanges one after the other."""
+    """Seconds of computation on the slowest rank, and of all exchanges in sequence."""
 
     compute: float
     exchange: float

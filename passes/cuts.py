@@ -2,11 +2,11 @@
 
     1. one input and dim (the image's rows, the tokens), with cuts on multiples of 1, 2, 4 … rows
     2. further inputs (the text stream; several of one shape at once), while they make the slowest rank faster
-    3. a value inside (the tokens after patch embedding), where rows cannot be shared out evenly
+    3. a value inside (the tokens after patch embedding), where rows cannot be divided evenly
 
-Each candidate is partitioned, trimmed and judged: first by how evenly it shares out the work, in steps of a quarter,
+Each candidate is partitioned, trimmed and judged: first by imbalance of the work, in steps of a quarter,
 then by its time under the cost model. (By time alone a tiny model would never be split; the user asked for it.)
-Candidates whose rows are shared out less evenly than the best candidate's work are not tried.
+Candidates whose rows are less balanced than the best candidate's work are skipped.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ HOPEFUL = 3  #: imbalance, in steps of a quarter, above which coarser grains are
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set of cuts, what it makes of the graph, and what that costs."""
+    """One set of cuts, the graphs that result, and their cost."""
 
     cuts: Cuts
     partitioned: fx.Graph
     trimmed: fx.Graph
     cost: Cost
-    unevenness: int  #: in steps of a quarter; see `_steps`
+    imbalance: int  #: in steps of a quarter; see the function `_imbalance`
 
     @property
     def rank(self) -> tuple[int, float]:
         """Smaller is better."""
-        return self.unevenness, self.cost.seconds
+        return self.imbalance, self.cost.seconds
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,20 @@ class Search:
         partitioned = partition(self.graph, self.world, cuts, self.rules)
         trimmed = trim(partitioned, self.graph, self.world, self.rules)
         judged = cost(trimmed, self.world, self.target)
-        unevenness = _steps(self.world * max(judged.flops_per_rank) / self.total) if self.total else 0
-        candidate = Candidate(cuts, partitioned, trimmed, judged, unevenness)
+        imbalance = _imbalance(self.world * max(judged.flops_per_rank) / self.total) if self.total else 0
+        candidate = Candidate(cuts, partitioned, trimmed, judged, imbalance)
         if self.best is None or candidate.rank < self.best.rank:
             self.best = candidate
-        return unevenness <= HOPEFUL and _moves_cuts(trimmed)
+        return imbalance <= HOPEFUL and _moves_cuts(trimmed)
 
     def run(self) -> bool:
         """Search; whether the best candidate makes the slowest rank faster by `WORTHWHILE`."""
         candidates = list(_candidates(self))
         for node, dim in candidates:
-            if self.best is not None and not self.best.unevenness and node.name not in self.cuts:
-                break  # one input shares out the work: others may join it
+            if self.best is not None and not self.best.imbalance and node.name not in self.cuts:
+                break  # one input balances the work: others may join it
             for rows in _grains(shape_of(node)[dim], self.world):
-                if self.best is not None and _steps(_share(shape_of(node)[dim], self.world)) > self.best.unevenness:
+                if self.best is not None and _imbalance(_share(shape_of(node)[dim], self.world)) > self.best.imbalance:
                     break
                 if not self.attempt({node.name: Layout(dim, rows)}):
                     break
@@ -116,12 +116,12 @@ class Search:
                 self.attempt({n.name: layout for n in alike} | self.cuts)  # one of many may not be worth its exchanges
                 self.attempt({node.name: layout} | self.cuts)
         for values in _inner(self, self.best) if self.best is not None and self.reached < GOOD else ():
-            fruitless = 0
+            failures = 0
             for name, layout in values:
                 before = self.reached
-                if before < GOOD and fruitless < 2:
+                if before < GOOD and failures < 2:
                     self.attempt({**self.cuts, name: layout})
-                    fruitless = 0 if self.reached > before else fruitless + 1
+                    failures = 0 if self.reached > before else failures + 1
         return self.best is not None and (not self.total or self.bound >= WORTHWHILE)
 
     @property
@@ -161,20 +161,20 @@ def choose_cuts(
     )
 
 
-def _steps(share: float) -> int:
-    """0 where the slowest rank has at most a quarter more than its share, 1 for a quarter more than that, …"""
+def _imbalance(share: float) -> int:
+    """Imbalance in steps: 0 if the slowest rank has at most 1.25 times its share of the work, 1 up to 1.25², …"""
     return max(0, floor(log(share) / log(1.25)))
 
 
 def _share(size: int, world: int) -> float:
-    """Rows of the rank that has most, over what each should have."""
+    """The largest number of rows on a rank, relative to an equal share."""
     return world * max(map(len, even(size, world))) / size
 
 
 def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
-    """(input, dim) pairs: inputs that most of the work depends on first, then the largest; even dims first.
+    """(input, dim) pairs that may be cut: first inputs that most work depends on, then the largest; even dims first.
 
-    Dim 0 is the batch.
+    Dim 0 is the batch, and never cut.
     """
     weight = _downstream(search.graph)
     nodes = inputs_with_rows(search.graph, search.inputs)
@@ -189,14 +189,14 @@ def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
 
 
 def inputs_with_rows(graph: fx.Graph, inputs: tuple[str, ...]) -> list[fx.Node]:
-    """The inputs that could be cut: [batch, channels] is a condition, unless there is nothing else: then a signal."""
+    """The inputs that may be cut: those with three dims or more; if there are none, [batch, samples]."""
     nodes = [n for n in graph.nodes if n.op == "placeholder" and n.name in inputs and "shape" in n.meta]
     nodes = [n for n in nodes if n.meta["dtype"].is_floating_point]
     return [n for n in nodes if len(shape_of(n)) >= 3] or [n for n in nodes if len(shape_of(n)) == 2]
 
 
 def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
-    """FLOPs of everything that depends on each input."""
+    """For each input, the FLOPs of all operators that depend on it."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     reach: dict[fx.Node, int] = {n: 1 << i for i, n in enumerate(inputs)}
     totals = dict.fromkeys(inputs, 0)
@@ -214,12 +214,12 @@ def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _moves_cuts(graph: fx.Graph) -> bool:
-    """Whether values have to be cut elsewhere on the way, as coarser cuts or another dim might spare."""
+    """Whether values are cut again inside the model, which a coarser grain or another dim might avoid."""
     return any(each.role in OVERHEAD for _, declared in exchanges_of(graph) for each in declared)
 
 
 def _grains(size: int, world: int) -> list[tuple[Any, ...]]:
-    """Even cuts on multiples of ever coarser grains, as long as every rank gets a row."""
+    """Even cuts on multiples of 1, 2, 4, … rows, while every rank gets a row."""
     found: list[tuple[Any, ...]] = []
     for grain in GRAINS:
         rows = even(size, world, grain)
@@ -229,9 +229,10 @@ def _grains(size: int, world: int) -> list[tuple[Any, ...]]:
 
 
 def _inner(search: Search, best: Candidate) -> tuple[list[tuple[str, Layout]], list[tuple[str, Layout]]]:
-    """Values that most of the work depends on, unevenly split or whole, along a dim that could be shared out evenly.
+    """Values that most of the work depends on and that could be divided more evenly than the best candidate does.
 
-    Apart come those where streams begin that depend on nothing cut: each rank takes its rows at no cost.
+    Two lists: values where streams begin that depend on no cut value, so that each rank takes its rows without an
+    exchange; and values that are cut already, and would be cut again.
     """
     seen: set[tuple[int, ...]] = set()
     free: list[tuple[str, Layout]] = []

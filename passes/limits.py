@@ -1,4 +1,4 @@
-"""Why a model cannot be shared among so many ranks: the text of a `WorldSizeError`."""
+"""Explain why a model cannot be split over so many ranks: the message of `WorldSizeError`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refusal(
     cuts: Collection[str],
     bound: float,
 ) -> str:
-    """The message.
+    """The text of the error.
 
     Args:
         graph: the program on whole tensors.

@@ -1,8 +1,8 @@
-"""narrow: at displaced steps attention sees the own tokens and the nearest share of each neighbour's (PCPP).
+"""narrow: limit attention at displaced steps to the own tokens and the nearest share of each neighbour's (PCPP).
 
-Only that share travels then, from neighbour to neighbour. It is the `window` of the fetch of keys and values; exact
-steps see everything. Narrowed are the operands of attention whose keys lie on the ranks as its queries do, which is
-self-attention of what is split. Tokens beside the picture (text in the same sequence) are seen by all.
+Only that share is sent, from neighbour to neighbour: it is the `window` of the fetch of keys and values. Exact steps
+see all tokens. A window needs keys with the same layout as the queries, as self-attention of a split sequence has. All
+ranks see the tokens beside the image (text in the same sequence).
 
 Wang et al., "PCPP: Partially Conditioned Patch Parallelism for Accelerated Diffusion Model Inference" (2024).
 """
@@ -32,7 +32,7 @@ def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
     """A copy of `graph` in which keys and values have windows, or a reason for having none.
 
     Args:
-        windows: the share of each neighbour's tokens, for equal parts of the depth, first to last; none: see all.
+        windows: the share of each neighbour's tokens, for equal parts of the depth, first to last; empty: all tokens.
     """
     if not windows:
         return graph
@@ -40,17 +40,17 @@ def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
     layers = []
     for node in graph.nodes:
         if node.target is ops.exchange:
-            _explain(node, range(len(node.args[1])), "what reads them is not torch's attention operator")
-        elif node.target is attention and (why := _obstacle(node)):
+            _set_reason(node, range(len(node.args[1])), "they are not read by torch's attention operator")
+        elif node.target is attention and (why := _reason_against(node)):
             for operand in filter(_fetch, node.args[1:3]):
-                _explain(operand.args[0], [operand.args[1]], why)
+                _set_reason(operand.args[0], [operand.args[1]], why)
         elif node.target is attention:
             layers.append(node)
     for depth, node in enumerate(layers):
         share = windows[depth * len(windows) // len(layers)]
         rows: tuple[Rows, ...] = ()
         for operand in node.args[1:3]:
-            rows = _declare(operand, share)
+            rows = _set_window(operand, share)
         mask = node.args[3] if len(node.args) > 3 else None
         if isinstance(mask, fx.Node) and shape_of(mask)[-1] > 1:
             with graph.inserting_before(node):
@@ -60,31 +60,31 @@ def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
     return graph
 
 
-def _obstacle(node: fx.Node) -> str:
-    """Why this attention cannot be narrowed; empty if it can: its keys and values are its own and lie as queries do."""
+def _reason_against(node: fx.Node) -> str:
+    """Why this attention can have no window; empty if it can."""
     query, *keys_values = node.args[:3]
     fetches = [_fetch(operand) for operand in keys_values]
     mask = node.args[3] if len(node.args) > 3 else None
     at = layout_of(query)  # type: ignore[arg-type]
     if not all(set(operand.users) == {node} for operand in keys_values):  # type: ignore[union-attr]
-        return "they are read by something else beside the attention"
+        return "another operator reads them, too"
     if at.dim != len(shape_of(query)) - 2 or not all(f and f.have == at.rows and not f.before for f in fetches):  # type: ignore[arg-type]
-        return "they are not cut where the queries are"
-    # a mask may hide all that the window shows, but the causal one never hides a token from itself
+        return "their layout differs from that of the queries"
+    # a mask may hide the whole window; a causal one never hides a token from itself
     return "" if mask is None or mask.target is ops.causal_mask else "the attention is masked"  # type: ignore[union-attr]
 
 
-def _explain(node: fx.Node, places: Iterable[int], why: str) -> None:
-    """Say why what `node` fetches of stale keys and values is fetched whole."""
+def _set_reason(node: fx.Node, places: Iterable[int], why: str) -> None:
+    """Say why the stale keys and values that `node` fetches have no window."""
     declared: list[Exchange] = list(node.args[1])  # type: ignore[arg-type]
     for i in places:
         if declared[i].role == "keys_values" and declared[i].fresh == "stale":
-            declared[i] = replace(declared[i], reason=f"seen whole: {why}")
+            declared[i] = replace(declared[i], reason=f"fetched without a window: {why}")
     node.update_arg(1, tuple(declared))
 
 
 def _fetch(operand: object) -> Fetch | None:
-    """The exchange that an operand is the result of, if it fetches keys and values that are stale by strategy."""
+    """The exchange whose result the operand is, if it fetches stale keys and values."""
     if not isinstance(operand, fx.Node) or operand.target is not operator.getitem:
         return None
     source, index = operand.args
@@ -94,7 +94,7 @@ def _fetch(operand: object) -> Fetch | None:
     return found if isinstance(found, Fetch) and found.role == "keys_values" and found.fresh == "stale" else None
 
 
-def _declare(operand: fx.Node, share: float) -> tuple[Rows, ...]:
+def _set_window(operand: fx.Node, share: float) -> tuple[Rows, ...]:
     source, index = operand.args
     declared: list[Fetch] = list(source.args[1])  # type: ignore[union-attr,arg-type]
     fetch = declared[index]  # type: ignore[index]
@@ -106,10 +106,10 @@ def _declare(operand: fx.Node, share: float) -> tuple[Rows, ...]:
 
 
 def windows_of(have: tuple[Rows, ...], share: float) -> tuple[Rows, ...]:
-    """What each rank sees: its own tokens, and of each neighbour's the share that is nearest to them.
+    """The tokens that each rank sees: its own, and the nearest `share` of each neighbour's.
 
-    Positions that all ranks hold aside, the sequence falls into segments in which the ranks take turns once: the frames
-    of a video, or text and picture. Segments of the prevailing length are windowed, others are seen whole.
+    Without the positions that all ranks hold, the sequence consists of segments in which each rank appears once: the
+    frames of a video, or text and image. Segments of the most common length get a window; others are seen whole.
     """
     owners = owned(have)
     size = max(rows.stop for rows in have if rows.runs)
@@ -123,12 +123,12 @@ def windows_of(have: tuple[Rows, ...], share: float) -> tuple[Rows, ...]:
     at = np.flatnonzero(owner >= 0)  # positions that are split
     segments = np.split(at, np.flatnonzero(np.diff(owner[at]) < 0) + 1)
     lengths, counts = np.unique([len(s) for s in segments], return_counts=True)
-    prevailing = lengths[np.argmax(lengths * counts)]
+    common = lengths[np.argmax(lengths * counts)]
     result = []
     for rank, rows in enumerate(have):
         seen = [rows.array]
         for segment in segments:
-            if len(segment) != prevailing:
+            if len(segment) != common:
                 seen.append(segment)
                 continue
             mine = np.intersect1d(segment, rows.array)
@@ -140,7 +140,7 @@ def windows_of(have: tuple[Rows, ...], share: float) -> tuple[Rows, ...]:
 
 
 def _nearest(theirs: np.ndarray, mine: np.ndarray, count: int) -> np.ndarray:
-    """The `count` positions of `theirs` with the smallest distance to `mine`; all if there are none of mine."""
+    """The `count` positions of `theirs` with the smallest distance to `mine`; all of them if `mine` is empty."""
     if not len(mine) or not len(theirs):
         return theirs
     after = np.searchsorted(mine, theirs)

@@ -1,8 +1,8 @@
-"""normalize: a small closed set of operators. Exact.
+"""normalize: rewrite the program with a small set of operators. Exact.
 
-Views become `reshape`, `permute` or `expand`; all ways to cut become `slice`; convolutions become `convolution`;
-up-sampling gets explicit sizes; copies and dead code go; equal operators on equal operands are merged; what depends on
-no input is computed once.
+Views become `reshape`, `permute` or `expand`; selections of rows become `slice`; convolutions become `convolution`;
+up-sampling gets explicit sizes. Copies and dead code are removed, equal operators on equal operands are merged, and
+values that depend on no input are computed once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def normalize(program: Program) -> Program:
-    """The same program in normal form; the captured one is left as it is."""
+    """The program in normal form, as a new program."""
     b = Builder()
     env: dict[fx.Node, Any] = {}
     constants = {name: tensor for name, tensor in program.constants.items() if type(tensor) is Tensor}
@@ -56,7 +56,7 @@ def normalize(program: Program) -> Program:
 
 
 def rewrite(b: Builder, node: fx.Node, env: dict[fx.Node, Any]) -> None:
-    """One operator in normal form; `env` holds what the nodes before it became."""
+    """Emit the normal form of one operator; `env` maps earlier nodes to theirs."""
     if node.target is operator.getitem:
         env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
     elif node.users:
@@ -99,7 +99,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
-    """Compute what depends on constants only; what others use of it becomes a constant."""
+    """Compute values that depend on constants only; those that other operators use become constants."""
     foldable = set(known)
     for node in graph.nodes:
         if node.op == "call_function" and foldable.issuperset(node.all_input_nodes):
@@ -115,7 +115,7 @@ def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
             waiting[operand] -= 1
         for done in (node, *node.all_input_nodes):
             if not waiting[done]:
-                del values[done]  # a mask that is written row by row would be kept once per row
+                del values[done]  # else a mask that is written row by row is held once per row
         outside = [user for user in node.users if user not in foldable]
         if not outside or not isinstance(value, Tensor):
             continue

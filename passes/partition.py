@@ -1,9 +1,9 @@
-"""partition: from one graph on whole tensors to one graph of local parts with declared exchanges. Exact.
+"""partition: turn a graph on whole tensors into one graph of local operators and declared exchanges. Exact.
 
-The graph is walked once, in order. Each operator with a split operand is handed to the rule of its family
-(`passes/rules/`), which emits local operators and the exchanges they need, and thereby says how the result is
-laid out. An operator whose operands are all whole is emitted as it is, on every rank. Where no rule fits, the
-operands are fetched whole (role `fallback`, with the reason), never guessed.
+One walk over the graph, in order. An operator with a split operand goes to its rule (`passes/rules/`), which emits
+local operators and the exchanges they need, and decides the layout of the result. An operator whose operands are all
+whole runs unchanged on every rank. Without a rule, torch's decomposition of the operator is split instead; without
+that, its operands are gathered (role `fallback`, with the reason).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ..ir.layout import WHOLE, Layout, Rows, even, full, owned, per_rank
 from ..ir.merge import Moments, Reduce, ReduceOp
 from ..ir.nodes import append, call_key
 from ..ir.program import layout_of, shape_of
-from .apart import apart
+from .decompose import decompose
 
 
 class SplitError(Exception):
-    """Raised by a rule that has no exact local form for these operands; the message is the reason."""
+    """A rule has no exact local form for these operands; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """The operator being partitioned: what it is and what it yields on whole tensors."""
+    """The operator being partitioned, with the shape and dtype of its result on whole tensors."""
 
     node: fx.Node
     target: Any
@@ -52,7 +52,10 @@ Rule = Callable[..., "fx.Node | tuple[fx.Node, ...]"]
 
 
 class Partitioner:
-    """What rules build with. Values are nodes of the new graph; `layout_of` and `shape_of` tell how they lie."""
+    """The interface for rules.
+
+    Values are nodes of the new graph; `layout_of` and `shape_of` give their layout and whole shape.
+    """
 
     def __init__(self, graph: fx.Graph, world: int, cuts: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> None:
         self.world = world
@@ -79,10 +82,10 @@ class Partitioner:
                 env[node] = self._with_cut(node, self._operator(node, env))
         for node in reversed(self._graph.nodes):
             if node.op == "call_function" and not node.users:
-                self._graph.erase_node(node)  # every operator is functional: no need to ask torch.fx for each
+                self._graph.erase_node(node)  # safe: every operator is functional
         return self._graph
 
-    # -- what rules call ------------------------------------------------------------------------------------
+    # -- for rules -------------------------------------------------------------------------------------------
 
     def emit(
         self,
@@ -95,7 +98,7 @@ class Partitioner:
         layout: Layout = WHOLE,
         holes: bool = False,
     ) -> fx.Node:
-        """A local operator; the same operator on the same values is emitted once.
+        """Emit a local operator, or return the equal one that was emitted before.
 
         A layout with all rows on every rank becomes WHOLE, so that broadcasting works. Where the ranks computed those
         rows from parts, their copies may differ in the last bit, and each row is taken from one rank.
@@ -104,7 +107,7 @@ class Partitioner:
             holes: `layout` may leave rows out, because no operator reads them.
         """
         everywhere = layout.dim is not None and min(layout.sizes) == shape[layout.dim]
-        copies = everywhere and self.world > 1 and any(map(_split, _nodes((args, kwargs))))
+        copies = everywhere and self.world > 1 and any(map(_is_split, _nodes((args, kwargs))))
         described = {"shape": tuple(shape), "dtype": dtype, "layout": WHOLE if everywhere and not copies else layout}
         node = self._emit(target, args, kwargs or {}, described)
         if holes and layout.dim is not None and not layout.covers(shape[layout.dim]):
@@ -119,13 +122,13 @@ class Partitioner:
         return self._exchange(node, declared, shape, WHOLE)
 
     def same(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, layout: Layout) -> fx.Node:
-        """The operator itself on local parts, its result laid out by `layout`."""
+        """Emit the operator itself on local parts; its result has `layout`."""
         return self.emit(op.target, args, kwargs, shape=op.shape, dtype=op.dtype, layout=layout)
 
     def several(
         self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any] | None, layouts: Sequence[Layout]
     ) -> tuple[fx.Node, ...]:
-        """The same for an operator with several results."""
+        """As `same`, for an operator with several results."""
         whole = self._emit(op.target, args, kwargs or {}, {})
         return tuple(
             self.emit(operator.getitem, (whole, i), shape=value.shape, dtype=value.dtype, layout=layout)
@@ -133,7 +136,7 @@ class Partitioner:
         )
 
     def take(self, x: fx.Node, dim: int, rows: tuple[Rows, ...], *, holes: bool = False) -> fx.Node:
-        """Law 2, `take`: rows that each rank already holds; free for a whole value."""
+        """Select rows that each rank already holds (law 2, `take`); needs no exchange."""
         have = self.rows(x, dim)
         local = per_rank([h.locate(w) for h, w in zip(have, rows, strict=True)])
         if rows == have:
@@ -142,7 +145,7 @@ class Partitioner:
         return self.emit(ops.take, (x, dim, local), shape=shape, dtype=x.meta["dtype"], layout=layout, holes=holes)
 
     def rows(self, x: fx.Node, dim: int) -> tuple[Rows, ...]:
-        """What each rank holds of `x` along `dim`."""
+        """The rows of `x` along `dim` that each rank holds."""
         layout = layout_of(x)
         return layout.rows if layout.dim == dim else full(shape_of(x)[dim], self.world)
 
@@ -159,7 +162,7 @@ class Partitioner:
         fill: float = 0.0,
         may_be_stale: bool = False,
     ) -> fx.Node:
-        """Law 2, `fetch`: `x` with rows `want` along `dim`, framed by rows of `fill` on each rank.
+        """Give each rank the rows `want` of `x` along `dim`, padded with rows of `fill` (law 2, `fetch`).
 
         A framed result is laid out as the whole value padded by the widest frame. `may_be_stale`: at displaced steps,
         rows of floating-point numbers may be those of an earlier step (law 4).
@@ -168,14 +171,14 @@ class Partitioner:
         if layout.dim not in (None, dim):
             x = self.fetch(x, layout.axis, full(shape_of(x)[layout.axis], self.world), role, reason)
         if x.target is ops.take and x.args[1] == dim and not layout_of(x.args[0]).split:  # type: ignore[arg-type]
-            x = x.args[0]  # type: ignore[assignment]  # the whole value is at hand: an input, a table
+            x = x.args[0]  # type: ignore[assignment]  # every rank has the whole value: an input or a table
         have = self.rows(x, dim)
         top, bottom = max(before, default=0), max(after, default=0)
         holes = role == "halo"
         if not top and not bottom and all(w <= h for w, h in zip(want, have, strict=True)):
             return self.take(x, dim, want, holes=holes)
         shape, dtype = shape_of(x), x.meta["dtype"]
-        owners = owned(have) if len(set(want)) == 1 else have  # what all ranks get must be the same bits on all of them
+        owners = owned(have) if len(set(want)) == 1 else have  # all ranks must get the same bits
         owners = () if owners == have else owners
         declared = Fetch(
             role, shape, dtype, self.world, reason, dim, have, want, before, after, fill, owners,
@@ -196,7 +199,7 @@ class Partitioner:
         return self._exchange(x, declared, padded, result, holes=holes)
 
     def lay(self, x: fx.Node, layout: Layout, role: Role = "realign", reason: str = "") -> fx.Node:
-        """Bring `x` to `layout`, at no cost where each rank has what it needs."""
+        """Bring `x` to `layout`; without an exchange where each rank has the rows already."""
         if layout_of(x) == layout:
             return x
         if layout.dim is None:
@@ -211,30 +214,30 @@ class Partitioner:
         return self.fetch(x, layout.dim, everything, role, reason, may_be_stale=may_be_stale)
 
     def reduce(self, x: fx.Node, op: ReduceOp = "sum", *, may_be_stale: bool = False) -> fx.Node:
-        """Partial results of the ranks, one of the whole shape on each, to the whole result."""
+        """Reduce partial results of the whole shape, one per rank, to the whole result."""
         shape, dtype = shape_of(x), x.meta["dtype"]
         stale = may_be_stale and dtype.is_floating_point
         return self._exchange(x, Reduce("sum", shape, dtype, self.world, op=op, may_be_stale=stale), shape, WHOLE)
 
     def moments(self, x: fx.Node, counts: Sequence[int], *, may_be_stale: bool = False) -> fx.Node:
-        """`stack([mean, M2])` of each rank's `counts[k]` elements to `stack([mean, variance])` of all."""
+        """Merge `stack([mean, M2])` of each rank's `counts[k]` elements into `stack([mean, variance])` of all."""
         shape, dtype = shape_of(x), x.meta["dtype"]
         declared = Moments("moments", shape, dtype, self.world, counts=tuple(counts), may_be_stale=may_be_stale)
         return self._exchange(x, declared, shape, WHOLE)
 
     def owned(self, x: fx.Node) -> fx.Node:
-        """Each position on one rank only, so that it counts once."""
+        """Keep each row on one rank only, so that it counts once."""
         layout = layout_of(x)
         return self.take(x, layout.axis, owned(layout.rows))
 
     def spread(self, rows: tuple[Rows, ...], size: int, *, contiguous: bool = False) -> tuple[Rows, ...] | None:
-        """`rows` if every rank has some (and they are intervals, if need be), else even ones; None: too few rows."""
+        """`rows` if no rank is empty (and each has one interval, if `contiguous`), else even rows; None if too few."""
         if all(r.runs and (r.contiguous or not contiguous) for r in rows):
             return rows
         return even(size, self.world) if size >= self.world else None
 
     def settle(self, x: fx.Node) -> fx.Node:
-        """A rank may not be empty: rebalance, or replicate a value of few rows."""
+        """Leave no rank empty: rebalance, or gather a value with fewer rows than ranks."""
         layout = layout_of(x)
         if layout.dim is None or all(r.runs for r in layout.rows):
             return x
@@ -244,19 +247,19 @@ class Partitioner:
         return self.fetch(x, layout.dim, rows, "rebalance", f"a rank would be empty along dim {layout.dim}")
 
     def local(self, shape: Sequence[int], layout: Layout) -> list[Any]:
-        """A shape argument: the size of the split dim differs from rank to rank."""
+        """The local shape, as an argument of an operator; the size of the split dim differs from rank to rank."""
         return [per_rank(layout.sizes) if d == layout.dim else s for d, s in enumerate(shape)]
 
     # -- the walk -------------------------------------------------------------------------------------------
 
     def _operator(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         try:
-            return self._divided(node, env)
+            return self._split(node, env)
         except SplitError as cannot:
-            return self._gathered(node, env, str(cannot))
+            return self._gather(node, env, str(cannot))
 
-    def _divided(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-        """By the operator's rule, or in parts; raises `SplitError` where neither is known."""
+    def _split(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        """Apply the operator's rule, or split its decomposition; raises `SplitError` if neither is possible."""
         operands: list[fx.Node] = []
 
         def mapped(n: fx.Node) -> fx.Node:
@@ -265,7 +268,7 @@ class Partitioner:
 
         args, kwargs = map_arg(node.args, mapped), map_arg(node.kwargs, mapped)
         if not any(layout_of(n).split for n in operands):
-            return self._as_it_is(node, args, kwargs)
+            return self._replicate(node, args, kwargs)
         rule = self._rules.get(node.target)
         refusal = SplitError(f"no rule for {node.target}")
         if rule is not None:
@@ -273,16 +276,16 @@ class Partitioner:
                 return rule(self, Op(node, node.target), *args, **kwargs)
             except SplitError as cannot:
                 refusal = SplitError(f"{node.target}: {cannot}")
-        parts = apart(node)
+        parts = decompose(node)
         if parts is None:
             raise refusal
         try:
-            return self._inside(parts, operands)
+            return self._split_parts(parts, operands)
         except SplitError:
             raise refusal from None
 
-    def _inside(self, parts: fx.Graph, operands: Sequence[fx.Node]) -> Any:
-        """The values of a small graph on `operands`."""
+    def _split_parts(self, parts: fx.Graph, operands: Sequence[fx.Node]) -> Any:
+        """Split the operators of a decomposition, applied to `operands`."""
         env: dict[fx.Node, Any] = {}
         supply = iter(operands)
         for node in parts.nodes:
@@ -293,17 +296,17 @@ class Partitioner:
             elif node.target is operator.getitem:
                 env[node] = env[node.args[0]][node.args[1]]
             else:
-                env[node] = self._divided(node, env)
+                env[node] = self._split(node, env)
         raise AssertionError("a graph without an output")
 
-    def _gathered(self, node: fx.Node, env: Mapping[fx.Node, Any], reason: str) -> Any:
-        """What cannot be split runs whole on every rank. Its rows are then cut as the operand's were, at no cost."""
+    def _gather(self, node: fx.Node, env: Mapping[fx.Node, Any], reason: str) -> Any:
+        """Gather the operands and run the operator whole on every rank; cut its result as the operands were."""
         split = [layout_of(env[n]) for n in node.all_input_nodes if layout_of(env[n]).split]
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.whole(env[n], "fallback", reason))
-        return pytree.tree_map_only(fx.Node, lambda n: self._cut(n, split), self._as_it_is(node, args, kwargs))
+        return pytree.tree_map_only(fx.Node, lambda n: self._cut_again(n, split), self._replicate(node, args, kwargs))
 
-    def _cut(self, x: fx.Node, layouts: Sequence[Layout]) -> fx.Node:
-        """A whole value cut by the first layout that it has the rows for."""
+    def _cut_again(self, x: fx.Node, layouts: Sequence[Layout]) -> fx.Node:
+        """Cut a whole value by the first of `layouts` that fits its shape; needs no exchange."""
         shape = shape_of(x)
         for layout in layouts:
             stop = max(rows.stop for rows in layout.rows)
@@ -311,7 +314,8 @@ class Partitioner:
                 return self.take(x, layout.axis, layout.rows)
         return x
 
-    def _as_it_is(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _replicate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Run the operator on whole operands, on every rank."""
         op = Op(node, node.target)
         value = node.meta.get("val")
         if isinstance(value, (tuple, list)):
@@ -351,9 +355,9 @@ def _nodes(tree: Any) -> list[fx.Node]:
     return found
 
 
-def _split(x: fx.Node) -> bool:
-    """Whether the ranks hold parts of `x`, or a tuple that they computed from parts."""
-    return layout_of(x).split if "layout" in x.meta else any(map(_split, x.all_input_nodes))
+def _is_split(x: fx.Node) -> bool:
+    """Whether the ranks hold parts of `x`, or a tuple computed from parts."""
+    return layout_of(x).split if "layout" in x.meta else any(map(_is_split, x.all_input_nodes))
 
 
 def partition(graph: fx.Graph, world: int, cuts: Mapping[str, Layout], rules: Mapping[Any, Rule]) -> fx.Graph:

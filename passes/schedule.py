@@ -1,9 +1,9 @@
-"""schedule: launch exchanges as early, and await them as late, as the graph allows. Exact: only the order changes.
+"""schedule: launch exchanges as early and wait for them as late as possible. Exact: only the order changes.
 
-After this pass an `ops.exchange` node is a launch, and an `ops.wait` on it yields the results. The order is made by
-list scheduling: a launch whose operands are ready goes first; while something is under way, any operator that needs no
-wait may run, but none from much further down the model, whose values would only take memory; a wait comes when nothing
-else can go on. Operators are taken in the order of the launch that they lead to: keys and values before queries.
+After this pass an `ops.exchange` node is a launch, and an `ops.wait` on it has the results. List scheduling: a launch
+whose operands are ready goes first. While a message is in flight, any ready operator may run, except operators from
+much further down the model, whose results would only occupy memory. A wait comes when nothing else is ready. Operators
+are ordered by the launch that they lead to: keys and values before queries.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import fx
 from ..ir import ops
 from ..ir.nodes import append, append_copy
 
-AHEAD = 64  #: nodes past the oldest launch under way from which an operator may be taken; launches are taken from any
+AHEAD = 64  #: an operator may run at most so many nodes past the oldest launch in flight; launches have no limit
 
 
 def schedule(graph: fx.Graph) -> fx.Graph:
-    """The graph with launches and waits, in its new order."""
+    """The graph with launches and waits, reordered."""
     return _Scheduler(graph).run()
 
 
@@ -33,8 +33,8 @@ class _Scheduler:
         self.urgency = self._urgencies()
         self.missing = {node: len(set(node.all_input_nodes)) for node in graph.nodes}
         self.launches: list[int] = []
-        self.ready: list[tuple[int, int]] = []  # urgency and position of operators that need nothing more
-        self.underway: list[int] = []
+        self.ready: list[tuple[int, int]] = []  # (urgency, position) of operators whose operands are ready
+        self.in_flight: list[int] = []
         self.nodes = list(graph.nodes)
         self.new = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
@@ -44,26 +44,26 @@ class _Scheduler:
             if node.op == "placeholder":
                 self._place(node)
             elif not node.all_input_nodes:
-                self._enter(node)
-        while self.launches or self.ready or self.underway:
+                self._queue(node)
+        while self.launches or self.ready or self.in_flight:
             if self.launches:
                 node = self.nodes[heapq.heappop(self.launches)]
                 self._place(node)
-                heapq.heappush(self.underway, self.position[node])
+                heapq.heappush(self.in_flight, self.position[node])
             elif (node := self._next()) is not None:
                 self._place(node)
             else:
-                self._wait(self.nodes[heapq.heappop(self.underway)])
+                self._wait(self.nodes[heapq.heappop(self.in_flight)])
         (output,) = self.graph.find_nodes(op="output")
         self._place(output)
         self.new.lint()
         return self.new
 
     def _next(self) -> fx.Node | None:
-        """The most urgent operator that may go on now."""
-        if not self.underway:
+        """Remove and return the most urgent operator that may run now."""
+        if not self.in_flight:
             return self.nodes[heapq.heappop(self.ready)[1]] if self.ready else None
-        limit = self.underway[0] + AHEAD
+        limit = self.in_flight[0] + AHEAD
         kept = []
         found = None
         while self.ready and found is None:
@@ -92,10 +92,10 @@ class _Scheduler:
         for user in node.users:
             self.missing[user] -= 1
             if not self.missing[user]:
-                self._enter(user)
+                self._queue(user)
 
-    def _enter(self, node: fx.Node) -> None:
-        """The node has all that it needs."""
+    def _queue(self, node: fx.Node) -> None:
+        """Queue a node whose operands are ready."""
         if node.op != "call_function" or node in self.source:
             return
         if node in self.results:
@@ -104,7 +104,7 @@ class _Scheduler:
             heapq.heappush(self.ready, (self.urgency[node], self.position[node]))
 
     def _urgencies(self) -> dict[fx.Node, int]:
-        """Of each node, the position of the first launch that it leads to; past the end if to none."""
+        """For each node, the position of the first launch that depends on it; past the end if none does."""
         urgency: dict[fx.Node, int] = {}
         for node in reversed(self.graph.nodes):
             after = [self.position[u] if u in self.results else urgency[u] for u in node.users]

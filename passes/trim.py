@@ -1,8 +1,9 @@
-"""trim: what the ranks only take rows of is computed in those rows alone. Exact.
+"""trim: compute replicated values only on the rows each rank uses. Exact.
 
-A value that depends on nothing that is cut is whole on every rank: the embeddings of the tokens' own timesteps, a table
-of positions. Where all its users take rows of it, its operator is given rows of the operands instead, and these are
-looked at in turn. How the operands would have to lie is guessed; the operator's rule says whether the guess was right.
+A value that depends on nothing that is cut is whole on every rank: embeddings of per-token timesteps, a table of
+positions. If all its users take rows of it, its operator gets rows of its operands instead, and the operands are
+visited in turn, back to the inputs. The operator's `pull_back` proposes the rows of the operands, its rule confirms
+them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from .partition import Op, Partitioner, Rule, SplitError
 
 
 def trim(graph: fx.Graph, source: fx.Graph, world: int, rules: Mapping[Any, Rule]) -> fx.Graph:
-    """The trimmed form of `graph`, which is the partitioned form of `source`; `graph` itself if nothing is to do."""
-    if not _Trimmer(graph, source, world, rules).anything:
+    """The trimmed form of `graph`, which is `source` partitioned; `graph` itself if there is nothing to trim."""
+    if not _Trimmer(graph, source, world, rules).has_work:
         return graph
     return _Trimmer(copied(graph), source, world, rules).run()
 
 
 class _Trimmer(Partitioner):
-    """Emits into a graph that is partitioned already, and never an exchange."""
+    """Edits a partitioned graph; never adds an exchange."""
 
     def __init__(self, graph: fx.Graph, source: fx.Graph, world: int, rules: Mapping[Any, Rule]) -> None:
         super().__init__(source, world, {}, rules)
@@ -41,8 +42,8 @@ class _Trimmer(Partitioner):
         }
 
     @property
-    def anything(self) -> bool:
-        """Whether there is an operator that might be given rows."""
+    def has_work(self) -> bool:
+        """Whether any operator might be computed on fewer rows."""
         return any(self._wanted(x) is not None and self._op(x) is not None for x in calls(self._graph))
 
     def run(self) -> fx.Graph:
@@ -70,7 +71,7 @@ class _Trimmer(Partitioner):
                     self._erase(node)
 
     def _op(self, x: fx.Node) -> Op | None:
-        """The operator that `x` is, whole operands and all, if there is a rule for it."""
+        """The operator of the source graph that `x` is, if its operands are whole and it has a rule."""
         source = self._origins.get(x.meta.get("origin", ""))
         if source is None or x.target not in self._rules or any(layout_of(a).split for a in x.all_input_nodes):
             return None
@@ -78,7 +79,7 @@ class _Trimmer(Partitioner):
         return Op(source, x.target) if same else None
 
     def _wanted(self, x: fx.Node) -> Layout | None:
-        """The rows of a whole value that its users take, if they do nothing else and need not all of it."""
+        """The rows that all users take of a whole value; None if one is no take, or every rank needs all rows."""
         if layout_of(x).split or any(user.target is not ops.take for user in x.users):
             return None
         layouts = [layout_of(user) for user in x.users]
@@ -89,11 +90,11 @@ class _Trimmer(Partitioner):
         for layout in layouts[1:]:
             rows = tuple(a | b for a, b in zip(rows, layout.rows, strict=True))
         dim, size = layouts[0].axis, shape_of(x)[layouts[0].axis]
-        shared_out = all(r.runs for r in rows) and sum(map(len, owned(rows))) == size and min(map(len, rows)) < size
-        return Layout(dim, rows) if shared_out else None
+        divided = all(r.runs for r in rows) and sum(map(len, owned(rows))) == size and min(map(len, rows)) < size
+        return Layout(dim, rows) if divided else None
 
     def _from_rows(self, op: Op, x: fx.Node, wanted: Layout, operands: dict[fx.Node, Layout]) -> fx.Node | None:
-        """`wanted` rows of `x`, if the operator's rule makes exactly these of rows of its operands."""
+        """`wanted` rows of `x`, if the operator's rule computes exactly these from the given rows of its operands."""
         rows = {a: self._rows_of(a, layout) for a, layout in operands.items()}
         args, kwargs = map_arg((x.args, x.kwargs), lambda a: rows.get(a, a))
         try:
@@ -105,7 +106,7 @@ class _Trimmer(Partitioner):
         return result if isinstance(result, fx.Node) and layout_of(result) == wanted else None
 
     def _rows_of(self, a: fx.Node, layout: Layout) -> fx.Node:
-        """A take, one for all its users; they come later than what is being visited."""
+        """Take rows of `a`. Users share one take, which moves before the node that is visited."""
         taken = self._takes.get((a, layout))
         assert self._node is not None
         if taken is None:
@@ -127,7 +128,7 @@ class _Trimmer(Partitioner):
         self._graph.erase_node(node)
 
     def _exchange(self, x: fx.Node, declared: Exchange, shape: Any, layout: Layout, *, holes: bool = False) -> fx.Node:
-        raise SplitError("nothing travels for a value that every rank has")
+        raise SplitError("a value that every rank has needs no exchange")
 
 
 def _same_rows(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Layout]]:

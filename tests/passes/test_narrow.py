@@ -205,12 +205,12 @@ class WrittenOut(Tokens):
 
 
 @pytest.mark.parametrize(
-    ("model", "why"), [(Masked, "the attention is masked"), (WrittenOut, "not torch's attention operator")]
+    ("model", "why"), [(Masked, "the attention is masked"), (WrittenOut, "not read by torch's attention operator")]
 )
 def test_attention_that_cannot_have_a_window_is_named_with_the_reason(model: type[nn.Module], why: str) -> None:
     torch.manual_seed(0)
     x, time = torch.randn(1, 64, 8), torch.tensor([1.0])
-    with pytest.warns(UserWarning, match=f"'pcpp': windows do not hold for 2 exchanges of keys and values.*{why}"):
+    with pytest.warns(UserWarning, match=f"'pcpp': 2 exchanges of keys and values have no window.*{why}"):
         plan = fxpass.plan(model().eval(), x, time, world_size=2, strategy="pcpp")
     assert len(plan.seen_whole) == 2
     assert all(why in each.reason for each in plan.seen_whole)

@@ -1,7 +1,7 @@
-"""An operator in terms of simpler ones, as torch itself defines it: what no rule splits may be split in parts.
+"""Decompose an operator into simpler ones, as torch defines it, where no rule can split it.
 
-Composite operators (`cosine_similarity`, `kron`) are run on fake tensors, and what they call is recorded; of others
-(`softmax`, `tril`) torch has a table of definitions, which is meant for compilers and made for exactness.
+Composite operators (`cosine_similarity`, `kron`) run on fake tensors while the operators they call are recorded. For
+others (`softmax`, `tril`) torch has a table of decompositions.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .cost import flops
 from .normalize import rewrite
 
 
-def apart(node: fx.Node) -> fx.Graph | None:
-    """What `node` does in simpler operators, in normal form: a graph of its tensor operands, in their order.
+def decompose(node: fx.Node) -> fx.Graph | None:
+    """The decomposition of `node` in normal form: a graph whose placeholders are its tensor operands, in order.
 
-    None where torch has no definition of it, or one that asks for values.
+    None where torch has no decomposition, or one that reads values.
     """
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     values = [_Operand(leaf.meta["val"]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
@@ -39,14 +39,14 @@ def apart(node: fx.Node) -> fx.Graph | None:
 
 
 def count_work(graph: fx.Graph) -> None:
-    """Give each operator without a rule and a FLOP formula of its own the FLOPs of its parts, as `meta["flops"]`.
+    """Set `meta["flops"]` of operators that have neither a rule nor a FLOP formula to the FLOPs of their decomposition.
 
-    Where torch defines no parts, the work is unknown: None. Operators with a rule but no formula are bound by memory.
+    None if there is no decomposition: the work is unknown. Operators with a rule but no formula are bound by memory.
     """
     for node in calls(graph):
         spec = spec_of(node.target)
         if spec.rule is None and spec.flops is None and node.target is not operator.getitem and node.all_input_nodes:
-            parts = apart(node)
+            parts = decompose(node)
             if parts is not None:
                 count_work(parts)
             unknown = parts is None or any(part.meta.get("flops", 0) is None for part in calls(parts))
@@ -54,7 +54,7 @@ def count_work(graph: fx.Graph) -> None:
 
 
 class _Operand:
-    """A tensor operand, compared by form."""
+    """A tensor operand, compared by shape, strides, dtype and device."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -90,7 +90,7 @@ def _traced(target: Any, values: tuple[tuple[type, Any], ...], spec: pytree.Tree
             if any(isinstance(n.target, OpOverload) and mutates(n.target) for n in traced.graph.nodes):
                 traced = make_fx(functionalize(traced, remove="mutations"))(*operands)
             FakeTensorProp(traced, mode).propagate_dont_convert_inputs(*operands)
-    except Exception:  # torch's definition asks for values, or is not made for these operands
+    except Exception:  # the decomposition reads values, or does not support these operands
         return None
     if any(node.op == "get_attr" for node in traced.graph.nodes):
         return None
