@@ -1,11 +1,11 @@
-"""displace: by the strategy, exchanges of a displaced step use what the others sent at an earlier step (law 4).
+"""displace: set how fresh each exchange is at displaced steps, by the strategy (law 4).
 
-A step's own part is always fresh. Which exchanges may be displaced is said by the rules that declare them.
-What depends on the conditioning alone is the same at every step: it travels at exact steps only, and stays exact.
+A stale exchange uses the rank's own part of this step and the other ranks' parts of an earlier step. Rules say which
+exchanges may be stale. Values that depend on the conditioning alone are the same at every step: they are sent at exact
+steps only and stay exact.
 
-After a stale exchange, the ranks' copies of a value that several of them hold (replicated text, overlapping rows)
-differ. Copies of the outputs must not, nor copies of integers and booleans, because these decide something: there each
-row is taken from one rank, its owner.
+After a stale exchange, ranks may hold different copies of the same row (replicated text, overlapping rows). The pass
+makes copies of outputs, integers and booleans equal: an added exchange takes each row from one rank, its owner.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _view = torch.ops.aten.view.default
 
 
 def displace(graph: fx.Graph, strategy: Strategy, inputs: Collection[str], world: int) -> fx.Graph:
-    """Declare how fresh each exchange is, and give what ranks would disagree on one owner.
+    """Set how fresh each exchange is, and make differing copies of outputs, integers and booleans equal.
 
     Args:
-        inputs: the placeholders of the inputs that move from step to step.
+        inputs: names of the placeholders whose values change from step to step.
     """
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     moving = _moving(graph, inputs)
-    differing: set[fx.Node] = set()  # nodes of the result of which ranks may hold differing copies
+    differing: set[fx.Node] = set()  # nodes of the result whose copies may differ between ranks
     for node in graph.nodes:
         if node.op == "output":
             values = [_agreed(result, env[v], world, "output") if env[v] in differing else env[v] for v in node.args[0]]
@@ -56,7 +56,7 @@ def displace(graph: fx.Graph, strategy: Strategy, inputs: Collection[str], world
 
 
 def _differs(node: fx.Node, moves: bool, differing: Collection[fx.Node]) -> bool:
-    """Whether ranks may hold differing copies of a node of the result, for another reason than rounding."""
+    """Whether the ranks' copies of a node of the result may differ by more than rounding."""
     if node.target is operator.getitem and node.args[0].target is ops.exchange:  # type: ignore[union-attr]
         source, place = node.args
         exchange: Exchange = source.args[1][place]  # type: ignore[union-attr,index]
@@ -76,7 +76,11 @@ def _moving(graph: fx.Graph, inputs: Collection[str]) -> set[fx.Node]:
 
 
 def _displaced(message: tuple[Exchange, ...], strategy: Strategy, *, steady: bool) -> tuple[Exchange, ...]:
-    """The exchanges of one message: displaced if their rules allow it for all of them."""
+    """The exchanges of one message, made stale if the rules of all of them allow it.
+
+    Args:
+        steady: the operands are the same at every step.
+    """
     if not all(each.may_be_stale for each in message):
         return message
     fresh: list[Freshness] = [strategy.freshness(each.role) for each in message]
@@ -84,11 +88,11 @@ def _displaced(message: tuple[Exchange, ...], strategy: Strategy, *, steady: boo
         return tuple(
             replace(each, fresh="sync" if how == "sync" else "frozen") for each, how in zip(message, fresh, strict=True)
         )
-    return tuple(_told(each, how, strategy) for each, how in zip(message, fresh, strict=True))
+    return tuple(_with_freshness(each, how, strategy) for each, how in zip(message, fresh, strict=True))
 
 
-def _told(exchange: Exchange, fresh: Freshness, strategy: Strategy) -> Exchange:
-    """The exchange of displaced steps: how fresh, how much of a change goes on, and in how many bits it is sent."""
+def _with_freshness(exchange: Exchange, fresh: Freshness, strategy: Strategy) -> Exchange:
+    """The exchange with its freshness, and with the forecast and the bits of coding that the strategy has for it."""
     exchange = replace(exchange, fresh=fresh, forecast=strategy.forecast if _forecast(exchange, fresh) else 0.0)
     if not isinstance(exchange, Fetch) or fresh == "sync":
         return exchange
@@ -98,16 +102,15 @@ def _told(exchange: Exchange, fresh: Freshness, strategy: Strategy) -> Exchange:
 
 
 def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
-    """Whether changes of the exchange are expected to go on: measured, that helps for halos and moments.
+    """Whether to extrapolate the last change. Measured: it improves halos and moments, and worsens keys and values.
 
-    Keys and values pass a softmax, which turns small errors of what is large into other choices; theirs is not. A
-    signal of one dim has no samples, of each of which a trend would be measured.
+    A softmax amplifies small errors of large scores. Values of one dim have no sample dim, and trends are per sample.
     """
     return fresh == "predicted" or (fresh == "stale" and exchange.role == "halo" and len(exchange.shape) > 1)
 
 
 def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: str) -> fx.Node:
-    """`node` with every row that several ranks hold taken from one of them."""
+    """`node` after an exchange that takes each row that several ranks hold from its owner."""
     layout, shape = layout_of(node), shape_of(node)
     if not shape:
         node = _emit(graph, node, _view, (node, [1]), (1,))

@@ -1,17 +1,17 @@
-"""Law 2: what ranks tell each other, as pure data, with the two local halves of every exchange.
+"""Law 2: communication between ranks, declared as data, with the local work before and after it.
 
-An exchange computes `y_r = f_r(x_0 … x_{n-1})`. It is declared once for all ranks and done in three steps::
+An exchange computes `y_r = f_r(x_0 … x_{n-1})` on rank r. It is declared once for all ranks and has three steps::
 
     pack(r, x_r)  ->  one payload for each other rank
-    (transport: lockstep, gloo, NCCL — knows nothing of layouts)
+    (transport: lockstep, shared memory, gloo, NCCL; does not know layouts)
     unpack(r, x_r, received)  ->  y_r
 
-`unpack` never looks at the own payload, only at the own value: so a stale exchange (law 4) is the same
-`unpack` on the fresh own value and last step's `received`. `fresh` says which it is.
+`unpack` reads the rank's own value, never its own payload. So a stale exchange (law 4) is the same `unpack` with the
+own value of this step and the payloads received in an earlier one.
 
-    Fetch(have -> want)    halos, keys and values, realignment, the output: rows move along one dim   (fetch.py)
-    Moments                (mean, M2) merged by Chan's formula; biased variance, as torch's group norm (merge.py)
-    Reduce                 sums, maxima, minima of partial results, in rank order                      (merge.py)
+    Fetch(have -> want)    moves rows along one dim: halos, keys and values, realignment, outputs      (fetch.py)
+    Moments                merges (mean, M2) by Chan's formula; biased variance, as torch's group norm (merge.py)
+    Reduce                 sums, products, maxima, minima of partial results, in rank order            (merge.py)
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from torch import Tensor
 
 Role = Literal[
     "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output", "inputs"
-]  #: why an exchange is there; the kinds that may be displaced come first
-DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum")
+]  #: what an exchange is for
+DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum")  #: roles that rules may allow to be stale
 Freshness = Literal["sync", "stale", "predicted", "corrected", "frozen", "local"]
 Payloads = list[Tensor | None]
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a rank has kept of an exchange when a displaced step comes.
+    """The state of an exchange on one rank at the start of a displaced step.
 
     Attributes:
-        sent: what it sent at the step that serves, where an estimator needs it.
-        received: the payload of each rank at that step.
-        before: the payloads of the step before that one; None where they are not kept.
-        pace: how long this step is in units of the last one, in timesteps; 0 if that is not known.
-        trend: per sample, the share of the last change of the own values that went on in this step [B].
+        sent: what this rank sent in the last step, if an estimator needs it.
+        received: the payload from each rank in the last step.
+        before: the payloads of the step before that; None if they are not stored.
+        pace: the length of this step divided by that of the last one, in timesteps; 0 if unknown.
+        trend: per sample, the share of the own value's last change that continued in this step [B].
     """
 
     sent: Tensor | None
@@ -54,19 +54,24 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One declared exchange. `shape` is the whole operand's (for partial results: every rank's own) shape.
+    """One declared exchange.
 
-    `may_be_stale` is the word of the rule that declares the exchange: the result stays close where the others' parts
-    are those of an earlier step (law 4). `fresh` says what a displaced step uses in place of what the others send now,
-    as an exact step does: `stale` what they sent at the last step, `frozen` what they sent at the last exact step,
-    `local` nothing; of moments, `corrected` those of the last step and the own change since, `predicted` an estimate of
-    their change. What a displaced step sends serves the next; frozen and local ones send nothing.
-
-    Where `forecast` is not 0, a change is expected to go on: what was sent at the last two steps, a and then b, serves
-    as b + trend (b - a). The trend is measured on the own values, whose change in this step is known, and is taken from
-    0 to `forecast`: where changes turn back, which forecasts would amplify, there is none.
-
-    `order` lists the operand's dims as they lie in memory, the outermost first; () if in turn. Payloads travel so.
+    Attributes:
+        role: what it is for.
+        shape: the shape of the whole operand; of partial results, the shape on each rank.
+        dtype: the dtype of the operand, the payloads and the result.
+        world: the number of ranks.
+        reason: why it is needed, for reports.
+        may_be_stale: set by the rule that declares the exchange, if the result stays close to the exact one when the
+            other ranks' parts are those of an earlier step (law 4).
+        fresh: which parts of the other ranks a displaced step uses. `sync`: those of this step. `stale`: those of the
+            last step. `frozen`: those of the last exact step. `local`: none. For moments also `corrected`: those of
+            the last step plus the own change since then; and `predicted`: an estimate of those of this step. A
+            displaced step sends its part for the next step; frozen and local exchanges send nothing.
+        forecast: the largest trend; 0 for no extrapolation. With a and b received in the last two steps, a displaced
+            step uses b + trend (b - a). Each rank measures the trend on its own value, whose change in this step it
+            knows, and clamps it to 0 … `forecast`: a change that reverses is not extrapolated.
+        order: the operand's dims in memory order, outermost first; () for the usual order. Payloads have this order.
     """
 
     role: Role
@@ -81,37 +86,37 @@ class Exchange:
 
     @property
     def repeated(self) -> bool:
-        """Whether displaced steps send something."""
+        """Whether displaced steps send payloads."""
         return self.fresh not in ("frozen", "local")
 
     @property
     def steady(self) -> Exchange:
-        """What displaced steps exchange."""
+        """The exchange of displaced steps: fewer rows, if it has a window."""
         return self
 
     @property
     def wire(self) -> Exchange:
-        """What travels at displaced steps: `steady`, or codes of what has changed in it."""
+        """The exchange of the bytes that displaced steps send: `steady`, or coded changes of its values."""
         return self.steady
 
     def known(self, rank: int, x: Tensor) -> Tensor | None:
-        """What the others know of rank `rank`'s own value after an exact step, if displaced steps tell of changes."""
+        """The part of rank `rank`'s value that the others have after an exact step; None if changes are not coded."""
         return None
 
     def outgoing(self, rank: int, x: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What `wire` is to send of the own value at a displaced step, and what the others know of it then."""
+        """The operand of `wire` at a displaced step, and the part of the value that the others have afterwards."""
         return x, known
 
     def incoming(self, payload: Tensor, known: Tensor) -> Tensor:
-        """What the payload of a displaced step stands for, where the one before was `known`."""
+        """Decode a payload of a displaced step; `known` is the decoded payload of the step before."""
         return payload
 
     def retained(self, rank: int, received: Payloads) -> Payloads:
-        """Of what `rank` received at an exact step, that which displaced steps read."""
+        """The payloads of an exact step, reduced to what displaced steps read."""
         return [None] * self.world if self.fresh == "local" else received
 
     def state_bytes(self, rank: int) -> int:
-        """Bytes that `rank` keeps from one step to the next."""
+        """Bytes that `rank` stores between steps."""
         if self.fresh in ("sync", "local"):
             return 0
         own = self.sent_numel(rank) * self.dtype.itemsize
@@ -120,16 +125,16 @@ class Exchange:
         return 2 * self.steady.received(rank) + own
 
     def sent_numel(self, rank: int) -> int:
-        """Elements of its own value that rank `rank` keeps."""
+        """Elements of its own value that rank `rank` stores between steps."""
         return prod(self.shape) if self.needs_sent else 0
 
     @property
     def needs_sent(self) -> bool:
-        """Whether a displaced step needs the own value of the step that serves."""
+        """Whether a displaced step reads what the rank itself sent in the last step."""
         return self.fresh in ("corrected", "predicted")
 
     def displaced(self, rank: int, x: Tensor, earlier: Earlier) -> Tensor:
-        """Rank `rank`'s result at a displaced step, from its own value now."""
+        """Rank `rank`'s result at a displaced step, from its value of this step."""
         if earlier.trend is None or earlier.before is None:
             return self.unpack(rank, x, earlier.received)
         weight = 1 + earlier.trend.view(-1, *(1,) * (x.ndim - 1)).to(x.dtype)
@@ -137,26 +142,26 @@ class Exchange:
         return self.unpack(rank, x, [None if a is None or b is None else torch.lerp(a, b, weight) for a, b in pairs])
 
     def witness(self, x: Tensor) -> Tensor:
-        """The part of the own value on which a trend is measured: what is like that which travels."""
+        """The part of the own value on which the trend is measured: rows like those that are sent."""
         return x
 
     def trend(self, now: Tensor, old: Tensor, older: Tensor) -> Tensor:
-        """Per sample, which share of a witness's last change went on, from 0 to `forecast` [B]."""
+        """The share of a witness's last change that continued, per sample, clamped to 0 … `forecast` [B]."""
         wide = old.dtype if old.dtype == torch.float64 else torch.float32
         last = (old - older).flatten(1).to(wide)
-        on = ((now - old).flatten(1).to(wide) * last).sum(1)
-        return (on / last.square().sum(1).clamp_min(torch.finfo(last.dtype).tiny)).clamp(0, self.forecast)
+        continued = ((now - old).flatten(1).to(wide) * last).sum(1)
+        return (continued / last.square().sum(1).clamp_min(torch.finfo(last.dtype).tiny)).clamp(0, self.forecast)
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
-        """What rank `src` sends to rank `dst`; no elements where nothing is sent."""
+        """The shape of the payload from `src` to `dst`; it has no elements if nothing is sent."""
         raise NotImplementedError
 
     def result_shape(self, rank: int, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of rank `rank`'s result, from that of its own value."""
+        """The shape of rank `rank`'s result, given the shape of its own value."""
         return tuple(shape)
 
     def pack(self, rank: int, x: Tensor) -> Payloads:
-        """The payload for each rank, from rank `rank`'s own value; None where there is nothing to send."""
+        """The payload for each rank, from rank `rank`'s own value; None if there is nothing to send."""
         raise NotImplementedError
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
@@ -165,12 +170,12 @@ class Exchange:
 
     @cached_property
     def broadcast(self) -> bool:
-        """Whether every rank sends the same payload to all others (an all-gather serves)."""
+        """Whether every rank sends the same payload to all others, so that an all-gather can do it."""
         raise NotImplementedError
 
     @cached_property
     def agrees(self) -> bool:
-        """Whether an exact step gives every rank the same bits, even where ranks hold differing copies of a row."""
+        """Whether an exact step gives every rank the same bits, even if the ranks' copies of a row differ."""
         raise NotImplementedError
 
     @cached_property
@@ -193,5 +198,5 @@ class Exchange:
 
     @property
     def messages(self) -> int:
-        """Ordered pairs of ranks between which something travels."""
+        """Number of ordered pairs of ranks with a payload."""
         return sum(n > 0 for row in self._numels for n in row)
