@@ -1,4 +1,4 @@
-"""The exchange that moves rows: halos, keys and values, realignment, the output."""
+"""The exchange that moves rows along one dim: halos, keys and values, realignment, outputs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,25 @@ from .ops import index_tensor, take
 
 @dataclass(frozen=True)
 class Fetch(Exchange):
-    """Turn a value laid out by `have` along `dim` into one laid out by `want`.
+    """Change the layout of a value along one dim: rank k holds rows `have[k]` and gets rows `want[k]`.
 
-    Rank k's result may be framed by `before[k]` and `after[k]` rows of `fill`: the zero padding of a convolution
-    at the border of the picture, made in the same copy as the halo::
+    The result of rank k may be framed by `before[k]` and `after[k]` rows of `fill`. This is the zero padding of a
+    convolution at the border of the image, written in the same copy as the halo::
 
               rank 0            rank 1            rank 2
           0 | a a a | b     a | b b b | c     b | c c c | 0
 
-    Where `bits` is not 0, displaced steps send what has changed, in so many bits per number (see `coding`), and the
-    sender keeps what the others have made of it so far.
+    Attributes:
+        dim: the dim along which rows move.
+        have: the rows on each rank before.
+        want: the rows on each rank afterwards.
+        before: rows of fill in front of each rank's result; () for none.
+        after: rows of fill behind each rank's result; () for none.
+        fill: the number in these rows.
+        owners: the rows that each rank sends, if ranks may hold different copies of a row; () for `have`.
+        window: the rows that displaced steps fetch instead of `want`; () for `want`.
+        bits: displaced steps send changes since the last step in so many bits per number (`coding.py`), and the sender
+            stores the value as the receivers have decoded it; 0: values are sent as they are.
     """
 
     dim: int = 0
@@ -37,8 +46,8 @@ class Fetch(Exchange):
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     fill: float = 0.0
-    owners: tuple[Rows, ...] = ()  #: who sends which rows, where ranks may hold unlike copies of one; default: `have`
-    window: tuple[Rows, ...] = ()  #: what displaced steps fetch in place of `want`: fewer rows; default: the same
+    owners: tuple[Rows, ...] = ()
+    window: tuple[Rows, ...] = ()
     bits: int = 0
 
     @cached_property
@@ -67,24 +76,24 @@ class Fetch(Exchange):
 
     @cached_property
     def _sent(self) -> tuple[Rows, ...]:
-        """By rank, the rows that any other is sent at displaced steps."""
+        """The rows that each rank sends to any other at displaced steps."""
         table, ranks = self.steady._routes, range(self.world)
         return tuple(reduce(or_, (table[dst][src] for dst in ranks if dst != src), Rows(())) for src in ranks)
 
     @property
     def _coded(self) -> int:
-        """The dim whose vectors are coded: the last one that is not split."""
+        """The dim whose vectors are coded: the last dim that is not split."""
         last = len(self.shape) - 1
         return last - 1 if self.dim == last else last
 
     def known(self, rank: int, x: Tensor) -> Tensor | None:
-        return self._told(rank, x).clone() if self.bits else None
+        return self._part_sent(rank, x).clone() if self.bits else None
 
     def outgoing(self, rank: int, x: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if known is None:
             return x, None
         wide = torch.promote_types(x.dtype, torch.float32)
-        change = (self._told(rank, x).to(wide) - known.to(wide)).transpose(self._coded, -1)
+        change = (self._part_sent(rank, x).to(wide) - known.to(wide)).transpose(self._coded, -1)
         codes = encode(change, self.bits).transpose(self._coded, -1)
         return codes, self.incoming(codes, known)
 
@@ -95,8 +104,8 @@ class Fetch(Exchange):
         most = torch.finfo(known.dtype).max
         return (known + change.transpose(self._coded, -1)).clamp(-most, most).to(known.dtype)
 
-    def _told(self, rank: int, x: Tensor) -> Tensor:
-        """The rows of the own value that any other is sent at displaced steps."""
+    def _part_sent(self, rank: int, x: Tensor) -> Tensor:
+        """The part of the own value that displaced steps send to any other rank."""
         return take(x, self.dim, self.have[rank].locate(self._sent[rank]))
 
     def sent_numel(self, rank: int) -> int:
@@ -139,11 +148,11 @@ class Fetch(Exchange):
         return result
 
     def framed(self, rank: int) -> tuple[int, int]:
-        """Rows of fill before and after rank `rank`'s result."""
+        """The numbers of rows of fill before and after rank `rank`'s result."""
         return (self.before[rank], self.after[rank]) if self.before else (0, 0)
 
     def witness(self, x: Tensor) -> Tensor:
-        """The rows at both ends, as many as are fetched from a neighbour; all where these meet."""
+        """As many rows at each end as a neighbour fetches; all rows if the two parts would meet."""
         rows, own = self._most, x.shape[self.dim]
         if self.dim == 0 or 2 * rows >= own:
             return x
@@ -151,7 +160,7 @@ class Fetch(Exchange):
 
     @cached_property
     def _most(self) -> int:
-        """Rows that one rank sends another, at most."""
+        """The largest number of rows that one rank sends to another."""
         return max((len(part) for d, row in enumerate(self._routes) for s, part in enumerate(row) if s != d), default=0)
 
     def result_shape(self, rank: int, shape: Sequence[int]) -> tuple[int, ...]:
@@ -164,7 +173,7 @@ class Fetch(Exchange):
             return x
         shape = self.result_shape(rank, x.shape)
         rows = shape[self.dim]
-        order = sorted(range(x.ndim), key=x.stride, reverse=True)  # as in memory: channels-last stays so
+        order = sorted(range(x.ndim), key=x.stride, reverse=True)  # keep the memory format, e.g. channels-last
         result = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
         if before:
             result.narrow(self.dim, 0, before).fill_(self.fill)
@@ -180,7 +189,7 @@ class Fetch(Exchange):
             assert payload is not None, f"rank {rank} got nothing from rank {src}"
             assert payload.shape[self.dim] == len(where), f"rank {rank} got {payload.shape} from rank {src}"
             parts.append(payload)
-        if in_turn and parts:  # one operator, not one for each part
+        if in_turn and parts:  # one operator for all parts
             torch.cat(parts, self.dim, out=inner)
             return result
         for (_, where), payload in zip(places, parts, strict=True):
@@ -198,7 +207,7 @@ class Fetch(Exchange):
 
 @lru_cache(maxsize=4096)
 def _places(want: Rows, parts: tuple[Rows, ...]) -> tuple[tuple[tuple[int, Rows], ...], bool]:
-    """Who sends which local rows of `want`, in their order; whether each one's are an interval."""
+    """(source rank, local positions in `want`), sorted by position; and whether all positions are intervals."""
     places = [(src, want.locate(part)) for src, part in enumerate(parts) if part.runs]
     places.sort(key=lambda place: place[1].start)
     return tuple(places), all(where.contiguous for _, where in places)

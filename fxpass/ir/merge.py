@@ -1,4 +1,4 @@
-"""The exchanges in which every rank merges small results of all: moments, sums, maxima, minima."""
+"""Exchanges in which every rank merges the partial results of all ranks: moments, sums, products, maxima, minima."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from .exchange import Earlier, Exchange, Payloads
 
 ReduceOp = Literal["sum", "prod", "amax", "amin", "exponentials"]
-HALF = 0.5  #: share of a change that predicted moments expect of others, or to come again
+HALF = 0.5  #: predicted moments: another rank's part changes by this share of the own change, and of its last change
 
 
 @dataclass(frozen=True)
 class Merged(Exchange):
-    """Every rank has a small result of its own, sends it to all others, and merges all of them in rank order."""
+    """Every rank sends its partial result to all others and merges all of them in rank order."""
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         return self.shape
@@ -38,9 +38,9 @@ class Merged(Exchange):
 class Moments(Merged):
     """Merge `stack([mean, M2])` of each rank's `counts[k]` elements into `stack([mean, biased variance])` of all.
 
-    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979), for all
-    ranks at once: a model has dozens of these, and small operators cost their launch. Every rank merges the same parts
-    in rank order, so that all get the same bits.
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979), applied
+    to all ranks at once, to launch few operators. Every rank merges the same parts in the same order, so that all ranks
+    get the same bits.
     """
 
     counts: tuple[int, ...] = ()
@@ -83,10 +83,10 @@ class Moments(Merged):
         return self._predicted(rank, x, own, now, then, pace)
 
     def _corrected(self, rank: int, x: Tensor, own: Tensor, now: Tensor) -> Tensor:
-        """The old mean of x and of x² over all ranks, plus the full change of the own ones since.
+        """The old means of x and x² over all ranks, plus the whole change of the rank's own ones since then.
 
-        That is DistriFusion's estimator (Li et al., 2024), written so that nothing cancels. It can give a negative
-        variance: then the own one is taken.
+        This is DistriFusion's estimator (Li et al., 2024), written without cancellation. If the variance comes out
+        negative, the rank uses the variance of its own part.
         """
         variance = x[1] / self.counts[rank]
         mean, whole = self.merged(with_own(now, rank, own))
@@ -95,11 +95,12 @@ class Moments(Merged):
         return torch.stack([mean + shift, torch.where(moved < 0, variance, moved)])
 
     def _predicted(self, rank: int, x: Tensor, own: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
-        """Merge the own part with an estimate of each other: moved by half the own change and half of its last one.
+        """Merge the own part with an estimate of every other part.
 
-        Means move by differences and squared deviations by ratios, so that no variance can become negative; a ratio
-        counts from 1/2 to 2. Small patches differ much from each other, and one's change says little of another's:
-        where `corrected` takes all of it for the whole, this takes half of it, for the others alone.
+        The estimate moves a part by half of the own change and half of the part's last change. Means move by
+        differences, squared deviations by ratios clamped to 1/2 … 2, so that no variance becomes negative. Small
+        patches change differently: so half of the own change is used, for the other parts alone, where `corrected` adds
+        all of it to the merged result.
         """
         share = HALF * pace
         mean = now[:, 0] + HALF * (x[0] - own[0]) + share * (now[:, 0] - then[:, 0])
@@ -112,10 +113,10 @@ class Moments(Merged):
 
 @dataclass(frozen=True)
 class Reduce(Merged):
-    """Partial results of the ranks, reduced in rank order (sums and products in float32 at least).
+    """Reduce the partial results of the ranks in rank order; sums and products in float32 at least.
 
-    `exponentials` are `stack([max, sum of exp(x - max)])`: what a softmax over all ranks needs, in one value, so that
-    an old one is right in itself.
+    `exponentials` reduces `stack([max, sum of exp(x - max)])`, which a softmax over all ranks needs. The pair is one
+    value, so that a stale maximum comes with the sum that belongs to it.
     """
 
     op: ReduceOp = "sum"
@@ -143,7 +144,7 @@ class Reduce(Merged):
 
 
 def in_rank_order(rank: int, x: Tensor, received: Payloads) -> list[Tensor]:
-    """The parts of all ranks, the own one in its place."""
+    """The parts of all ranks in rank order, the rank's own among them."""
     parts: list[Tensor] = []
     for src, payload in enumerate(received):
         part = x if src == rank else payload
@@ -166,11 +167,11 @@ def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def _ratio(now: Tensor, then: Tensor) -> Tensor:
-    """`now / then`, between 1/2 and 2; 1 where both are 0."""
+    """`now / then`, clamped to 1/2 … 2; 1 if both are 0."""
     least = torch.finfo(now.dtype).tiny
     return ((now + least) / (then + least)).clamp(0.5, 2)
 
 
 def _finite(x: Tensor) -> Tensor:
-    """`x` with 0 for infinities: what may be subtracted from them."""
+    """`x` with 0 in place of infinities, so that `x - _finite(x)` is never inf - inf."""
     return torch.where(x.isinf(), 0, x)
