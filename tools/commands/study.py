@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from ...ir.strategy import Strategy
 
 STRATEGIES = ("displaced", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp")
 
@@ -45,6 +42,7 @@ def study(
 ) -> None:
     """Measure the quality of stale strategies, and the bytes that they save."""
     check_installed()
+    from ...ir.strategy import Strategy
     from ..console import console
     from ..study.grid import Grid, run
     from ..study.report import write_report
@@ -52,7 +50,7 @@ def study(
 
     grid = Grid(
         list(dict.fromkeys(pipeline)),
-        [strategy_of(name) for name in _words("--strategies", strategies)],
+        [Strategy.of(name) for name in _words("--strategies", strategies)],
         numbers("--ranks", ranks),
         numbers("--steps", steps),
         [None] if warmup is None else numbers("--warmup", warmup),
@@ -61,7 +59,7 @@ def study(
         size,
         batch,
     )
-    against = strategy_of(baseline).name
+    against = Strategy.of(baseline).name
     if report_only and not (output / "cells.csv").is_file():
         raise ValueError(f"there is no study in {output}; leave out --report-only to make one")
     out = console()
@@ -81,14 +79,6 @@ def check_installed() -> None:
     for module, extra in EXTRA_OF.items():
         if extra == "study" and importlib.util.find_spec(module) is None:
             raise MissingExtraError(module)
-
-
-def strategy_of(name: str) -> Strategy:
-    """A variant or preset by name. Raises as `Strategy.of`."""
-    from ...ir.strategy import Strategy
-    from ..study.grid import VARIANTS
-
-    return VARIANTS[name] if name in VARIANTS else Strategy.of(name)
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from .runs import Generation, Subject
 
-VARIANTS: dict[str, Strategy] = {}  #: more strategies by name, beside the presets
 SHOWN = 6  #: images per cell in the contact sheets
 
 
