@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import random
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -54,6 +55,7 @@ class Fuzzer:
             items[:] = [item for item in properties_ if property_of(item) in mine]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.found.examples.update(dict.fromkeys(map(property_of, session.items), 0))
         if self.only:
             for item in session.items:
                 self._turn(item, self.seed)
@@ -86,7 +88,7 @@ class Fuzzer:
         kind = item.nodeid, re.sub(r"[\d.]+(e[+-]\d+)?", "#", lines[0] if lines else report.longreprtext[-200:])
         self.found.failures[kind] += 1
         if self.found.failures[kind] == 1:
-            repeat = f"{sys.executable} -m tests.fuzz --only '{item.nodeid}' --seed {seed}"
+            repeat = f"{sys.executable} -m tests.fuzz --only {shlex.quote(item.nodeid)} --seed {seed}"
             print(f"{'=' * 120}\nFAILED {item.nodeid}\n\n{report.longreprtext}\n\nrepeat it: {repeat}\n", flush=True)
 
 
@@ -123,9 +125,11 @@ def main() -> int:
 
 def summary(found: list[Found]) -> int:
     """Print examples by property and all failures; 1 where there are any."""
-    examples = sum((each.examples for each in found), Counter[str]())
-    seconds = sum((each.seconds for each in found), Counter[str]())
-    failures = sum((each.failures for each in found), Counter[tuple[str, str]]())
+    examples, seconds, failures = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
+    for each in found:
+        examples.update(each.examples)
+        seconds.update(each.seconds)
+        failures.update(each.failures)
     for name, count in examples.items():
         print(f"{count:8} examples {seconds[name]:7.1f} s  {name}")
     fewest = min(examples.values(), default=0)
