@@ -129,3 +129,19 @@ def test_an_argument_on_which_all_ranks_agree_is_no_per_rank_argument() -> None:
     assert per_rank([3, 3, 3]) == 3
     assert per_rank([3, 4]) == PerRank((3, 4))
     assert full(4, 2) == (Rows.interval(0, 4),) * 2
+
+
+def test_an_interval_without_positions_is_the_empty_set() -> None:
+    assert Rows.interval(3, 3) == Rows.interval(5, 2) == Rows(())
+
+
+def test_a_layout_is_uniform_where_all_ranks_hold_equally_many_rows() -> None:
+    assert Layout(0, (Rows.interval(0, 2), Rows.of([1, 3]))).uniform
+    assert not Layout(0, (Rows.interval(0, 1), Rows.interval(1, 4))).uniform
+    assert Layout().uniform
+
+
+def test_a_layout_prints_its_dim_and_the_blocks_of_each_rank() -> None:
+    rows = (Rows.interval(0, 4), Rows.of([4, 5, 8, 9, 12, 13]))
+    assert str(Layout(2, rows)) == "dim 2: {0:4} {3x(4:6)+4}"
+    assert str(Layout()) == "whole"
