@@ -43,15 +43,17 @@ def check_model(model: nn.Module) -> None:
                         "it, on one device and in one dtype, or remove the hook, before the first call"
                     )
     devices: dict[torch.device, str] = {}
+    without_values = ""
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if not is_lazy(tensor) and tensor.ndim:
             devices.setdefault(tensor.device, name)
+            if tensor.is_meta and not isinstance(tensor, FakeTensor):
+                without_values = without_values or name
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise CaptureError(f"the model's weights are on several devices ({where}); move them to one")
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if not is_lazy(tensor) and tensor.is_meta and not isinstance(tensor, FakeTensor):
-            raise CaptureError(f"{name} is on the meta device and has no values; load the weights first")
+    if without_values:
+        raise CaptureError(f"{without_values} is on the meta device and has no values; load the weights first")
 
 
 def names_of(model: nn.Module) -> dict[int, tuple[str, str]]:
