@@ -45,7 +45,9 @@ def _tables() -> Iterator[tuple[str, Example]]:
         yield f"norm, {name}", Example(module.double(), [randn(*shape)], {0: dims})
     for name, (function, shapes, promised) in test_rules_sums.PRODUCTS.items():
         yield name, Example(function, [randn(*s) for s in shapes], promised)
-    for name, (function, shape, dims) in (test_rules_frames.FRAMES | test_rules_movement.VIEWS).items():
+    for name, (function, shape, dims) in (
+        test_rules_frames.FRAMES | test_rules_movement.VIEWS | test_rules_movement.MIXED
+    ).items():
         yield name, Example(function, [randn(*shape)], {0: dims})
     for name, (function, shapes, promised) in test_rules_movement.SLICING.items():
         yield name, Example(function, [randn(*s) for s in shapes], promised)
