@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import fxpass
 from fxpass.capture import CaptureError
-from fxpass.capture.call import flatten_output
+from fxpass.capture.objects import flatten
 from fxpass.models.small import case, cases
 from tests.outside.cases import outsiders
 from tests.outside.quantised import FORMS, QuantisedTensor, quantise, quantised
@@ -41,7 +41,7 @@ def arguments(name: str, module: nn.Module, seed: int, batch: int = 2) -> Argume
 
 
 def tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in flatten_output(output)[0] if isinstance(leaf, Tensor)]
+    return [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
 
 
 def assert_exact(parallel: Any, name: str, batch: int = 2, arrange: Callable[[Any], Any] = lambda given: given) -> None:
@@ -68,7 +68,7 @@ def changed(module: Any, kind: type[nn.Module], change: Callable[[Any], Any]) ->
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    flatten_output(value)  # lets pytrees enter dataclasses
+    flatten(value)  # lets pytrees enter dataclasses
     return pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ir.program import Change, Given, Program
-from .call import PLAIN, Call, copied, flatten_output, is_open, state_of
+from .call import Call
 from .errors import CaptureError
+from .objects import PLAIN, copied, flatten, is_open, parts_of, state_of
 from .reach import table_of, tensors_in
 from .survivors import mark_left_behind
 
@@ -69,9 +70,8 @@ class Arguments:
 
     def flatten(self, output: Any, entries: list[dict[Any, Any]]) -> tuple[list[Any], pytree.TreeSpec]:
         """Outputs and entries; what of them the caller has given is a `Given`."""
-        flatten_output((output, entries))  # registers what is in them
         owned = self._owned  # pytree keeps the function below alive for a while; it must hold no tensors
-        leaves, spec = pytree.tree_flatten((output, entries), is_leaf=lambda value: id(value) in owned)
+        leaves, spec = flatten((output, entries), is_leaf=lambda value: id(value) in owned)
         return [owned.get(id(leaf), leaf) for leaf in leaves], spec
 
 
@@ -120,7 +120,7 @@ def results_of(run: Callable[[dict[str, Any]], Any], call: Call, tensors: Sequen
     """What a run on copies of the arguments returns and writes, flat; `tensors` are its own."""
     copies = call.rebuild(tensors)
     arguments = Arguments(call, copies)
-    result = flatten_output((run(copies), arguments.changes()[1]))[0]
+    result = flatten((run(copies), arguments.changes()[1]))[0]
     return result + [each for i, each in enumerate(tensors) if i not in call.numbers]
 
 
@@ -174,6 +174,8 @@ def _inside(value: Any) -> dict[Any, Any]:
         table = value
     elif table is None and type(value) in pytree.SUPPORTED_NODES:
         table = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)[0]
+    elif table is None:
+        table = parts_of(value)
     return {} if table is None else dict(table) if isinstance(table, dict) else dict(enumerate(table))
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import enum
 import functools
 import inspect
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import FunctionType, MethodType, SimpleNamespace
+from dataclasses import dataclass, replace
+from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+from .objects import PLAIN, UNSEEN, all_seen, copied, holds_tensors, is_open, opened, parts_of, state_of, walk
+from .unread import StandIn, Watch, may_be_unread
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type, slice)
-UNSEEN = type("Unseen", (), {})()  #: of an object what nobody can look at
+
+class _Unread:
+    """Stands in a key for the value of a leaf."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Call:
     numbers: dict[int, float]  #: those of `tensors` that the caller gave as Python numbers
     key: tuple[Any, ...]  #: hashable; equal for calls that one program can serve, guards aside
     arguments: dict[str, Any]  #: as the caller gave them, by name
+    unread: frozenset[int]  #: leaves that the model seems not to read, and that `key` leaves out
+    _whole: tuple[Any, ...]  #: the key with all leaves
     _spec: pytree.TreeSpec
-    _leaves: tuple[Any, ...]
+    _leaves: tuple[tuple[str, Any], ...]  #: path and value of each; `...` for those that are among `tensors`
     _positional: tuple[str, ...]
     _alike: tuple[int, ...]  #: of each tensor the first place where the same one was given
 
@@ -47,8 +50,7 @@ class Call:
         """Raises `TypeError` as `model.forward` would if the arguments do not fit it, and `CaptureError` for objects
         that may hide tensors."""
         arguments, positional = _bind(model, args, kwargs)
-        register_containers(arguments)
-        leaves, spec = pytree.tree_flatten_with_path(arguments)
+        leaves, spec = pytree.tree_flatten_with_path(opened(arguments))
         tensors: list[Tensor] = []
         paths: list[str] = []
         numbers: dict[int, float] = {}
@@ -59,18 +61,50 @@ class Call:
             if isinstance(leaf, Tensor):
                 tensors.append(leaf)
                 paths.append(_text(path))
-        plain = tuple(... if isinstance(leaf, Tensor) or _is_number(leaf) else leaf for _, leaf in leaves)
+        plain = tuple((_text(p), ... if isinstance(leaf, Tensor) or _is_number(leaf) else leaf) for p, leaf in leaves)
         kinds = tuple(_kind(_text(path), leaf) for path, leaf in leaves)
         first: dict[int, int] = {}
         alike = tuple(first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors))  # `x is y` may be asked
         key = (spec, kinds, alike, _autocast(), positional)  # hooks see what was passed by position
-        return Call(tuple(tensors), tuple(paths), numbers, key, arguments, spec, plain, positional, alike)
+        none: frozenset[int] = frozenset()
+        return Call(
+            tuple(tensors), tuple(paths), numbers, key, arguments, none, key, spec, plain, positional, alike
+        )  # fmt: skip
 
-    def rebuild(self, tensors: Sequence[Any]) -> dict[str, Any]:
-        """The arguments of the same call with other tensors, one given twice being one; containers and objects are
-        copies, for the model may write to them."""
+    def without(self, unread: frozenset[int]) -> Call:
+        """The same call, taken to be one whose result does not depend on these leaves."""
+        spec, kinds, *rest = self._whole
+        kinds = tuple((_Unread, kind[0]) if i in unread else kind for i, kind in enumerate(kinds))
+        return replace(self, key=(spec, kinds, *rest), unread=unread)
+
+    def differs(self, key: tuple[Any, ...]) -> frozenset[int]:
+        """The leaves that alone tell this call from one with that key; empty if other things do, too."""
+        (spec, kinds, *rest), (other_spec, others, *other_rest) = self._whole, key
+        if spec != other_spec or rest != other_rest:
+            return frozenset()
+        found = [i for i, (kind, other) in enumerate(zip(kinds, others, strict=True)) if kind != other]
+        alike = (others[i][1 if others[i][0] is _Unread else 0] is type(self._leaves[i][1]) for i in found)
+        return frozenset(found) if all(alike) and all(may_be_unread(self._leaves[i][1]) for i in found) else frozenset()
+
+    def modules(self) -> dict[int, tuple[str, str]]:
+        """id of each tensor of the modules among the arguments -> ("foreign", what the caller calls it)."""
+        found: dict[int, tuple[str, str]] = {}
+        for path, leaf in self._leaves:
+            for module in (each for each in walk(leaf) if isinstance(each, nn.Module)):
+                for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+                    found[id(tensor)] = ("foreign", f"{path}.{name}")
+        return found
+
+    def rebuild(self, tensors: Sequence[Any], watch: Watch | None = None) -> dict[str, Any]:
+        """The arguments of the same call with other tensors; a tensor that is given twice is one tensor.
+
+        Containers and objects are copies, because the model may write to them. With a `watch`, stand-ins take the place
+        of leaves that are `unread`.
+        """
         supply = iter([tensors[i] for i in self._alike])
-        leaves = [next(supply) if v is ... else copied(v) for v in self._leaves]
+        leaves = [next(supply) if leaf is ... else copied(leaf) for _, leaf in self._leaves]
+        if watch is not None:
+            leaves = [StandIn(watch) if i in self.unread else leaf for i, leaf in enumerate(leaves)]
         return pytree.tree_unflatten(leaves, self._spec)
 
     def run(self, model: nn.Module, arguments: dict[str, Any]) -> Any:
@@ -92,7 +126,7 @@ class Call:
 
     def functions(self) -> list[Any]:
         """Functions, bound methods and partials among the arguments."""
-        return [leaf for leaf in self._leaves if isinstance(leaf, (FunctionType, MethodType, functools.partial))]
+        return [leaf for _, leaf in self._leaves if isinstance(leaf, (FunctionType, MethodType, functools.partial))]
 
     def with_numbers(self, tensors: Sequence[Any]) -> list[Any]:
         """`tensors` with the caller's own numbers in their places."""
@@ -114,64 +148,6 @@ def _bind(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tupl
     return arguments, tuple(positional)
 
 
-def register_containers(value: Any) -> None:
-    """Let pytrees enter the dataclasses in `value` that nobody registered, and the objects that hold tensors."""
-
-    def register(leaf: Any) -> Any:
-        kind = type(leaf)
-        if kind in pytree.SUPPORTED_NODES:
-            return leaf
-        if dataclasses.is_dataclass(kind) and not isinstance(leaf, type):
-            pytree.register_dataclass(kind)
-        elif is_open(leaf) and _holds_tensors(leaf):
-            _register_object(kind)
-        else:
-            return leaf
-        pytree.tree_map(register, leaf)
-        return leaf
-
-    pytree.tree_map(register, value)
-
-
-def is_open(leaf: Any) -> bool:
-    """Whether what an object holds are its attributes and nothing else."""
-    kind = type(leaf)
-    slots = any(vars(base).get("__slots__") for base in kind.__mro__)
-    closed = (dict, list, tuple, set, frozenset, np.ndarray, nn.Module, Tensor)
-    return hasattr(leaf, "__dict__") and not slots and not isinstance(leaf, closed) and not callable(leaf)
-
-
-def copied(leaf: Any) -> Any:
-    """A copy of an object that holds other things."""
-    if isinstance(leaf, PLAIN) or not is_open(leaf) or not vars(leaf):
-        return leaf
-    try:
-        return copy.deepcopy(leaf)
-    except Exception:
-        return leaf  # what cannot be copied is no container
-
-
-def _register_object(kind: type) -> None:
-    def flatten(value: Any) -> tuple[list[Any], Any]:
-        return list(vars(value).values()), tuple(vars(value))
-
-    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
-        return [(pytree.MappingKey(name), item) for name, item in vars(value).items()], tuple(vars(value))
-
-    def unflatten(values: Any, names: Any) -> Any:
-        value = (SimpleNamespace if issubclass(kind, SimpleNamespace) else object).__new__(kind)
-        vars(value).update(zip(names, values, strict=True))
-        return value
-
-    pytree.register_pytree_node(kind, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)
-
-
-def flatten_output(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """`tree_flatten` that also enters dataclasses and objects with tensors that nobody registered."""
-    register_containers(value)
-    return pytree.tree_flatten(value)
-
-
 def _is_number(leaf: Any) -> bool:
     return (type(leaf) is int and abs(leaf) < 2**63) or type(leaf) is float
 
@@ -188,13 +164,19 @@ def _kind(path: str, leaf: Any) -> Any:
         return ("number", type(leaf))
     if isinstance(leaf, PLAIN):
         return (type(leaf), (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf)
-    if isinstance(leaf, np.ndarray) or _holds_tensors(leaf):
+    if isinstance(leaf, np.ndarray) or holds_tensors(leaf):
+        if parts_of(leaf):
+            raise CaptureError(
+                f"the argument {path!r} is a {type(leaf).__name__} that holds tensors and refers to itself; remove the "
+                "reference, or pass the tensors as arguments of their own"
+            )
         raise CaptureError(
-            f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or lists, "
-            "tuples, dicts or objects with attributes (other containers: torch.utils._pytree.register_pytree_node)"
+            f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or keep "
+            "them in lists, tuples, dicts, closures or the attributes of objects without __slots__ (other containers: "
+            "torch.utils._pytree.register_pytree_node)"
         )
     state = state_of(leaf)
-    if is_open(leaf) and vars(leaf) and _all_seen(state):
+    if is_open(leaf) and vars(leaf) and all_seen(state):
         return (type(leaf), state)  # the model is given a copy, so that it cannot tell one from another
     try:
         hash(leaf)
@@ -209,49 +191,6 @@ def _kind(path: str, leaf: Any) -> Any:
         return (type(leaf), weakref.ref(leaf), state)  # equal while both live and are equal; never a reused address
     except TypeError:
         return (type(leaf), leaf)
-
-
-def state_of(value: Any, depth: int = 5) -> Any:
-    """What of an object a program has baked in, hashable, so many levels deep; `UNSEEN` where there may be more."""
-    if isinstance(value, slice):
-        return repr(value)
-    if isinstance(value, PLAIN):
-        return (type(value), value)
-    if not depth or isinstance(value, (Tensor, nn.Module)):
-        return UNSEEN
-    if isinstance(value, dict):
-        return tuple((key, state_of(item, depth - 1)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(state_of(item, depth - 1) for item in value)
-    if isinstance(value, (set, frozenset)):
-        return frozenset(state_of(item, depth - 1) for item in value)
-    if (inner := getattr(value, "__dict__", None)) is None:
-        return UNSEEN
-    seen = (type(value), state_of(dict(inner), depth - 1))
-    return seen if is_open(value) else (UNSEEN, *seen)
-
-
-def _all_seen(state: Any) -> bool:
-    return state is not UNSEEN and (not isinstance(state, (tuple, frozenset)) or all(map(_all_seen, state)))
-
-
-def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
-    if isinstance(leaf, Tensor):
-        return True
-    if isinstance(leaf, (nn.Module, *PLAIN)) or not depth:
-        return False
-    inner = list(getattr(leaf, "__dict__", {}).values())
-    names = [name for kind in type(leaf).__mro__ for name in _names(vars(kind).get("__slots__"))]
-    inner += [getattr(leaf, name) for name in names if hasattr(leaf, name)]
-    if isinstance(leaf, dict):
-        inner += leaf.values()
-    elif isinstance(leaf, (list, tuple, set, frozenset)):
-        inner += leaf
-    return any(_holds_tensors(item, depth - 1) for item in inner)
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots or ())
 
 
 def _text(path: tuple[Any, ...]) -> str:

@@ -158,7 +158,7 @@ def _record(
 ) -> tuple[Program, Routing, Callable[[int | None], Program]]:
     """A recorded run, what it asked, and its program where of every second question the answer is "none"."""
     model, call = recording.model, recording.call
-    recorder = Recorder(recording.fake_mode, names_of(model))
+    recorder = Recorder(recording.fake_mode, call.modules() | names_of(model))
     reader = Reader(recorder)
     recorder.read = reader
     recorder.routing = routing = Routing(recorder, reader, empty)

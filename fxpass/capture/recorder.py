@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, fake_mode: FakeTensorMode, names: dict[int, tuple[str, str]]) -> None:
-        """`names`: id of each tensor of the model -> ("weight" or "constant", qualified name)."""
+        """`names`: id of a tensor -> ("weight", "constant" or "foreign", qualified name)."""
         super().__init__()
         self.fake_mode = fake_mode
         self.graph = fx.Graph()
@@ -94,6 +94,11 @@ class Recorder(TorchDispatchMode):
         if id(tensor) in self._fakes:
             return self._fakes[id(tensor)]
         kind, name = self._names.get(id(tensor), ("fresh" if fresh else "constant", ""))
+        if kind == "foreign":
+            raise CaptureError(
+                f"the model uses {name}, a tensor of a module in its arguments: add that module to the model "
+                "(add_module) before the call, so that the tensor is one of its weights, or pass the tensor itself"
+            )
         if kind != "weight" and is_left_behind(tensor):
             raise CaptureError(
                 f"the model reads {name or 'a tensor'} at {self.current_line()}, which an earlier call left behind; "

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fxpass.capture import Call, CaptureError, broken_guard, capture, outdated
-from fxpass.capture.call import flatten_output
 from fxpass.capture.evaluate import evaluate
+from fxpass.capture.objects import flatten
 from fxpass.ir.program import Program, calls
 
 
@@ -49,13 +49,15 @@ def same(model: nn.Module, program: Program, *args: Any, **kwargs: Any) -> Any:
     return found
 
 
-def assert_alike(found: Any, expected: Any) -> None:
-    (leaves, form), (wanted, wanted_form) = flatten_output(found), flatten_output(expected)
+def assert_alike(found: Any, expected: Any, exact: bool = True) -> None:
+    """Equal structure and values; tensors to rounding where not `exact`."""
+    (leaves, form), (wanted, wanted_form) = flatten(found), flatten(expected)
     assert form == wanted_form
     for leaf, other in zip(leaves, wanted, strict=True):
         assert type(leaf) is type(other)
         if isinstance(leaf, Tensor):
-            assert torch.equal(leaf, other)
+            assert leaf.shape == other.shape
+            assert torch.equal(leaf, other) if exact else torch.allclose(leaf, other, rtol=1e-5, atol=1e-6)
         else:
             assert leaf == other or (hasattr(leaf, "__dict__") and vars(leaf) == vars(other))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fxpass
 from fxpass.capture import Call
-from fxpass.capture.call import flatten_output
+from fxpass.capture.objects import flatten
 from fxpass.ir.inputs import moving
 from tests.outside.cases import Outsider, outsiders
 from tests.test_exact import EXACT, error
@@ -33,7 +33,7 @@ def _runs() -> list[Any]:
 
 def _compared(found: Any, expected: Any) -> float:
     """The largest error of any tensor; the form and all else are equal."""
-    (leaves, form), (wanted, wanted_form) = flatten_output(found), flatten_output(expected)
+    (leaves, form), (wanted, wanted_form) = flatten(found), flatten(expected)
     assert form == wanted_form
     worst = 0.0
     for a, b in zip(leaves, wanted, strict=True):

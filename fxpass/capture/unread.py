@@ -1,0 +1,67 @@
+"""Stand-ins for arguments that a model seems not to read: the id of a prompt, say.
+
+A recording is given a stand-in in place of such an argument. Whatever is done with it raises, so that a recording that
+ends normally does not depend on the argument. Only `is` and `type()` cannot be noticed: stand-ins are for values that
+are compared by `==`, and for objects of which a model is given a copy anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CaptureError
+from .objects import PLAIN, is_open
+
+
+@dataclass(eq=False)
+class Watch:
+    """Shared by the stand-ins of one recording."""
+
+    active: bool = False  #: while the model runs
+    touched: bool = False
+
+    def check(self) -> None:
+        """Raises `CaptureError` if a stand-in was touched, whatever the model made of the exception."""
+        if self.touched:
+            raise CaptureError("the model reads an argument that it did not seem to read")
+
+
+class StandIn:
+    """Raises when it is used while its watch is active."""
+
+    __slots__ = ("_watch",)
+
+    def __init__(self, watch: Watch) -> None:
+        object.__setattr__(self, "_watch", watch)
+
+
+def _raising(name: str) -> Any:
+    def method(self: StandIn, *args: Any, **kwargs: Any) -> Any:
+        watch = object.__getattribute__(self, "_watch")
+        if watch.active:
+            watch.touched = True
+            watch.check()
+        default = getattr(object, name, None)
+        if default is None:
+            raise TypeError(f"a stand-in has no {name}")
+        return default(self, *args, **kwargs)
+
+    return method
+
+
+for _name in (
+    *("__getattribute__", "__setattr__", "__delattr__", "__eq__", "__ne__", "__hash__", "__str__", "__repr__"),
+    *("__format__", "__lt__", "__le__", "__gt__", "__ge__", "__len__", "__iter__", "__contains__", "__getitem__"),
+    *("__setitem__", "__call__", "__int__", "__float__", "__index__", "__bytes__", "__fspath__", "__enter__"),
+    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__mod__", "__rmod__", "__and__", "__or__"),
+    *("__reduce_ex__", "__torch_function__", "__array__", "__bool__"),
+):
+    setattr(StandIn, _name, _raising(_name))
+
+
+def may_be_unread(leaf: Any) -> bool:
+    """Whether a stand-in can take the place of an argument."""
+    if isinstance(leaf, PLAIN):
+        return isinstance(leaf, (str, bytes))
+    return (is_open(leaf) and bool(vars(leaf))) or type(leaf).__eq__ is not object.__eq__
