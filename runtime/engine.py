@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import Call, broken_guard, capture_call, check_memory, guard_error, outdated, returned
+from ..capture import Call, CaptureError, broken_guard, capture_call, check_memory, guard_error, outdated, returned
 from ..ir.program import Program
 from .clock import Clock
 from .executor import EXACT, Executor, Loaded, PlanLike, Report, device_of
 from .structure import Structure, WeightTable
+from .unread import Unread
 
 SIGNATURES = 8  #: programs kept; the least recently used one goes first
 GUARDED = 4  #: programs of one signature that differ only in guarded values; more captures in a row are an error
@@ -48,6 +49,7 @@ class Engine:
         self._planner = planner
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
         self._structure: Structure | None = None
+        self._unread = Unread()
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that has the lock
         self._closed: str | None = None
@@ -155,6 +157,7 @@ class Engine:
                 "kind before those of the next, or bring the inputs to fewer shapes",
                 stacklevel=CALLER,
             )
+        call = self._unread.reduced(call, self._entries)
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
         for entry in [entry for entry in entries if outdated(entry.captured, self.model)]:
@@ -175,6 +178,12 @@ class Engine:
         self._in_a_row += 1
         try:
             return self._captured(call, entries)
+        except CaptureError:
+            if not call.unread:
+                raise
+            while entries:
+                entries.pop().loaded.release()
+            return self._entry(self._unread.refute(call))
         finally:
             if entries:
                 self._entries[call.key] = entries

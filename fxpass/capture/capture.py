@@ -32,6 +32,7 @@ from .recorder import Recorder
 from .routing import Routing
 from .rows import resolve
 from .survivors import refuse_survivors, release_survivors
+from .unread import Watch, refuse_stand_ins
 from .writes import functionalize
 
 
@@ -168,6 +169,7 @@ def _record(
     noted, entries = arguments.changes()
     noted, entries = noted + [change for change, _ in left], entries + [new for _, new in left]
     leaves, spec = arguments.flatten(output, entries)
+    refuse_stand_ins(leaves)
     memory = {m for write in recorder.writes for m in memory_of(write.meta["val"])}
     written = [i for i, n in enumerate(inputs) if i not in call.numbers and memory & set(memory_of(n.meta["val"]))]
     results = [recorder.node(recorder.fake(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
@@ -196,7 +198,8 @@ def _run(recording: _Recording, recorder: Recorder, reader: Reader, routing: Rou
     fakes = [recorder.add_input(tensor, path) for tensor, path in zip(call.tensors, call.paths, strict=True)]
     inputs = [recorder.node(fake) for fake in fakes]
     device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
-    copies = call.rebuild(fakes if lift else call.with_numbers(fakes))
+    watch = Watch()
+    copies = call.rebuild(fakes if lift else call.with_numbers(fakes), watch)
     arguments = Arguments(call, copies)
     with ExitStack() as stack:
         stack.enter_context(_compiling())
@@ -207,7 +210,8 @@ def _run(recording: _Recording, recorder: Recorder, reader: Reader, routing: Rou
         if recording.is_fake:
             stack.enter_context(Executed(state.begins))
         try:
-            output = call.run(model, copies)
+            with watch:
+                output = call.run(model, copies)
         except Exception as error:
             state.undo()
             release_survivors(recorder)

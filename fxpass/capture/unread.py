@@ -7,6 +7,7 @@ are compared by `==`, and for objects of which a model is given a copy anyway.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,19 @@ class Watch:
     active: bool = False  #: while the model runs
     touched: bool = False
 
-    def check(self) -> None:
-        """Raises `CaptureError` if a stand-in was touched, whatever the model made of the exception."""
-        if self.touched:
-            raise CaptureError("the model reads an argument that it did not seem to read")
+    def __enter__(self) -> Watch:
+        self.active = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        """Raises `CaptureError` if a stand-in was used and the model caught the exception."""
+        self.active = False
+        if self.touched and kind is None:
+            raise _error()
+
+
+def _error() -> CaptureError:
+    return CaptureError("the model reads an argument that it did not seem to read")
 
 
 class StandIn:
@@ -41,7 +51,7 @@ def _raising(name: str) -> Any:
         watch = object.__getattribute__(self, "_watch")
         if watch.active:
             watch.touched = True
-            watch.check()
+            raise _error()
         default = getattr(object, name, None)
         if default is None:
             raise TypeError(f"a stand-in has no {name}")
@@ -58,6 +68,12 @@ for _name in (
     *("__reduce_ex__", "__torch_function__", "__array__", "__bool__"),
 ):
     setattr(StandIn, _name, _raising(_name))
+
+
+def refuse_stand_ins(leaves: Sequence[Any]) -> None:
+    """Raises `CaptureError` if a stand-in is among the values that the model returns or leaves behind."""
+    if any(type(leaf) is StandIn for leaf in leaves):
+        raise _error()
 
 
 def may_be_unread(leaf: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import diffusers
 import pytest
@@ -131,6 +132,63 @@ def test_a_hook_may_need_an_argument_to_be_positional(module: ParallelModule, mo
     sample, timestep = inputs()
     by_name = module(sample=sample, timestep=timestep)["sample"]
     torch.testing.assert_close(by_name, whole(model, sample, timestep))
+
+
+class Prompt:
+    """An object that a caller makes anew for each prompt."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Prompted(nn.Module):
+    def forward(self, x: Tensor, options: dict[str, Any], mode: str = "") -> Any:
+        if self.reads == "text" and options["id"]:
+            x = x * 2
+        if self.reads == "equality":
+            x = x * (1 + (options["id"] == self.wanted))
+        if self.reads == "attribute" and isinstance(options["id"], Prompt):
+            x = x * len(options["id"].name)
+        if self.reads == "guarded" and options["t"] > 0.5:
+            x = x * len(str(options["id"]))
+        x = nn.functional.relu(x) * (2 if mode == "double" else 1)
+        return (x, options["id"]) if self.reads == "returned" else x
+
+    reads, wanted = "", ""
+
+
+@pytest.mark.parametrize("make", [str, Prompt, lambda name: UUID(name.rjust(32, "0")), lambda name: [Prompt(name)] * 2])
+def test_an_argument_that_is_never_read_asks_for_no_new_program(make: Any) -> None:
+    """Two captures show that it is not read; after these there are none."""
+    model = Prompted().eval()
+    module: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    plans = []
+    for name in "1234561":
+        x = torch.randn(1, 4, 8)
+        assert torch.equal(module(x, {"id": make(name)}, mode="double"), model(x, {"id": make(name)}, mode="double"))
+        plans.append(id(module.plan))
+    assert len(set(plans)) == 2
+    assert len(set(plans[1:-1])) == 1
+    assert torch.equal(module(x, {"id": make("7")}), model(x, {"id": make("7")}))
+
+
+@pytest.mark.parametrize("reads", ["text", "equality", "attribute", "guarded", "returned"])
+@pytest.mark.parametrize("make", [str, Prompt])
+def test_an_argument_that_is_read_is_part_of_the_key_however_it_is_read(reads: str, make: Any) -> None:
+    model = Prompted().eval()
+    model.reads, model.wanted = reads, "22"
+    module: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    for i, name in enumerate(["1", "333", "22", "4444", "22", "1"]):
+        prompt = make(name)
+        x, options = torch.randn(1, 4, 8), {"id": prompt, "t": torch.tensor(i / 4)}
+        if reads == "guarded" and make is Prompt:
+            options["id"] = name  # the text of an object names its address
+        found, expected = module(x, options), model(x, options)
+        if reads == "returned":
+            assert torch.equal(found[0], expected[0])
+            assert found[1] is expected[1] or vars(found[1]) == vars(expected[1])
+        else:
+            assert torch.equal(found, expected)
 
 
 def test_changed_and_replaced_weights_are_seen_without_a_new_capture(module: ParallelModule, model: Block) -> None:
