@@ -1,8 +1,8 @@
 """Numbers that depend on activations: how many rows a router gives to an expert.
 
-A model that routes asks for such numbers to cut its tokens by. They are answered with a `Count`, which knows of what it
-counts and has no value. A cut by counts is recorded as an operator of its own on *all* rows; `rows` makes of it a form
-that is exact whatever the router decides.
+A model that routes reads such numbers to cut its tokens. It gets a `Count`, which says what it counts and has no value.
+A cut by counts is recorded as a special operator on *all* rows; `rows` rewrites it into operators that are exact
+whatever the router decides.
 """
 
 from __future__ import annotations
@@ -37,31 +37,32 @@ def _joined(parts: Sequence[Tensor], dim: int, size: int) -> Tensor:
 
 _library.impl("joined", _joined, _kind)
 
-#: `positions(mask)`: as nonzero, a row for every position; `counts(key, size, upto)`: as bincount, which
-#: if `upto` has as many numbers as the largest key asks for, at most `size`;
-#: `segment(x, dim, key, members)`: the rows of `x`, sorted by `key`, whose key is a member;
-#: `joined(parts, …)`: segments one after the other again;
-#: `asked(of, members, number)`: the model asked whether there are any such rows
+#: `positions(mask)`: nonzero, with a row for every position.
+#: `counts(key, size, upto)`: bincount of `size` members; with `upto`, its real length is the largest key + 1, at most
+#: `size`.
+#: `segment(x, dim, key, members)`: of the rows of `x`, sorted by `key`, those whose key is one of `members`.
+#: `joined(parts, dim, size)`: the concatenation of segments, `size` rows in all.
+#: `asked(of, members, number)`: question `number`: are there any rows of `members`?
 ops = torch.ops.fxpass_rows
 
 
 @dataclass(frozen=True)
 class Atom:
-    """How many elements of `node` have the value `member`; `None`: how many are true."""
+    """The number of elements of `node` that have the value `member`; None: that are true."""
 
     node: fx.Node
     member: int | None = None
 
 
 class Context(Protocol):
-    """What counts need to know."""
+    """What a `Count` asks of `Routing`."""
 
     def total(self, atoms: dict[Atom, int], number: int) -> Any:
-        """The sum in its simplest form: a number, if the counts of all members are among the atoms."""
+        """The sum of `times * atom` and a number; a plain number if all members of a key are counted alike."""
         ...
 
     def holds(self, difference: Count, relation: str) -> bool:
-        """Whether the difference is equal to ("=="), more (">") or less ("<") than zero."""
+        """Whether the difference equals ("=="), exceeds (">") or is below ("<") zero."""
         ...
 
     def refuse(self, what: str) -> Any:
@@ -70,7 +71,7 @@ class Context(Protocol):
 
 
 class Count:
-    """A sum of atoms and a number."""
+    """The sum of `times * atom` over `atoms`, and of a number. It has no value."""
 
     def __init__(self, atoms: dict[Atom, int], number: int, context: Context) -> None:
         self.atoms = atoms
@@ -144,4 +145,4 @@ class Count:
         return self._context.refuse("a number")
 
     __index__ = __int__ = __float__ = __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = _refuse
-    __str__ = __repr__ = __format__ = _refuse  # text may lead to anything, too
+    __str__ = __repr__ = __format__ = _refuse  # a text could be turned into anything

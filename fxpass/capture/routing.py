@@ -1,8 +1,8 @@
-"""Routing by activations while it is recorded: what the model is told of rows whose number nobody knows.
+"""Record routing by activations: answer the model's questions about numbers of rows that depend on activations.
 
-Every question about a number of rows is answered as if there were some: no expert goes without a token. Whether the
-model does the same with none (it skips an expert, say) is found out by other recordings, in which every second such
-question gets the other answer: `capture` compares.
+In the main recording, every question "are there any rows?" is answered with yes, as if each expert had tokens. Two
+more recordings answer every second question with no. `capture` checks that their programs equal the main program
+without those rows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MOVED = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, at
 _MOVED |= {aten.detach.default, aten.alias.default, aten.unsqueeze.default, aten.permute.default, aten.transpose.int}
 _MOVED |= {aten.squeeze.dim, aten.select.int, aten.slice.Tensor, aten.t.default, aten.expand.default}
 _AS_LONG = {aten._to_copy.default, aten.clone.default, aten.alias.default, aten.view.default, aten.cumsum.default}
-#: operators whose second result are positions, and where the argument is that says along which dim
+#: operators whose second result holds positions -> the place of the argument `dim`
 _DIMS = {aten.topk.default: 2, aten.sort.default: 1, aten.sort.stable: 2, aten.max.dim: 1}
 _SPLITS = {torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes}
 _NARROWS = {Tensor.narrow, torch.narrow}
 _CUTS = _SPLITS | _NARROWS
 _SIZES = {Tensor.view, Tensor.reshape, Tensor.expand, torch.reshape}
 
-#: operators that bring rows back to where they came from: the result is as whole as what is written to
+#: operators that write rows back: the result has as many rows as the tensor that is written to
 RETURNS = {
     *(aten.index_add.default, aten.index_add_.default, aten.scatter_add.default, aten.scatter_add_.default),
     *(aten.scatter_reduce.two, aten.scatter_reduce_.two, aten.index_put.default, aten.index_put_.default),
@@ -41,26 +41,29 @@ RETURNS = {
 
 
 class Routing:
-    """Answers questions about counts, and records cuts by them."""
+    """Answers questions about counts and records cuts by counts."""
 
     def __init__(self, recorder: Any, reader: Any, empty: int | None = None) -> None:
-        """`empty`: 0 or 1, of every second question the one that is answered with "none"; None: no such question."""
+        """
+        Args:
+            empty: 0 or 1: answer the questions with an even or an odd number with "no rows"; None: none of them.
+        """
         self._recorder = recorder
         self._reader = reader
         self._pattern = empty
         self.questions: list[str] = []  #: the line of each
         self._answers: dict[frozenset[Atom], bool] = {}
         self._none: set[Atom] = set()
-        self._members: dict[fx.Node, tuple[int, int]] = {}  #: key -> how many members and elements it has
-        self.used: list[fx.Node] = []  #: what answers depend on, which nothing may write to
+        self._members: dict[fx.Node, tuple[int, int]] = {}  #: key -> its number of members and of elements
+        self.used: list[fx.Node] = []  #: values that answers depend on; nothing may write to them
 
-    # ------------------------------------------------------------------------------------- what counts ask
+    # ---------------------------------------------------------------------------- arithmetic and comparisons
 
     def total(self, atoms: dict[Atom, int], number: int) -> Any:
         return self._sum(atoms, number, set())
 
     def _sum(self, atoms: dict[Atom, int], number: int, empty: set[Atom]) -> Any:
-        """A sum in its simplest form; a number if, apart from what is `empty`, all members of a key are counted."""
+        """The sum without the atoms that are `empty`; a number if all other members of a key are counted alike."""
         atoms = {atom: times for atom, times in atoms.items() if times and atom not in empty}
         for key in {atom.node for atom in atoms if atom.member is not None}:
             members, size = self._members[key]
@@ -80,7 +83,7 @@ class Routing:
         return empty if relation == "==" else not empty and signs.pop() == (relation == ">")
 
     def _without_number(self, count: Count) -> dict[Atom, int]:
-        """The atoms of a count whose number is written as the counts of all members; none if that is not possible."""
+        """The atoms of a count, its number replaced by the counts of all members; empty if that is impossible."""
         if not count.number:
             return count.atoms
         key = next(iter(count.atoms)).node
@@ -115,15 +118,16 @@ class Routing:
         return self._answers[atoms]
 
     def check(self) -> None:
-        """Raises `CaptureError` if something was written to that an answer depends on."""
+        """Raises `CaptureError` if the model wrote to a tensor that an answer depends on."""
         written = {m for node in self._recorder.writes for m in memory_of(node.meta["val"])}
         node = next((n for n in self.used if written & set(memory_of(n.meta["val"]))), None)
         if node is not None:
             raise CaptureError(
-                f"{node.target} at {node.meta['trace']} is an activation that the model decides by and writes to"
+                f"the model decides by an activation, {node.target} at {node.meta['trace']}, and also writes to it in "
+                "place; write to a copy"
             )
 
-    # ------------------------------------------------------------------------------------ counts of tensors
+    # --------------------------------------------------------------------------------- values that are counts
 
     def is_activation(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and self._reader.is_activation(self._recorder.node(tensor))
@@ -170,7 +174,7 @@ class Routing:
         return array([self.total({Atom(key, i): 1}, 0) for i in range(members)])
 
     def _one_hot(self, node: fx.Node) -> tuple[fx.Node, int] | None:
-        """The key and the members that a tensor of zeros and ones was made of, its last dim being the members."""
+        """The key and the number of members of a one-hot tensor whose last dim holds the members."""
         if node.target is aten.one_hot.default:
             key, size = node.args
             return (key, size) if self._bound(key) == size else None  # type: ignore[arg-type, return-value]
@@ -180,7 +184,7 @@ class Routing:
         return None
 
     def _bound(self, node: fx.Node) -> int | None:
-        """A number that all elements of an integer tensor are below; they are not negative."""
+        """An upper bound, exclusive, of the elements of an integer tensor without negative elements; None: unknown."""
         self.used.append(node)
         if node.target in _MOVED:
             return self._bound(node.args[0])  # type: ignore[arg-type]
@@ -193,10 +197,10 @@ class Routing:
             return source.meta["shape"][node.args[1]]
         return None
 
-    # ----------------------------------------------------------------------------- operators by activations
+    # ------------------------------------------------------------------------- operators with unknown sizes
 
     def dynamic(self, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """An operator whose result's size depends on activations, on all rows; None where nothing is known of it."""
+        """Record an operator whose result's size depends on activations, on all rows; None if it has no such form."""
         if op not in (aten.nonzero.default, aten.bincount.default) or not self.is_activation(args[0]):
             return None
         with self._recorder:
@@ -210,19 +214,19 @@ class Routing:
             return ops.counts.default(args[0], max(bound, least), least < bound)
 
     def _sources(self, tensor: Tensor) -> Iterator[fx.Node]:
-        """The node of a value and those that it is as long as."""
+        """The node of a value, and its ancestors of the same length."""
         node: Any = self._recorder.find(tensor)
         while isinstance(node, fx.Node):
             yield node
             node = node.args[0] if node.args and node.target in _AS_LONG else None
 
     def rows(self, tensor: Tensor) -> tuple[Any, int] | None:
-        """How many rows a value really has, and how many were recorded; None if these are the same."""
+        """The real number of rows of a value (a `Count`) and the recorded one; None if they are equal."""
         node = self._recorder.find(tensor)
         return None if node is None else node.meta.get("rows")
 
     def mark(self, node: fx.Node) -> None:
-        """Note of a new node whether it has rows whose number is unknown."""
+        """Note on a new node whether its number of rows is unknown."""
         op: Any = node.target
         if op is ops.positions.default:
             mask: Any = node.args[0]
@@ -235,14 +239,14 @@ class Routing:
             node.meta |= {"rows": marked} if marked else {}
 
     def mark_written(self, write: fx.Node) -> None:
-        """The same of what an in-place operator writes to."""
+        """Note the same on the tensor that an in-place operator writes to."""
         self.mark(write)
         target: Any = write.kwargs.get("out", write.args[0])
         if "rows" in write.meta:
             target.meta["rows"] = write.meta["rows"]
 
     def segment(self, x: Tensor, dim: int, start: Any, stop: Any) -> Tensor:
-        """`x[start:stop]` along `dim`, by counts."""
+        """Record `x[start:stop]` along `dim`, where a bound is a count."""
         size = x.shape[dim]
         keys = {atom.node for bound in (start, stop) if isinstance(bound, Count) for atom in bound.atoms}
         key = keys.pop()
@@ -271,7 +275,7 @@ class Routing:
         return self.refuse("a cut that is not where one member ends") if found < 0 else found
 
     def cat(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
-        """Segments one after the other; None if none of them is one, or they are joined along another dim."""
+        """Join segments; None if no tensor is a segment, or they are joined along another dim."""
         counts = [self.rows(t) for t in tensors]
         dim = dim % tensors[0].ndim
         if not any(known and t.shape[dim] == known[1] for t, known in zip(tensors, counts, strict=True)):
@@ -281,11 +285,11 @@ class Routing:
         if isinstance(total, Count):
             total = self._sum(total.atoms, total.number, self._none)
         if isinstance(total, Count):
-            self.refuse("a joint of rows whose number is unknown")
+            self.refuse("a concatenation of rows whose number is unknown")
         with self._recorder:
             return ops.joined.default(parts, dim, total)
 
-    # --------------------------------------------------------------------------------- functions of counts
+    # ------------------------------------------------------------------------------ functions given counts
 
     def with_counts(self, func: Any, args: Any) -> Any:
         """The arguments of a function that cuts; numbers of rows in 0-dim tensors are replaced by the numbers."""
@@ -307,7 +311,7 @@ class Routing:
         return value
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A function that was given counts."""
+        """Call a function that has counts among its arguments."""
         if func is Tensor.__getitem__:
             x, index = args
             first, *rest = index if isinstance(index, tuple) else (index,)
@@ -332,15 +336,15 @@ class Routing:
         return self.refuse("a number of rows")
 
     def shape(self, tensor: Tensor) -> tuple[Any, ...] | None:
-        """The shape of a tensor with rows whose number is unknown; None of any other."""
+        """The shape of a tensor whose number of rows is unknown; None for other tensors."""
         if any(node.target is ops.counts.default and node.args[2] for node in self._sources(tensor)):
-            self.refuse("the largest value that is counted (give bincount a minlength)")
+            self.refuse("the largest value that is counted (pass bincount a minlength)")
         known = self.rows(tensor)
         return known and tuple(known[0] if size == known[1] else size for size in torch.Tensor.size(tensor))
 
 
 def has_counts(value: Any) -> bool:
-    """Whether there is a count among a function's arguments."""
+    """Whether the arguments of a function contain a count."""
     if isinstance(value, (tuple, list)):
         return any(map(has_counts, value))
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
-"""Routing by activations made static: every row goes through every expert, and what a router did not choose is masked.
+"""Make routing by activations static: every expert sees every row, and rows that a router did not choose are masked.
 
-In a recording (see `counts`) a selection of rows, or rows sorted by their expert, stand as all the rows there are. That
-is right for operators that treat each row alone, as long as rows that are not selected do not reach the result. Both
-are *proved* here, operator by operator: `SelectedRows` says which rows a value holds and in which order; operators that
-are not known to treat rows alone are refused; where rows are written back, those not selected are masked.
+A recording (see `counts`) has all rows in place of a selection of rows, or of rows sorted by expert. That is right for
+operators that treat each row alone, as long as unselected rows do not reach the result. This module *proves* both,
+operator by operator: `SelectedRows` says which rows a value holds and in which order; operators that are not known to
+treat rows alone are refused; where rows are written back, unselected ones are masked.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ class Inverse:
 
 
 def resolve(old: Recorder, results: list[fx.Node], empty: int | None = None) -> tuple[Recorder, list[fx.Node]]:
-    """`old` itself if nothing is routed, else a recorder with an equal graph of static operators; and its results.
+    """Rewrite routing into static operators: a new recorder and its results; `old` itself if nothing is routed.
 
-    With `empty` (0 or 1), the graph that is left where of every second question "any such rows?" the answer is no.
+    Args:
+        empty: 0 or 1: the graph that remains if the even or the odd questions "are there any such rows?" get a no.
 
-    Raises `CaptureError` where an operator is not known to treat rows alone.
+    Raises:
+        CaptureError: an operator is not known to treat each row alone.
     """
     if not any(getattr(node.target, "namespace", "") == "fxpass_rows" for node in old.graph.nodes):
         return old, results
@@ -77,7 +79,7 @@ class _Resolver:
         found = [self.new.node(self.values[node]) for node in results]
         needed = reached(found, operator.attrgetter("all_input_nodes"))
         if (node := next((n for n in needed if n.target is ops.counts.default), None)) is not None:
-            raise _error(node, "its size depends on the largest value; give bincount a minlength")
+            raise _error(node, "its size depends on the largest value; pass bincount a minlength")
         return self.new, found
 
     def _copy(self, node: fx.Node) -> None:
@@ -110,7 +112,7 @@ class _Resolver:
         return self.identities[node.args[0]] in self.orders and not _descending(node.args, node.kwargs)  # type: ignore[index]
 
     def emit(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Constants are computed, all else is recorded."""
+        """Compute an operator on constants; record any other."""
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, FakeTensor) for leaf in leaves):
             with self.new:
@@ -137,7 +139,7 @@ class _Resolver:
         return self.emit(aten.index_select.default, x.base, dim, torch.from_numpy(at.copy()))
 
     def masked(self, x: SelectedRows) -> Tensor:
-        """All rows of the domain, with zeros for those that are not selected."""
+        """All rows of the domain, with zeros in place of unselected ones."""
         values = self.lifted(x)
         if x.domain.mask is None:
             return values
@@ -155,7 +157,7 @@ def _error(node: fx.Node, why: str) -> CaptureError:
 
 
 def _source(mask: Any) -> Any:
-    """What has a true element whenever `mask` has."""
+    """The earliest value that has a true element if and only if `mask` has one."""
     while mask.target in (aten.any.dim, aten.view.default, aten._unsafe_view.default, aten.clone.default):
         mask = mask.args[0]
     return mask
@@ -228,7 +230,7 @@ def _joined(r: _Resolver, node: fx.Node, parts: Sequence[Any], dim: int, size: i
     return SelectedRows(Domain(size, order=parts[0].domain.order), result, dim)
 
 
-# -- where rows are taken and brought back ----------------------------------------------------------------------
+# -- where rows are read and written back -----------------------------------------------------------------------
 
 
 def _index(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
@@ -284,7 +286,7 @@ def _flat_index(indices: Sequence[SelectedRows], sizes: Sequence[int]) -> np.nda
 
 
 def _target(index: Any, dim: int, shape: Sequence[int]) -> np.ndarray:
-    """The row of the target that each row goes to; the index of a scatter has the `shape` of what goes there."""
+    """The row of the target that each row is written to; the index of a scatter has the `shape` of its source."""
     if not isinstance(index, SelectedRows) or index.constant is None:
         raise RefusedError("it brings rows to places that are computed")
     values = _whole(index)
@@ -301,7 +303,7 @@ def _target(index: Any, dim: int, shape: Sequence[int]) -> np.ndarray:
 
 
 def _add(r: _Resolver, node: fx.Node, x: Any, dim: int, index: Any, source: Any, *rest: Any, **kwargs: Any) -> Any:
-    """`index_add`, `scatter_add` and `scatter_reduce`: rows that are not selected add zero."""
+    """`index_add`, `scatter_add` and `scatter_reduce`: unselected rows add zero."""
     if node.target is aten.scatter_reduce.two and (rest != ("sum",) or not kwargs.get("include_self", True)):
         raise RefusedError("it reduces rows otherwise than by a sum")
     if isinstance(x, (SelectedRows, Inverse)) or not isinstance(source, SelectedRows) or source.dim != dim % x.ndim:
@@ -332,7 +334,7 @@ def _add(r: _Resolver, node: fx.Node, x: Any, dim: int, index: Any, source: Any,
 
 
 def _put(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any], source: Any, add: bool = False, *_: Any) -> Any:
-    """`x[index] = source`: rows that are not selected stay."""
+    """`x[index] = source`: rows that are not selected keep their values."""
     if isinstance(source, SelectedRows) and len(indices) == 1 and isinstance(indices[0], Tensor):
         mask = indices[0]
         what = ("mask", r.identities[node.args[1][0]])  # type: ignore[index]
@@ -377,7 +379,7 @@ def _put(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any], source: An
 
 
 def _put_each(r: _Resolver, x: Tensor, lead: list[int], at: np.ndarray, mask: Tensor, values: Tensor) -> Tensor:
-    """The same where several rows may go to one place, of which torch lets any win: here the last."""
+    """The same where several rows may go to one place. In torch any of them may win; here the last one does."""
     rows, times = prod(lead), len(at) // prod(lead)
     shape, dim, inner = [rows, times], 1, list(x.shape[len(lead) :])
     if np.array_equal(at, np.tile(np.arange(rows), times)):
@@ -396,7 +398,7 @@ def _put_each(r: _Resolver, x: Tensor, lead: list[int], at: np.ndarray, mask: Te
 
 
 def _counts(r: _Resolver, node: fx.Node, key: Tensor, size: int, upto: bool) -> Tensor:
-    """As many numbers as there are members; a `bincount` that has fewer serves for cuts only."""
+    """One number for each member. A `bincount` that may return fewer can only be used for cuts."""
     if upto:
         return r.emit(ops.counts.default, key, size, upto)
     key = r.emit(aten.reshape.default, key, [-1, 1])

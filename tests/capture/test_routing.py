@@ -323,7 +323,7 @@ def overwritten(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
         (centred, "mean.dim works along the selected rows"),
         (unsorted, "not sorted by"),
         (shifted, "a cut that is not where one member ends"),
-        (overwritten, "decides by and writes to"),
+        (overwritten, "and also writes to it in place"),
         (lambda m, x, w, i: x / torch.where(i == 0)[0].shape[0], "needs the value of an activation, a number"),
         (lambda m, x, w, i: x + x[i[:, 0] == 0][:1], "slice.Tensor works along the selected rows"),
         (lambda m, x, w, i: x[i[:, 0] == 0], "an output has a size that depends on values"),
