@@ -1,4 +1,4 @@
-"""The front door: `fxpass.parallelize(model_or_pipeline)`."""
+"""The public entry point: `fxpass.parallelize(model_or_pipeline)`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parallelize(
     timeout: float = 600.0,
     group: Any = None,
 ) -> T:
-    """Make a denoiser run on `world_size` ranks. The result is used exactly like what was given.
+    """Make a denoiser run on `world_size` ranks. Use the result exactly like the original.
 
     A model is captured at its first call, and again when it is called with other shapes or was changed (an adapter, a
     scale, a global or closure that its forward reads). The model itself is left as it is.
@@ -48,23 +48,23 @@ def parallelize(
 
     Args:
         model_or_pipeline: a model in eval mode, or a pipeline.
-        world_size: ranks; by default those of the process group, else the number of CUDA devices.
-        strategy: a preset's name or a `Strategy`: "sync" (exact), "displaced" (stale, see `Strategy`), …
-        warmup_steps: exact steps before the first stale one; by default the strategy's.
+        world_size: number of ranks; default: the size of the process group, else the number of CUDA devices.
+        strategy: a `Strategy` or the name of a preset: "sync" (exact), "displaced" (stale, see `Strategy`), …
+        warmup_steps: number of exact steps before the first stale one; default: the strategy's.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
-            process is rank 0 and drives workers), "lockstep" (all ranks in this process, one after the other), or
-            "auto": distributed where there are several processes, else spawn.
-        compile: put every rank's program through torch.compile's backend (Inductor). The first call takes long; what
-            was compiled is found again in Inductor's cache, also by later processes. Not with "lockstep".
-        target: the machine to plan for.
-        strict: refuse (`FallbackError`, at the first call) models with operators that cannot be split; else these run
+            process is rank 0 and drives workers), "lockstep" (all ranks in this process, in turn), or "auto":
+            distributed if there are several processes, else spawn.
+        compile: compile every rank's program with torch.compile's backend (Inductor). The first call takes long; later
+            calls and processes load the result from Inductor's cache. Not available with "lockstep".
+        target: name of the machine to plan for.
+        strict: raise `FallbackError` at the first call if an operator cannot be split. Otherwise such operators run
             whole on every rank, and a warning names them.
-        timeout: seconds that a rank waits for another before it gives up.
-        group: the process group to use (default: all processes).
+        timeout: seconds to wait for another rank before raising an error.
+        group: the process group to use; default: all processes.
 
     Raises:
-        ValueError: an argument is wrong; the message says which values there are.
-        TypeError: neither a module nor a pipeline with a denoiser.
+        ValueError: an argument is invalid; the message lists the valid values.
+        TypeError: the first argument is neither a module nor a pipeline with a denoiser.
     """
     chosen = Strategy.of(strategy)
     if warmup_steps is not None:
@@ -97,7 +97,7 @@ def parallelize(
     for name, module in modules.items():
         setattr(model_or_pipeline, name, module)
     if not chosen.exact:
-        references = [weakref.ref(module) for module in modules.values()]  # a scheduler keeps no workers alive
+        references = [weakref.ref(module) for module in modules.values()]  # so that a scheduler keeps no workers alive
 
         def begin(timesteps: Sequence[float]) -> None:
             running = [module for each in references if (module := each()) and not module._engine.ended]
@@ -134,7 +134,7 @@ def _world_size(world_size: int | None, executor: str, group: Any) -> int:
         if torch.cuda.device_count():
             return torch.cuda.device_count()
         raise ValueError(
-            "say on how many ranks to run, e.g. world_size=2: there is no process group and no CUDA device"
+            "pass the number of ranks, e.g. world_size=2: there is no process group and no CUDA device"
         )
     return check_world_size(world_size)
 

@@ -1,4 +1,4 @@
-"""A call of a model as flat tensors: what a program is captured for and what it is looked up by."""
+"""Flatten a call of a model into tensors, and give it the key by which its program is looked up."""
 
 from __future__ import annotations
 
@@ -27,28 +27,32 @@ class _Unread:
 
 @dataclass(frozen=True)
 class Call:
-    """`model(*args, **kwargs)`, its arguments bound to the names of `forward` and flattened.
+    """`model(*args, **kwargs)`, with the arguments bound to the names of `forward` and flattened.
 
-    Numbers travel as 0-dim tensors, so that a timestep that changes at every step does not ask for a new program;
-    where the model needs the number itself, the program guards its value.
+    Numbers become 0-dim tensors, so that a timestep that changes at every step does not need a new program. Where the
+    model needs the number itself, the program guards its value.
     """
 
     tensors: tuple[Tensor, ...]
-    paths: tuple[str, ...]  #: what the caller calls each tensor, e.g. "added_cond_kwargs.time_ids"
-    numbers: dict[int, float]  #: those of `tensors` that the caller gave as Python numbers
-    key: tuple[Any, ...]  #: hashable; equal for calls that one program can serve, guards aside
-    arguments: dict[str, Any]  #: as the caller gave them, by name
-    unread: frozenset[int]  #: leaves that the model seems not to read, and that `key` leaves out
+    paths: tuple[str, ...]  #: name of each tensor for the caller, e.g. "added_cond_kwargs.time_ids"
+    numbers: dict[int, float]  #: index in `tensors` -> the Python number that the caller passed
+    key: tuple[Any, ...]  #: hashable; calls with equal keys can share a program, apart from guards
+    arguments: dict[str, Any]  #: the caller's own, by name
+    unread: frozenset[int]  #: indices of leaves that the model seems not to read; `key` leaves them out
     _whole: tuple[Any, ...]  #: the key with all leaves
     _spec: pytree.TreeSpec
-    _leaves: tuple[tuple[str, Any], ...]  #: path and value of each; `...` for those that are among `tensors`
+    _leaves: tuple[tuple[str, Any], ...]  #: path and value; the value of a tensor or number is `...`
     _positional: tuple[str, ...]
-    _alike: tuple[int, ...]  #: of each tensor the first place where the same one was given
+    _alike: tuple[int, ...]  #: for each tensor, the first index of the same tensor
 
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
-        """Raises `TypeError` as `model.forward` would if the arguments do not fit it, and `CaptureError` for objects
-        that may hide tensors."""
+        """Bind and flatten the arguments of a call.
+
+        Raises:
+            TypeError: the arguments do not fit `model.forward`.
+            CaptureError: an argument may hold tensors that cannot be found.
+        """
         arguments, positional = _bind(model, args, kwargs)
         leaves, spec = pytree.tree_flatten_with_path(opened(arguments))
         tensors: list[Tensor] = []
@@ -72,13 +76,13 @@ class Call:
         )  # fmt: skip
 
     def without(self, unread: frozenset[int]) -> Call:
-        """The same call, taken to be one whose result does not depend on these leaves."""
+        """The same call with a key that leaves out these leaves."""
         spec, kinds, *rest = self._whole
         kinds = tuple((_Unread, kind[0]) if i in unread else kind for i, kind in enumerate(kinds))
         return replace(self, key=(spec, kinds, *rest), unread=unread)
 
     def differs(self, key: tuple[Any, ...]) -> frozenset[int]:
-        """The leaves that alone tell this call from one with that key; empty if other things do, too."""
+        """Indices of the leaves that alone differ between this call and one with that key; empty if other parts do."""
         (spec, kinds, *rest), (other_spec, others, *other_rest) = self._whole, key
         if spec != other_spec or rest != other_rest:
             return frozenset()
@@ -87,7 +91,7 @@ class Call:
         return frozenset(found) if all(alike) and all(may_be_unread(self._leaves[i][1]) for i in found) else frozenset()
 
     def modules(self) -> dict[int, tuple[str, str]]:
-        """id of each tensor of the modules among the arguments -> ("foreign", what the caller calls it)."""
+        """id of each tensor of the modules in the arguments -> ("foreign", its name for the caller)."""
         found: dict[int, tuple[str, str]] = {}
         for path, leaf in self._leaves:
             for module in (each for each in walk(leaf) if isinstance(each, nn.Module)):
@@ -129,7 +133,7 @@ class Call:
         return [leaf for _, leaf in self._leaves if isinstance(leaf, (FunctionType, MethodType, functools.partial))]
 
     def with_numbers(self, tensors: Sequence[Any]) -> list[Any]:
-        """`tensors` with the caller's own numbers in their places."""
+        """`tensors` with the caller's Python numbers in place of their tensors."""
         return [self.numbers.get(i, tensor) for i, tensor in enumerate(tensors)]
 
 
@@ -171,7 +175,7 @@ def _kind(path: str, leaf: Any) -> Any:
                 "reference, or pass the tensors as arguments of their own"
             )
         raise CaptureError(
-            f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be seen; pass tensors, or keep "
+            f"the argument {path!r} is a {type(leaf).__name__}, whose tensors cannot be found; pass tensors, or keep "
             "them in lists, tuples, dicts, closures or the attributes of objects without __slots__ (other containers: "
             "torch.utils._pytree.register_pytree_node)"
         )
@@ -183,8 +187,8 @@ def _kind(path: str, leaf: Any) -> Any:
     except TypeError:
         if state is UNSEEN:
             raise CaptureError(
-                f"the argument {path!r} is a {type(leaf).__name__}, and nothing shows whether it changes from call to "
-                "call; pass tensors, numbers, strings, or lists, tuples and dicts of them"
+                f"the argument {path!r} is a {type(leaf).__name__}, whose changes cannot be noticed; pass tensors, "
+                "numbers, strings, or lists, tuples and dicts of them"
             ) from None
         return (type(leaf), state)
     try:

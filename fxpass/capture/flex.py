@@ -1,7 +1,7 @@
-"""flex_attention in terms of operators that have rules.
+"""Rewrite flex_attention into operators that have rules.
 
-The functions that change scores and masks are pure functions of positions: they are evaluated for all positions, as
-torch's own eager implementation does. (Like that one this does not look at a mask's blocks, only at its function.)
+The functions that modify scores and masks depend on positions only. They are evaluated for all positions, as in torch's
+eager implementation, which also uses a mask's function and not its blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["attention", "operator"]
 def attention(
     query: Tensor, key: Tensor, value: Tensor, score_mod: Any, block_mask: Any, scale: float, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, logsumexp and maxima; of the last two only what is used stays in a program."""
+    """Return output, logsumexp and maxima; the last two are dropped from a program that does not use them."""
     result = math_attention(query, key, value, score_mod, block_mask, scale, *rest)
     if score_mod is not _identity:
         return result
@@ -33,7 +33,7 @@ def attention(
 
 
 def _mask(query: Tensor, key: Tensor, mask_mod: Any, buffers: tuple[Any, ...] = ()) -> Tensor:
-    """Which keys each query sees; one for all samples or heads where they are alike."""
+    """The boolean mask of the keys that each query sees, of size 1 along samples or heads that share it."""
     sizes = (*query.shape[:3], key.shape[2])
     positions = [torch.arange(size, device=query.device) for size in sizes]
     with TransformGetItemToIndex():
