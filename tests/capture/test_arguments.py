@@ -38,10 +38,6 @@ def sample() -> Tensor:
     return torch.randn(1, 6, 6)
 
 
-class Space(SimpleNamespace):
-    """Not the one that other tests use: once tensors were seen in a kind of object, its numbers are inputs."""
-
-
 def parallel(body: Callable[..., Any], ranks: int = 2) -> tuple[Model, ParallelModule]:
     model = Model(body).eval()
     return model, fxpass.parallelize(model, ranks, executor="lockstep")  # type: ignore[return-value]
@@ -113,20 +109,18 @@ def test_writes_to_a_cache_reach_the_callers_cache(body: Body, ranks: int) -> No
 
 
 def test_a_cache_without_tensors_is_filled() -> None:
-    class Empty(Memory):
-        """Of a kind that was not seen with tensors yet."""
-
     model, module = parallel(stored)
     for _ in range(3):
-        alike(model, module, sample(), Empty(None))
+        alike(model, module, sample(), Memory(None))
+    assert module._engine.signatures == 1
+    alike(model, module, sample(), Memory(sample()))
     assert module._engine.signatures == 2
-    alike(model, module, sample(), Empty(sample()))
 
 
-@pytest.mark.parametrize("kind", [dict, OrderedDict, list, Space])
+@pytest.mark.parametrize("kind", [dict, OrderedDict, list, SimpleNamespace])
 def test_a_cache_of_any_kind_that_grows_from_call_to_call(kind: type) -> None:
     def body(x: Tensor, cache: Any) -> Tensor:
-        table = vars(cache) if kind is Space else cache
+        table = vars(cache) if kind is SimpleNamespace else cache
         old = list(table) if kind is list else list(table.values())
         for each in old:
             x = x + each.mean()
@@ -134,7 +128,7 @@ def test_a_cache_of_any_kind_that_grows_from_call_to_call(kind: type) -> None:
         return x
 
     (model, module), cache = parallel(body), kind()
-    if kind is Space:
+    if kind is SimpleNamespace:
         cache.first = sample()
     for _ in range(3):
         alike(model, module, sample(), cache)
