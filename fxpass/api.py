@@ -133,9 +133,7 @@ def _world_size(world_size: int | None, executor: str, group: Any) -> int:
             return distributed.size_of_world(group)
         if torch.cuda.device_count():
             return torch.cuda.device_count()
-        raise ValueError(
-            "pass the number of ranks, e.g. world_size=2: there is no process group and no CUDA device"
-        )
+        raise ValueError("pass the number of ranks, e.g. world_size=2: there is no process group and no CUDA device")
     return check_world_size(world_size)
 
 
