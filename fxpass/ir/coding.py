@@ -1,9 +1,11 @@
-"""What changed, in few bits: how a sender tells the others of a value that they have an older version of.
+"""Coding of changes in few bits, for receivers that have an older version of a value.
 
-A vector of changes is cut into groups of at most 64 numbers. A group becomes one step (bfloat16, 2 bytes) and `bits`
-bits for each number: which of `2**bits` levels it is nearest to, evenly spaced and symmetric around 0. What rounding
-leaves is part of the next change if the sender takes its changes from what the others have made of the earlier ones, as
-it must (error feedback; Seide et al., "1-bit stochastic gradient descent", 2014): so errors do not add up.
+A vector of changes is cut into groups of at most 64 numbers. A group is coded as one step size (bfloat16, 2 bytes) and
+`bits` bits per number: the nearest of `2**bits` evenly spaced levels, symmetric around 0.
+
+The sender computes changes relative to the value as the receivers have decoded it. So the next change contains the
+rounding error of this one, and errors do not add up (error feedback; Seide et al., "1-bit stochastic gradient descent",
+2014).
 """
 
 from __future__ import annotations
@@ -11,18 +13,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 64  #: numbers that share a step, at most
-OUTERMOST = {2: 0.8, 4: 1.0, 8: 1.0}  #: the last level as a share of a group's largest number, by bits per number
+GROUP = 64  #: the largest number of numbers that share a step size
+OUTERMOST = {2: 0.8, 4: 1.0, 8: 1.0}  #: by bits per number: the outermost level divided by a group's largest number
 
 
 def encoded_size(count: int, bits: int) -> int:
-    """Bytes that a vector of `count` numbers becomes."""
+    """The number of bytes that code a vector of `count` numbers."""
     groups, size = _groups(count, bits)
     return groups * (size * bits // 8 + torch.bfloat16.itemsize)
 
 
 def encode(change: Tensor, bits: int) -> Tensor:
-    """Codes of the vectors along the last dim: [..., count] -> uint8 [..., encoded_size(count, bits)]."""
+    """Code the vectors along the last dim: [..., count] -> uint8 [..., encoded_size(count, bits)]."""
     groups, size = _groups(change.shape[-1], bits)
     x = torch.nn.functional.pad(change.float(), (0, groups * size - change.shape[-1])).unflatten(-1, (groups, size))
     half = 2 ** (bits - 1)
@@ -38,7 +40,7 @@ def encode(change: Tensor, bits: int) -> Tensor:
 
 
 def decode(codes: Tensor, count: int, bits: int) -> Tensor:
-    """The changes that codes stand for: uint8 [..., encoded_size(count, bits)] -> float32 [..., count]."""
+    """Decode to changes: uint8 [..., encoded_size(count, bits)] -> float32 [..., count]."""
     groups, size = _groups(count, bits)
     packed, step = codes.split([groups * size * bits // 8, groups * torch.bfloat16.itemsize], -1)
     places = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
@@ -48,12 +50,12 @@ def decode(codes: Tensor, count: int, bits: int) -> Tensor:
 
 
 def _viewed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of `x` as another dtype. A copy, since `x` may begin at an odd byte, or have any strides."""
+    """The bytes of `x` as another dtype. A copy, because `x` may start at an odd byte and have any strides."""
     return x.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _groups(count: int, bits: int) -> tuple[int, int]:
-    """How many groups a vector has, and the size of each: whole bytes."""
+    """The number of groups of a vector, and their size, whose codes fill whole bytes."""
     groups = -(-count // GROUP)
     whole = 8 // bits
     return groups, -(-count // (groups * whole)) * whole

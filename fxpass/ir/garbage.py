@@ -1,4 +1,4 @@
-"""No garbage collection while graphs are built: they are large, cyclic and alive, so that it walks them for nothing."""
+"""Pause garbage collection while graphs are built: it would traverse large live graphs and free nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Python's cyclic garbage waits until the end; what was switched off before stays so."""
+    """Switch cyclic garbage collection off, and back on afterwards if it was on."""
     before = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Which inputs of a denoiser move from step to step: the sample and the timestep. All others are its conditioning."""
+"""Find the inputs of a denoiser that change from step to step: sample and timestep. The others are conditioning."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ TIMESTEP = re.compile(r"(^|[._])(t|ts|times?|timesteps?|sigmas?|noise_(levels?|l
 
 @dataclass(frozen=True)
 class Moving:
-    """The places of the timestep and the sample among a program's inputs."""
+    """The indices of the timestep and the sample among a program's inputs."""
 
     timestep: int
     sample: int
 
 
 def moving(program: Program) -> Moving | None:
-    """By name and form: the timestep has such a name and one dim at most, the sample is most like the first output.
+    """Find timestep and sample by name and shape; None if no input looks like a timestep.
 
-    None if no input is known to be a timestep.
+    The timestep's name matches `TIMESTEP` and it has at most one dim. The sample's shape is the nearest to that of the
+    first output.
     """
     nodes = {node.name: node for node in program.graph.nodes}
     inputs = [nodes[name] for name in program.inputs]
@@ -42,13 +43,13 @@ def moving(program: Program) -> Moving | None:
 
 
 def moving_names(program: Program) -> set[str]:
-    """The placeholders of the inputs that move from step to step; all inputs where that is not known."""
+    """The placeholders of the inputs that change from step to step; all inputs if that is unknown."""
     found = moving(program)
     return set(program.inputs) if found is None else {program.inputs[found.timestep], program.inputs[found.sample]}
 
 
 def _most_like(output: fx.Node, inputs: Sequence[fx.Node]) -> int:
-    """The input whose shape agrees with the output's in most dims."""
+    """The input whose shape equals the output's in most dims."""
     wanted = shape_of(output)
 
     def likeness(i: int) -> tuple[bool, int, bool]:

@@ -1,10 +1,10 @@
 """Law 1: a value is whole on every rank, or split along one dim, where rank k holds `whole.index_select(dim, rows[k])`.
 
-`Rows` is an ascending set of positions, kept as a few runs and never as a big array::
+`Rows` is an ascending set of positions, stored as a few runs, not as a large array::
 
     Run(start=4, length=2, stride=8, count=3)   ->   4 5 . . . . . . 12 13 . . . . . . 20 21
 
-which is what the middle rows of three frames look like once frames x rows x columns are flattened to tokens.
+These are the tokens of the middle rows of three frames, after frames x rows x columns are flattened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """`count` blocks of `length` consecutive positions, the first at `start`, each `stride` after the one before."""
+    """`count` blocks of `length` consecutive positions; the first starts at `start`, each next one `stride` later."""
 
     start: int
     length: int
@@ -50,7 +50,7 @@ class Rows:
 
     @staticmethod
     def of(positions: Iterable[int] | np.ndarray) -> Rows:
-        """Compress a set of positions; equal sets give equal `Rows`."""
+        """`Rows` from positions in any order; equal sets give equal `Rows`."""
         array = np.asarray(positions, dtype=np.int64)
         if array.size == 0:
             return Rows(())
@@ -63,7 +63,7 @@ class Rows:
 
     @staticmethod
     def blocks(starts: np.ndarray, stops: np.ndarray) -> Rows:
-        """The union of ascending, disjoint intervals [start, stop); those that touch become one."""
+        """The union of ascending, disjoint intervals [start, stop); adjacent ones are joined."""
         apart = np.flatnonzero(starts[1:] != stops[:-1])
         first = starts[np.concatenate(([0], apart + 1))].tolist() if len(starts) else []
         last = stops[np.concatenate((apart, [len(stops) - 1]))].tolist() if len(starts) else []
@@ -129,11 +129,11 @@ class Rows:
         return len(self & other) == len(self)
 
     def index(self, subset: Rows) -> np.ndarray:
-        """Where the positions of `subset` stand among these."""
+        """The index of each position of `subset` in this set."""
         return _index(self, subset)
 
     def locate(self, subset: Rows) -> Rows:
-        """`index` as a set: the local positions of `subset`."""
+        """The local positions of `subset`: `index` as `Rows`."""
         return _locate(self, subset)
 
     def __str__(self) -> str:
@@ -142,7 +142,7 @@ class Rows:
 
 @lru_cache(maxsize=4096)
 def _bounds(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """The intervals of the set: where they start and stop."""
+    """Starts and stops of the intervals of the set."""
     starts = [r.start + r.stride * np.arange(r.count, dtype=np.int64) for r in rows.runs]
     stops = [first + r.length for first, r in zip(starts, rows.runs, strict=True)]
     return (np.concatenate(starts), np.concatenate(stops)) if starts else (_NOTHING, _NOTHING)
@@ -162,7 +162,7 @@ def _positions(rows: Rows) -> np.ndarray:
 
 
 def _inside(points: np.ndarray, rows: Rows) -> np.ndarray:
-    """For each point, whether the set has it."""
+    """For each point, whether it is in the set."""
     starts, stops = _bounds(rows)
     block = np.searchsorted(starts, points, side="right") - 1
     return (block >= 0) & (points < stops[block])
@@ -178,7 +178,7 @@ def _combine(how: str, a: Rows, b: Rows) -> Rows:
         return Rows.interval(max(a.start, b.start), min(a.stop, b.stop))
     if how == "sub" and (a.stop <= b.start or b.stop <= a.start):
         return a
-    # between neighbouring bounds of either set, membership does not change
+    # membership is constant between neighbouring bounds of the two sets
     bounds = np.unique(np.concatenate((*_bounds(a), *_bounds(b))))
     points = bounds[:-1]
     in_a, in_b = _inside(points, a), _inside(points, b)
@@ -212,9 +212,9 @@ def _locate(rows: Rows, subset: Rows) -> Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a value lies on the ranks: whole (`dim` is None), or split along `dim` with `rows[k]` on rank k.
+    """Whole on every rank (`dim` is None), or split along `dim` with `rows[k]` on rank k.
 
-    The sets of the ranks cover the dim; they may overlap and differ in size.
+    The ranks' sets cover the dim. They may overlap and differ in size.
     """
 
     dim: int | None = None
@@ -226,23 +226,23 @@ class Layout:
 
     @property
     def axis(self) -> int:
-        """The split dim; an error for a whole value."""
+        """The split dim; raises `ValueError` for a whole value."""
         if self.dim is None:
             raise ValueError("a whole value has no split dim")
         return self.dim
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Rows on each rank."""
+        """The number of rows on each rank."""
         return tuple(len(rows) for rows in self.rows)
 
     @property
     def uniform(self) -> bool:
-        """Whether every rank holds equally many rows."""
+        """Whether all ranks hold the same number of rows."""
         return len(set(self.sizes)) <= 1
 
     def covers(self, size: int) -> bool:
-        """Whether every row of a dim of `size` is on some rank, and no others are."""
+        """Whether the ranks' rows together are 0 … size-1."""
         return self.dim is None or reduce(or_, self.rows, Rows(())) == Rows.interval(0, size)
 
     def at(self, dim: int) -> Layout:
@@ -270,20 +270,20 @@ WHOLE = Layout()
 
 
 def full(size: int, world: int) -> tuple[Rows, ...]:
-    """Everything on every rank."""
+    """All rows on every rank."""
     return (Rows.interval(0, size),) * world
 
 
 @lru_cache(maxsize=4096)
 def even(size: int, world: int, grain: int = 1) -> tuple[Rows, ...]:
-    """Contiguous, as equal as cuts on multiples of `grain` allow; the last rank takes the remainder."""
+    """One interval per rank, as equal as cuts at multiples of `grain` allow; the last rank takes the remainder."""
     units = size // grain
     cuts = [round(k * units / world) * grain for k in range(world)] + [size]
     return tuple(Rows.interval(a, b) for a, b in pairwise(cuts))
 
 
 def owned(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
-    """Disjoint sets with the same union: a position that several ranks hold belongs to the first of them."""
+    """Disjoint sets with the same union: the first rank that holds a row owns it."""
     seen = Rows(())
     result = []
     for part in rows:
@@ -294,9 +294,9 @@ def owned(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
 
 @lru_cache(maxsize=4096)
 def routes(have: tuple[Rows, ...], want: tuple[Rows, ...]) -> tuple[tuple[Rows, ...], ...]:
-    """`routes[dst][src]`: what rank dst gets from rank src; the nearest holder sends, itself first.
+    """`routes[dst][src]`: the rows that rank dst gets from rank src: the nearest rank that holds a row, itself first.
 
-    Raises `ValueError` if nobody holds a wanted row.
+    Raises `ValueError` if no rank holds a wanted row.
     """
     world = len(have)
     table = []
@@ -315,7 +315,7 @@ def routes(have: tuple[Rows, ...], want: tuple[Rows, ...]) -> tuple[tuple[Rows, 
 
 @dataclass(frozen=True)
 class PerRank:
-    """An argument of a partitioned graph that differs from rank to rank."""
+    """An argument of a partitioned graph with one value per rank."""
 
     values: tuple[Any, ...]
 
@@ -324,5 +324,5 @@ class PerRank:
 
 
 def per_rank(values: Sequence[Any]) -> Any:
-    """`PerRank(values)`, or the value itself where all ranks agree."""
+    """`PerRank(values)`, or the value itself if it is the same on all ranks."""
     return values[0] if all(v == values[0] for v in values[1:]) else PerRank(tuple(values))

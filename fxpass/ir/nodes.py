@@ -1,7 +1,7 @@
-"""New nodes at the insertion point of a graph, which is its end unless said otherwise.
+"""Create nodes at the insertion point of a graph, by default its end.
 
-As torch.fx's own `call_function` and `node_copy`, in a third of the time: these search all arguments for symbolic
-numbers, spell the operator's name anew and sort the node into the graph's tables once per attribute.
+Does the same as torch.fx's `call_function` and `node_copy` in a third of the time: those search all arguments for
+symbolic numbers, format the operator's name each time, and update the graph's tables once per attribute.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _frozen(tree: Any) -> Any:
 
 
 def append_copy(graph: fx.Graph, node: fx.Node, change: Callable[[fx.Node], Any] = lambda n: n) -> fx.Node:
-    """A copy of `node`, which is of another graph, with its operands changed; the name stays if it is free."""
+    """Copy `node` from another graph, mapping its operands by `change`. The copy has the same name if that is free."""
     args, kwargs = map_arg(node.args, change), map_arg(node.kwargs, change)  # which may append operators, too
     return _filled(graph.create_node(node.op, node.target, name=node.name), args, kwargs, node.meta)
 
@@ -61,5 +61,5 @@ def _filled(node: fx.Node, args: Any, kwargs: Any, meta: Mapping[str, Any]) -> f
 
 @cache
 def _name(target: Any) -> str:
-    """What torch.fx would call it: `add_tensor` for `aten.add.Tensor`."""
+    """The name that torch.fx gives a call of `target`: `add_tensor` for `aten.add.Tensor`."""
     return fx.Graph().call_function(target).name

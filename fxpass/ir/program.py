@@ -3,12 +3,12 @@
 A node of a partitioned graph carries in `meta`:
 
     shape, dtype   of the *whole* value (law 1)
-    layout         how it lies on the ranks
-    path           the module that made it, e.g. "mid_block.attentions.0.attn1"
+    layout         the rows on each rank
+    path           the module it comes from, e.g. "mid_block.attentions.0.attn1"
     flops          of an operator without a formula: FLOPs of its parts on whole tensors, None if unknown
-    resized        present where a displaced step's value has fewer rows (keys and values in a window)
-    holes          present where the layout may leave rows out, because no operator reads them: what a convolution or
-                   a resampling gets of its operand. Such a value is never exchanged, nor an output.
+    resized        present if the value has fewer rows at displaced steps (keys and values in a window)
+    holes          present if the layout leaves out rows that no operator reads (the operand of a strided convolution);
+                   such a value is neither exchanged nor an output
 
 and may have `PerRank` arguments; `specialize` turns it into the static-shape graph of one rank (law 6).
 """
@@ -37,7 +37,7 @@ class Program:
 
     The last outputs are the new values of the inputs `written`.
 
-    The weights stay the model's own: they are named here by placeholder and looked up at each call.
+    The weights stay in the model: they are named here, and looked up at each call.
     """
 
     graph: fx.Graph
@@ -97,12 +97,12 @@ class Guard:
 
 
 def calls(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The operators of a graph, in order."""
+    """The calls of operators in a graph, in order."""
     return (node for node in graph.nodes if node.op == "call_function")
 
 
 def reached(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """`nodes` and all that `step` leads to: what depends on them, or what they depend on."""
+    """`nodes` and everything that `step` reaches from them; `step` gives a node's users, say, or its operands."""
     found = set(nodes)
     waiting = list(found)
     while waiting:
@@ -122,7 +122,7 @@ def layout_of(node: fx.Node) -> Layout:
 
 
 def fetched(node: fx.Node) -> tuple[fx.Node, Exchange] | None:
-    """The operand and the declaration of the exchange that `node` is a result of; None if it is of none."""
+    """The operand and the declaration of the exchange whose result `node` is; None if it is no such result."""
     if node.target is not operator.getitem:
         return None
     source, place = node.args
@@ -135,12 +135,12 @@ def fetched(node: fx.Node) -> tuple[fx.Node, Exchange] | None:
 
 
 def exchanges_of(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[Exchange, ...]]]:
-    """The exchange nodes of a partitioned graph with what is declared on each."""
+    """The exchange nodes of a partitioned graph, each with its declared exchanges."""
     return ((node, node.args[1]) for node in graph.nodes if node.target is ops.exchange)
 
 
 def specialize(graph: fx.Graph, rank: int) -> fx.Graph:
-    """The graph of one rank: `PerRank` arguments replaced by the rank's own; slices that take all are dropped."""
+    """The graph of one rank, with the rank's values in place of `PerRank` arguments."""
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -170,7 +170,7 @@ def _chosen(args: Any, rank: int) -> Any:
 
 
 def fingerprint(graph: fx.Graph) -> str:
-    """A hash of everything that ranks must agree on: operators, wiring, per-rank arguments, exchanges."""
+    """A hash of what all ranks must agree on: operators, their operands, per-rank arguments, exchanges, layouts."""
     digest = hashlib.sha256()
     number = {node: i for i, node in enumerate(graph.nodes)}
 

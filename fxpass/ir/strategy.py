@@ -1,4 +1,4 @@
-"""What may be stale, and by how much: presets by the names of their papers (DistriFusion, PCPP)."""
+"""Which exchanges are stale at displaced steps, and how; presets named as in their papers (DistriFusion, PCPP)."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from .exchange import Freshness, Role
 
 @dataclass(frozen=True)
 class Strategy:
-    """How fresh each kind of exchange is.
+    """How fresh each kind of exchange is at displaced steps.
 
-    `sync`: exact; `stale`: the own part, and the others' of the last step; `frozen`: the own part, and the others' of
-    the last exact step. Moments may also be `corrected` (those of the last step, plus the full change of the own ones),
-    `predicted` (the others' moved by a share of the own change and of their own last one), or `local` (the own only).
+    A rank always uses its own part of this step. Of the other ranks it uses: `sync`, their parts of this step (exact);
+    `stale`, those of the last step; `frozen`, those of the last exact step. Moments may also be `corrected` (those of
+    the last step plus the whole change of the own part), `predicted` (those of the last step, each moved by a share of
+    the own change and of its own last change), or `local` (the own part alone).
 
     Attributes:
+        name: the preset's name.
         halo: border rows of convolutions.
         keys_values: keys and values of self-attention.
         moments: mean and variance of group norms.
         sums: other reductions over the split dim.
-        forecast: the largest share of a halo's last change that may be expected to come again, 0 to 1; how much is,
-            each rank measures on its own values.
-        bits: at displaced steps, halos, keys and values are sent as what changed since the last step, in so many bits
-            per number: 2, 4 or 8; 0: as they are.
-        window: at displaced steps, tokens of each neighbour that attention sees, as a fraction of the neighbour's,
-            above 0 and at most 1, rounded up to whole tokens; several numbers hold for equal parts of the depth, first
-            to last; None: all tokens of all ranks.
-        warmup_steps: exact steps before the first stale one; there is always one.
-        cooldown_steps: exact steps at the end of a generation, whose errors no later step mends. There are none where
-            nobody says which timesteps there will be: pipelines do, and `ParallelModule.reset`.
+        forecast: the largest share of a halo's last change that is extrapolated, 0 to 1. Each rank measures the share
+            on its own values.
+        bits: displaced steps send the changes of halos, keys and values since the last step in so many bits per number:
+            2, 4 or 8; 0: they send the values.
+        window: the tokens of each neighbour that attention sees at displaced steps, as a fraction of the neighbour's
+            tokens, above 0 and at most 1, rounded up. Several fractions apply to equal parts of the depth, first to
+            last. None: attention sees all tokens of all ranks.
+        warmup_steps: exact steps before the first stale one, at least one.
+        cooldown_steps: exact steps at the end of a generation, where no later step reduces an error. They need to know
+            the timesteps of the generation, from a pipeline or from `ParallelModule.reset`.
 
     Raises:
-        ValueError: a field has no such value.
+        ValueError: a field has an invalid value.
     """
 
     name: str = "sync"
@@ -51,7 +53,7 @@ class Strategy:
 
     def __post_init__(self) -> None:
         for kind in ("halo", "keys_values", "moments", "sums"):
-            # the others' rows cannot be left out of a convolution, an attention or a sum; of a mean they can
+            # a mean of the own rows is an estimate; a convolution, an attention or a sum needs the others' rows
             known = get_args(Freshness) if kind == "moments" else ("sync", "stale", "frozen")
             if getattr(self, kind) not in known:
                 raise ValueError(f"Strategy.{kind} is one of {', '.join(known)}, not {getattr(self, kind)!r}")
@@ -81,7 +83,7 @@ class Strategy:
 
     @property
     def windows(self) -> tuple[float, ...]:
-        """`window` for equal parts of the depth; empty if attention sees all tokens."""
+        """`window` as a tuple, for equal parts of the depth; empty if attention sees all tokens."""
         if self.window is None:
             return ()
         return self.window if isinstance(self.window, tuple) else (self.window,)
@@ -95,13 +97,13 @@ class Strategy:
 
     @property
     def exact(self) -> bool:
-        """Whether the result equals the unsplit model's, to rounding."""
+        """Whether every step equals the unsplit model, up to rounding."""
         kinds = (self.halo, self.keys_values, self.moments, self.sums)
         return all(kind == "sync" for kind in kinds)
 
     @staticmethod
     def of(strategy: Strategy | str) -> Strategy:
-        """A preset by name, or the strategy itself.
+        """The preset of that name, or the strategy itself.
 
         Raises:
             ValueError: no such preset; the message suggests the nearest.

@@ -1,6 +1,6 @@
-"""The spec of each stage, and the verifier that checks it after every pass.
+"""The specification of each stage of the compiler, checked after every pass.
 
-A spec is a list of (what must hold, check); a check yields the nodes for which it does not.
+A specification is a list of (sentence, check). A check yields the nodes for which the sentence is not true.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Stage = Literal["captured", "normal", "partitioned", "displaced", "scheduled"]
 Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
 
 aten = torch.ops.aten
-#: operators that normal form has a simpler word for
+#: operators that normal form replaces by simpler ones
 ABNORMAL = {
     aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,
     aten.t.default, aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default,
@@ -34,7 +34,7 @@ ABNORMAL = {
 
 
 class VerificationError(AssertionError):
-    """A pass broke the spec of its stage; the message names the stage, the rule and the first nodes."""
+    """A pass broke the specification of its stage; the message has the stage, the sentence and the first nodes."""
 
 
 def _operators(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
@@ -68,8 +68,8 @@ def _local(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
             yield node
 
 
-def _chosen(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """An argument that differs from rank to rank has a value for each."""
+def _per_rank_values(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """A `PerRank` argument has one value per rank."""
     for node in graph.nodes:
         if any(len(each.values) != world for each in _per_rank((node.args, node.kwargs))):
             yield node
@@ -86,7 +86,7 @@ def _per_rank(tree: Any) -> Iterator[PerRank]:
 
 
 def _covered(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """A split value has a set of rows for each rank; together they are all rows, unless `holes` allows some to lack."""
+    """A split layout has one set of rows per rank. The sets cover the dim, but in values with `holes`."""
     for node in graph.nodes:
         layout = layout_of(node)
         if not layout.split:
@@ -98,7 +98,7 @@ def _covered(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 
 def _complete(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """What may have holes stays on its rank."""
+    """A value with holes is neither exchanged nor an output."""
     for node in graph.nodes:
         leaves = node.op == "output" or node.target is ops.exchange
         if leaves and any("holes" in value.meta for value in node.all_input_nodes):
@@ -123,7 +123,7 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 
 def _resulting(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """A result of an exchange has the dtype, and on each rank the shape, that the exchange makes of its operand."""
+    """The result of an exchange has the declared dtype and, on each rank, the declared shape."""
     for node in graph.nodes:
         if (found := fetched(node)) is None:
             continue
@@ -138,7 +138,7 @@ def _resulting(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 
 def _owned(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """Each row that is sent has one owner, who holds it, and a fetch that gives all rows to all ranks names them."""
+    """Named owners hold their rows, and each row has one. A sync fetch of the same rows on all ranks has them."""
     for node, declared in exchanges_of(graph):
         for each in declared:
             if not isinstance(each, Fetch):
@@ -155,7 +155,7 @@ def _agreed(fetch: Fetch) -> bool:
 
 
 def _allowed(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """Rules allow to be stale: halos, keys and values, moments and sums, of real numbers."""
+    """Only halos, keys and values, moments and sums of real numbers may be stale."""
     for node, declared in exchanges_of(graph):
         allowed = [each for each in declared if each.may_be_stale]
         if not all(each.role in DISPLACED and each.dtype.is_floating_point for each in allowed):
@@ -163,9 +163,9 @@ def _allowed(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 
 def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """Stale is what a rule allows to be, all of a node alike.
+    """Only what its rule allows is stale, and the exchanges of one node are equally fresh.
 
-    Windows hold the own rows. Changes are coded of what is stale.
+    A window contains the rank's own rows. Only stale values are coded.
     """
     for node, declared in exchanges_of(graph):
         kinds = {each.fresh for each in declared}
@@ -195,7 +195,7 @@ SPECS: dict[Stage, list[tuple[str, Check]]] = {
     "partitioned": [
         *_BASE,
         ("only ATen's and the local operators are called", _local),
-        ("arguments that differ from rank to rank have a value for each", _chosen),
+        ("arguments that differ from rank to rank have a value for each", _per_rank_values),
         ("layouts cover their dim", _covered),
         ("values with holes stay on their rank", _complete),
         ("exchanges are declared for the layout of their operands", _declared),
@@ -209,7 +209,7 @@ SPECS["scheduled"] = [*SPECS["displaced"], ("each launch is awaited once", _awai
 
 
 def verify(graph: fx.Graph, stage: Stage, world: int = 1) -> None:
-    """Raises `VerificationError` if `graph` does not meet the spec of `stage`."""
+    """Raises `VerificationError` if `graph` does not meet the specification of `stage`."""
     graph.lint()
     for rule, check in SPECS[stage]:
         broken: list[Any] = [node.format_node() for node, _ in zip(check(graph, world), range(3), strict=False)]
