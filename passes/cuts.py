@@ -236,17 +236,17 @@ def _inner(search: Search, best: Candidate) -> tuple[list[tuple[str, Layout]], l
     """
     seen: set[tuple[int, ...]] = set()
     free: list[tuple[str, Layout]] = []
-    anew: list[tuple[str, Layout]] = []
-    laid = {n.meta.get("origin"): layout_of(n) for n in best.trimmed.nodes if n.target is not operator.getitem}
+    again: list[tuple[str, Layout]] = []
+    layouts = {n.meta.get("origin"): layout_of(n) for n in best.trimmed.nodes if n.target is not operator.getitem}
     after = reached([n for n in search.graph.nodes if n.name in best.cuts], USERS)
     streams: set[fx.Node] = set()
     for node in calls(search.graph):
         shape = node.meta.get("shape")
-        if node.name not in laid or shape is None or len(shape) < 3 or shape in seen:
+        if node.name not in layouts or shape is None or len(shape) < 3 or shape in seen:
             continue
         if node in streams and node not in after:
             continue
-        layout = laid[node.name]
+        layout = layouts[node.name]
         dim = layout.dim if layout.dim is not None else max(range(1, len(shape) - 1), key=lambda d: shape[d])
         if shape[dim] < 4 * search.world:
             continue
@@ -254,7 +254,7 @@ def _inner(search: Search, best: Candidate) -> tuple[list[tuple[str, Layout]], l
         if layout.dim is not None and max(layout.sizes) <= 1.02 * max(map(len, rows)):
             continue
         seen.add(shape)
-        found = anew if node in after else free
+        found = again if node in after else free
         if len(found) == INNER:
             continue
         following = reached([node], USERS)
@@ -262,4 +262,4 @@ def _inner(search: Search, best: Candidate) -> tuple[list[tuple[str, Layout]], l
         if own and sum(map(node_flops, following)) > search.total // 2:
             found.append((node.name, Layout(dim, rows)))
             streams |= set() if node in after else following
-    return free, anew
+    return free, again

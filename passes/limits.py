@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from operator import attrgetter
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
-from ..ir.program import calls, exchanges_of, layout_of, reached, shape_of
+from ..ir.program import calls, exchanges_of, layout_of, shape_of
 from .cost import flops, node_flops
 
 MOST = 0.9  #: share of the replicated work that the named module must hold
@@ -46,7 +45,7 @@ def refusal(
             "[batch, channels, height, width], [batch, tokens, channels] or [batch, samples] has; "
             f"it was given {shapes or 'no tensors'}"
         )
-    advice = f"at most {most} ranks would do" if most else "run it on one"
+    advice = f"at most {most} ranks would do" if most else "run it on one rank"
     if best is None:
         return (
             f"this model cannot be shared among {world} ranks: its inputs have too few rows, at most {max(sizes)} "
@@ -76,13 +75,22 @@ def replicated(graph: fx.Graph, best: fx.Graph, cuts: Collection[str]) -> tuple[
     share = sum(work.values()) / flops(graph)
     module = _module(work)
     where = f"the module {module!r}" if module else "a part of it"
-    names = [name for name, _ in operators.most_common()]
-    explained = next((reasons[name] for name in names if name in reasons), "")
-    after = reached([node for node in graph.nodes if node.name in cuts], attrgetter("users"))
-    if not explained:
-        first = next((node.target for node in after if node.name == names[0]), None)
-        explained = f"no rule splits {first}" if first else "it does not depend on the rows that are cut"
-    return where, share, explained
+    heaviest = next((node for name, _ in operators.most_common(1) for node in graph.nodes if node.name == name), None)
+    return where, share, _reason(heaviest, reasons, cuts) if heaviest else ""
+
+
+def _reason(node: fx.Node, reasons: Mapping[str, str], cuts: Collection[str]) -> str:
+    """Why an operator runs whole: the nearest gathering before it, or else that it depends on no cut value."""
+    nearest, seen = [node], {node}
+    for each in nearest:  # breadth first: the list grows
+        if each.name in reasons:
+            return reasons[each.name]
+        new = [operand for operand in each.all_input_nodes if operand not in seen]
+        seen.update(new)
+        nearest += new
+    if any(each.name in cuts for each in seen):
+        return f"{node.target} gets whole operands"
+    return "it does not depend on the rows that are cut"
 
 
 def _module(work: Counter[str]) -> str:

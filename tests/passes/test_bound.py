@@ -132,7 +132,7 @@ def test_work_that_is_gathered_counts_as_replicated() -> None:
     assert not made.uncounted
     assert made.flops_total == 2 * 2 * 8 * 64 * 64
     assert made.bound == pytest.approx(2 / 1.5)
-    with pytest.raises(WorldSizeError, match=r"which is 75% of the work: no rule splits aten._weight_int4pack_mm"):
+    with pytest.raises(WorldSizeError, match=r"75% of the work: aten._weight_int4pack_mm_for_cpu.default gets whole"):
         planned(Projected(product, 3), torch.randn(1, 8, 64))
 
 

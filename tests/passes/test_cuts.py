@@ -132,6 +132,17 @@ def test_an_encoder_that_every_rank_runs_whole_is_named_with_its_share_of_the_wo
     assert "does not depend on the rows that are cut" in message
 
 
+def test_the_reason_for_replicated_work_is_not_that_of_a_light_operator() -> None:
+    class Sorted(Encoded):
+        def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+            flat = torch.linalg.svd(super().forward(x.sin(), condition)[:, 0])[1]
+            return super().forward(x, condition) + flat[:, None, :, None]
+
+    message = refused(Sorted(), torch.randn(2, 4, 16, 16), torch.randn(2, 256), world=4)
+    assert "the module 'encoder' runs whole" in message
+    assert "does not depend on the rows that are cut" in message
+
+
 def test_an_operator_that_is_gathered_is_named_with_the_reason() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
