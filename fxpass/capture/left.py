@@ -96,17 +96,17 @@ class State:
 
     def save(self) -> None:
         """Remember the contents as they are now, of the tables known so far and of those that the model has by now."""
-        for saved in self._tables.values():
+        for saved in list(self._tables.values()):
             saved.before = saved.now()
         self._seen = set()
         for place, module in module_places(self._model):
             for table in (vars(module), module._parameters, module._buffers, module._modules):
                 self._add(Place(place.name, table), table)
-            for name, value in vars(module).items():
+            for name, value in list(vars(module).items()):
                 if name not in OF_EVERY_MODULE:
                     self.add(place.then(name), value)
         for kind in classes_of(self._model):
-            for name, value in vars(kind).items():
+            for name, value in list(vars(kind).items()):
                 self.add(Place(f"{kind.__qualname__}.{name}", value), value, 3)
 
     def add(self, place: Place, value: Any, depth: int = 8) -> None:
@@ -161,15 +161,15 @@ class State:
     def undo(self) -> Changes:
         """Put back what was remembered last; what had changed until now."""
         changes = Changes()
-        for saved in self._tables.values():
+        for saved in list(self._tables.values()):
             _compare(saved, saved.now(), changes)
-        for saved in self._tables.values():
+        for saved in list(self._tables.values()):
             saved.put_back(saved.before)
         return changes
 
     def settle(self) -> None:
         """Put back numbers that a run changed and changed back, but for rounding or the type (`x * scale / scale`)."""
-        for saved in self._tables.values():
+        for saved in list(self._tables.values()):
             for key, value in saved.now().items():
                 first, number = saved.first.get(key), _number(value)
                 if number is None or value is first or not is_number(first) or type(saved.table) is CellType:
@@ -179,7 +179,7 @@ class State:
 
     def reset(self) -> None:
         """Put back what there was before anything ran."""
-        for saved in self._tables.values():
+        for saved in list(self._tables.values()):
             saved.put_back(saved.first)
 
     def shorten(self, program: Program) -> None:

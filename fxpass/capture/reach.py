@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .executed import is_library
+
 #: These hold no state that a forward call changes, or hold it where nothing can look.
 OPAQUE = (Tensor, type, ModuleType, BuiltinFunctionType, Logger)
 
@@ -87,6 +89,8 @@ def walk(place: Place, value: Any, seen: set[int], depth: int = 8) -> Iterator[t
     """`value` and everything in it that is not opaque, each once, with its place."""
     if depth < 0 or id(value) in seen or isinstance(value, (*OPAQUE, nn.Module, *_PLAIN)):
         return
+    if isinstance(value, FunctionType) and is_library(value.__code__):
+        return  # torch keeps counters of its own in closures
     seen.add(id(value))
     yield place, value
     for key, item in inner(value).items():
