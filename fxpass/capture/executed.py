@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
 import sysconfig
 from collections.abc import Callable
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class Executed:
     """
 
     def __init__(self, begins: Callable[[FrameType], None]) -> None:
-        self._known: set[CodeType] = set()
+        # the garbage collector calls its callbacks in the middle of anything: they are not part of the forward
+        self._known: set[CodeType] = {each.__code__ for each in gc.callbacks if isinstance(each, FunctionType)}
         self._begins = begins
 
     def __enter__(self) -> Executed:
