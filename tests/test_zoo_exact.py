@@ -41,7 +41,7 @@ def test_a_case_is_exact(name: str) -> None:
     except CaptureError:
         assert name not in SLICE
         return  # refused: nothing can be wrong
-    assert not list(blind(subject.expected, answer(module, Call.of(module, (), given))))
+    assert not list(blind(subject.expected, answer(module, Call.of(module, (), given), subject.program)))
     for ranks in (2, 3):
         found = split(subject, ranks)
         assert found.exact or (found.refused and name not in SLICE), found

@@ -21,7 +21,7 @@ from ..ir.program import Change, Given, Program
 from .call import Call
 from .errors import CaptureError
 from .objects import PLAIN, copied, flatten, is_open, parts_of, state_of
-from .reach import table_of, tensors_in
+from .reach import left_by, table_of, tensors_in
 from .survivors import mark_left_behind
 
 _GONE = object()
@@ -124,15 +124,20 @@ def results_of(run: Callable[[dict[str, Any]], Any], call: Call, tensors: Sequen
     return result + [each for i, each in enumerate(tensors) if i not in call.numbers]
 
 
-def unsplit(model: nn.Module, call: Call) -> list[Tensor]:
-    """What the model itself gives where its program's graph has outputs. The caller's arguments stay as they are."""
+def unsplit(model: nn.Module, call: Call, program: Program | None = None) -> list[Tensor]:
+    """What the model itself gives where its program's graph has outputs. The caller's arguments stay as they are.
+
+    Args:
+        program: the model's; needed if its calls leave tensors behind.
+    """
     tensors = [own(tensor) for tensor in call.tensors]
     versions = [tensor._version for tensor in tensors]
     copies = call.rebuild(call.with_numbers(tensors))
     arguments = Arguments(call, copies)
     leaves, _ = arguments.flatten(call.run(model, copies), arguments.changes()[1])
     written = [tensor for tensor, version in zip(tensors, versions, strict=True) if tensor._version != version]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + written
+    left = left_by(program) if program is not None else []
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + left + written
 
 
 def _leaf(leaf: Any, supply: Iterator[Tensor], call: Call) -> Any:

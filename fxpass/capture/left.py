@@ -146,14 +146,16 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that a table holds."""
-        return [each for saved in self._tables.values() for each in saved.now().values() if isinstance(each, Tensor)]
+        return [
+            each for saved in list(self._tables.values()) for each in saved.now().values() if isinstance(each, Tensor)
+        ]
 
     def places(self, tensors: Sequence[Tensor]) -> list[tuple[Place, Tensor]]:
         """Where those of `tensors` are that a table holds."""
         wanted = {id(tensor): tensor for tensor in tensors}
         return [
             (saved.place if type(saved.table) is CellType else saved.place.then(key), wanted[id(value)])
-            for saved in self._tables.values()
+            for saved in list(self._tables.values())
             for key, value in saved.now().items()
             if id(value) in wanted
         ]
@@ -297,15 +299,3 @@ def _every_call_does(put: Put, read: dict[int, fx.Node]) -> bool:
             before = put.table[put.key - put.grown] if put.key >= put.grown else None
     had, has = ([(t.shape, t.dtype) for t in tensors_in(value)] for value in (before, put.after))
     return had == has
-
-
-def left_by(program: Program) -> list[Tensor]:
-    """The tensors that the latest call left where each call of `program` puts some."""
-    found: list[Tensor] = []
-    for change in program.changes:
-        if change.held is not None:
-            now = entries(table_of(change.held.value()))
-            grown = [key for key in change.keys if change.grows is not None and key >= change.grows]
-            for key in change.keys:
-                found += tensors_in(now[len(now) - len(grown) + grown.index(key)] if key in grown else now[key])
-    return found

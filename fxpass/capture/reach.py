@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ir.program import Program
 from .executed import is_library
 
 #: These hold no state that a forward call changes, or hold it where nothing can look.
@@ -113,6 +114,18 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         seen.add(id(value))
         for item in inner(value).values():
             yield from tensors_in(item, seen)
+
+
+def left_by(program: Program) -> list[Tensor]:
+    """The tensors that the latest call left where each call of `program` puts some."""
+    found: list[Tensor] = []
+    for change in program.changes:
+        if change.held is not None:
+            now = entries(table_of(change.held.value()))
+            grown = [key for key in change.keys if change.grows is not None and key >= change.grows]
+            for key in change.keys:
+                found += tensors_in(now[len(now) - len(grown) + grown.index(key)] if key in grown else now[key])
+    return found
 
 
 _PLAIN = (int, float, complex, str, bytes, type(None))

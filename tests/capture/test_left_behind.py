@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import fxpass
-from fxpass.capture import CaptureError, capture
+from fxpass.capture import Call, CaptureError, capture, unsplit
 
 LATEST: dict[str, Tensor] = {}
 LAST: Tensor | None = None
@@ -273,4 +273,20 @@ def test_what_is_left_behind_in_some_calls_only_is_refused() -> None:
         m.feat = h if m.feat is None else None
 
     with pytest.raises(CaptureError, match="feat in some calls only"):
+        capture(Model(keep).eval(), sample())
+
+
+def test_what_is_left_behind_is_an_output_of_the_program() -> None:
+    model, x = Model(put_object).eval(), sample()
+    program = capture(model, sample())
+    outputs = unsplit(model, Call.of(model, (x,), {}), program)
+    assert len(outputs) == len(program.graph.output_node().args[0]) == 3
+    torch.testing.assert_close(outputs[1], model.first(x))
+
+
+def test_a_value_left_behind_that_differs_when_the_model_is_recorded_is_refused() -> None:
+    def keep(m: Model, h: Tensor) -> None:
+        m.feat = h * 2 if torch.compiler.is_compiling() else h
+
+    with pytest.raises(CaptureError, match="returns something else than the model did"):
         capture(Model(keep).eval(), sample())

@@ -151,7 +151,9 @@ def _facts(case: Case) -> Iterator[dict[str, Any]]:
         yield {"displaced": displaced(subject, Call.of(module, (), given))}
         yield _in_bf16(case, given, fresh)
         unseen = tuple(idle(subject))
-        yield {"blind": (*blind(subject.expected, answer(module, Call.of(module, (), given))), *unseen)}
+        yield {
+            "blind": (*blind(subject.expected, answer(module, Call.of(module, (), given), subject.program)), *unseen)
+        }
 
 
 def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) -> Subject:
@@ -168,13 +170,13 @@ def captured(module: nn.Module, given: dict[str, Any], fresh: dict[str, Any]) ->
         raise AssertionError("the fresh inputs need another program")
     if all(map(torch.equal, old.tensors, call.tensors)):
         raise AssertionError("there are no fresh inputs: the model turns all of them into Python values")
-    return Subject(module, program, call, answer(module, call))
+    return Subject(module, program, call, answer(module, call, program))
 
 
 @torch.no_grad()
-def answer(module: nn.Module, call: Call) -> list[Tensor]:
-    """The outputs of the unsplit model, and what it writes to its arguments."""
-    return unsplit(module, call)
+def answer(module: nn.Module, call: Call, program: Program | None = None) -> list[Tensor]:
+    """The outputs of the unsplit model, what it leaves behind (if its program is given), and what it writes to."""
+    return unsplit(module, call, program)
 
 
 def split(subject: Subject, ranks: int) -> Split:
@@ -236,7 +238,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _of_program(subject: Subject, given: dict[str, Any]) -> dict[str, Any]:
-    other = answer(subject.module, Call.of(subject.module, (), given))
+    other = answer(subject.module, Call.of(subject.module, (), given), subject.program)
     read = {(guard.path, guard.line.rpartition("/")[2]) for guard in subject.program.guards}
     return {
         "operators": sum(1 for _ in calls(subject.program.graph)),
@@ -256,7 +258,10 @@ def _in_bf16(case: Case, given: dict[str, Any], fresh: dict[str, Any]) -> dict[s
     except Exception as error:
         return {"bf16_refused": _sentence(error)}
     same = subject.call.rebuild(subject.call.with_numbers(subject.call.tensors))
-    wanted = answer(exact, Call.of(exact, (), _cast(same, torch.float32)))
+    wider = Call.of(exact, (), _cast(same, torch.float32))
+    changes = subject.program.changes
+    program = capture(exact, **wider.arguments) if any(change.held is not None for change in changes) else None
+    wanted = answer(exact, wider, program)
     found = subject.run(make_plan(subject.program, RANKS[0], Strategy.of("sync")), EXACT)
     ratios = [
         _rms(a, b) / max(_rms(c, b), 1e-30)
