@@ -31,7 +31,7 @@ class Found:
     """What one process ran, by property."""
 
     examples: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)  #: times that (node, error) was met
 
 
@@ -42,7 +42,7 @@ class Fuzzer:
         self.minutes, self.share, self.shares, self.only = minutes, share, shares, only
         self.seeds = random.Random(seed + share)
         self.seed = seed
-        self.spent = Counter[str]()  # seconds by node
+        self.spent: dict[str, float] = {}  # seconds by node
         self.found = Found()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -67,16 +67,17 @@ class Fuzzer:
 
     def _spent(self, item: pytest.Item) -> tuple[float, float]:
         """Seconds of the property, then with these parameters."""
-        return self.found.seconds[property_of(item)], self.spent[item.nodeid]
+        return self.found.seconds.get(property_of(item), 0.0), self.spent.get(item.nodeid, 0.0)
 
     def _turn(self, item: pytest.Item, seed: int) -> None:
         """Draw a few examples of one property."""
-        hypothesis.seed(seed)(item.obj)  # type: ignore[attr-defined]
+        hypothesis.seed(seed)(item.obj)
         begun, start = properties.begun, time.monotonic()
         reports = runtestprotocol(item, log=False, nextitem=None)
         drawn = properties.begun - begun
-        self.spent[item.nodeid] += time.monotonic() - start
-        self.found.seconds[property_of(item)] += time.monotonic() - start
+        of_property, of_node = self._spent(item)
+        self.spent[item.nodeid] = of_node + time.monotonic() - start
+        self.found.seconds[property_of(item)] = of_property + time.monotonic() - start
         self.found.examples[property_of(item)] += min(drawn, properties.FUZZ_EXAMPLES)  # shrinking draws more of them
         for report in reports:
             if report.failed:
@@ -125,13 +126,13 @@ def main() -> int:
 
 def summary(found: list[Found]) -> int:
     """Print examples by property and all failures; 1 where there are any."""
-    examples, seconds, failures = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
+    examples, failures = Counter[str](), Counter[tuple[str, str]]()
+    seconds = {name: spent for each in found for name, spent in each.seconds.items()}
     for each in found:
         examples.update(each.examples)
-        seconds.update(each.seconds)
         failures.update(each.failures)
     for name, count in examples.items():
-        print(f"{count:8} examples {seconds[name]:7.1f} s  {name}")
+        print(f"{count:8} examples {seconds.get(name, 0.0):7.1f} s  {name}")
     fewest = min(examples.values(), default=0)
     print(f"{sum(examples.values()):8} examples of {len(examples)} properties, at least {fewest} of each")
     for (name, error), times in failures.items():

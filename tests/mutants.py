@@ -237,7 +237,7 @@ def _run_here(mutant: Mutant | None, tests: list[str], limit: float) -> int:
         def get_code(self: Any, name: str) -> Any:
             return code if Path(self.path).resolve() == path else original(self, name)
 
-        importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+        importlib.machinery.SourceFileLoader.get_code = get_code
 
     class Ordered:
         end = 0.0

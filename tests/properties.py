@@ -32,7 +32,7 @@ settings.register_profile(
 # Hypothesis mixes the constants of our loaded modules into the values it draws. Which modules are loaded depends on the
 # tests that ran before in the same process, so examples would depend on it as well.
 assert hasattr(providers.HypothesisProvider, "_local_constants")
-providers.HypothesisProvider._local_constants = Constants()  # type: ignore[assignment]
+providers.HypothesisProvider._local_constants = Constants()
 
 
 class _TorchRandom:
