@@ -1,7 +1,7 @@
-"""What a model does to its arguments: caches of keys and values that it fills, counters in dicts, tensors in place.
+"""Repeat a model's changes to its arguments: caches that it fills, counters in dicts, tensors written in place.
 
-A recorded run is given copies of all containers. What it put into them, or took out, is noted by place and done again
-to the caller's own after each call; a tensor that it wrote to in place is an output of the program, and is copied back.
+A recorded run gets copies of all containers. Its insertions and removals are noted by place and repeated on the
+caller's containers after each call. A tensor that it writes in place is an output of the program and is copied back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GONE = object()
 
 
 class Arguments:
-    """The copies that a run of `call` is given, to see afterwards what the model wrote to them."""
+    """The copies of the arguments that a run of `call` gets, compared afterwards with their contents before."""
 
     def __init__(self, call: Call, copies: dict[str, Any]) -> None:
         self._given = dict(_places(call.arguments))
@@ -45,9 +45,9 @@ class Arguments:
                 self._owned.setdefault(id(value), Given(place))
 
     def changes(self) -> tuple[list[Change], list[dict[Any, Any]]]:
-        """What was taken out of each container, and what was put into it.
+        """What the model removed from each container, and what it inserted.
 
-        Raises `CaptureError` for a change of what cannot be changed in the same way again.
+        Raises `CaptureError` for a change that cannot be repeated.
         """
         changes: list[Change] = []
         entries: list[dict[Any, Any]] = []
@@ -69,14 +69,14 @@ class Arguments:
         return changes, entries
 
     def flatten(self, output: Any, entries: list[dict[Any, Any]]) -> tuple[list[Any], pytree.TreeSpec]:
-        """Outputs and entries; what of them the caller has given is a `Given`."""
+        """Flatten outputs and insertions; a value that the caller passed becomes a `Given`."""
         owned = self._owned  # pytree keeps the function below alive for a while; it must hold no tensors
         leaves, spec = flatten((output, entries), is_leaf=lambda value: id(value) in owned)
         return [owned.get(id(leaf), leaf) for leaf in leaves], spec
 
 
 def check_memory(program: Program, model: nn.Module, call: Call) -> None:
-    """Raises `CaptureError` if what the program writes to is something else as well, which would change meanwhile."""
+    """Raises `CaptureError` if memory that the program writes to is also another input, a weight or a constant."""
     if not program.written and not program.changes:
         return
     spans = {path: _span(tensor) for path, tensor in zip(call.paths, call.tensors, strict=True)}
@@ -100,7 +100,7 @@ def check_memory(program: Program, model: nn.Module, call: Call) -> None:
 
 
 def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
-    """What the model would return, once its arguments were written to as it would have."""
+    """Write to the caller's arguments as the model would, and return what it would return."""
     written = [call.tensors[i] for i in program.written]
     shared = {_memory(tensor) for tensor in (*written, *program.constants.values())}
     supply = iter([tensor.clone() if _memory(tensor) in shared else tensor for tensor in outputs])
@@ -117,7 +117,7 @@ def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
 
 
 def results_of(run: Callable[[dict[str, Any]], Any], call: Call, tensors: Sequence[Any]) -> list[Any]:
-    """What a run on copies of the arguments returns and writes, flat; `tensors` are its own."""
+    """Run on copies of the arguments; return its flat outputs and writes. The run may write to `tensors`."""
     copies = call.rebuild(tensors)
     arguments = Arguments(call, copies)
     result = flatten((run(copies), arguments.changes()[1]))[0]
@@ -125,7 +125,7 @@ def results_of(run: Callable[[dict[str, Any]], Any], call: Call, tensors: Sequen
 
 
 def unsplit(model: nn.Module, call: Call, program: Program | None = None) -> list[Tensor]:
-    """What the model itself gives where its program's graph has outputs. The caller's arguments stay as they are.
+    """Run the model itself; return its outputs in the order of its program's. The arguments are left unchanged.
 
     Args:
         program: the model's; needed if its calls leave tensors behind.
@@ -159,7 +159,7 @@ def _apply(table: Any, change: Change, new: dict[Any, Any]) -> None:
 
 
 def _places(value: Any, place: tuple[Any, ...] = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """`value` and all that is in it, by the keys that lead there."""
+    """Yield `value` and everything in it, each with the keys that lead to it."""
     yield place, value
     if id(value) not in above:
         for key, inner in _inside(value).items():
@@ -173,7 +173,7 @@ def _find(value: Any, place: tuple[Any, ...]) -> Any:
 
 
 def _inside(value: Any) -> dict[Any, Any]:
-    """What is in a container, by key."""
+    """The contents of a container, by key."""
     table = value if isinstance(value, tuple) else _table(value)
     if table is None and isinstance(value, dict):
         table = value
@@ -196,7 +196,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def own(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own, in the same order, for a run that may write to it."""
+    """A copy with the same strides, for a run that may write to it."""
     if torch._debug_has_internal_overlap(tensor) == 1:
         return tensor  # nothing can write to it
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -207,7 +207,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Where its first element begins and its last one ends."""
+    """The addresses where the first element begins and the last one ends; (0, 0) if it has no memory of its own."""
     if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor) or not tensor.numel():
         return (0, 0)
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""Values that the model's Python asks for while it is recorded: computed from the real inputs, and guarded."""
+"""Compute values that the model's Python reads during recording from the real inputs, and guard them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 class Reader:
-    """Answers what the recorder cannot know of a fake tensor.
+    """Computes the values of recorded tensors, which are fake.
 
     A value computed from inputs alone, or from tensors of the model alone, becomes a guard. One that mixes inputs and
     weights is an activation, which differs from call to call, and is refused.
@@ -29,7 +29,7 @@ class Reader:
         self._known: set[str] = set()
 
     def __call__(self, node: fx.Node, shape_only: bool) -> Any:
-        """The real value of `node`; with `shape_only` the caller promises to use nothing but its shape.
+        """Compute the real value of `node` and guard it; with `shape_only`, guard its shape only.
 
         Raises `CaptureError` if it depends on activations, or on an input that has no value (a fake tensor).
         """
@@ -89,7 +89,7 @@ class Reader:
             raise CaptureError(f"{what} needs the value of {', '.join(missing)}, which is fake; give a real tensor")
 
     def _graph(self, needed: list[fx.Node], node: fx.Node) -> fx.Graph:
-        """What computes `node`, on copies of what is written to on the way."""
+        """A graph that computes `node`; placeholders that it writes to are cloned first."""
         written = {m for each in needed if each in self._recorder.writes for m in memory_of(each.meta["val"])}
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
@@ -102,7 +102,7 @@ class Reader:
         return graph
 
     def _needed(self, target: fx.Node) -> list[fx.Node]:
-        """What must run to get `target`: its ancestors, and whatever wrote to their memory before; in order."""
+        """The nodes that must run to compute `target`, in order: its ancestors and earlier writes to their memory."""
         needed: set[fx.Node] = set()
         memory: set[int] = set()
         writes = [(w, memory_of(w.meta["val"])) for w in self._recorder.writes]

@@ -1,4 +1,4 @@
-"""Does a program fit a call? Values that the model turned into Python numbers must be what they were."""
+"""Check whether a program fits a call: values that Python read at capture must be the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _holds(guard: Guard, program: Program, model: nn.Module, tensors: Sequence[T
 
 
 def broken_guard(program: Program, model: nn.Module, tensors: Sequence[Tensor]) -> Guard | None:
-    """The first value that differs from capture: then the call needs another program. `None` if the program fits."""
+    """The first guard whose value differs from capture, so that the call needs another program; None if all hold."""
     return next((guard for guard in program.guards if not _holds(guard, program, model, tensors)), None)
 
 
@@ -52,12 +52,12 @@ def outdated(program: Program, model: nn.Module) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """Counts in-place changes; inference tensors have no count."""
+    """The number of in-place changes; 0 for inference tensors, which have no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def guard_error(guard: Guard) -> GuardError:
-    """What to raise when `guard` breaks at every call."""
+    """The error for a guard that fails at every call."""
     return GuardError(
         f"the model turns the input {guard.path!r} into the Python value {guard.value!r} at {guard.line}, "
         "and it differs at every call, so each call would need a new program; keep it a tensor there"

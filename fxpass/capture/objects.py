@@ -116,14 +116,15 @@ class _Opened:
         self.kind, self.parts = kind, parts
 
 
+def _parts_with_keys(opened: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], Any]:
+    return [(pytree.MappingKey(name), part) for name, part in opened.parts.items()], opened.kind
+
+
 pytree.register_pytree_node(
     _Opened,
     lambda opened: (list(opened.parts.values()), opened.kind),
     lambda values, kind: kind.build(values),
-    flatten_with_keys_fn=lambda opened: (
-        [(pytree.MappingKey(name), part) for name, part in opened.parts.items()],
-        opened.kind,
-    ),
+    flatten_with_keys_fn=_parts_with_keys,
 )
 
 

@@ -1,4 +1,4 @@
-"""The recorder: the model's own Python runs once on fake tensors, and every ATen operator becomes a node.
+"""Run the model's own Python once on fake tensors, and record every ATen operator as a node.
 
 Autograd is switched off below the model, so that composite operators arrive whole (`kinds` says which stay so). Views
 and in-place writes are recorded as they are; `writes` rewrites the writes afterwards. Where the model asks for a

@@ -279,7 +279,7 @@ class Patch:
     def __call__(self, x: Tensor) -> Tensor:
         x = x * self.weight
         for other in self.others:
-            x = other(x) if callable(other) else x * other
+            x = x * other if isinstance(other, float) else other(x)
         return x
 
     def shift(self, x: Tensor) -> Tensor:
@@ -365,7 +365,7 @@ def test_a_module_of_the_model_may_be_an_argument() -> None:
 
 def test_an_object_with_tensors_that_refers_to_itself_is_refused() -> None:
     patch = Patch(torch.ones(4))
-    patch.itself = patch  # type: ignore[attr-defined]
+    patch.itself = patch
     with pytest.raises(
         CaptureError, match=r"'options\.patches\.0\.itself' is a Patch that holds tensors and refers to"
     ):
