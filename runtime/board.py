@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 from torch.distributed import Store
 
 from .errors import RankError
 
+T = TypeVar("T")
 POLL = 1.0  #: seconds between two looks at the board while waiting
 GRACE = 2.0  #: seconds that a rank which lost a peer waits for that peer's last words
 
@@ -77,6 +81,30 @@ class Board:
             if now - began > self.timeout:
                 raise self.overdue(what)
         return self.store.get(key)
+
+    def watched(self, connect: Callable[[], T]) -> T:
+        """Do what blocks until all ranks do it, and look at the board meanwhile.
+
+        It runs in a thread, which is left behind if a rank fails.
+
+        Raises:
+            RankError: a rank failed or did not come.
+        """
+        made: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                made.set_result(connect())
+            except Exception as error:
+                made.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while not wait([made], POLL).done:
+            self.check()
+        error = made.exception()
+        if error is not None:
+            raise self.lost(error) from error
+        return made.result()
 
     def _has(self, key: str) -> bool:
         try:

@@ -160,7 +160,10 @@ class DistributedExecutor:
             # one alone: kernels of two communicators may wait for each other where their order differs between ranks
             group = dist.ProcessGroupNCCL(stores[0], board.rank, board.world, options)
             return group, group, False
-        group, urgent = (dist.ProcessGroupGloo(store, board.rank, board.world, timeout) for store in stores)
+        group, urgent = (
+            board.watched(lambda store=store: dist.ProcessGroupGloo(store, board.rank, board.world, timeout))
+            for store in stores
+        )
         return group, urgent, True
 
 

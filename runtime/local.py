@@ -12,10 +12,17 @@ from .collectives import Collectives
 HOST = "127.0.0.1"
 
 
-def connect(store: Store, rank: int, world: int, timeout: float) -> Collectives:
-    """Gloo groups of their own on this machine; the default process group is left to the user."""
+def connect(store: Store, board: Board) -> Collectives:
+    """Make gloo groups between the ranks of `board` on this machine. The default process group is left to the user.
+
+    Raises:
+        RankError: a rank failed or did not come.
+    """
     options = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
-    options._timeout = timedelta(seconds=timeout)
-    group, urgent = (ProcessGroupGloo(PrefixStore(name, store), rank, world, options) for name in ("group", "urgent"))
-    return Collectives(group, urgent, True, Board(PrefixStore("board", store), rank, world, timeout))
+    options._timeout = timedelta(seconds=board.timeout)
+
+    def group(name: str) -> ProcessGroupGloo:
+        return board.watched(lambda: ProcessGroupGloo(PrefixStore(name, store), board.rank, board.world, options))
+
+    return Collectives(group("group"), group("urgent"), True, board)

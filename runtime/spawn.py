@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from ..ir.program import specialize
-from .board import GRACE, POLL
+from .board import GRACE, POLL, Board
 from .collectives import Collectives, Sessions
 from .errors import RankError
 from .executor import Bound, PlanLike, Report, Step
@@ -187,8 +187,9 @@ class SpawnExecutor:
             self._channels.append(Channel(ours))
         with self._ending("at their start"):
             self._answers(START)
-            self._links = connect(self._store, 0, self.world_size, self.timeout)
-            self._links.board.doubt = self._look
+            board = Board(PrefixStore("board", self._store), 0, self.world_size, self.timeout)
+            board.doubt = self._look
+            self._links = connect(self._store, board)
         return self._links
 
     def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
+from .board import Board
 from .collectives import Collectives, Sessions
 from .errors import RankError
 from .local import HOST, connect
@@ -63,7 +64,7 @@ def main(descriptor: int, rank: int, world: int, port: int, timeout: float, thre
     threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
     store = TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=timeout))
     channel.send(("ready", os.getpid()))
-    worker = Worker(connect(store, rank, world, timeout))
+    worker = Worker(connect(store, Board(PrefixStore("board", store), rank, world, timeout)))
     with torch.inference_mode():
         while True:
             message = inbox.get()

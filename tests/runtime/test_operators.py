@@ -1,10 +1,8 @@
 """Operators that are not torch's, in worker processes: their modules are imported, or the call fails at once."""
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +15,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.runtime.errors import RankError
 from fxpass.runtime.operators import origins
-from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.custom_kernels import doubled
-from tests.runtime.plans import block, inputs, parallel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be split")
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,22 +111,3 @@ def test_an_operator_of_the_script_itself_is_refused_before_any_worker_starts(tm
     assert once == "the script runs"
     assert error.startswith("fxpass_script::doubled is registered by the script itself")
     assert workers == "0"
-
-
-def test_a_worker_that_ends_before_its_first_exchange_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = SpawnExecutor(2, timeout=600)
-    module = parallel(block(), executor)
-    module(*inputs())
-    (child,) = executor.processes
-    answers = executor._answers
-
-    def stopped_after_loading(seconds: float) -> None:
-        answers(seconds)
-        os.kill(child.pid, signal.SIGSTOP)
-        threading.Timer(0.5, os.kill, (child.pid, signal.SIGKILL)).start()
-
-    monkeypatch.setattr(executor, "_answers", stopped_after_loading)
-    start = time.monotonic()
-    with pytest.raises(RankError, match="was killed by SIGKILL"):
-        module(*inputs(18))
-    assert time.monotonic() - start < 100

@@ -197,6 +197,41 @@ def test_a_worker_that_is_killed_or_hangs_ends_the_call() -> None:
         assert gone([child], 0.1)
 
 
+def test_a_worker_that_ends_before_its_first_exchange_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = SpawnExecutor(2, timeout=600)
+    module = parallel(block(), executor)
+    module(*inputs())
+    (child,) = executor.processes
+    answers = executor._answers
+
+    def stopped_after_loading(seconds: float) -> None:
+        answers(seconds)
+        os.kill(child.pid, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (child.pid, signal.SIGKILL)).start()
+
+    monkeypatch.setattr(executor, "_answers", stopped_after_loading)
+    start = time.monotonic()
+    with pytest.raises(RankError, match="was killed by SIGKILL"):
+        module(*inputs(18))
+    assert time.monotonic() - start < 100
+
+
+def test_a_worker_that_ends_while_the_ranks_connect_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = SpawnExecutor(2, timeout=600)
+    module = parallel(block(), executor)
+    answers = executor._answers
+
+    def ended_after_starting(seconds: float) -> None:
+        answers(seconds)
+        executor.processes[0].kill()
+
+    monkeypatch.setattr(executor, "_answers", ended_after_starting)
+    start = time.monotonic()
+    with pytest.raises(RankError, match="was killed by SIGKILL"):
+        module(*inputs())
+    assert time.monotonic() - start < 100
+
+
 SCRIPT = """
 import os, signal, sys, torch
 from tests.runtime.plans import block, inputs, parallel
