@@ -1,4 +1,4 @@
-"""Before the first exchange of a plan the ranks compare what they are about to run (law 6); later on, their inputs."""
+"""Compare the ranks: their plans, weights and versions before a plan's first exchange (law 6), their inputs later."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .errors import DisagreementError
 from .executor import PlanLike, Step
 from .interpreter import Site
 
-SAMPLES = 4096  #: elements looked at per weight
-FEW = 64  #: elements looked at per input
-TOLERANCE = 1e-2  #: by which sampled inputs may differ, relative to the largest: devices round differently
+WEIGHT_SAMPLES = 4096  #: elements compared per weight
+INPUT_SAMPLES = 64  #: elements compared per input
+TOLERANCE = 1e-2  #: allowed difference of sampled inputs, relative to the largest: devices round differently
 
 
 def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """Compare this rank with all others.
 
     Args:
-        number: counts the plans of this executor.
+        number: the plan's number in this executor, from 1.
 
     Raises:
-        DisagreementError: on every rank, with the first difference by name.
+        DisagreementError: on every rank; names the first difference.
         RankError: a rank did not arrive.
     """
     facts = _facts(plan, weights, inputs)
     text = json.dumps(facts)
     mine = {
         "digest": hashlib.sha256(text.encode()).hexdigest(),
-        "inputs": {p: _sample(t, FEW) for p, t in zip(plan.program.input_paths, inputs, strict=True)},
+        "inputs": {p: _sample(t, INPUT_SAMPLES) for p, t in zip(plan.program.input_paths, inputs, strict=True)},
     }
     prefix = f"plan/{number}"
     board.store.set(f"{prefix}/facts/{board.rank}", text)
@@ -47,24 +47,25 @@ def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], 
         other = json.loads(board.read(f"{prefix}/mine/{rank}", what))
         if other["digest"] != first["digest"]:
             ours, theirs = (json.loads(board.read(f"{prefix}/facts/{r}", what)) for r in (0, rank))
-            raise DisagreementError(_difference(rank, ours, theirs))
+            raise DisagreementError(_first_difference(rank, ours, theirs))
         for path, sample in first["inputs"].items():
-            if not _close(sample, other["inputs"][path]):
+            if not _all_close(sample, other["inputs"][path]):
                 raise DisagreementError(
                     f"rank {rank} was called with another value of `{path}` than rank 0; every rank must be given the "
                     "same whole inputs (does each seed its generator alike?)"
                 )
 
 
-class Watch:
-    """Compares the inputs of each call: ranks that drift apart (a sampler with unlike seeds) make a wrong picture.
+class InputCheck:
+    """Compares the inputs of each call: ranks that diverge (a sampler with different seeds) make a wrong picture.
 
-    What a call tells the others is looked at when the next one begins, or when an exchange keeps this one waiting, so
-    that no rank waits for another because of it; the last call of all may not be looked at. On CUDA the host waits for
-    the device to have the samples.
+    The samples of a call are compared when the next call begins, or during a wait for an exchange, so that the check
+    itself never makes a rank wait; those of the very last call may not be compared. On CUDA the host waits until the
+    device has made the samples.
 
     Args:
-        inputs: a call's, by name; all have these shapes.
+        paths: the names of the inputs.
+        inputs: those of one call; all calls have these shapes.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Watch:
         self._device = device
         self._watched = [i for i, tensor in enumerate(inputs) if tensor.numel()]
         self._paths = [paths[i] for i in self._watched]
-        self._counts = [len(_sample(inputs[i], FEW)) for i in self._watched]
+        self._counts = [len(_sample(inputs[i], INPUT_SAMPLES)) for i in self._watched]
         told = Merged("inputs", (sum(self._counts) + 1,), torch.float32, links.board.world)
         session = links.open([Site(0, "inputs", "", (told,))], device)
         (self._way,) = (link.now for link in session.links.values())
@@ -81,27 +82,27 @@ class Watch:
         self._last: Tensor | None = None
 
     def call(self, inputs: Sequence[Tensor], step: Step) -> None:
-        """A call begins.
+        """Compare the last call's inputs, and send samples of this call's.
 
         Raises:
-            DisagreementError: at the last one some rank had other inputs; on every rank.
-            RankError: a rank failed, left, or did not answer in time.
+            DisagreementError: on every rank, if some rank had other inputs at the last call.
+            RankError: a rank failed, ended, or did not answer in time.
         """
         self._compare("at the call before this one")
-        samples = [x for i in self._watched for x in _sample(inputs[i], FEW)]
+        samples = [x for i in self._watched for x in _sample(inputs[i], INPUT_SAMPLES)]
         self._last = torch.tensor([*samples, float(step.exact)], dtype=torch.float32)
         self._way.send([self._last.to(self._device)])
-        self._board.doubt = self._doubt
+        self._board.check_more = self._check_now
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the message in flight."""
         if self._last is not None:
             self._last = None
             self._way.receive()
             self._way.done()
 
-    def _doubt(self) -> None:
-        """An exchange of this call is waited for: is that because the ranks do unlike things?"""
+    def _check_now(self) -> None:
+        """During a wait: compare this call's inputs as soon as all samples have arrived."""
         if self._last is not None and self._way.arrived():
             self._compare("at this call")
 
@@ -115,7 +116,7 @@ class Watch:
         advice = "every rank must be given the same whole inputs (does each seed its generator alike?)"
         for rank, (*theirs, exact) in enumerate(values):
             for path, first, other in zip(self._paths, values[0], theirs, strict=False):
-                if not _close(first.tolist(), other.tolist()):
+                if not _all_close(first.tolist(), other.tolist()):
                     raise DisagreementError(
                         f"rank {rank} was called with another value of `{path}` than rank 0 {when}; {advice}"
                     )
@@ -134,7 +135,7 @@ def _facts(plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) 
     return facts
 
 
-def _difference(rank: int, ours: dict[str, str], theirs: dict[str, str]) -> str:
+def _first_difference(rank: int, ours: dict[str, str], theirs: dict[str, str]) -> str:
     for key in [*ours, *(key for key in theirs if key not in ours)]:
         if ours.get(key) != theirs.get(key):
             differing = sum(ours.get(k) != theirs.get(k) for k in {*ours, *theirs})
@@ -147,14 +148,14 @@ def _difference(rank: int, ours: dict[str, str], theirs: dict[str, str]) -> str:
 
 
 def checksum(tensor: Tensor) -> str:
-    """A hash of up to 4096 elements spread over a tensor: cheap for any size; finds other weights, not one element."""
-    flat = _spread(tensor, SAMPLES)
+    """A hash of up to 4096 elements spread over a tensor: cheap for any size, but one changed element can escape it."""
+    flat = _strided(tensor, WEIGHT_SAMPLES)
     if flat.is_complex():
         flat = torch.view_as_real(flat)
     return hashlib.sha256(flat.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def _spread(tensor: Tensor, count: int) -> Tensor:
+def _strided(tensor: Tensor, count: int) -> Tensor:
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // count)
     return flat[::step].cpu()
@@ -162,11 +163,11 @@ def _spread(tensor: Tensor, count: int) -> Tensor:
 
 def _sample(tensor: Tensor, count: int) -> list[float]:
     return (
-        torch.view_as_real(t).flatten().tolist() if (t := _spread(tensor, count)).is_complex() else t.double().tolist()
+        torch.view_as_real(t).flatten().tolist() if (t := _strided(tensor, count)).is_complex() else t.double().tolist()
     )
 
 
-def _close(a: list[float], b: list[float]) -> bool:
+def _all_close(a: list[float], b: list[float]) -> bool:
     left, right = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
     finite = left.isfinite()
     if not torch.equal(finite, right.isfinite()) or not torch.equal(

@@ -1,4 +1,4 @@
-"""The notice board: a key-value store beside the collectives, where a failing rank leaves word for the others."""
+"""The board: a key-value store beside the collectives, where a failing rank leaves its error for the others."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributed import Store
 from .errors import RankError
 
 T = TypeVar("T")
-POLL = 1.0  #: seconds between two looks at the board while waiting
-GRACE = 2.0  #: seconds that a rank which lost a peer waits for that peer's last words
+POLL = 1.0  #: seconds between two reads of the board during a wait
+GRACE = 2.0  #: seconds that a rank which lost a peer waits for that peer's error message
 
 
 class Board:
@@ -27,30 +27,29 @@ class Board:
         self.world = world
         self.timeout = timeout
         self.call = 0
-        self.doubt: Callable[[], None] | None = None  #: run while a call waits; raises if it waits in vain
+        self.check_more: Callable[[], None] | None = None  #: called in each wait; raises if the wait is in vain
 
     def publish(self, error: BaseException) -> None:
-        """Tell the others why this rank stops; the first to do so is heard."""
+        """Leave the error of this rank for the others; the first one in a call is kept."""
         text = "".join(traceback.format_exception(error)).strip()
         try:
             self.store.compare_set(f"error/{self.call}", "", f"{self.rank} {text}")
-        except Exception:  # the store's host is gone: nobody is left to tell
+        except Exception:  # the process that keeps the store has ended, and all others notice that
             return
 
     def check(self) -> None:
-        """Raises `RankError` if another rank has failed in this call, and what `doubt` raises."""
-        if self.doubt:
-            self.doubt()
+        """Raises `RankError` if another rank has failed in this call, and what `check_more` raises."""
+        if self.check_more:
+            self.check_more()
         key = f"error/{self.call}"
         if not self._has(key):
             return
-        said = self.store.get(key).decode()
-        rank, _, message = said.partition(" ")
+        rank, _, message = self.store.get(key).decode().partition(" ")
         if int(rank) != self.rank:
             raise RankError(int(rank), message)
 
     def lost(self, error: object) -> RankError:
-        """What to raise when a collective failed with `error`: the reason that another rank left, if it left one."""
+        """The exception for a collective that failed with `error`: another rank's error, if it left one."""
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
             try:
@@ -60,16 +59,17 @@ class Board:
             time.sleep(0.05)
         return RankError(None, f"rank {self.rank} lost its connection to another rank, which left no message ({error})")
 
-    def overdue(self, what: str) -> RankError:
-        """What to raise when the timeout has passed."""
+    def timed_out(self, what: str) -> RankError:
+        """The exception for a wait that exceeded the timeout."""
         return RankError(
             None, f"rank {self.rank} waited {self.timeout:g} s for {what}: another rank hangs or was never called"
         )
 
     def read(self, key: str, what: str) -> bytes:
-        """The value of a key, once another rank has set it.
+        """Wait until another rank has set a key, and return its value.
 
-        Raises `RankError` if a rank fails meanwhile or the timeout passes.
+        Raises:
+            RankError: a rank failed, or the timeout passed.
         """
         began = looked = now = time.monotonic()
         while not self._has(key):
@@ -79,16 +79,16 @@ class Board:
                 looked = now
                 self.check()
             if now - began > self.timeout:
-                raise self.overdue(what)
+                raise self.timed_out(what)
         return self.store.get(key)
 
     def watched(self, connect: Callable[[], T]) -> T:
-        """Do what blocks until all ranks do it, and look at the board meanwhile.
+        """Run what blocks until all ranks do the same, in a thread, and check the board meanwhile.
 
-        It runs in a thread, which is left behind if a rank fails.
+        The thread is abandoned if a rank fails.
 
         Raises:
-            RankError: a rank failed or did not come.
+            RankError: a rank failed or did not arrive.
         """
         made: Future[T] = Future()
 
@@ -111,5 +111,5 @@ class Board:
             return self.store.check([key])
         except RuntimeError as error:
             raise RankError(
-                None, f"the store of the process group is gone, with the rank that kept it ({error})"
+                None, f"the store of the process group has ended, with the rank that kept it ({error})"
             ) from None

@@ -1,4 +1,4 @@
-"""When is an exact step needed? Timesteps alone cannot tell, so a displaced step needs every sign of a continuation.
+"""Decide which steps are exact. A displaced step needs every sign that a call continues a generation.
 
 Calls with equal conditioning (all inputs but sample and timestep) belong to one *context*: one guidance branch of one
 prompt. A call continues its context if
@@ -8,12 +8,12 @@ prompt. A call continues its context if
 - the sample correlates with the last one (fresh noise does not, even at a lower timestep), and
 - the context was used not long ago.
 
-Otherwise a generation begins, whose first `warmup_steps` calls are exact. All ranks are given the same inputs, so they
-decide alike. What cannot be told: two generations of one prompt and one seed that take turns in one module, or of which
-the second begins next to where the first was left.
+Otherwise a generation begins, whose first `warmup_steps` calls are exact. All ranks get the same inputs, so they decide
+alike. Two generations of one prompt and one seed cannot be told apart if they alternate in one module, or if the second
+begins close to where the first ended.
 
-Its last `cooldown_steps` timesteps are exact as well, where it is known which those are: `restart` was told what
-timesteps there will be, and the model's is one of them.
+The last `cooldown_steps` timesteps of a generation are exact as well, if `restart` was given its timesteps and the
+model's timestep is one of them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from ..ir.program import Program
 from .executor import EXACT, Step
 
 CONTEXTS = 4  #: kept at once; guidance has two or three branches
-RECENT = 8  #: calls after which a context is taken to have been left
-LIKE = 0.5  #: correlation of a sample with the one before; independent noise has 0, most samplers' steps above 0.9
-UNITS = (1.0, 1e-3)  #: what pipelines multiply the scheduler's timesteps by before they give them to the model
-SAME = 0.01  #: two timesteps are one if they differ by less, relatively: a half-precision one has 8 bits
-LEAP = 3.0  #: a timestep that falls by more, in units of its last fall, begins a generation; samplers' stay below 2.5
-FASTEST = 2.0  #: a longer step is forecast as if it were so many times as long as the last
+MAX_GAP = 8  #: calls since a context was last used, beyond which it no longer continues
+MIN_CORRELATION = 0.5  #: of a sample with the one before; independent noise has 0, most samplers' steps above 0.9
+UNITS = (1.0, 1e-3)  #: factors that pipelines apply to the scheduler's timesteps before they call the model
+TOLERANCE = 0.01  #: relative difference below which two timesteps are equal: bfloat16 has 8 significant bits
+MAX_FALL = (
+    3.0  #: a larger fall of the timestep, in units of its last fall, begins a generation; samplers stay below 2.5
+)
+MAX_PACE = 2.0  #: upper limit of `Step.pace`
 
 
 @dataclass
@@ -50,19 +52,19 @@ class Context:
     repeated: bool = False  #: its last timestep was the one before
     stride: float = 0.0  #: by how much the timestep fell at its last call; 0 at the first
     fall: float = 0.0  #: the last stride that is not 0
-    final: list[float] = field(default_factory=list)  #: the timesteps at its end that are exact
+    final: list[float] = field(default_factory=list)  #: the last timesteps, which are exact
 
 
 @dataclass
 class Clock:
-    """Decides for the calls of one captured program.
+    """Decides how to run the calls of one captured program.
 
     Args:
-        timestep: which input is the timestep; None if no input is known to be one: then every step is exact.
-        sample: which input is the sample.
+        timestep: the index of the timestep among the inputs; None if there is none: then every step is exact.
+        sample: the index of the sample among the inputs.
         warmup_steps: exact steps at the beginning of a generation, at least one.
         cooldown_steps: exact steps at its end.
-        timesteps: those of the generation, as its scheduler has them; empty if they are not known.
+        timesteps: those of the generation, in the scheduler's unit; empty if they are not known.
     """
 
     timestep: int | None
@@ -97,7 +99,7 @@ class Clock:
                 context.repeated = continued and time == context.timestep
                 last, context.stride = context.stride, _mean(context.timestep) - _mean(time) if continued else 0.0
                 context.fall = context.stride or (context.fall if continued else 0.0)
-                pace = min(context.stride / last, FASTEST) if last else 0.0
+                pace = min(context.stride / last, MAX_PACE) if last else 0.0
                 break
         else:
             context, pace = self._new(time, conditioning, sample), 0.0
@@ -110,10 +112,10 @@ class Clock:
         return Step(context.number, context.steps <= self.warmup_steps or final, pace)
 
     def restart(self, timesteps: Sequence[float] = ()) -> None:
-        """A generation begins, with these timesteps if any are known: no earlier state is read."""
+        """Begin a generation, with its timesteps if they are known: no earlier state is read."""
         self.timesteps = timesteps
         for context in self.contexts:
-            context.call = -RECENT
+            context.call = -MAX_GAP
 
     def _final(self, time: list[float]) -> list[float]:
         """The last timesteps, in the model's unit, of a generation that begins at `time`; empty if not known."""
@@ -121,7 +123,7 @@ class Clock:
             return []
         found: list[float] = []
         farthest = -1
-        for unit in UNITS:  # 1 may be the first of thousandths or the last of a thousand: then it is the first
+        for unit in UNITS:  # 1 may be the first timestep of 1 … 0 or the last of 1000 … 1: take it as the first
             left = sorted({each * unit for each in self.timesteps})
             place = next((i for i, each in enumerate(left) if _same(each, time[0])), -1)
             if place > farthest:
@@ -131,15 +133,15 @@ class Clock:
     def _continues(self, context: Context, time: list[float], sample: Tensor) -> bool:
         falling = all(now <= then for now, then in zip(time, context.timestep, strict=True))
         again = time == context.timestep and (context.repeated or context.steps == 1)
-        leap = context.fall and _mean(context.timestep) - _mean(time) > LEAP * context.fall
-        if not falling or again or leap or self.calls - context.call > RECENT:
+        leap = context.fall and _mean(context.timestep) - _mean(time) > MAX_FALL * context.fall
+        if not falling or again or leap or self.calls - context.call > MAX_GAP:
             return False
-        now, then = _structure(sample), _structure(context.sample)
-        return bool((now * then).sum() > LIKE * now.norm() * then.norm())
+        now, then = _centered(sample), _centered(context.sample)
+        return bool((now * then).sum() > MIN_CORRELATION * now.norm() * then.norm())
 
     def _new(self, time: list[float], conditioning: list[Tensor], sample: Tensor) -> Context:
-        """A context of another conditioning, in the place of one that was left."""
-        left = [c for c in self.contexts if self.calls - c.call > RECENT or (c.steps == 1 and c.timestep != time)]
+        """A context for a new conditioning; replaces one that is no longer used, or the oldest of `CONTEXTS`."""
+        left = [c for c in self.contexts if self.calls - c.call > MAX_GAP or (c.steps == 1 and c.timestep != time)]
         number = len(self.contexts)
         if left or number >= CONTEXTS:
             oldest = left[0] if left else self.contexts[0]
@@ -151,14 +153,14 @@ class Clock:
 
 
 def _same(a: float, b: float) -> bool:
-    return abs(a - b) <= SAME * max(abs(a), abs(b))
+    return abs(a - b) <= TOLERANCE * max(abs(a), abs(b))
 
 
 def _mean(time: list[float]) -> float:
     return sum(time) / len(time) if time else 0.0
 
 
-def _structure(sample: Tensor) -> Tensor:
+def _centered(sample: Tensor) -> Tensor:
     """A sample [B, C, *space] or [B, tokens, C] without the mean over space or tokens."""
     x = sample.float()
     dims = list(range(2, x.ndim)) if x.ndim > 3 else [1] if x.ndim == 3 else list(range(x.ndim))

@@ -1,4 +1,4 @@
-"""Every rank runs the user's script (torchrun, or an initialised process group) and its own part of the plan."""
+"""The executor of one rank: every rank runs the user's script (torchrun or an initialised process group)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ir.program import specialize
-from .agreement import Watch, agree
+from .agreement import InputCheck, agree
 from .board import Board
 from .collectives import Collectives, Sessions
 from .errors import DisagreementError, RankError
@@ -22,28 +22,30 @@ from .executor import Bound, PlanLike, Report, Step, device_of
 from .interpreter import RankProgram
 from .runner import Runner
 
-_made: Counter[tuple[int, ...]] = Counter()  # executors of this process by their ranks; all of these make them in order
-_making = threading.Lock()
+#: executors made by this process, by their member ranks; all members make them in the same order
+_counts: Counter[tuple[int, ...]] = Counter()
+_counting = threading.Lock()
 
 
 def inside() -> bool:
-    """Whether this process is one of several: an initialised process group, or torchrun's environment."""
+    """Whether this process is one of several: a process group is initialised, or torchrun's environment is set."""
     return dist.is_available() and (dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys())
 
 
 def size_of_world(group: Any = None) -> int:
-    """How many ranks there are, given `inside()`."""
+    """The number of ranks, if `inside()`."""
     return dist.get_world_size(group) if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
 
 
 class DistributedExecutor:
-    """One rank of `group` (default: all processes).
+    """Runs this process's rank of `group` (default: all processes).
 
-    Initialises the default process group from torchrun's environment if nobody has: gloo for models on the CPU, NCCL
-    on CUDA. The exchanges have a group of their own, whose timeout is `timeout` seconds.
+    Initialises the default process group from torchrun's environment if needed: gloo for models on the CPU, NCCL on
+    CUDA. The exchanges use process groups of their own, with a timeout of `timeout` seconds.
 
     Raises:
-        ValueError: the group has another size than the plan.
+        RuntimeError: the process is not one of several.
+        ValueError: the group has another size than `world_size`.
     """
 
     def __init__(
@@ -69,9 +71,9 @@ class DistributedExecutor:
             if dist.is_initialized()
             else tuple(range(world_size))
         )
-        with _making:
-            _made[ranks] += 1
-            self._name = f"fxpass/{'.'.join(map(str, ranks))}/{_made[ranks]}"
+        with _counting:
+            _counts[ranks] += 1
+            self._name = f"fxpass/{'.'.join(map(str, ranks))}/{_counts[ranks]}"
         self.world_size = world_size
         self.timeout = timeout
         self.compile = compile
@@ -87,43 +89,43 @@ class DistributedExecutor:
         return self._links.traffic if self._links else Counter()
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> DistributedPlan:
-        """Connect at the first plan, compare the ranks at every one."""
+        """Load a plan; compare it with the other ranks first. The first plan connects the ranks."""
         device = device_of(inputs)
-        board = self._joined(device)
+        board = self._join(device)
         self._plans += 1
         agree(board, self._plans, plan, weights, inputs)
         if self._links is None:
             self._links = Collectives(*self._connected(device, board), board)
         code = RankProgram.of(specialize(plan.graph, board.rank), board.rank)
         sessions = Sessions(self._links, code.sites, device)
-        watch = Watch(self._links, plan.program.input_paths, inputs, device)
+        watch = InputCheck(self._links, plan.program.input_paths, inputs, device)
         return DistributedPlan(self, self._links, Bound.of(code, plan.program, device), sessions, watch)
 
     def begin(self, device: torch.device) -> None:
-        """Meet the other ranks at the first call, so that they hear of what fails from here on."""
+        """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
         if self.ended:
             raise RuntimeError(f"the ranks cannot go on after an earlier call: {self.ended}")
         self._calls += 1
-        self._joined(device).call = self._calls
+        self._join(device).call = self._calls
 
     def failed(self, error: BaseException) -> None:
-        """Tell the others, also what this rank heard from another: not every rank waits for the one that is gone."""
+        """Tell the other ranks, also of a failure heard from one: not all of them wait for the rank that failed."""
         if self._board and not isinstance(error, DisagreementError):
             self._board.publish(error)
 
     def broke(self, error: BaseException, advice: str = "call fxpass.parallelize again on every rank") -> None:
-        """A call failed between its first and its last exchange: what other ranks have in flight is unknown."""
-        said = str(error).strip().splitlines() or [type(error).__name__]  # another rank's comes with its traceback
-        self.ended = f"{' … '.join([said[0], said[-1]] if len(said) > 1 else said)}; {advice}"
+        """Refuse later calls: this one failed between its first and last exchange, with messages in flight."""
+        lines = str(error).strip().splitlines() or [type(error).__name__]  # another rank's error has its traceback
+        self.ended = f"{' … '.join([lines[0], lines[-1]] if len(lines) > 1 else lines)}; {advice}"
 
     def close(self) -> None:
         self._links = None
         if self._board:
-            self._board.doubt = None
+            self._board.check_more = None
         self.ended = self.ended or "it was closed"
 
-    def _joined(self, device: torch.device) -> Board:
-        """The board that all ranks share. Makes the default process group if there is none."""
+    def _join(self, device: torch.device) -> Board:
+        """The board that all ranks share; initialises the default process group if needed."""
         if self._board is None:
             if not dist.is_initialized():
                 self._initialize("nccl" if device.type == "cuda" else "gloo")
@@ -133,7 +135,7 @@ class DistributedExecutor:
         return self._board
 
     def _initialize(self, backend: str) -> None:
-        """Make the default process group, from torchrun's environment."""
+        """Initialise the default process group from torchrun's environment."""
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
         except dist.DistError as error:
@@ -142,22 +144,21 @@ class DistributedExecutor:
                 f"rank {os.environ['RANK']} did not meet the other processes ({error}); each rank must make its first "
                 f"call of a parallel module within {self.timeout:g} s of the others",
             )
-            # torch counts attempts: a second one here would not meet the first one of the others
+            # torch numbers the attempts: a second one here would not meet the first one of another rank
             self.broke(apart, "start all processes again")
             raise apart from error
 
     def _connected(self, device: torch.device, board: Board) -> tuple[Any, Any, bool]:
-        """Process groups of our own, made when all ranks are known to be there: for what the next step needs, and for
-        what every step awaits; whether their waits block the host.
+        """Make the process groups for stale and for fresh messages: (stale, fresh, whether waits block the host).
 
-        They are not registered with `torch.distributed`, whose group names count what each process has made.
+        They are not registered with `torch.distributed`, which names groups by how many each process has made.
         """
         timeout = timedelta(seconds=self.timeout)
         stores = [dist.PrefixStore(name, board.store) for name in ("group", "urgent")]
         if device.type == "cuda" and "nccl" in str(dist.get_backend_config(self._group)):
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            # one alone: kernels of two communicators may wait for each other where their order differs between ranks
+            # one group only: kernels of two communicators can deadlock if ranks launch them in different orders
             group = dist.ProcessGroupNCCL(stores[0], board.rank, board.world, options)
             return group, group, False
         group, urgent = (
@@ -168,10 +169,10 @@ class DistributedExecutor:
 
 
 class DistributedPlan:
-    """This rank's program of a plan."""
+    """A plan loaded on this rank."""
 
     def __init__(
-        self, executor: DistributedExecutor, links: Collectives, bound: Bound, sessions: Sessions, watch: Watch
+        self, executor: DistributedExecutor, links: Collectives, bound: Bound, sessions: Sessions, watch: InputCheck
     ) -> None:
         self.watch = watch
         self.executor = executor
@@ -184,12 +185,12 @@ class DistributedPlan:
         """The flat outputs, the same on every rank.
 
         Raises:
-            RankError: another rank failed, left, or did not answer in time.
-            DisagreementError: at the last call, or at this one, some rank was given other inputs than the others.
+            RankError: another rank failed, ended, or did not answer in time.
+            DisagreementError: the ranks were given different inputs, at this call or the last one.
         """
         try:
             self.watch.call(inputs, step)
-        except DisagreementError:  # nothing of this call is under way
+        except DisagreementError:  # no message of this call is in flight
             raise
         except BaseException as error:
             self.executor.broke(error)

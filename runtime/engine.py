@@ -21,8 +21,8 @@ from .executor import EXACT, Executor, Loaded, PlanLike, Report, device_of
 from .structure import Structure, WeightTable
 from .unread import Unread
 
-SIGNATURES = 8  #: programs kept; the least recently used one goes first
-GUARDED = 4  #: programs of one signature that differ only in guarded values; more captures in a row are an error
+SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
+GUARDED = 4  #: programs kept of one signature that differ only in guarded values; more captures in a row are an error
 CALLER = 6  #: stack level of the user's call, seen from `Engine._entry`
 
 Planner = Callable[[Program], PlanLike]
@@ -30,7 +30,7 @@ Planner = Callable[[Program], PlanLike]
 
 @dataclass(eq=False)
 class Entry:
-    """A program that is ready to run."""
+    """A captured program with its plan, loaded by the executor."""
 
     captured: Program
     plan: PlanLike
@@ -53,10 +53,10 @@ class Engine:
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that has the lock
         self._closed: str | None = None
-        self._timesteps: Sequence[float] = ()  # of the generation, as announced
-        self._evicted: set[int] = set()  # hashes of the keys whose programs had to go
-        self._hinted = False  # whether a warning has said so
-        self._in_a_row = 0  # calls that had to be captured, since one that had not
+        self._timesteps: Sequence[float] = ()  # of the current generation, if they were announced
+        self._evicted: set[int] = set()  # hashes of the keys whose programs were evicted
+        self._hinted = False  # whether the warning about evictions was given
+        self._in_a_row = 0  # captures since the last call that reused a program
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The model's output. Runs without autograd.
@@ -85,13 +85,13 @@ class Engine:
                 step = entry.clock.step(call.tensors) if entry.clock else EXACT
                 outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
             except BaseException as error:
-                self._restart()  # some exchanges may have been those of the new step already
+                self._restart()  # some exchanges may already have sent this step's values
                 self.executor.failed(error)
                 raise
             return returned(entry.plan.program, outputs, call)
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
-        """A generation begins, with these timesteps if they are known: the next step of every program is exact."""
+        """Begin a generation, with its timesteps if they are known: the next step of every program is exact."""
         with self._turn():
             self._timesteps = timesteps
             self._restart()
@@ -114,12 +114,12 @@ class Engine:
 
     @property
     def signatures(self) -> int:
-        """Programs that are kept."""
+        """The number of programs kept."""
         return sum(map(len, self._entries.values()))
 
     @property
     def compiled(self) -> list[Report]:
-        """What this process has compiled of the programs that are kept."""
+        """Compilation reports of the programs kept, for this process's rank."""
         return [report for entry in self._all() for report in entry.loaded.compiled]
 
     @contextmanager
@@ -138,7 +138,7 @@ class Engine:
                 self._holder = None
 
     def _device(self, *arguments: Any) -> torch.device:
-        """Where a call runs, before it is looked at closely."""
+        """The device of a call, from its tensors and the first parameter."""
         leaves = [*pytree.tree_leaves(arguments), next(self.model.parameters(), None)]
         return device_of([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
@@ -168,7 +168,7 @@ class Engine:
             broken = broken_guard(entry.captured, self.model, call.tensors)
             if broken is None:
                 entries.remove(entry)
-                entries.append(entry)  # the least recently used one comes first
+                entries.append(entry)  # ordered from least to most recently used
                 self._in_a_row = 0
                 return entry
         if broken is not None and len(entries) >= GUARDED:
@@ -177,7 +177,7 @@ class Engine:
             entries.pop(0).loaded.release()
         self._in_a_row += 1
         try:
-            return self._captured(call, entries)
+            return self._capture(call, entries)
         except CaptureError:
             if not call.unread:
                 raise
@@ -190,7 +190,7 @@ class Engine:
             else:
                 self._entries.pop(call.key, None)
 
-    def _captured(self, call: Call, entries: list[Entry]) -> Entry:
+    def _capture(self, call: Call, entries: list[Entry]) -> Entry:
         with torch.inference_mode(False):
             program = capture_call(self.model, call)
         plan = self._planner(program)
@@ -204,7 +204,7 @@ class Engine:
             names = ", ".join(program.input_paths)
             warnings.warn(
                 f"{type(self.model).__name__} has no input that is known to be a timestep (its inputs: {names}), so "
-                "nobody can tell its steps apart: all of them are exact",
+                "its steps cannot be told apart: all of them are exact",
                 stacklevel=CALLER + 1,
             )
         entry = Entry(program, plan, loaded, table, clock)

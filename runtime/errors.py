@@ -1,14 +1,14 @@
-"""What can go wrong between ranks."""
+"""Errors between ranks."""
 
 from __future__ import annotations
 
 
 class RankError(RuntimeError):
-    """Another rank failed, left, or did not answer in time.
+    """Another rank failed, ended, or did not answer in time.
 
     Attributes:
-        rank: the rank that failed; None where nobody knows which.
-        message: what it said, with its traceback where there is one.
+        rank: the rank that failed; None if it is not known.
+        message: its error, with its traceback if there is one.
     """
 
     def __init__(self, rank: int | None, message: str) -> None:
@@ -18,4 +18,4 @@ class RankError(RuntimeError):
 
 
 class DisagreementError(RuntimeError):
-    """The ranks do not run the same thing: other versions, weights, inputs or plans. The message names what differs."""
+    """The ranks differ in versions, weights, inputs or plans. The message names the difference."""

@@ -1,4 +1,4 @@
-"""What all executors have in common: they load a plan once and run it many times."""
+"""The interface of executors: load a plan once, run it many times."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .interpreter import RankProgram
 
 @dataclass(frozen=True)
 class Report:
-    """What compiling a rank's program took."""
+    """How a rank's program was compiled."""
 
     rank: int
-    displaced: bool  #: for displaced steps only, because their attention has windows
+    displaced: bool  #: compiled for displaced steps, whose attention has windows
     seconds: float
-    cached: bool  #: whether an earlier compilation was found in Inductor's cache
+    cached: bool  #: whether Inductor's cache had it
 
 
 @dataclass(frozen=True)
 class Step:
-    """How a call is to be run. All ranks are given the same."""
+    """How to run a call; the same on all ranks."""
 
-    context: int = 0  #: whose stale state it reads and writes: one number per guidance branch
-    exact: bool = True  #: use what the others send now, whatever is declared stale
-    pace: float = 0.0  #: its length in units of the last step's, in timesteps; 0 if one of them is not known
+    context: int = 0  #: which stale state it reads and writes: one number per guidance branch
+    exact: bool = True  #: use what the other ranks send in this step, also in exchanges declared stale
+    pace: float = 0.0  #: timesteps of this step over those of the last; 0 if either is unknown
 
 
 EXACT = Step()
 
 
 class PlanLike(Protocol):
-    """What an executor reads of a plan."""
+    """The part of a plan that executors use."""
 
     @property
     def program(self) -> Program: ...
@@ -51,7 +51,7 @@ class PlanLike(Protocol):
 
 
 class Loaded(Protocol):
-    """A plan that an executor has made ready."""
+    """A plan loaded by an executor."""
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The flat outputs; gradients must be off.
@@ -59,17 +59,17 @@ class Loaded(Protocol):
         Args:
             weights: the model's own tensors, in the order of `plan.program.weights`.
             inputs: in the order of `plan.program.inputs`.
-            step: if it is not exact, an earlier call of the same context was.
+            step: a displaced one needs an earlier exact step of the same context.
         """
         ...
 
     @property
     def compiled(self) -> Sequence[Report]:
-        """What this process has compiled of it."""
+        """Compilation reports of this process's rank."""
         ...
 
     def release(self) -> None:
-        """Give back what the plan holds on all ranks."""
+        """Free what the plan holds on all ranks."""
         ...
 
 
@@ -80,7 +80,7 @@ class Executor(Protocol):
 
     @property
     def traffic(self) -> Mapping[str, int]:
-        """Bytes that this process received so far, by role of the exchange."""
+        """Bytes that this process has received so far, by the role of the exchange."""
         ...
 
     @property
@@ -91,30 +91,30 @@ class Executor(Protocol):
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Loaded: ...
 
     def begin(self, device: torch.device) -> None:
-        """A call on `device` begins.
+        """Begin a call on `device`.
 
         Raises:
-            RuntimeError: an earlier call left the ranks in a state from which they cannot go on.
-            RankError: at the first call, another rank did not come.
+            RuntimeError: the executor has ended, or an earlier call left the ranks out of step.
+            RankError: at the first call, another rank did not arrive.
         """
         ...
 
     def failed(self, error: BaseException) -> None:
-        """The call has failed on this rank: tell the others, if there are any."""
+        """Tell the other ranks, if there are any, that the call failed on this one."""
         ...
 
     def close(self) -> None:
-        """Leave nothing behind. May be called twice."""
+        """Release all resources. May be called twice."""
         ...
 
 
 @dataclass(eq=False)
 class Bound:
-    """A rank's program with its constants on the device, ready to take weights and inputs."""
+    """A rank's program with its constants on the device, to be called with weights and inputs."""
 
     code: RankProgram
     constants: list[Tensor]
-    order: list[int]  #: of each placeholder, its place in weights + constants + inputs
+    order: list[int]  #: for each placeholder, its index in weights + constants + inputs
 
     @staticmethod
     def of(code: RankProgram, program: Program, device: torch.device) -> Bound:
@@ -133,5 +133,5 @@ class Bound:
 
 
 def device_of(tensors: Sequence[Tensor]) -> torch.device:
-    """Where a call runs: on its tensors' device; numbers may be on the CPU beside it."""
+    """The device of a call: that of its first tensor that is not on the CPU, for numbers may be there."""
     return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""One rank's static graph as one Python generator function, which stops at each exchange.
+"""Compile one rank's graph to a Python generator function that yields at each exchange.
 
     v812 = f3(v811, v4, None, (1, 1))  # conv2d_7 (mid.resnets.0.conv1)
     del v811
@@ -7,8 +7,8 @@
     box = [v812]; del v812; yield "wait", s2, box  # wait_2
     v816 = tuple(box); box.clear()
 
-Straight-line code has no per-node overhead but the call itself, frees each value after its last use, and gives
-a traceback that names the node. A `RankProgram` is plain data and can be sent to another process.
+Straight-line code has no overhead per node beyond the call, frees each value after its last use, and gives tracebacks
+that name the node. A `RankProgram` is plain data and can be sent to another process.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from ..ir.exchange import Exchange
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An exchange node: the same place in the programs of all ranks."""
+    """An exchange node, which all ranks' programs have at the same place."""
 
     index: int
     name: str
-    path: str  #: the module that made it
+    path: str  #: the module that it belongs to
     exchanges: tuple[Exchange, ...]
 
     @property
     def stale(self) -> bool:
-        """Whether a displaced step uses what was sent at an earlier one."""
+        """Whether a displaced step uses values sent at an earlier step."""
         return self.exchanges[0].fresh != "sync"
 
     @property
     def repeated(self) -> bool:
-        """Whether displaced steps send something."""
+        """Whether displaced steps send."""
         return self.exchanges[0].repeated
 
     @property
     def forecast(self) -> bool:
-        """Whether a displaced step expects changes to go on."""
+        """Whether a displaced step extrapolates received values."""
         return any(each.forecast for each in self.exchanges)
 
     @property
     def coded(self) -> bool:
-        """Whether displaced steps send codes of what has changed."""
+        """Whether displaced steps send coded changes."""
         return self.wire.exchanges != self.steady.exchanges
 
     @cached_property
     def steady(self) -> Site:
-        """This site as it is at displaced steps: itself, but for windows."""
+        """This site at displaced steps; another one only if attention has windows."""
         return self._with(tuple(each.steady for each in self.exchanges))
 
     @cached_property
     def wire(self) -> Site:
-        """What travels at displaced steps: itself, but for windows and codes."""
+        """The site that describes displaced steps' messages; another one only with windows or codes."""
         return self._with(tuple(each.wire for each in self.exchanges))
 
     def _with(self, exchanges: tuple[Exchange, ...]) -> Site:
@@ -69,8 +69,8 @@ class Site:
 
 
 Act = Literal["launch", "wait"]
-#: Yields (act, site, box); `box` holds the values. At a wait, whoever drives it replaces them by the results before it
-#: goes on. (A list, so that neither side keeps alive what the other has done with.)
+#: Yields (act, site, box); `box` holds the values. At a wait, the driver replaces them by the results before it resumes
+#: the program. (A list, so that neither side keeps a value alive that the other no longer needs.)
 Run = Generator[tuple[Act, Site, list[Tensor]], None, list[Tensor]]
 
 
@@ -83,13 +83,13 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class RankProgram:
-    """One rank's program. Inputs are given by the names of the graph's placeholders."""
+    """One rank's program. It is called with one value per placeholder of the graph."""
 
     rank: int
     placeholders: tuple[str, ...]
     source: str
-    table: dict[str, Any]  #: what the source refers to: operators, exchange sites, static arguments
-    lines: tuple[str, ...]  #: the node made by each line of the source
+    table: dict[str, Any]  #: the globals of the source: operators, exchange sites, static arguments
+    lines: tuple[str, ...]  #: the node of each line of the source
 
     @staticmethod
     def of(graph: fx.Graph, rank: int, *, check: bool = False) -> RankProgram:
@@ -111,7 +111,7 @@ class RankProgram:
     def run(self, values: Sequence[Tensor]) -> Run:
         """Run on one value per placeholder; the generator returns the flat outputs.
 
-        An exception of an operator gets a note that says at which node, module and rank it was raised.
+        An operator's exception gets a note with the node, module and rank.
         """
         try:
             return (yield from self._function(values))
@@ -144,20 +144,20 @@ def drive(run: Run, transport: Transport) -> list[Tensor]:
             if act == "launch":
                 transport.launch(site, box)
             else:
-                box[:] = transport.wait(site, emptied(box))
+                box[:] = transport.wait(site, take_all(box))
     except StopIteration as stop:
         return stop.value
 
 
-def emptied(box: list[Tensor]) -> list[Tensor]:
-    """What was in the box."""
+def take_all(box: list[Tensor]) -> list[Tensor]:
+    """Empty the box, and return its values."""
     values = box[:]
     box.clear()
     return values
 
 
 class _Writer:
-    """Writes the source of a graph, line by line."""
+    """Writes the source of a graph."""
 
     def __init__(self, graph: fx.Graph, check: bool) -> None:
         self.graph = graph
@@ -190,7 +190,7 @@ class _Writer:
             name = f"v{self.number[node]}"
             freed = [f"v{self.number[dead]}" for dead in self.dying.get(node, ())]
             if node.op == "output":
-                # a generator function also where there is no exchange
+                # the yield makes it a generator function even without exchanges
                 self.line(f"    return {self.text(list(node.args[0]))}", label)
                 self.line("    yield", label)
             elif node.op != "call_function":
@@ -255,6 +255,6 @@ class _Writer:
 
 
 def check_shape(value: Any, shape: tuple[int, ...], label: str) -> None:
-    """Raises `AssertionError` if a local value has not the shape that its layout says."""
+    """Raises `AssertionError` if a local value does not have the shape that its layout implies."""
     if isinstance(value, Tensor) and tuple(value.shape) != shape:
         raise AssertionError(f"{label} has shape {tuple(value.shape)}, its layout says {shape}")

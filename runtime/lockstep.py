@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ir.exchange import Exchange, Payloads
 from ..ir.program import specialize
 from .executor import EXACT, Bound, PlanLike, Report, Step, device_of
-from .interpreter import Act, RankProgram, Run, Site, emptied
+from .interpreter import Act, RankProgram, Run, Site, take_all
 from .past import Past, copied, results_now, retained
 from .runner import Runner
 
@@ -103,7 +103,7 @@ class LockstepPlan:
                     raise AssertionError(f"rank 0 is at {act} {site.name}, rank {rank} at {other} {there.name}")
             if act == "wait":
                 boxes = [box for _, _, box in requests]
-                results = self._exchange(site, [emptied(box) for box in boxes], step)
+                results = self._exchange(site, [take_all(box) for box in boxes], step)
                 for box, each in zip(boxes, results, strict=True):
                     box[:] = each
 

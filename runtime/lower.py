@@ -1,15 +1,15 @@
-"""compile=True: one rank's program through torch.compile's backend, with its launches and waits in place.
+"""compile=True: compile one rank's program with Inductor, with its launches and waits in place.
 
-The program is run once on fake tensors, as its interpreter would run it; what it does becomes an ATen graph, in which a
-launch and a wait are two operators that Inductor does not look into::
+The program is traced once on fake tensors by its interpreter. In the ATen graph a launch and a wait are two operators
+that are opaque to Inductor::
 
     token    = fxpass::launch(values, token, site)
     token, … = fxpass::wait(values, token, site)
 
-The token ties them into the order of the schedule, on every rank the same. Nothing in flight is known to Inductor: when
-a launch returns it has copied its payload into the lane's own memory (or enqueued that copy on the current stream), and
-the values are operands of the wait again, so that their memory is not given to others in between. State stays in the
-session, as in eager mode. Index tables are inputs, so that ranks that differ by them alone share compiled code. Which
+The token fixes the order of the schedule, the same on every rank. Inductor knows nothing of messages in flight: when a
+launch returns it has copied its payload into the lane's memory (or enqueued that copy on the current stream), and the
+values are operands of the wait again, so that their memory is not reused in between. State stays in the session, as in
+eager mode. Index tables are inputs, so that ranks that differ by them alone share compiled code. Which
 program a `site` belongs to, and what performs its launches, is known to the thread that traces or runs the program.
 """
 
@@ -40,8 +40,8 @@ from .interpreter import RankProgram, Site, Transport, drive
 
 log = logging.getLogger("fxpass")
 
-#: Inductor keeps the order of the schedule: it neither sorts for memory or locality, nor moves operators by patterns
-ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False, "pattern_matcher": False}
+#: keep the order of the schedule: no reordering for memory or locality, and no pattern matcher, which moves operators
+KEEP_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False, "pattern_matcher": False}
 
 _library = torch.library.Library("fxpass", "FRAGMENT")
 _library.define("launch(Tensor[] values, Tensor token, int site) -> Tensor")
@@ -52,11 +52,11 @@ _current: ContextVar[tuple[Compiled, Transport | None]] = ContextVar("fxpass pro
 
 @dataclass(eq=False)
 class Compiled:
-    """One rank's program, compiled for steps of one form.
+    """One rank's program, compiled for exact or for displaced steps.
 
     Args:
-        displaced: for displaced steps (only where these have other shapes).
-        values: one per placeholder; only their shapes count.
+        displaced: compile for displaced steps, if these have other shapes.
+        values: one per placeholder; only their shapes, strides, dtypes and devices matter.
     """
 
     code: RankProgram
@@ -68,8 +68,8 @@ class Compiled:
         self.sites = self.code.sites
         started = time.perf_counter()
         hits = counters["inductor"]["fxgraph_cache_hit"]
-        with self._made_current(None):
-            self._tables, self._function = self._lowered(self.values)
+        with self._as_current(None):
+            self._tables, self._function = self._lower(self.values)
         self.values = ()
         cached = counters["inductor"]["fxgraph_cache_hit"] > hits
         self.report = Report(self.code.rank, self.displaced, time.perf_counter() - started, cached)
@@ -81,18 +81,18 @@ class Compiled:
 
     def run(self, values: Sequence[Tensor], transport: Transport) -> list[Tensor]:
         """The flat outputs. `transport` performs the launches and waits."""
-        with self._made_current(transport):
+        with self._as_current(transport):
             return list(self._function(*values, *self._tables))[:-1]
 
     @contextmanager
-    def _made_current(self, transport: Transport | None) -> Iterator[None]:
+    def _as_current(self, transport: Transport | None) -> Iterator[None]:
         token = _current.set((self, transport))
         try:
             yield
         finally:
             _current.reset(token)
 
-    def _lowered(self, values: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+    def _lower(self, values: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         mode = FakeTensorMode(shape_env=ShapeEnv())
         fake = [mode.from_tensor(value, static_shapes=True) for value in values]
         indices: dict[tuple[Rows | Index, torch.device], int] = {}
@@ -102,28 +102,28 @@ class Compiled:
             return torch.empty(len(index), dtype=torch.int64, device=device)
 
         with mode, torch.no_grad(), index_tensors_from(noted):
-            self._traced(fake)
+            self._trace(fake)
         tables = [index_tensor(index, device) for index, device in indices]
         fake_tables = [mode.from_tensor(table, static_shapes=True) for table in tables]
 
         def function(*inputs: Tensor) -> list[Tensor]:
             given = inputs[len(fake) :]
             with index_tensors_from(lambda index, device: given[indices[index, device]]):
-                return self._traced(inputs[: len(fake)])
+                return self._trace(inputs[: len(fake)])
 
         with mode, torch.no_grad():
             graph = make_fx(function, tracing_mode="real")(*fake, *fake_tables)
-        with torch.no_grad(), config.patch(ORDER), tracing(TracingContext(mode)):
+        with torch.no_grad(), config.patch(KEEP_ORDER), tracing(TracingContext(mode)):
             compiled: Any = compile_fx(graph, [*fake, *fake_tables])
         return tables, compiled
 
-    def _traced(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def _trace(self, values: Sequence[Tensor]) -> list[Tensor]:
         emitter = _Emitter()
         return [*drive(self.code.run(values), emitter), emitter.token]
 
 
 class _Emitter:
-    """A transport that writes launches and waits into the graph being traced."""
+    """A transport that adds launches and waits to the graph being traced."""
 
     def __init__(self) -> None:
         self.token = torch.empty(0)

@@ -21,12 +21,12 @@ _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class ParallelModule(nn.Module):
-    """The user's model, called on all ranks.
+    """A drop-in replacement for the user's model that runs each call on all ranks.
 
     It has the model's forward signature, attributes and methods (`config`, `dtype`, `add_adapter`, `cache_context`, …),
-    and shares its tables of parameters, buffers and submodules: `state_dict`, `named_parameters`, `to` and so on act
-    on the model itself and name things as it does. Setting an attribute sets it on the model. `isinstance` sees both
-    classes. Nothing on the model is patched; it can still be called by itself.
+    and shares its dicts of parameters, buffers and submodules: `state_dict`, `named_parameters`, `to` and so on act
+    on the model itself, under the same names. Setting an attribute sets it on the model. `isinstance` accepts both
+    classes. The model is not patched; it can still be called directly.
 
     It is for inference: outputs carry no gradient, also outside `torch.no_grad()`. Weights may require gradients; an
     input that requires one in a call with gradients enabled is an error.
@@ -37,13 +37,13 @@ class ParallelModule(nn.Module):
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         super().__init__()
-        own = self.__dict__
-        own["_engine"] = engine
-        own["_model"] = model
-        own["__module__"] = type(model).__module__  # libraries that save a model look where its class is from
-        own["forward"] = _forward(model, engine)
+        state = self.__dict__
+        state["_engine"] = engine
+        state["_model"] = model
+        state["__module__"] = type(model).__module__  # libraries that save a model read where its class is defined
+        state["forward"] = _forward(model, engine)
         for name in _SHARED:
-            own[name] = vars(model)[name]
+            state[name] = vars(model)[name]
 
     @property
     def plan(self) -> PlanLike | None:
@@ -57,21 +57,20 @@ class ParallelModule(nn.Module):
 
     @property
     def traffic(self) -> Mapping[str, int]:
-        """Bytes that this process has received so far, by role of the exchange."""
+        """Bytes that this process has received so far, by the role of the exchange."""
         return dict(self._engine.executor.traffic)
 
     @property
     def compile_reports(self) -> list[Report]:
-        """With `compile=True`: the seconds that compiling took on this process's rank, and whether a cache had it."""
+        """With `compile=True`: how long compilation took on this process's rank, and whether it was a cache hit."""
         return self._engine.compiled
 
     def reset(self, timesteps: Sequence[float] | Tensor = ()) -> None:
-        """A generation begins: the next step is exact, whatever came before.
+        """Begin a generation: the next step is exact, and no earlier state is read.
 
         Args:
-            timesteps: those that the generation will have, as `scheduler.timesteps`. Only if they are known can its
-                last steps be exact, as the strategy's `cooldown_steps` asks. Pipelines given to `parallelize` say it by
-                themselves.
+            timesteps: the timesteps of the generation, as in `scheduler.timesteps`. Without them the strategy's
+                `cooldown_steps` have no effect. A pipeline given to `parallelize` passes them automatically.
         """
         self._engine.reset([float(each) for each in timesteps])
 
@@ -94,7 +93,7 @@ class ParallelModule(nn.Module):
     ) -> None:
         self.close()
 
-    # -- everything else is the model's ---------------------------------------------------------------------
+    # -- everything else is forwarded to the model ----------------------------------------------------------
 
     @property
     def __class__(self) -> type:
@@ -134,7 +133,7 @@ class ParallelModule(nn.Module):
 
 
 def _forward(model: nn.Module, engine: Engine) -> Callable[..., Any]:
-    """A function with the signature of the model's forward. (It does not refer to the wrapper: no reference cycle.)"""
+    """A function with the signature of the model's forward. It does not refer to the wrapper: no reference cycle."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
@@ -148,7 +147,7 @@ def _forward(model: nn.Module, engine: Engine) -> Callable[..., Any]:
 
 @torch.compiler.disable(reason=_COMPILE)
 def _outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a call from a function that torch.compile traces: a graph break there."""
+    """Run a call that comes from code compiled by torch.compile, as a graph break."""
     _warn_of_compile()
     return engine(args, kwargs)
 
@@ -169,7 +168,7 @@ def _acting_on_the_model(name: str) -> Callable[..., Any]:
     return method
 
 
-# The methods of nn.Module that a model may have overridden: `__getattr__` does not see those, for nn.Module has them.
+# Methods that nn.Module defines, so `__getattr__` never forwards them, and that a model may have overridden.
 for _name in (
     *("to", "cuda", "cpu", "half", "float", "double", "bfloat16", "type", "to_empty", "_apply", "apply"),
     *("train", "eval", "requires_grad_", "zero_grad", "share_memory"),

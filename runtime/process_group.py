@@ -1,4 +1,4 @@
-"""Messages by a process group of `torch.distributed`: NCCL between GPUs, gloo between hosts."""
+"""Messages through a process group of `torch.distributed`: NCCL between GPUs, gloo between hosts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SMALL = 1 << 16  #: bytes; up to here gloo (not NCCL) is faster at an all-to-all
 
 
 def gathered(exchanges: tuple[Exchange, ...], world: int) -> int:
-    """Bytes of each rank's part in an all-gather: the largest message. 0 if messages go from each rank to each instead,
-    for they are unlike, or an all-gather would pad them by more than a quarter."""
+    """Bytes of each rank's part in an all-gather: the largest message. 0 if an all-to-all is used instead, because a
+    rank sends different messages, or because an all-gather would add more than a quarter of padding."""
     if not all(each.broadcast for each in exchanges):
         return 0
     sizes = [Message(exchanges, rank, (rank + 1) % world).size for rank in range(world)]
@@ -27,23 +27,23 @@ def gathered(exchanges: tuple[Exchange, ...], world: int) -> int:
 
 
 def padding(exchanges: tuple[Exchange, ...], rank: int, world: int) -> int:
-    """Bytes that NCCL brings a rank from the others at a node beside the payloads."""
+    """Bytes of padding that a rank receives at a node through NCCL."""
     blob = gathered(exchanges, world)
     sizes = [blob or Message(exchanges, src, rank).size for src in range(world) if src != rank]
     return sum(sizes) - sum(each.received(rank) for each in exchanges)
 
 
 class GroupLane:
-    """An exchange node over a process group.
+    """The lane of one exchange node through a process group.
 
     Args:
         group: a `ProcessGroup` or one of its backends.
-        device: where the payloads are.
-        blocking: the group moves host memory, and its `wait` blocks the host (gloo), so that it can be interrupted to
-            look at the board.
+        device: the device of the payloads.
+        blocking: the group moves host memory, and its `wait` blocks the host (gloo) with a timeout, so that the board
+            can be checked.
     """
 
-    lasting = True  # each run has buffers of its own
+    lasting = True  # each run allocates its own buffers
 
     def __init__(self, route: Route, group: Any, device: torch.device, blocking: bool, board: Board) -> None:
         self.route = route
@@ -57,7 +57,7 @@ class GroupLane:
         self.gather = self.blob > (SMALL if blocking else 0)
         self.sends = [route.outgoing[r].size if r != rank else 0 for r in range(world)]
         self.receives = [route.incoming[r].size if r != rank else 0 for r in range(world)]
-        # where each rank's message begins in what arrives
+        # where each rank's message begins in the receive buffer
         self.starts = [self.blob * r for r in range(world)] if self.gather else [*accumulate([0, *self.receives[:-1]])]
         self._work: Any = None
         self._arriving: Tensor | None = None
@@ -99,7 +99,7 @@ class GroupLane:
 
     def _wait(self) -> None:
         if not self.blocking:
-            self._work.wait()  # orders the streams; the group's own timeout watches over it
+            self._work.wait()  # orders the streams; the group's own timeout applies
             return
         deadline = time.monotonic() + self.board.timeout
         while True:
@@ -111,4 +111,4 @@ class GroupLane:
                     raise self.board.lost(error) from error
             self.board.check()
             if time.monotonic() > deadline:
-                raise self.board.overdue(str(self.route))
+                raise self.board.timed_out(str(self.route))

@@ -18,10 +18,10 @@ FORMS = 8  #: compiled forms of one program that are kept; the oldest goes first
 
 
 class Runner:
-    """A rank's program, compiled at its first call if that is asked for.
+    """Runs one rank's program, interpreted or compiled.
 
-    It is compiled again for values of other strides (as a weight that was replaced by its transposed view), and for
-    displaced steps where attention has windows in them, which changes shapes.
+    It is compiled again for values of other strides (a weight replaced by its transposed view), and for displaced
+    steps if their attention has windows, which changes shapes.
     """
 
     def __init__(self, code: RankProgram, compile: bool) -> None:  # noqa: A002

@@ -1,17 +1,17 @@
-"""Messages between ranks on one machine, through memory that all of them see: a write, a flag, a read.
+"""Messages between ranks on one machine through shared memory: a write, a flag, a read.
 
 gloo takes 0.5 to 1 ms for the smallest message and copies large ones through sockets twice. Here a payload is packed
 straight into memory that its readers have mapped, and they unpack it from there.
 
-Each rank owns one file per plan and context, which the others map. The file has no name (a memfd, opened through its
-owner's /proc entry), so that nothing is left behind however the processes end::
+Each rank creates one file per plan and context, which the others map. The file has no name (a memfd, opened through
+its owner's /proc entry), so that no file is left behind however the processes end::
 
     token | per node: `sent`, `read` | node 0: two buffers | node 1: two buffers | …
 
 `sent` counts the runs whose messages are complete, `read` those whose messages to this rank have been used. Two
-buffers take turns, so that a rank may send run t+1 while another still reads run t.
+buffers alternate, so that a rank may send run t+1 while another still reads run t.
 
-The owner holds a lock on its file, which the kernel releases with the process: that is how the others learn of its end.
+The owner holds a lock on its file, which the kernel releases when the process ends: so the others notice that.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from .interpreter import Site
 from .memory import check_available
 from .messages import Buffer, Message, Route
 
-TOKEN = 16  #: bytes that tell an owner's file from another process's of the same number
-FLAG = 64  #: bytes per flag: a cache line, so that ranks that poll do not slow those that write
-BRIEF = 200  #: looks at a flag before the processor is offered to others
-YIELDING = 2e-3  #: seconds for which it is only offered; then the wait sleeps
-NAP = 1e-4  #: seconds
-DISABLE = "FXPASS_SHM_DISABLE"  #: environment variable; set to 1 to have gloo between processes of one machine, too
+TOKEN = 16  #: random bytes that identify a file: another container may have a process and a file of the same numbers
+FLAG = 64  #: bytes per flag: a cache line, so that ranks that poll do not slow down those that write
+SPINS = 200  #: reads of a flag before a wait yields the processor
+YIELDING = 2e-3  #: seconds of yielding before a wait sleeps
+SLEEP = 1e-4  #: seconds between two reads of a flag by a wait that sleeps
+DISABLE = "FXPASS_SHM_DISABLE"  #: environment variable; set to 1 to use gloo between processes of one machine, too
 
 
-class Outbox:
-    """How a rank's file is laid out; every rank can tell for every other."""
+class FileLayout:
+    """The layout of a rank's file, which every rank computes for every other."""
 
     def __init__(self, sites: Sequence[Site], rank: int, world: int) -> None:
         self.places: list[dict[int, tuple[Message, tuple[int, int]]]] = []  #: by node and reader: message, two offsets
@@ -65,8 +65,8 @@ class Outbox:
         return message, (start, start + step)
 
 
-class Mapped:
-    """A rank's file, in this process's memory."""
+class MappedFile:
+    """A rank's file, mapped into this process's memory."""
 
     def __init__(self, rank: int, file: BinaryIO, size: int) -> None:
         self.rank = rank
@@ -76,7 +76,7 @@ class Mapped:
         self.buffer = Buffer(torch.frombuffer(self.memory, dtype=torch.uint8))
 
     def ended(self) -> bool:
-        """Whether its owner, another process, is gone. (Shared locks exclude the owner's only, not each other.)"""
+        """Whether its owner, another process, has ended. (Shared locks conflict with the owner's only.)"""
         try:
             fcntl.lockf(self.file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1)
         except OSError:
@@ -93,19 +93,21 @@ def read_flag(node: int) -> int:
 
 
 class MemoryLane:
-    """An exchange node through shared memory."""
+    """The lane of one exchange node through shared memory."""
 
-    lasting = False  # the run after the next has the same buffer
+    lasting = False  # the run after the next reuses the buffer
 
-    def __init__(self, node: int, route: Route, files: Sequence[Mapped], boxes: Sequence[Outbox], board: Board) -> None:
+    def __init__(
+        self, node: int, route: Route, files: Sequence[MappedFile], layouts: Sequence[FileLayout], board: Board
+    ) -> None:
         self.route = route
         self.board = board
         self.run = 0
-        self.own = files[route.rank]
+        self.mine = files[route.rank]
         self.sent, self.read = sent_flag(node), read_flag(node)
         self.readers = [files[dst] for dst, message in route.outgoing.items() if message.size]
         self.writers = [files[src] for src, message in route.incoming.items() if message.size]
-        places = boxes[route.rank].places[node]
+        places = layouts[route.rank].places[node]
         once = {offsets: dst for dst, (_, offsets) in places.items()}  # a broadcast is written once
         nothing: Payloads = [None] * len(route.site.exchanges)
         self.outgoing: list[list[tuple[Tensor, int, int]]] = []  #: by buffer: (where to, exchange, destination)
@@ -115,24 +117,24 @@ class MemoryLane:
                 [
                     (view, i, dst)
                     for offsets, dst in once.items()
-                    for i, view in enumerate(places[dst][0].read(self.own.buffer, offsets[turn]))
+                    for i, view in enumerate(places[dst][0].read(self.mine.buffer, offsets[turn]))
                     if view is not None
                 ]
             )
             self.incoming.append([nothing] * route.world)
             for src in route.incoming:
-                message, offsets = boxes[src].places[node][route.rank]
+                message, offsets = layouts[src].places[node][route.rank]
                 self.incoming[turn][src] = message.read(files[src].buffer, offsets[turn])
 
     def send(self, packed: list[Payloads]) -> None:
         self.run += 1
-        for reader in self.readers:  # has it used what lies in this buffer?
+        for reader in self.readers:  # until it has used the last message in this buffer
             self._wait(reader, self.read, self.run - 2)
         for view, i, dst in self.outgoing[self.run % 2]:
             payload = packed[i][dst]
             assert payload is not None
             view.copy_(payload)
-        self.own.flags[self.sent] = self.run
+        self.mine.flags[self.sent] = self.run
 
     def arrived(self) -> bool:
         return all(writer.flags[self.sent] >= self.run for writer in self.writers)
@@ -143,12 +145,12 @@ class MemoryLane:
         return self.incoming[self.run % 2]
 
     def done(self) -> None:
-        self.own.flags[self.read] = self.run
+        self.mine.flags[self.read] = self.run
 
-    def _wait(self, other: Mapped, flag: int, count: int) -> None:
-        """Until the flag of another rank has come to `count`."""
+    def _wait(self, other: MappedFile, flag: int, count: int) -> None:
+        """Wait until a flag of another rank reaches `count`."""
         flags = other.flags
-        for _ in range(BRIEF):
+        for _ in range(SPINS):
             if flags[flag] >= count:
                 return
         began = time.monotonic()
@@ -158,81 +160,81 @@ class MemoryLane:
             if now - began < YIELDING:
                 os.sched_yield()
                 continue
-            time.sleep(NAP)
+            time.sleep(SLEEP)
             if now - looked > POLL / 4:
                 looked = now
                 self.board.check()
                 if other.ended() and flags[flag] < count:
                     raise self.board.lost(f"the process of rank {other.rank} has ended")
                 if now - began > self.board.timeout:
-                    raise self.board.overdue(str(self.route))
+                    raise self.board.timed_out(str(self.route))
 
 
 def open_lanes(sites: Sequence[Site], routes: Sequence[Route], board: Board, number: int) -> list[MemoryLane] | None:
-    """Lanes for the nodes of a plan, or None if some rank cannot see the memory of another. All ranks call it.
+    """Open lanes for the nodes of a plan; None if some rank cannot map the memory of another. All ranks call it.
 
     Args:
-        number: counts these calls, alike on all ranks.
+        number: counts these calls, the same on all ranks.
 
     Raises:
         OSError: the machine has not enough memory left for the files of all ranks.
-        RankError: a rank failed or did not come.
+        RankError: a rank failed or did not arrive.
     """
-    boxes = [Outbox(sites, rank, board.world) for rank in range(board.world)]
+    layouts = [FileLayout(sites, rank, board.world) for rank in range(board.world)]
     check_available(
-        sum(box.size for box in boxes),
+        sum(layout.size for layout in layouts),
         f"a call (its context is number {number}) with two buffers for each message of {board.world} ranks",
         "run fewer ranks, smaller inputs or fewer guidance branches",
     )
     token = secrets.token_bytes(TOKEN)
-    own = _attempt(lambda: _made(board.rank, boxes[board.rank].size, token))
+    own = _or_none(lambda: _create(board.rank, layouts[board.rank].size, token))
     card = {"process": os.getpid(), "file": own.file.fileno(), "token": token.hex()} if own else None
-    cards = _told(board, f"memory/{number}/card", json.dumps(card))
-    files = [own if rank == board.rank else _seen(rank, boxes[rank].size, card) for rank, card in enumerate(cards)]
+    cards = _all_gather(board, f"memory/{number}/card", json.dumps(card))
+    files = [own if rank == board.rank else _map(rank, layouts[rank].size, card) for rank, card in enumerate(cards)]
     files = [file for file in files if file is not None]
-    seen = _told(board, f"memory/{number}/seen", json.dumps(len(files) == board.world))
-    board.store.delete_key(f"memory/{number}/card/{board.rank}")  # everybody has read it
+    seen = _all_gather(board, f"memory/{number}/seen", json.dumps(len(files) == board.world))
+    board.store.delete_key(f"memory/{number}/card/{board.rank}")  # all ranks have read it
     if not all(map(json.loads, seen)):
         return None
-    with torch.inference_mode(False):  # the views outlive this call, and are written to in other modes
-        return [MemoryLane(node, route, files, boxes, board) for node, route in enumerate(routes)]
+    with torch.inference_mode(False):  # later calls write to the views, also outside inference mode
+        return [MemoryLane(node, route, files, layouts, board) for node, route in enumerate(routes)]
 
 
-def _told(board: Board, key: str, text: str) -> list[str]:
-    """What each rank says under a key."""
+def _all_gather(board: Board, key: str, text: str) -> list[str]:
+    """Set this rank's value of a key, and return those of all ranks."""
     board.store.set(f"{key}/{board.rank}", text)
     what = "the other ranks to open the same plan"
     return [board.read(f"{key}/{rank}", what).decode() for rank in range(board.world)]
 
 
-def _made(rank: int, size: int, token: bytes) -> Mapped | None:
-    # elsewhere another process might see the flag before the message
+def _create(rank: int, size: int, token: bytes) -> MappedFile | None:
+    # other processors may let another process see the flag before the message
     ordered = platform.machine() in ("x86_64", "AMD64")
     if os.environ.get(DISABLE, "0") != "0" or not ordered or not hasattr(os, "memfd_create"):
         return None
     file = os.fdopen(os.memfd_create("fxpass"), "r+b", buffering=0)
     os.truncate(file.fileno(), size)
     fcntl.lockf(file, fcntl.LOCK_EX, 1)
-    made = Mapped(rank, file, size)
+    made = MappedFile(rank, file, size)
     made.memory[:TOKEN] = token
     return made
 
 
-def _seen(rank: int, size: int, text: str) -> Mapped | None:
+def _map(rank: int, size: int, text: str) -> MappedFile | None:
     card = json.loads(text)
     if card is None:
         return None
 
-    def opened() -> Mapped | None:
+    def opened() -> MappedFile | None:
         file = open(f"/proc/{card['process']}/fd/{card['file']}", "r+b", buffering=0)  # noqa: SIM115
-        seen = Mapped(rank, file, size)
+        seen = MappedFile(rank, file, size)
         return seen if seen.memory[:TOKEN] == bytes.fromhex(card["token"]) else None
 
-    return _attempt(opened)
+    return _or_none(opened)
 
 
-def _attempt(make: Callable[[], Mapped | None]) -> Mapped | None:
-    """The file, or None where the system does not let us: other hosts and containers, a process of another user."""
+def _or_none(make: Callable[[], MappedFile | None]) -> MappedFile | None:
+    """The file; None if the system refuses it: another host or container, a process of another user."""
     try:
         return make()
     except (OSError, ValueError):

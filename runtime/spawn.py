@@ -1,4 +1,4 @@
-"""Plain Python: this process is rank 0 and drives workers on the same machine.
+"""The executor of a plain Python process: it is rank 0 and drives worker processes on the same machine.
 
     this process                                   worker (rank k)
     weights: moved to shared memory, in place ───▶ the same memory
@@ -7,9 +7,9 @@
           exchanges  ◀─────── shared memory ─────▶
           outputs (rank 0's)        "done" ◀──────
 
-The user's model is never pickled and `__main__` never imported anew. Shared memory comes from /dev/shm (in a container
-see `--shm-size`). Each process computes with `max(1, cores // world_size)` threads, or fewer if torch is set to
-fewer; with OMP_NUM_THREADS set, with as many threads as torch is set to.
+The user's model is never pickled and `__main__` is never imported again. Shared memory comes from /dev/shm (in a
+container see `--shm-size`). Each process computes with `max(1, cores // world_size)` threads, but not more than
+`torch.get_num_threads()`; if OMP_NUM_THREADS is set, with `torch.get_num_threads()`.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from .local import HOST, connect
 from .memory import check_shm
 from .operators import refuse_script
 from .runner import Runner
-from .wire import Channel, ClosedError, allow_files
+from .wire import Channel, ClosedError, raise_file_limit
 
-START = 300.0  #: seconds that a worker may take to start or to load a plan: it imports torch, and users' modules
+START = 300.0  #: seconds allowed for starting a worker or loading a plan, which import torch and users' modules
 
 
 class SpawnExecutor:
-    """Drives `world_size - 1` worker processes, started at the first call.
+    """Drives `world_size - 1` worker processes, which start at the first call.
 
-    They end with `close()`, with this object, and with this process, whichever comes first.
+    They end when `close()` is called, or when this object or this process ends.
 
     Args:
         timeout: seconds that a rank waits for another.
@@ -66,11 +66,11 @@ class SpawnExecutor:
         self._channels: list[Channel] = []
         self._links: Collectives | None = None
         self._store: TCPStore | None = None
-        self._sent: dict[str, Tensor] = {}  # weights as the workers have them (kept: no address is used again)
+        self._sent: dict[str, Tensor] = {}  # weights that the workers have; kept alive so that no address is reused
         self._plans: dict[int, SpawnPlan] = {}
         self._numbers = 0
         self._calls = 0
-        self.ended: str | None = None  #: why the workers have ended
+        self.ended: str | None = None  #: why the workers have ended, if they have
         self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self._channels)
 
     @property
@@ -106,7 +106,7 @@ class SpawnExecutor:
         bound = Bound.of(code, plan.program, torch.device("cpu"))
         size = sum(tensor.nbytes for tensor in (*bound.constants, *inputs))
         check_shm(size, "sharing this call's inputs and the model's constants")
-        with torch.inference_mode(False):  # they are written to in later calls, in whatever mode
+        with torch.inference_mode(False):  # later calls write to them, also outside inference mode
             shared = [torch.empty_like(tensor) for tensor in inputs]
         tensors = [*bound.constants, *shared]
         for rank, channel in enumerate(self._channels, 1):
@@ -124,10 +124,10 @@ class SpawnExecutor:
             raise RuntimeError(f"the worker processes have ended ({self.ended}); call fxpass.parallelize again")
 
     def failed(self, error: BaseException) -> None:
-        pass  # what fails before the run is no concern of the workers; `run` sees to the rest
+        pass  # workers take no part before the run, and `run` ends them if it fails
 
     def close(self) -> None:
-        """End the workers and wait until they are gone."""
+        """End the workers and wait for their processes to end."""
         self.ended = self.ended or "they were closed"
         self._finalizer()
         self._plans.clear()
@@ -135,7 +135,7 @@ class SpawnExecutor:
         self._links = self._store = None
 
     def run(self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
-        """Rank 0's outputs, once all ranks are done. If a rank fails, all workers are ended.
+        """Rank 0's outputs, once all ranks are done. If a rank fails, all workers end.
 
         Raises:
             RankError: with the worker's own traceback.
@@ -154,7 +154,7 @@ class SpawnExecutor:
         return outputs
 
     def release(self, plan: SpawnPlan) -> None:
-        """Let the workers forget a plan, and the weights that no other plan needs."""
+        """Remove a plan from the workers, and the weights that no other plan uses."""
         if self._plans.pop(plan.number, None) is None:
             return
         needed = {name for other in self._plans.values() for name in other.names}
@@ -165,7 +165,7 @@ class SpawnExecutor:
             for channel in self._channels:
                 channel.send(("release", plan.number, unused))
             plan.sessions.close()
-        except (ClosedError, RankError):  # the next call will find out, and say why
+        except (ClosedError, RankError):  # the next call raises, with the reason
             return
 
     def _started(self) -> Collectives:
@@ -188,12 +188,12 @@ class SpawnExecutor:
         with self._ending("at their start"):
             self._answers(START)
             board = Board(PrefixStore("board", self._store), 0, self.world_size, self.timeout)
-            board.doubt = self._look
+            board.check_more = self._look
             self._links = connect(self._store, board)
         return self._links
 
     def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
-        """Send the weights that the workers do not have: all at first, later those that lie elsewhere or otherwise."""
+        """Send the weights that the workers do not have: first all, later those whose memory or layout changed."""
         sent = self._sent
         new = {
             name: weight.detach()
@@ -205,7 +205,7 @@ class SpawnExecutor:
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in new.values()}
         size = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
         check_shm(size, "sharing this model's weights")
-        allow_files(len(storages))
+        raise_file_limit(len(storages))
         for channel in self._channels:
             channel.send(("weights", new))
         sent.update(new)
@@ -229,14 +229,14 @@ class SpawnExecutor:
                 raise RankError(min(waiting.values()), f"no answer within {seconds:g} s")
 
     def _look(self) -> None:
-        """Raises `RankError` if a worker has ended: this process waits for what it will never send."""
+        """Raises `RankError` if a worker process has ended."""
         for rank, process in enumerate(self.processes, 1):
             if process.poll() is not None:
                 raise RankError(rank, f"its process ({process.pid}) has ended")
 
     @contextmanager
     def _ending(self, when: str) -> Iterator[None]:
-        """What fails in here ends the workers, and is raised as what caused it."""
+        """End the workers if the body raises, and raise the first cause of the failure."""
         try:
             yield
         except BaseException as error:
@@ -248,7 +248,7 @@ class SpawnExecutor:
             raise cause from None
 
     def _cause(self, error: Exception) -> Exception:
-        """Who failed first: a worker that raised something of its own, or one that is gone; else `error`."""
+        """The first failure: an exception of a worker's own, else a worker that ended, else `error`."""
         followers: list[RankError] = []
         deadline = time.monotonic() + GRACE
         for rank, (channel, process) in enumerate(zip(self._channels, self.processes, strict=True), 1):
@@ -272,7 +272,7 @@ class SpawnExecutor:
 
 
 class SpawnPlan:
-    """A plan that all workers have."""
+    """A plan loaded on all ranks."""
 
     def __init__(
         self,
@@ -290,7 +290,7 @@ class SpawnPlan:
         self.sessions = Sessions(links, bound.code.sites, torch.device("cpu"))
         self.runner = Runner(bound.code, executor.compile)
         self.names = names
-        self.shared = shared  #: where the inputs of a call are put for the workers
+        self.shared = shared  #: shared buffers for the inputs of a call
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         return self.executor.run(self, weights, inputs, step)
@@ -304,12 +304,12 @@ class SpawnPlan:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor's elements lie and how they are read: two that agree in this are views of the same elements."""
+    """The address and layout of a tensor: equal for two views of the same elements."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _threads(world: int) -> int:
-    """Threads for each process."""
+    """The number of threads of each process."""
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     return min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // world))
@@ -329,9 +329,9 @@ def _computing_with(threads: int) -> Iterator[None]:
 
 
 def _stop(creator: int, processes: list[subprocess.Popen[bytes]], channels: list[Channel]) -> None:
-    """End the workers: they leave when their connection ends."""
+    """End the workers by closing their connections."""
     if os.getpid() != creator:
-        return  # a forked child: they are not its own
+        return  # in a forked child, whose workers these are not
     for channel in channels:
         channel.close()
     for process in processes:

@@ -1,8 +1,8 @@
-"""Messages between the driving process and its workers: plain data, and tensors by shared memory.
+"""Messages between the driving process and its workers: plain data, and tensors through shared memory.
 
 A CPU tensor is sent as the file descriptor of its memory, which is moved to shared memory *in place*: the sender's
-tensor stays valid, and both see each other's writes. The files have no name (they are unlinked as they are made), so
-that nothing is left behind in /dev/shm however the processes end.
+tensor stays valid, and both sides see each other's writes. The files are unlinked when they are created, so that none
+is left in /dev/shm however the processes end.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 from .operators import reference, resolve
 
 _HEADER = struct.Struct("<QQ")  # bytes of the message, file descriptors that come before it
-_AT_ONCE = 200  # file descriptors per system call; Linux takes 253
+_PER_CALL = 200  # file descriptors per system call; Linux takes 253
 
 
 class ClosedError(EOFError):
-    """The other side has closed the connection, or is gone."""
+    """The other side has closed the connection or has ended."""
 
 
 class Channel:
@@ -40,7 +40,7 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Any) -> None:
-        """Raises `ClosedError` if nobody is there to read it."""
+        """Send a message. Raises `ClosedError` if the other side has ended."""
         buffer = io.BytesIO()
         pickler = _Pickler(buffer)
         pickler.dump(message)
@@ -48,8 +48,8 @@ class Channel:
         descriptors = pickler.descriptors
         try:
             self._socket.sendall(_HEADER.pack(len(payload), len(descriptors)))
-            for i in range(0, len(descriptors), _AT_ONCE):
-                socket.send_fds(self._socket, [b"."], descriptors[i : i + _AT_ONCE])
+            for i in range(0, len(descriptors), _PER_CALL):
+                socket.send_fds(self._socket, [b"."], descriptors[i : i + _PER_CALL])
             self._socket.sendall(payload)
         except OSError as error:
             raise ClosedError(str(error)) from None
@@ -63,7 +63,7 @@ class Channel:
         size, count = _HEADER.unpack(self._exactly(_HEADER.size))
         descriptors: list[int] = []
         while len(descriptors) < count:
-            expected = min(_AT_ONCE, count - len(descriptors))
+            expected = min(_PER_CALL, count - len(descriptors))
             try:
                 data, some, _, _ = socket.recv_fds(self._socket, 1, expected)
             except OSError as error:
@@ -71,7 +71,7 @@ class Channel:
             if not data:
                 raise ClosedError("the connection ended in the middle of a message")
             if len(some) != expected:
-                raise OSError("file descriptors were lost on their way: the limit of open files is too low (ulimit -n)")
+                raise OSError("file descriptors were lost in transfer: the limit of open files is too low (ulimit -n)")
             descriptors += some
         return Packet(self._exactly(size), descriptors)
 
@@ -97,14 +97,14 @@ class Channel:
 
 
 class Packet:
-    """A message as it came."""
+    """A received message, not yet unpickled."""
 
     def __init__(self, data: bytearray, descriptors: list[int]) -> None:
         self._data = data
         self._descriptors = descriptors
 
     def open(self) -> Any:
-        """The message; once. May import modules, and raise what they raise."""
+        """Unpickle the message; call it once. Imports the modules that register its operators."""
         try:
             return _Unpickler(io.BytesIO(self._data), self._descriptors).load()
         finally:
@@ -112,11 +112,11 @@ class Packet:
                 os.close(descriptor)
 
 
-def allow_files(count: int) -> None:
-    """Raise the soft limit of open files, if it is too low for `count` more.
+def raise_file_limit(count: int) -> None:
+    """Raise the soft limit of open files if it is too low for `count` more.
 
     Raises:
-        OSError: the hard limit is lower than that.
+        OSError: the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = len(os.listdir("/proc/self/fd")) + count + 256
@@ -159,8 +159,8 @@ class _Pickler(pickle.Pickler):
         if isinstance(obj, torch._ops.OpOverload):
             return resolve, reference(obj)
         if is_dataclass(obj) and not isinstance(obj, type):
-            # without what its cached properties hold: hashes differ from process to process
-            return _record, (type(obj), {field.name: getattr(obj, field.name) for field in fields(obj)})
+            # the fields only, without cached properties: hashes differ between processes
+            return _rebuild, (type(obj), {field.name: getattr(obj, field.name) for field in fields(obj)})
         return NotImplemented
 
 
@@ -183,5 +183,5 @@ class _Unpickler(pickle.Unpickler):
         return torch._neg_view(tensor) if negative else tensor
 
 
-def _record(kind: Any, values: dict[str, Any]) -> Any:
+def _rebuild(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**values)

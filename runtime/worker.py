@@ -1,7 +1,6 @@
-"""A worker of the spawn executor: `python -m fxpass.runtime.worker DESCRIPTOR RANK WORLD PORT TIMEOUT THREADS`.
+"""A worker process of the spawn executor: `python -m fxpass.runtime.worker DESCRIPTOR RANK WORLD PORT TIMEOUT THREADS`.
 
-It knows nothing of models: it is sent rank programs, weights and inputs, and runs what it is told, until the
-connection ends.
+It knows nothing of models: it receives rank programs, weights and inputs, and runs them until the connection closes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .wire import Channel, ClosedError
 
 
 class Worker:
-    """The worker's state: plans by number, and the weights that they share."""
+    """Loaded plans by number, and the weights that they share."""
 
     def __init__(self, links: Collectives) -> None:
         self.links = links
@@ -42,7 +41,7 @@ class Worker:
             case ("weights", tensors):
                 self.weights |= tensors
             case ("load", number, code, sources, tensors, compile):
-                # sources: for each placeholder the name of a weight, or a place among `tensors`
+                # sources: for each placeholder, the name of a weight or an index in `tensors`
                 sessions = Sessions(self.links, code.sites, torch.device("cpu"))
                 self.plans[number] = (Runner(code, compile), sources, tensors, sessions)
             case ("release", number, unused):
@@ -57,7 +56,7 @@ class Worker:
 
 
 def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driving process, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driving process, which ends its workers
     torch.set_num_threads(threads)
     channel = Channel(socket.socket(fileno=descriptor))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -83,7 +82,7 @@ def main(descriptor: int, rank: int, world: int, port: int, timeout: float, thre
 
 
 def _read(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
-    """Hand on what arrives. When the driving process closes the connection, or dies, so does this one, at once."""
+    """Put arriving messages into the inbox. End this process when the driving process closes the connection or dies."""
     parent = os.getppid()
     try:
         while True:
@@ -100,5 +99,5 @@ def _read(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
 if __name__ == "__main__":
     _descriptor, _rank, _world, _port = map(int, sys.argv[1:5])
     _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))  # each weight comes as an open file
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))  # each weight arrives as an open file
     main(_descriptor, _rank, _world, _port, float(sys.argv[5]), int(sys.argv[6]))

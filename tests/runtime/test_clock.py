@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from fxpass.ir.inputs import TIMESTEP
-from fxpass.runtime.clock import CONTEXTS, RECENT, Clock
+from fxpass.runtime.clock import CONTEXTS, MAX_GAP, Clock
 
 PROMPT, OTHER = torch.ones(1, 3), torch.zeros(1, 3)
 SAMPLERS = {
@@ -179,7 +179,7 @@ def test_the_least_recently_used_context_starts_exactly_again() -> None:
     watch = clock(warmup=1)
     calls = trajectory("ddim", 20, 0)
     exact(watch, calls[:2])
-    for k in range(RECENT + 1):
+    for k in range(MAX_GAP + 1):
         watch.step([*calls[0], torch.full((1, 3), 7.0 + k % 2)])
     assert exact(watch, calls[2:3]) == [True]
 

@@ -37,7 +37,7 @@ def test_messages_that_do_not_fit_into_memory_are_refused_with_both_sizes_before
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Any] = []
-    monkeypatch.setattr("fxpass.runtime.shared_memory._made", lambda *_: made.append(None))
+    monkeypatch.setattr("fxpass.runtime.shared_memory._create", lambda *_: made.append(None))
     total = Merged("moments", (1 << 40,), torch.float32, 2)
     site = Site(0, "exchange", "", (total,))
     with pytest.raises(OSError, match=r"two buffers for each message of 2 ranks needs 16777216\.\d MiB of memory, "):
