@@ -50,7 +50,11 @@ class _Saved:
             self.table.cell_contents = contents.get("cell_contents")
         else:
             self.table.clear()
-            self.table.update(contents) if isinstance(self.table, dict) else self.table.extend(contents.values())
+            if not isinstance(self.table, dict):
+                self.table.extend(contents.values())
+                return
+            for key, value in contents.items():  # one by one: subclasses of dict may refuse `update`
+                self.table[key] = value
 
 
 def _chosen(table: Any, names: tuple[str, ...] | None) -> dict[Any, Any]:

@@ -290,3 +290,14 @@ def test_a_value_left_behind_that_differs_when_the_model_is_recorded_is_refused(
 
     with pytest.raises(CaptureError, match="returns something else than the model did"):
         capture(Model(keep).eval(), sample())
+
+
+def test_a_dict_that_refuses_update_is_put_back_as_it_was() -> None:
+    class Output(dict[str, Any]):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            raise TypeError("not on an output")
+
+    model = Model(lambda model, h: model.store["output"].__setitem__("sample", h))
+    model.store["output"] = Output(sample=None)
+    capture(model.eval(), torch.randn(2, 6))
+    assert not isinstance(model.store["output"]["sample"], FakeTensor)
