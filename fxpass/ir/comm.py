@@ -11,9 +11,7 @@ their operands and what reads their results. All are functional. `exchange` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ from torch import Tensor
 from .exchange import Earlier, Exchange, Payloads
 from .fetch import Fetch
 from .merge import Merged, Moments, with_own
-from .ops import take
 
 
 def received_shape(exchange: Exchange, rank: int) -> tuple[int, ...]:
@@ -144,9 +141,3 @@ def put(packed: tuple[Payloads, ...], channel: int) -> None:
 def get(channel: int, age: int) -> tuple[Tensor, ...]:
     """The receive buffers of a channel, of this step (`age` 0) or of the last one (1); done by the runner."""
     raise RuntimeError("a get was called outside a runner")
-
-
-#: operators of a step program beside those of `ops`
-LOCAL: tuple[Callable[..., Any], ...] = (
-    pack, unpack, estimate, local, witness, forecast, sent_rows, encode_change, decode_change, windowed, put, get, take,
-)  # fmt: skip
