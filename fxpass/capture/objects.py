@@ -117,7 +117,8 @@ class _Opened:
 
 
 def _parts_with_keys(opened: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], Any]:
-    return [(pytree.MappingKey(name), part) for name, part in opened.parts.items()], opened.kind
+    named: list[tuple[Any, Any]] = [(pytree.MappingKey(name), part) for name, part in opened.parts.items()]
+    return named, opened.kind
 
 
 pytree.register_pytree_node(

@@ -26,7 +26,8 @@ def test_a_callback_of_the_garbage_collector_may_count() -> None:
 
     gc.callbacks.append(count)
     try:
-        with fxpass.parallelize(Collects().eval(), 2, executor="lockstep") as parallel:
+        module: Any = fxpass.parallelize(Collects().eval(), 2, executor="lockstep")
+        with module as parallel:
             x = torch.randn(1, 8, 4)
             assert torch.equal(parallel(x), x + 1)
     finally:

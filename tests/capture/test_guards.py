@@ -120,7 +120,8 @@ def test_a_value_read_from_a_weight_is_guarded_too() -> None:
 
 
 def test_a_value_read_from_a_tensor_attribute_is_guarded_too() -> None:
-    model, x = Model(lambda x, other: x), torch.randn(5, 4)
+    model: Any = Model(lambda x, other: x)
+    x = torch.randn(5, 4)
     model.sign = torch.ones(())
     model.body = lambda x, other: x if model.sign > 0 else -x
     program = capture(model, x)

@@ -123,7 +123,7 @@ def test_a_value_that_the_forward_keeps_is_that_of_the_latest_call(keep: Any, ra
 
 def test_a_forward_hook_that_appends_fires_once_in_each_call() -> None:
     model = Model()
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     model.first.register_forward_hook(lambda module, args, output: seen.append(output))
     model.second.register_forward_hook(lambda module, args, output: seen.append(output))
     module, plain = parallel(model), []
@@ -280,7 +280,8 @@ def test_what_is_left_behind_is_an_output_of_the_program() -> None:
     model, x = Model(put_object).eval(), sample()
     program = capture(model, sample())
     outputs = unsplit(model, Call.of(model, (x,), {}), program)
-    assert len(outputs) == len(program.graph.output_node().args[0]) == 3
+    results: Any = program.graph.output_node().args[0]
+    assert len(outputs) == len(results) == 3
     torch.testing.assert_close(outputs[1], model.first(x))
 
 

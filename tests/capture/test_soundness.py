@@ -276,7 +276,7 @@ def refused(model: nn.Module, *args: Any) -> str:
     return str(caught.value)
 
 
-REFUSED: dict[str, tuple[Callable[[Block, Tensor], Any], str]] = {
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "buffer": (lambda m, x: m.count.add_(x[0]), "its own state in place: count"),
     "reassigned": (lambda m, x: (setattr(m, "count", m.count + 1), x + m.count)[1], "own state while it runs: count"),
     "carried": (carry, "plain is read, then replaced"),

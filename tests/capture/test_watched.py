@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -115,10 +116,12 @@ def test_defaults_of_a_function() -> None:
     def body(m: Any, h: Tensor, factors: Any = [1.0], *, shift: Any = {"a": 0.0}) -> Tensor:  # noqa: B006
         return h * factors[0] + shift["a"]
 
-    assert body.__defaults__
-    assert body.__kwdefaults__
-    check(Model(body), lambda: body.__defaults__[0].__setitem__(0, 2.0))  # type: ignore[index]
-    check(Model(body), lambda: body.__kwdefaults__["shift"].update(a=2.0))
+    defaults: Any = body.__defaults__
+    assert defaults
+    keywords: Any = body.__kwdefaults__
+    assert keywords
+    check(Model(body), lambda: operator.setitem(defaults[0], 0, 2.0))
+    check(Model(body), lambda: keywords["shift"].update(a=2.0))
 
     def replace() -> None:
         body.__defaults__ = ([7.0],)
