@@ -89,7 +89,7 @@ def _site(node: fx.Node, rank: int, index: int) -> _Site:
     state: list[StateSpec] = []
     names: list[dict[str, str]] = []
     for i, (x, each) in enumerate(zip(values, exchanges, strict=True)):  # type: ignore[arg-type]
-        kept = _kept(each, rank, x.meta["local_shape"], one)
+        kept = _state_shapes(each, rank, x.meta["local_shape"], one)
         names.append({what: f"state_{index}_{i}_{what}" for what in kept})
         state += [StateSpec(names[-1][what], shape, each.dtype) for what, shape in kept.items()]
     return _Site(rank, exchanges, now, wire, tuple(state), tuple(names))  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def _channel(name: str, exchanges: tuple[Exchange, ...], late: bool) -> ChannelS
     return None if silent else ChannelSpec(name, exchanges, late)
 
 
-def _kept(exchange: Exchange, rank: int, own: tuple[int, ...], one: bool) -> dict[str, tuple[int, ...]]:
+def _state_shapes(exchange: Exchange, rank: int, own: tuple[int, ...], one: bool) -> dict[str, tuple[int, ...]]:
     """The shapes of what a rank keeps of an exchange beside the messages in its channel.
 
     Args:
@@ -116,7 +116,7 @@ def _kept(exchange: Exchange, rank: int, own: tuple[int, ...], one: bool) -> dic
         shape = exchange.wire.have[rank]
         kept["known"] = (*own[: exchange.dim], len(shape), *own[exchange.dim + 1 :])
     if exchange.needs_sent:
-        kept["own"] = own
+        kept["sent"] = own
     if exchange.forecast:
         kept["before"] = there
         if not exchange.needs_sent:
@@ -288,12 +288,12 @@ class _Lowering:
             self.after[names["known"]] = self._emit(comm.sent_rows, x, each, self.rank)
         if "before" in names:
             self.after[names["before"]] = last
-        self._keep_own(names, each, x)
+        self._remember(names, each, x)
 
-    def _keep_own(self, names: dict[str, str], each: Exchange, x: fx.Node) -> fx.Node | None:
+    def _remember(self, names: dict[str, str], each: Exchange, x: fx.Node) -> fx.Node | None:
         """Keep the own value, or the part on which a trend is measured, which is returned."""
-        if "own" in names:
-            self.after[names["own"]] = x
+        if "sent" in names:
+            self.after[names["sent"]] = x
         if "last" not in names:
             return None
         now = self._emit(comm.witness, x, each.steady)
@@ -308,9 +308,9 @@ class _Lowering:
             return self._emit(comm.local, x, each, self.rank)
         estimated = isinstance(each, Moments) and each.needs_sent and each.counts[self.rank] > 0
         if estimated:
-            own = self.held[names["own"]]
+            sent = self.held[names["sent"]]
             before = self.held[names["before"]] if "before" in names else received
-            args = (x, received, own, before, self.ready, self.pace)
+            args = (x, received, sent, before, self.ready, self.pace)
             result = self._emit(comm.estimate, *args, each, self.rank)
         else:
             part = received
@@ -323,5 +323,5 @@ class _Lowering:
         if each.repeated:
             if "before" in names:
                 self.after[names["before"]] = received
-            self._keep_own(names, each, x)
+            self._remember(names, each, x)
         return result

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .exchange import Earlier, Exchange, Payloads
 from .fetch import Fetch
-from .merge import Merged, Moments, with_own
+from .merge import Merged, Moments, with_part
 
 
 def received_shape(exchange: Exchange, rank: int) -> tuple[int, ...]:
@@ -62,23 +62,30 @@ def pack(x: Tensor, exchange: Exchange, rank: int) -> Payloads:
 def unpack(x: Tensor, received: Tensor, exchange: Exchange, rank: int) -> Tensor:
     """The result of an exchange, from the own value and what the others sent."""
     if isinstance(exchange, Moments):
-        return exchange.merged(with_own(received, rank, x))
+        return exchange.merged(with_part(received, rank, x))
     return exchange.unpack(rank, x, payloads(received, exchange, rank))
 
 
 def estimate(
-    x: Tensor, received: Tensor, own: Tensor, before: Tensor, ready: Tensor, pace: Tensor, exchange: Exchange, rank: int
+    x: Tensor,
+    received: Tensor,
+    sent: Tensor,
+    before: Tensor,
+    ready: Tensor,
+    pace: Tensor,
+    exchange: Exchange,
+    rank: int,
 ) -> Tensor:
     """Moments of a displaced step, from the own value now and the others' of earlier steps.
 
     Args:
-        own: the own value of the last step.
+        sent: the own value of the last step.
         received, before: what the others sent at the last step, and at the one before.
         ready: whether `before` exists, 0-dim bool.
         pace: the length of this step in units of the last one's, 0-dim.
     """
     assert isinstance(exchange, Moments)
-    return exchange.estimated(rank, x, own, received, torch.where(ready, before, received), pace)
+    return exchange.estimated(rank, x, sent, received, torch.where(ready, before, received), pace)
 
 
 def local(x: Tensor, exchange: Exchange, rank: int) -> Tensor:

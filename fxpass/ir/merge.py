@@ -68,33 +68,33 @@ class Moments(Merged):
             then = torch.stack(in_rank_order(rank, x, earlier.before))
         return self.estimated(rank, x, earlier.sent, now, then, torch.tensor(earlier.pace, dtype=torch.float64))
 
-    def estimated(self, rank: int, x: Tensor, own: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
+    def estimated(self, rank: int, x: Tensor, sent: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
         """Mean and variance [2, …] of a displaced step.
 
         Args:
             x: the own value of this step [2, …].
-            own: the own value of the last step [2, …].
+            sent: the own value of the last step [2, …].
             now, then: what the others sent at the last step and at the one before [ranks, 2, …]; `then` is `now` where
                 there was no such step. The own place is not read.
             pace: the length of this step in units of the last one's, 0-dim.
         """
         if self.fresh == "corrected":
-            return self._corrected(rank, x, own, now)
-        return self._predicted(rank, x, own, now, then, pace)
+            return self._corrected(rank, x, sent, now)
+        return self._predicted(rank, x, sent, now, then, pace)
 
-    def _corrected(self, rank: int, x: Tensor, own: Tensor, now: Tensor) -> Tensor:
+    def _corrected(self, rank: int, x: Tensor, sent: Tensor, now: Tensor) -> Tensor:
         """The old means of x and x² over all ranks, plus the whole change of the rank's own ones since then.
 
         This is DistriFusion's estimator (Li et al., 2024), written without cancellation. If the variance comes out
         negative, the rank uses the variance of its own part.
         """
         variance = x[1] / self.counts[rank]
-        mean, whole = self.merged(with_own(now, rank, own))
-        shift = x[0] - own[0]
-        moved = whole + variance - own[1] / self.counts[rank] + 2 * shift * (own[0] - mean)
+        mean, whole = self.merged(with_part(now, rank, sent))
+        shift = x[0] - sent[0]
+        moved = whole + variance - sent[1] / self.counts[rank] + 2 * shift * (sent[0] - mean)
         return torch.stack([mean + shift, torch.where(moved < 0, variance, moved)])
 
-    def _predicted(self, rank: int, x: Tensor, own: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
+    def _predicted(self, rank: int, x: Tensor, sent: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
         """Merge the own part with an estimate of every other part.
 
         The estimate moves a part by half of the own change and half of the part's last change. Means move by
@@ -103,9 +103,9 @@ class Moments(Merged):
         all of it to the merged result.
         """
         share = HALF * pace
-        mean = now[:, 0] + HALF * (x[0] - own[0]) + share * (now[:, 0] - then[:, 0])
-        m2 = now[:, 1] * _ratio(x[1], own[1]) ** HALF * _ratio(now[:, 1], then[:, 1]) ** share
-        return self.merged(with_own(torch.stack([mean, m2], 1), rank, x))
+        mean = now[:, 0] + HALF * (x[0] - sent[0]) + share * (now[:, 0] - then[:, 0])
+        m2 = now[:, 1] * _ratio(x[1], sent[1]) ** HALF * _ratio(now[:, 1], then[:, 1]) ** share
+        return self.merged(with_part(torch.stack([mean, m2], 1), rank, x))
 
     def __str__(self) -> str:
         return f"moments({'x'.join(map(str, self.shape[1:]))} of {sum(self.counts)} elements)"
@@ -153,10 +153,10 @@ def in_rank_order(rank: int, x: Tensor, received: Payloads) -> list[Tensor]:
     return parts
 
 
-def with_own(parts: Tensor, rank: int, own: Tensor) -> Tensor:
-    """`parts` [ranks, …] with `own` in the place of rank `rank`."""
-    place = torch.arange(len(parts), device=parts.device).view(-1, *(1,) * own.ndim)
-    return torch.where(place == rank, own, parts)
+def with_part(parts: Tensor, rank: int, part: Tensor) -> Tensor:
+    """`parts` [ranks, …] with `part` in the place of rank `rank`."""
+    place = torch.arange(len(parts), device=parts.device).view(-1, *(1,) * part.ndim)
+    return torch.where(place == rank, part, parts)
 
 
 @lru_cache(maxsize=256)
