@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..ir.exchange import Exchange, Payloads
+from ..ir.exchange import Exchange, Payloads, dense_strides
 from .interpreter import Site
 
 ALIGNMENT = 16  #: bytes
@@ -53,7 +53,7 @@ class Message:
         for exchange in exchanges:
             count = exchange.numel(src, dst)
             shape = exchange.payload_shape(src, dst)
-            slot = Slot(self.size, shape, _strides(shape, exchange.order), exchange.dtype)
+            slot = Slot(self.size, shape, dense_strides(shape, exchange.order), exchange.dtype)
             self.slots.append(slot if count else None)
             self.size += -(-count * exchange.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
@@ -74,16 +74,6 @@ class Message:
         """Views are bounded by memory alone: a wrong one would be another message's."""
         assert start % ALIGNMENT == 0, f"a message begins at byte {start}"
         assert start + self.size <= buffer.data.numel(), f"{self.size} bytes from {start} on in {buffer.data.numel()}"
-
-
-def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a dense tensor whose dims lie in `order`, the outermost first; in turn if that is ()."""
-    strides = [1] * len(shape)
-    count = 1
-    for dim in reversed(order or range(len(shape))):
-        strides[dim] = count
-        count *= shape[dim]
-    return tuple(strides)
 
 
 class Route:

@@ -200,3 +200,13 @@ class Exchange:
     def messages(self) -> int:
         """Number of ordered pairs of ranks with a payload."""
         return sum(n > 0 for row in self._numels for n in row)
+
+
+def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor whose dims lie in memory in `order`, the outermost first; () is their own order."""
+    strides = [1] * len(shape)
+    count = 1
+    for dim in reversed(order or range(len(shape))):
+        strides[dim] = count
+        count *= shape[dim]
+    return tuple(strides)

@@ -68,6 +68,16 @@ def test_fetch_returns_its_operand_where_nothing_changes() -> None:
     assert fetch.bytes == fetch.messages == 0
 
 
+def test_ranks_that_get_the_same_rows_get_them_in_the_same_strides() -> None:
+    """The kernels of some operators round differently for other strides."""
+    wide = torch.randn(2, 5, 3)
+    fetch = Fetch("small", (2, 3, 3), wide.dtype, 2, dim=1, have=cut(1, (0, 0), (0, 3)).rows, want=full(3, 2))
+    values = [wide[:, :0], wide[:, 1:4]]  # rank 1 has all rows, as a view of more
+    found = after(fetch, values)
+    assert torch.equal(found[0], found[1])
+    assert found[0].stride() == found[1].stride() == (9, 3, 1)
+
+
 def test_fetch_describes_its_messages() -> None:
     halves = cut(0, (0, 2), (2, 4)).rows
     gather = Fetch("output", (4, 3), torch.float32, 2, dim=0, have=halves, want=full(4, 2))
