@@ -8,6 +8,7 @@ off what the run put there, and undoes it. Tensors that were put there become ou
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -23,6 +24,7 @@ from .errors import CaptureError
 from .reach import OPAQUE, Place, classes_of, entries, module_places, table_of, tensors_in, walk
 from .recorder import Recorder
 
+_HERE = os.path.dirname(__file__) + os.sep
 #: attributes that every module has and that no forward writes to; hooks are not among them
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
 
@@ -123,13 +125,19 @@ class State:
                 self._add(where, table)
 
     def begins(self, frame: FrameType) -> None:
-        """Also watch the globals and closure that a function names, which is about to run."""
+        """Also watch the globals and closure that a function names, which is about to run.
+
+        A variable of a function that is running for this call is not state: it ends with the call.
+        """
         code, table = frame.f_code, frame.f_globals
         self.codes[code] = table
         names = tuple(name for name in code.co_names if name in table)
         self.add_names(Place(str(table.get("__name__")), table), table, names)
         if code.co_freevars:
-            seen = {name: frame.f_locals[name] for name in code.co_freevars if name in frame.f_locals}
+            names = tuple(
+                name for name in code.co_freevars if name in frame.f_locals and not _in_this_call(frame, name)
+            )
+            seen = {name: frame.f_locals[name] for name in names}
             for name, value in seen.items():
                 self.add(Place(f"the variable {name} of {code.co_qualname}", (value,), (0,)), value)
             if not all(isinstance(value, (*OPAQUE, FunctionType)) for value in seen.values()):
@@ -196,6 +204,16 @@ class State:
                 saved = self._tables.get(id(table))
                 if saved is not None and len(saved.first) < len(table):
                     del table[len(saved.first) :]
+
+
+def _in_this_call(frame: FrameType, name: str) -> bool:
+    """Whether a variable that a function closes over is one of a function that called it since the model's call."""
+    caller = frame.f_back
+    while caller is not None and not caller.f_code.co_filename.startswith(_HERE):
+        if name in caller.f_code.co_cellvars and caller.f_locals.get(name) is frame.f_locals[name]:
+            return True
+        caller = caller.f_back
+    return False
 
 
 def _compare(saved: _Saved, new: dict[Any, Any], changes: Changes) -> None:

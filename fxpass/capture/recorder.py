@@ -147,6 +147,10 @@ class Recorder(TorchDispatchMode):
                 lists.add(id(value))
                 yield from value
 
+    def was_given(self, tensor: Tensor) -> bool:
+        """Whether a tensor was there before the run (a weight of a model without memory is fake, too)."""
+        return id(tensor) in self._fakes
+
     def containers(self) -> set[int]:
         """The ids of everything through which the recorder holds values."""
         metas = [node.meta for node in self.graph.nodes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from sys import getrefcount
 from types import CellType, FrameType, ModuleType
@@ -34,11 +34,11 @@ def is_left_behind(tensor: Tensor) -> bool:
 
 def refuse_survivors(recorder: Recorder) -> None:
     """Raises `CaptureError` if anyone but the recorder still holds a recorded value; they hold it no longer then."""
-    kept = _survivors(list(recorder.holds()))
+    kept = _survivors(recorder)
     if not kept:
         return
     gc.collect()
-    kept = _survivors(list(recorder.holds()))  # what only garbage held is not kept
+    kept = _survivors(recorder)  # what only garbage held is not kept
     holders = release_survivors(recorder, kept)
     for tensor in kept:
         if id(tensor) in holders:
@@ -49,10 +49,13 @@ def refuse_survivors(recorder: Recorder) -> None:
             )
 
 
-def _survivors(held: list[Any]) -> list[Tensor]:
-    """The fake tensors among `held` to which there are more references than those in `held`."""
+def _survivors(recorder: Recorder) -> list[Tensor]:
+    """The recorded values to which there are more references than the recorder's own."""
+    held = list(recorder.holds())
     known = Counter(map(id, held))
-    values: dict[int, Tensor] = {id(value): value for value in held if isinstance(value, FakeTensor)}
+    values: dict[int, Tensor] = {
+        id(value): value for value in held if isinstance(value, FakeTensor) and not recorder.was_given(value)
+    }
     del held[:]
     values[0] = torch.empty(0, device="meta")  # that nobody else holds
     counts = {key: getrefcount(value) - known[key] - _held_by_views(value) for key, value in values.items()}
@@ -62,7 +65,7 @@ def _survivors(held: list[Any]) -> list[Tensor]:
 
 def release_survivors(recorder: Recorder, kept: list[Tensor] | None = None) -> dict[int, str]:
     """Take recorded values out of every list, dict, set and cell that holds them; by the id of a value, who did."""
-    kept = _survivors(list(recorder.holds())) if kept is None else kept
+    kept = _survivors(recorder) if kept is None else kept
     own = recorder.containers() | {id(kept), id(locals())}
     found: dict[int, str] = {}
     for value in kept:
@@ -88,9 +91,10 @@ def _remove(holder: Any, value: Any) -> None:
             if holder[place] is value:
                 del holder[place]
     elif isinstance(holder, dict):
+        base = OrderedDict if isinstance(holder, OrderedDict) else dict  # subclasses may refuse to delete
         for key in list(holder):
             if holder[key] is value:
-                del holder[key]
+                base.__delitem__(holder, key)
     elif isinstance(holder, set):
         holder.discard(value)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fxpass
 from fxpass.capture import Call, CaptureError, capture, unsplit
@@ -302,3 +302,24 @@ def test_a_dict_that_refuses_update_is_put_back_as_it_was() -> None:
     model.store["output"] = Output(sample=None)
     capture(model.eval(), torch.randn(2, 6))
     assert not isinstance(model.store["output"]["sample"], FakeTensor)
+
+
+def test_a_model_without_memory_may_make_an_object_that_closes_over_itself() -> None:
+    class Output(OrderedDict[str, Any]):
+        def __delitem__(self, *args: Any) -> None:
+            raise TypeError("not on an output")
+
+        def to_tuple(self) -> tuple[Any, ...]:
+            return tuple(self[key] for key in self.keys())
+
+    class Returns(Model):
+        def forward(self, x: Tensor) -> Any:
+            output = Output(sample=super().forward(x))
+            assert len(output.to_tuple()) == 1
+            return output["sample"]
+
+    with FakeTensorMode():
+        model = Returns().eval()
+        program = capture(model, sample())
+    assert len(program.weights) == 4
+    assert all(isinstance(each, FakeTensor) for each in model.parameters()), "weights stay the model's"
