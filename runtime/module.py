@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .engine import Engine
 from .executor import PlanLike, Report
 
-_OWN = frozenset({"_engine", "_model", "forward"})
 _COMPILE = "torch.compile leaves a parallel module as it is; to compile it, call fxpass.parallelize(…, compile=True)"
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 

@@ -91,10 +91,11 @@ def _remove(holder: Any, value: Any) -> None:
             if holder[place] is value:
                 del holder[place]
     elif isinstance(holder, dict):
-        base = OrderedDict if isinstance(holder, OrderedDict) else dict  # subclasses may refuse to delete
+        # subclasses may refuse to delete
+        delete: Any = OrderedDict.__delitem__ if isinstance(holder, OrderedDict) else dict.__delitem__
         for key in list(holder):
             if holder[key] is value:
-                base.__delitem__(holder, key)
+                delete(holder, key)
     elif isinstance(holder, set):
         holder.discard(value)
     else:
