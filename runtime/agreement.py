@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -125,8 +125,15 @@ class InputCheck:
                 raise DisagreementError(f"rank {rank} took {when} {kinds[0]} step, rank 0 {kinds[1]} one; {advice}")
 
 
+def _version() -> str:
+    try:
+        return version("fxpass")
+    except PackageNotFoundError:
+        return "not installed"  # Python runs it from a checkout
+
+
 def _facts(plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> dict[str, str]:
-    facts = {"version of fxpass": version("fxpass"), "version of torch": torch.__version__}
+    facts = {"version of fxpass": _version(), "version of torch": torch.__version__}
     for path, tensor in zip(plan.program.input_paths, inputs, strict=True):
         facts[f"input {path}"] = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device.type}"
     for name, tensor in zip(plan.program.weights.values(), weights, strict=True):
