@@ -115,6 +115,8 @@ def main() -> int:
     parser.add_argument("--only", metavar="NODE", help="one turn of one property")
     parser.add_argument("--match", metavar="EXPRESSION", default="", help="only properties that pytest's -k selects")
     args = parser.parse_args()
+    if args.minutes <= 0 or args.jobs < 1:
+        parser.error("--minutes and --jobs are above 0")
     seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
     jobs = 1 if args.only else args.jobs
     print(f"seed {seed}, {jobs} processes", flush=True)

@@ -267,6 +267,8 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only mutants whose line of the report contains this")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.n < 1 or args.limit <= 0:
+        parser.error("-n is a number of mutants and --limit one of seconds: both are above 0")
     if args.record:
         record(args.record)
         return 0
