@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,85 +13,13 @@ from typing import Any
 from torch import fx, nn
 
 from .capture import capture
-from .ir.exchange import Exchange
+from .inspect.exchanges import Gathered, PlannedExchange, gathered_in, padding_of, planned_in, uncounted_in
 from .ir.fetch import Fetch
 from .ir.layout import Layout
-from .ir.program import Program, calls, exchanges_of, fingerprint
+from .ir.program import Program, exchanges_of, fingerprint
 from .ir.strategy import Strategy
 from .passes import Build, build
 from .passes.cost import TARGETS, Target, flops
-from .runtime.process_group import padding
-
-
-@dataclass(frozen=True)
-class PlannedExchange:
-    """One declared exchange, with the operator and the module that need it."""
-
-    node: str  #: the operator of the captured program that needs it
-    path: str  #: the module that operator is in, e.g. "mid_block.attentions.0"
-    declared: Exchange
-
-    @property
-    def role(self) -> str:
-        return self.declared.role
-
-    @property
-    def bytes(self) -> int:
-        """Bytes received by all ranks together."""
-        return self.declared.bytes
-
-    @property
-    def messages(self) -> int:
-        return self.declared.messages
-
-    @property
-    def reason(self) -> str:
-        return self.declared.reason
-
-    def __str__(self) -> str:
-        return f"{self.declared} {self.bytes} bytes for {self.node} in {self.path or 'the model'}"
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """An operator that could not be split: its operands are gathered, and every rank runs it whole."""
-
-    node: str  #: the operator of the captured program
-    path: str  #: the module that it is in
-    shapes: tuple[tuple[int, ...], ...]  #: of the gathered operands
-    bytes: int  #: received by all ranks together in one step
-    reason: str
-
-    def __str__(self) -> str:
-        shapes = ", ".join("x".join(map(str, shape)) or "a number" for shape in self.shapes)
-        return f"{self.node} in {self.path or 'the model'}: {self.reason}; {shapes} fetched whole, {self.bytes} bytes"
-
-
-def _placed(graph: fx.Graph) -> Iterator[PlannedExchange]:
-    for node, declared in exchanges_of(graph):
-        for each in declared:
-            yield PlannedExchange(node.meta.get("origin", node.name), node.meta.get("path", ""), each)
-
-
-def gathered_in(graph: fx.Graph) -> tuple[Gathered, ...]:
-    """The operators of a partitioned graph that could not be split, each listed once."""
-    found: dict[tuple[str, str], list[PlannedExchange]] = {}
-    for each in _placed(graph):
-        if each.role == "fallback":
-            found.setdefault((each.node, each.path), []).append(each)
-    return tuple(
-        Gathered(node, path, tuple(e.declared.shape for e in some), sum(e.bytes for e in some), some[0].reason)
-        for (node, path), some in found.items()
-    )
-
-
-def uncounted_in(graph: fx.Graph, gathered: Sequence[Gathered]) -> dict[str, int]:
-    """The operators of unknown work of a normalized graph, by name, with how many there are."""
-    names = {each.node for each in gathered}
-    unknown = [node for node in calls(graph) if node.meta.get("flops", 0) is None]
-    return dict(
-        Counter(str(n.target) for n in unknown if n.name in names or getattr(n.target, "namespace", "") != "aten")
-    )
 
 
 class FallbackError(ValueError):
@@ -118,7 +46,7 @@ class Plan:
 
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:
-        return tuple(_placed(self.graph))
+        return tuple(planned_in(self.graph))
 
     @property
     def fallbacks(self) -> tuple[PlannedExchange, ...]:
@@ -189,10 +117,8 @@ class Plan:
         for exchange in self.exchanges:
             declared = exchange.declared if exact else exchange.declared.wire
             if exact or declared.fresh == "sync" or (declared.repeated and not exposed):
-                count = declared.received(rank)
-                total[exchange.role] += (
-                    count * 2 // declared.dtype.itemsize if half and declared.dtype.is_floating_point else count
-                )
+                count, dtype = exchange.received(rank, exact=exact), declared.dtype
+                total[exchange.role] += count * 2 // dtype.itemsize if half and dtype.is_floating_point else count
         return dict(total)
 
     @cached_property
@@ -207,9 +133,7 @@ class Plan:
 
         Parts of all-gathers are padded to the largest part, payloads to a multiple of 16.
         """
-        nodes = [declared for _, declared in exchanges_of(self.graph) if exact or declared[0].repeated]
-        wires = nodes if exact else [tuple(each.wire for each in declared) for declared in nodes]
-        return sum(padding(each, rank, self.world_size) for each in wires)
+        return sum(padding_of(declared, rank, exact=exact) for _, declared in exchanges_of(self.graph))
 
     @property
     def state_bytes_per_rank(self) -> tuple[int, ...]:
@@ -240,7 +164,9 @@ class Plan:
             "uncounted": self.uncounted,
             "bound": self.bound,
             "exchanges": [
-                {"role": e.role, "bytes": e.bytes, "messages": e.messages, "node": e.node, "path": e.path,
+                {"id": e.id, "role": e.role, "bytes": e.bytes, "messages": e.messages, "node": e.node, "path": e.path,
+                 "received": [e.received(rank) for rank in ranks],
+                 "received_displaced": [e.received(rank, exact=False) for rank in ranks],
                  "reason": e.reason, "text": str(e.declared)}
                 for e in self.exchanges
             ],
@@ -252,7 +178,8 @@ class Plan:
             ),
             "state_bytes_per_rank": list(self.state_bytes_per_rank),
             "fallbacks": [
-                {"node": e.node, "path": e.path, "shapes": e.shapes, "bytes": e.bytes, "reason": e.reason}
+                {"exchanges": e.exchanges, "node": e.node, "path": e.path, "shapes": e.shapes, "bytes": e.bytes,
+                 "reason": e.reason}
                 for e in self.gathered
             ],
             "seconds": self.seconds,

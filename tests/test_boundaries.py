@@ -14,15 +14,17 @@ MAY_IMPORT = {
     "capture": {"ir", "capture"},
     "passes": COMPILER,
     "runtime": COMPILER | {"runtime"},
+    "inspect": COMPILER | {"runtime", "inspect"},
     "models": COMPILER | {"models"},
-    "front": COMPILER | {"runtime", "models", "front"},  # fxpass/*.py
-    "tools": COMPILER | {"runtime", "models", "front", "tools"},
+    "front": COMPILER | {"runtime", "inspect", "models", "front"},  # fxpass/*.py
+    "tools": COMPILER | {"runtime", "inspect", "models", "front", "tools"},
 }
 FOLDERS = {
     "ir": "fxpass/ir",
     "capture": "fxpass/capture",
     "passes": "passes",
     "runtime": "runtime",
+    "inspect": "fxpass/inspect",
     "models": "models",
     "front": "fxpass",
     "tools": "tools",
@@ -97,7 +99,7 @@ def test_the_folders_are_imported_under_the_package_name(part: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("part", ["front", "ir", "capture", "passes", "runtime"])
+@pytest.mark.parametrize("part", ["front", "ir", "capture", "passes", "runtime", "inspect"])
 def test_no_model_is_named_outside_models(part: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)}: {match.group()} in `{line.strip()}`"

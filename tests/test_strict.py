@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -81,4 +82,5 @@ def test_the_command_line_can_be_strict(words: tuple[str, ...]) -> None:
 
 def test_a_dump_names_what_is_gathered() -> None:
     text = command("dump", COMMAND).stdout
-    assert text.count("fallback: lgamma_default in inner: no rule for aten.lgamma.default; 2x3x8x6 fetched whole") == 1
+    lgamma = "lgamma_default in inner: no rule for aten.lgamma.default; 2x3x8x6 fetched whole"
+    assert len(re.findall(rf"fallback x\d+\.0: {re.escape(lgamma)}", text)) == 1

@@ -82,6 +82,7 @@ def capture_call(model: nn.Module, call: Call) -> Program:
             state.shorten(program)
         constants = [program.constants[name] for name in program.versions if name not in program.attributes]
         program.reads = Reads(state, call.functions(), constants, program.changes)
+    program.modules = {path: type(module).__name__ for path, module in model.named_modules()}
     program.seconds |= {
         "warm up": warm - started,
         "capture": recorded - warm,

@@ -53,6 +53,7 @@ class Program:
     seconds: dict[str, float] = field(default_factory=dict)  #: time spent per stage
     attributes: dict[str, str] = field(default_factory=dict)  #: constant -> the plain attribute of the model that it is
     versions: dict[str, int] = field(default_factory=dict)  #: constant -> how often it had been changed in place
+    modules: dict[str, str] = field(default_factory=dict)  #: path of each module of the model -> name of its class
     reads: Any = None  #: the Python state beside the model that is baked in: `capture.reads.Reads`
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:

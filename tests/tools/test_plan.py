@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fxpass.inspect.store import from_json
+from fxpass.inspect.text import text
+from fxpass.tools.output import write
 from tests.tools.command import fxpass
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -78,7 +81,7 @@ def test_plan_accepts_sizes() -> None:
 @pytest.mark.parametrize(
     ("after", "has", "lacks"),
     [
-        ("captured", "view(", "exchanges"),
+        ("captured", "view(", "exchange"),
         ("normalize", "reshape(", "split:"),
         ("cuts", "split: sample [B, C, H/2, W], 16 rows, cut at 8", "halo("),
         ("partition", "for keys_values", "one message of"),
@@ -87,7 +90,7 @@ def test_plan_accepts_sizes() -> None:
     ],
 )
 def test_dump_stops_after_any_pass(after: str, has: str, lacks: str) -> None:
-    text = fxpass("dump", GOOD, "-n", 2, "--after", after).stdout
+    text = fxpass("dump", GOOD, "-n", 2, "--after", after, "--unfold").stdout
     assert text.startswith(f"{GOOD}, rank 0 of 2, after {after}\n")
     assert has in text
     assert lacks not in text
@@ -97,15 +100,59 @@ def test_dump_shows_the_given_rank() -> None:
     first, last = (fxpass("dump", GOOD, "-n", 3, "--rank", rank).stdout for rank in (0, 2))
     assert "halo(H: 1 down, 1 zero up)" in first
     assert "halo(H: 1 up, 1 zero down)" in last
-    assert "\nconv_out\n" in first
+    assert "\nconv_out  Conv2d  (1 operator, " in first
 
 
 def test_diff_shows_what_a_pass_changed() -> None:
-    text = fxpass("dump", GOOD, "--after", "normalize", "--diff").stdout
+    text = fxpass("dump", GOOD, "--diff", "normalize").stdout
     assert text.startswith("--- after captured\n+++ after normalize\n")
     assert "\n-  view_default" in text
-    cuts = fxpass("dump", GOOD, "--after", "cuts", "--diff").stdout
+    cuts = fxpass("dump", GOOD, "--diff", "cuts").stdout
     assert "+split: sample" in cuts
+
+
+def test_dump_shows_the_chosen_modules_operators_or_exchanges_alone() -> None:
+    module = fxpass("dump", GOOD, "--module", "conv_*").stdout
+    assert "\nconv_in\n" in module
+    assert "\nconv_out\n" in module
+    assert "linear(" not in module
+    operator = fxpass("dump", GOOD, "--op", "linear").stdout
+    assert operator.count("linear(") == 3
+    assert "convolution(" not in operator
+    halos = fxpass("dump", GOOD, "--op", "halo").stdout
+    assert halos.count("halo(") == 2
+    assert "moments(" not in halos
+    exchanges = fxpass("dump", GOOD, "--only", "exchanges").stdout
+    assert all(f"{role}(" in exchanges for role in ("moments", "halo", "gather"))
+    assert "convolution(" not in exchanges
+
+
+def test_a_diff_shows_an_operator_that_only_one_side_has() -> None:
+    text = fxpass("dump", GOOD, "--diff", "normalize", "--op", "view").stdout
+    assert "\n-  view_default" in text
+    assert "linear(" not in text
+
+
+def test_json_that_dump_writes_loads_back(tmp_path: Path) -> None:
+    fxpass("dump", GOOD, "-n", 3, "--rank", 1, "--format", "json", "--output", tmp_path / "new" / "dump.json")
+    loaded = from_json((tmp_path / "new" / "dump.json").read_text())
+    assert (loaded.model, loaded.world, loaded.rank, loaded.stage) == (GOOD, 3, 1, "schedule")
+    assert f"{text(loaded)}\n" in fxpass("dump", GOOD, "-n", 3, "--rank", 1).stdout
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_an_interrupted_command_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "dump.txt"
+    path.write_text("old")
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, "new")
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["dump.txt"]
 
 
 def test_models_lists_the_catalog_and_the_small_models() -> None:
@@ -126,7 +173,17 @@ def test_models_lists_the_catalog_and_the_small_models() -> None:
         (("plan", "tests.tools.models:uncapturable"), "models.py:"),
         (("dump", "small:unet_sd", "--after", "normalise"), "did you mean 'normalize'?"),
         (("dump", "small:unet_sd", "--rank", 2), "counted from 0 to 1"),
-        (("dump", "small:unet_sd", "--after", "captured", "--diff"), "nothing comes before"),
+        (("dump", "small:unet_sd", "--diff", "captured"), "nothing comes before"),
+        (("dump", "small:unet_sd", "--diff", "patition"), "did you mean 'partition'?"),
+        (("dump", "small:unet_sd", "--diff", "trim", "--after", "trim"), "leave out --after"),
+        (("dump", "small:unet_sd", "--diff", "trim", "--format", "json"), "--diff is text"),
+        (("dump", "small:unet_sd", "--format", "jsn"), "did you mean 'json'?"),
+        (("dump", "small:unet_sd", "--only", "halos"), "There is: exchanges"),
+        (("dump", GOOD, "--module", "con_in"), "no module matches 'con_in'; did you mean conv_in"),
+        (("dump", GOOD, "--op", "convolutoin"), "did you mean convolution?"),
+        (("dump", GOOD, "--diff", "trim", "--op", "convolutoin"), "did you mean convolution?"),
+        (("dump", "small:unet_sd", "--output", "tests"), "tests is a folder"),
+        (("dump", "small:unet_sd", "--output", "pyproject.toml/dump"), "pyproject.toml is no folder"),
     ],
 )
 def test_errors_of_the_user_are_one_line_and_exit_code_2(arguments: tuple[object, ...], message: str) -> None:

@@ -1,19 +1,23 @@
-"""`fxpass dump MODEL`: print one rank's graph after any pass, or what a pass changed."""
+"""`fxpass dump MODEL`: show one rank's graph after any pass, or what a pass changed."""
 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
 
 if TYPE_CHECKING:
+    from ...inspect.record import Snapshot
     from ...ir.program import Program
     from ...passes import Build
 
 CAPTURED = "captured"  #: the graph before the first pass
+FORMATS = ("text", "json")
 
 
 def dump(
@@ -23,7 +27,19 @@ def dump(
     after: Annotated[
         str | None, typer.Option(metavar="PASS", help=f"Stop after this pass ({CAPTURED}: before the first).")
     ] = None,
-    diff: Annotated[bool, typer.Option("--diff", help="Show what the pass changed instead.")] = False,
+    diff: Annotated[str | None, typer.Option(metavar="PASS", help="Show what this pass changed instead.")] = None,
+    module: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Only modules with such paths, e.g. 'down_blocks.1.*'.")
+    ] = None,
+    op: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only this operator, or exchanges of this role.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="WHAT", help="`exchanges`: nothing but these.")] = None,
+    unfold: Annotated[bool, typer.Option("--unfold", help="Show every operator, in the order of execution.")] = False,
+    format: Annotated[  # noqa: A002
+        str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")
+    ] = "text",
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = None,
     strategy: StrategyName = "sync",
     target: TargetName = "auto",
     height: Height = None,
@@ -31,29 +47,55 @@ def dump(
     frames: Frames = None,
     batch: Batch = None,
 ) -> None:
-    """Print one rank's graph: operators with their layouts, exchanges with role and bytes, by module."""
+    """Show one rank's graph by module: operators with layouts and costs, exchanges with roles and bytes.
+
+    Modules that repeat are shown once; --unfold, --module, --op and --only show every operator of theirs.
+    """
     from ...capture import capture
     from ...ir.strategy import Strategy
     from ...models.resolve import Options, resolve
+    from .. import output as out
     from .plan import check_target
 
-    names = stages()
-    if after is not None and after not in names:
-        near = difflib.get_close_matches(after, names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no pass is called {after!r}; {hint}The passes are {', '.join(names)}")
+    if diff is not None and after is not None:
+        raise ValueError("--diff PASS says already after which pass; leave out --after")
+    check_choice("pass", after or diff or CAPTURED, stages())
+    check_choice("format", format, FORMATS)
+    check_choice("selection", only or "exchanges", ("exchanges",))
+    if diff == CAPTURED:
+        raise ValueError(f"--diff shows what a pass changed, and nothing comes before {CAPTURED!r}")
+    if diff is not None and format != "text":
+        raise ValueError(f"--diff is text; it has no format {format!r}")
     if rank >= world_size:
         raise ValueError(f"there is no rank {rank}: ranks are counted from 0 to {world_size - 1}")
     Strategy.of(strategy)
     check_target(target)
-    stage = after or names[-1]
+    out.check(output)
     resolved = resolve(model, Options(height, width, frames, batch))
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
-    if diff:
-        typer.echo(difference(program, world_size, rank, stage, target, strategy))
+
+    def shown(state: Build, stage: str) -> Snapshot:
+        return taken(model, state, rank, stage)
+
+    wanted = {"module": module, "operator": op, "exchanges": only is not None}
+    if diff is not None:
+        names = stages()
+        before = names[names.index(diff) - 1]
+        first = built(program, world_size, before, target, strategy)
+        out.write(output, difference(shown(first, before), shown(following(first, diff), diff), wanted))
         return
-    typer.echo(f"{model}, rank {rank} of {world_size}, after {stage}")
-    typer.echo(text(program, world_size, rank, stage, target, strategy))
+    stage = after or stages()[-1]
+    snapshot = shown(built(program, world_size, stage, target, strategy), stage).only(**wanted)
+    out.write(output, rendered(snapshot, format, folded=not (unfold or module or op or only)))
+
+
+def check_choice(what: str, name: str, names: Iterable[str]) -> None:
+    """Raises `ValueError` with the names there are, and the nearest, unless `name` is one of them."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no {what} is called {name!r}; {hint}There is: {', '.join(names)}")
 
 
 def stages() -> list[str]:
@@ -63,38 +105,48 @@ def stages() -> list[str]:
     return [CAPTURED, *(each.name for each in PASSES)]
 
 
-def text(program: Program, world_size: int, rank: int, stage: str, target: str = "auto", strategy: str = "sync") -> str:
-    """The graph of a captured program after `stage`, below a heading with what is split and how much is exchanged."""
-    from ...ir.program import calls, exchanges_of
-    from ...plan import gathered_in, uncounted_in
-    from ..printer import bytes_text, cut_values_text, graph_text
+def rendered(snapshot: Snapshot, format: str, folded: bool) -> str:  # noqa: A002
+    """The snapshot in one of `FORMATS`."""
+    from ...inspect import store, text
 
-    state = built(program, world_size, stage, target, strategy)
-    declared = [each for _, some in exchanges_of(state.current) for each in some]
-    rows = cut_values_text(state.program, state.program.graph, state.cuts)
-    lines = [f"split: {name} {layout}, {cuts}" for name, layout, cuts in rows]
-    count = f"{sum(1 for _ in calls(state.current))} operators"
-    if state.graph is not None:
-        received = sum(each.received(rank) for each in declared)
-        count += f", {len(declared)} exchanges, {bytes_text(received)} received in one call"
-        gathered = gathered_in(state.graph)
-        unknown = uncounted_in(state.program.graph, gathered)
-        lines += [f"uncounted: {number} x {name}, whose work is unknown" for name, number in unknown.items()]
-        lines += [f"fallback: {each}" for each in gathered]
-    return "\n".join([*lines, count, "", graph_text(state.program, state.current, rank)])
+    if format == "json":
+        return store.to_json(snapshot)
+    head = f"{snapshot.model}, rank {snapshot.rank} of {snapshot.world}, after {snapshot.stage}"
+    return f"{head}\n{text.text(snapshot, folded=folded)}"
 
 
-def difference(
-    program: Program, world_size: int, rank: int, stage: str, target: str = "auto", strategy: str = "sync"
-) -> str:
-    """A unified diff of the texts before and after the pass `stage`."""
-    names = stages()
-    if stage == CAPTURED:
-        raise ValueError(f"--diff shows what a pass changed, and nothing comes before {CAPTURED!r}")
-    before = names[names.index(stage) - 1]
-    old, new = (text(program, world_size, rank, each, target, strategy).splitlines() for each in (before, stage))
-    lines = difflib.unified_diff(old, new, f"after {before}", f"after {stage}", lineterm="")
-    return "\n".join(lines) or f"{stage} changed nothing"
+def taken(model: str, state: Build, rank: int, stage: str) -> Snapshot:
+    """The snapshot of a state of the passes."""
+    from ...inspect.collect import snapshot
+
+    return snapshot(
+        state.program, state.current, world=state.world, target=state.target, cuts=state.cuts,
+        rank=rank, model=model, stage=stage, strategy=state.strategy.name,
+    )  # fmt: skip
+
+
+def difference(old: Snapshot, new: Snapshot, wanted: Mapping[str, Any]) -> str:
+    """A unified diff of the unfolded texts, in red and green on a terminal.
+
+    Args:
+        wanted: arguments of `Snapshot.only`. One of the two must have such nodes.
+    """
+    from ...inspect.text import text
+
+    texts: list[list[str]] = []
+    errors: list[ValueError] = []
+    for each in (old, new):
+        try:
+            texts.append(text(each.only(**wanted), folded=False).splitlines())
+        except ValueError as error:
+            texts.append([])
+            errors.append(error)
+    if len(errors) == 2:
+        raise errors[-1]
+    lines = list(difflib.unified_diff(*texts, f"after {old.stage}", f"after {new.stage}", lineterm=""))
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    coloured = [typer.style(line, fg=colours[line[0]]) if line[0] in colours else line for line in lines]
+    return "\n".join(coloured) or f"{new.stage} changed nothing"
 
 
 def built(program: Program, world_size: int, stage: str, target: str, strategy: str) -> Build:
@@ -107,3 +159,14 @@ def built(program: Program, world_size: int, stage: str, target: str, strategy: 
     if stage == CAPTURED:
         return Build(program, world_size, machine, fresh)
     return build(program, world_size, machine, fresh, after=stage)
+
+
+def following(state: Build, name: str) -> Build:
+    """The state after the pass `name`, which comes next."""
+    from ...ir.verify import verify
+    from ...passes import PASSES
+
+    (each,) = (each for each in PASSES if each.name == name)
+    state = each.run(state)
+    verify(state.current, each.ensures, state.world)
+    return state

@@ -269,8 +269,8 @@ def write(split: Made, alone: Made | None, output: Path, labels: tuple[str, str]
 
 def report(out: Console, split: Made, alone: Made | None, label: str, written: list[Path]) -> None:
     """Print seconds, bytes by role, PSNR, and the files."""
+    from ...inspect.words import bytes_text
     from ..pictures import psnr, psnr_text
-    from ..printer import bytes_text
 
     if alone is not None:
         out.print(f"one device  {alone}")

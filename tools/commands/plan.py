@@ -72,7 +72,7 @@ def check_target(target: str) -> None:
 
 def show(out: Console, model: str, plan: Plan) -> None:
     """Print a plan as tables."""
-    from ..printer import flops_text
+    from ...inspect.words import flops_text
 
     out.print(
         f"{model} on {plan.world_size} ranks, strategy {plan.strategy.name}, target {plan.target.name}", style="bold"
@@ -101,11 +101,12 @@ def show(out: Console, model: str, plan: Plan) -> None:
 
 
 def _cuts(plan: Plan) -> RenderableType:
-    from ..printer import cut_values_text
+    from ...inspect.collect import cuts_of
+    from ...inspect.text import cut_texts
 
     table = _table("split", "layout", "cuts")
-    for row in cut_values_text(plan.program, plan.program.graph, plan.cuts):
-        table.add_row(*row)
+    for cut in cuts_of(plan.program, plan.cuts):
+        table.add_row(cut.label, *cut_texts(cut))
     return table if plan.cuts else "nothing is split"
 
 
@@ -113,7 +114,7 @@ def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
     """One row per rank: its work (exact steps only), and the bytes it receives by role."""
     from collections import Counter
 
-    from ..printer import bytes_text, flops_text
+    from ...inspect.words import bytes_text, flops_text
 
     roles = sorted(plan.bytes_by_role, key=lambda role: -plan.bytes_by_role[role])
     table = _table("rank", *(["work"] if exact else []), *roles, "received", right=True)
@@ -135,7 +136,7 @@ def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
 
 
 def _fallbacks(plan: Plan) -> RenderableType:
-    from ..printer import bytes_text
+    from ...inspect.words import bytes_text
 
     table = _table("operator", "module", "operands", "bytes", "reason")
     for each in plan.gathered:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ...inspect.words import bytes_text
 from ...ir.fetch import Fetch
 from ...models.resolve import Options, resolve
 from ...plan import Plan, plan
 from ..checkout import ROOT
-from ..printer import bytes_text
 
 SIZES = (1024, 2048, 3840)
 RANKS = 8

@@ -1,26 +1,19 @@
 """Graphs, layouts and exchanges as text."""
 
-import re
-
 import pytest
 import torch
 
-from fxpass.capture import capture
-from fxpass.ir.fetch import Fetch
-from fxpass.ir.layout import WHOLE, Layout, Rows, even
-from fxpass.ir.merge import Moments
-from fxpass.plan import Plan, plan
-from fxpass.tools.printer import (
+from fxpass.inspect.words import (
     bytes_text,
-    cut_values_text,
     cuts_text,
     exchange_text,
     flops_text,
-    graph_text,
     layout_text,
     sizes_text,
 )
-from tests.runtime.plans import block, inputs
+from fxpass.ir.fetch import Fetch
+from fxpass.ir.layout import WHOLE, Layout, Rows, even
+from fxpass.ir.merge import Moments
 
 
 def halo(size: int, world: int, width: int) -> Fetch:
@@ -86,57 +79,3 @@ def test_quantities_are_rounded_for_reading() -> None:
         "0 B", "999 B", "1.5 kB", "20.0 MB", "3.1 GB",
     ]  # fmt: skip
     assert [flops_text(n) for n in (12, 1_780_000_000, 3e18)] == ["12 FLOP", "1.78 GFLOP", "3000000.00 TFLOP"]
-
-
-@pytest.fixture(scope="module")
-def made() -> Plan:
-    return plan(capture(block(), *inputs()), world_size=2)
-
-
-def test_a_rank_s_graph_has_a_line_per_operator_under_its_module(made: Plan) -> None:
-    lines = graph_text(made.program, made.graph, rank=1).splitlines()
-    at = lines.index("down")
-    halo, arrived, convolution = lines[at + 1 : at + 4]
-    assert re.fullmatch(
-        r"  getitem\w*  \[B, C, H/2, W\]  2x16x\d+x8 \(H: \d+ of \d+\)  float32  "
-        r"halo\(H: 1 up\) of silu_default; 1\.0 kB",
-        halo,
-    )
-    assert re.fullmatch(r"  getitem\w*  arrived", arrived)
-    assert re.fullmatch(
-        r"  convolution_default_1  \[B, C, H/2, W\]  2x16x4x4 \(H: 4 of 8\)  float32  "
-        r"convolution\(getitem\w*, \.weight, \.bias, \[2, 2\], .*\)",
-        convolution,
-    )
-
-
-def test_inputs_weights_and_outputs_have_the_callers_names(made: Plan) -> None:
-    text = graph_text(made.program, made.graph)
-    assert text.startswith("inputs\n  sample  [B, C, H, W]  2x4x16x8  float32\n  timestep  [D0]  1  float32\nweights: ")
-    assert text.splitlines()[-2] == "outputs"
-
-
-def test_keys_and_values_in_one_bucket_are_one_message(made: Plan) -> None:
-    text = graph_text(made.program, made.graph)
-    assert re.search(
-        r"exchange_\d+  one message of 2 values; (\d\.\d kB)\n.* for keys_values; .*\n.* for keys_values", text
-    )
-
-
-def test_cuts_have_the_callers_names_of_inputs(made: Plan) -> None:
-    assert cut_values_text(made.program, made.program.graph, made.cuts) == [
-        ("sample", "[B, C, H/2, W]", "16 rows, cut at 8")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "words"),
-    [
-        ("compressed", r"stale halo\(.*; 1\.0 kB, then 128 B in changes of 2 bits$"),
-        ("no_sync", r"frozen halo\(.*; 1\.0 kB, then 0 B$"),
-        ("stale_gn", r"stale halo\(.*; 1\.0 kB$"),
-    ],
-)
-def test_an_exchange_shows_what_displaced_steps_send(strategy: str, words: str) -> None:
-    made = plan(block(), *inputs(), world_size=2, strategy=strategy)
-    assert re.search(words, graph_text(made.program, made.graph), re.MULTILINE)

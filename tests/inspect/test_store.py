@@ -1,0 +1,56 @@
+"""Snapshots as JSON."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from fxpass.inspect.record import ExchangeRecord, Node, Snapshot
+from fxpass.inspect.store import VERSION, from_json, to_json
+from fxpass.inspect.text import text
+from tests.inspect.snapshots import of, planned, small
+
+
+@pytest.mark.parametrize("strategy", ["sync", "displaced", "pcpp"])
+def test_a_dump_as_json_loads_back_as_it_was(strategy: str) -> None:
+    for made in (of(planned(strategy, 3), rank=1), of(small("flux", 2, strategy))):
+        loaded = from_json(to_json(made))
+        assert loaded == made
+        assert text(loaded) == text(made)
+        assert text(loaded, folded=False) == text(made, folded=False)
+
+
+def test_json_is_plain_and_has_all_fields() -> None:
+    data = json.loads(to_json(of(planned())))
+    assert data["schema"] == "fxpass.dump"
+    assert data["version"] == VERSION == 1
+    assert data.keys() == {"schema", "version", "layouts", *(each.name for each in fields(Snapshot))}
+    assert all(node.keys() == {each.name for each in fields(Node)} for node in data["nodes"])
+    assert all(each.keys() == {f.name for f in fields(ExchangeRecord)} for each in data["exchanges"])
+    cut = data["layouts"][data["cuts"][0]["layout"]]
+    assert cut == {"dim": 2, "rows": [[[0, 8, 0, 1]], [[8, 8, 0, 1]]]}
+
+
+def test_a_field_of_a_later_fxpass_is_left_out() -> None:
+    made = of(planned())
+    data = json.loads(to_json(made))
+    data["colour"] = "blue"
+    data["nodes"][0]["colour"] = "red"
+    assert from_json(json.dumps(data)) == made
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2 of the schema; this fxpass reads 1"),
+        ({"schema": "other"}, "no dump of fxpass"),
+        ({"nodes": [{}]}, "damaged"),
+        ({"layouts": []}, "damaged"),
+    ],
+)
+def test_what_is_no_dump_of_this_version_is_refused(change: dict[str, object], message: str) -> None:
+    data = json.loads(to_json(of(planned()))) | change
+    with pytest.raises(ValueError, match=message):
+        from_json(json.dumps(data))
+    with pytest.raises(ValueError, match="no dump of fxpass"):
+        from_json("{")

@@ -1,0 +1,44 @@
+"""Results of commands: to standard output, or to a file that is complete or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import typer
+
+
+def check(path: Path | None) -> None:
+    """Raises `ValueError` if no file can be written at `path`, before anything takes time."""
+    if path is None or path == Path("-"):
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file in it")
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is no folder")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path} cannot be written: no permission to write to {folder}")
+
+
+def write(path: Path | None, text: str) -> None:
+    """Write `text` to a file, or to standard output if `path` is None or `-`.
+
+    The file appears when all of it is written: an interrupted command leaves the old one, or none.
+    """
+    if path is None or path == Path("-"):
+        typer.echo(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:  # Ctrl-C, too
+        os.unlink(name)
+        raise
