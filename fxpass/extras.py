@@ -10,6 +10,7 @@ EXTRA_OF = {
     "typer": "cli",
     "rich": "cli",
     "PIL": "cli",
+    "networkx": "inspect",
     "skimage": "study",
     "scipy": "study",
     "matplotlib": "study",

@@ -8,18 +8,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from .capture import capture
+from .inspect.collect import snapshot
+from .inspect.compare import PlanDiff, compare
 from .inspect.exchanges import Gathered, PlannedExchange, gathered_in, padding_of, planned_in, uncounted_in
+from .inspect.html import plan_html
+from .inspect.networks import to_networkx
+from .inspect.record import Snapshot
 from .ir.fetch import Fetch
 from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
 from .ir.strategy import Strategy
 from .passes import Build, build
 from .passes.cost import TARGETS, Target, flops
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class FallbackError(ValueError):
@@ -148,6 +156,27 @@ class Plan:
     def exact_steps(self) -> tuple[int, int] | None:
         """Exact steps at the beginning of a generation and at its end; None if all steps are exact."""
         return None if self.strategy.exact else (max(1, self.strategy.warmup_steps), self.strategy.cooldown_steps)
+
+    def snapshot(self, rank: int = 0, model: str = "") -> Snapshot:
+        """The graph of a rank as frozen data. Raises `ValueError` if there is no such rank."""
+        return snapshot(
+            self.program, self.graph, world=self.world_size, target=self.target, cuts=self.cuts,
+            rank=rank, model=model, stage="schedule", strategy=self.strategy.name,
+        )  # fmt: skip
+
+    def to_networkx(self, rank: int = 0) -> nx.DiGraph[str]:
+        """The graph of a rank as a networkx graph; `docs/inspect.md` lists the attributes of its nodes and edges.
+
+        Raises `ValueError` if there is no such rank, `MissingExtraError` if networkx is not installed.
+        """
+        return to_networkx(self.snapshot(rank))
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What differs from this plan to `other`: settings, cuts, exchanges, fallbacks. It prints as a list."""
+        return compare(self.describe(), other.describe())
+
+    def _repr_html_(self) -> str:
+        return plan_html(self.describe())
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""

@@ -57,6 +57,15 @@ class Group:
         return ", ".join(names)
 
 
+def opened(group: Group) -> tuple[str, Group]:
+    """A group without the modules around it that hold nothing else; the title has their names."""
+    title = group.title
+    while len(group.blocks) == 1 and not group.like and not group.first.nodes and len(group.first.groups) == 1:
+        (group,) = group.first.groups
+        title = f"{title}.{group.title}"
+    return title, group
+
+
 def fold(snapshot: Snapshot) -> Block:
     """The tree of modules of a graph. Inputs, weights and outputs are left out."""
     root = _Tree("")

@@ -13,7 +13,7 @@ from math import prod
 
 import torch
 
-from .fold import Block, Group, fold
+from .fold import Block, Group, fold, opened
 from .record import CutRecord, ExchangeRecord, Node, Snapshot
 from .words import bytes_text, count_text, cuts_text, filled, flops_text, layout_text, seconds_text, sizes_text
 
@@ -60,7 +60,7 @@ def _inputs(snapshot: Snapshot) -> Iterator[str]:
     inputs = [node for node in snapshot.nodes if node.kind == "input"]
     if inputs:
         yield "inputs"
-        yield from (f"  {node.operator}  {_placed(node, snapshot.rank)}".rstrip() for node in inputs)
+        yield from (f"  {node.operator}  {placed_text(node, snapshot.rank)}".rstrip() for node in inputs)
     for kind in ("weight", "constant"):
         nodes = [node for node in snapshot.nodes if node.kind == kind and node.shape is not None]
         if nodes:
@@ -81,7 +81,7 @@ def _outputs(snapshot: Snapshot) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------- one node
 
 
-def _placed(node: Node, rank: int) -> str:
+def placed_text(node: Node, rank: int) -> str:
     """Layout, sizes and dtype of a node's value; empty for an operator with several results."""
     if node.shape is None or node.layout is None:
         return ""
@@ -118,13 +118,13 @@ def lines_of(node: Node, snapshot: Snapshot) -> Iterator[str]:
         yield f"{', '.join(filter(None, results)) or node.name}  arrived"
     elif node.kind == "operator":
         cost = f"; {flops_text(node.flops)}" if node.flops else ""
-        yield f"{node.name}  {_placed(node, snapshot.rank)}{call_text(node, snapshot)}{cost}"
+        yield f"{node.name}  {placed_text(node, snapshot.rank)}{call_text(node, snapshot)}{cost}"
 
 
 def _exchange_line(each: ExchangeRecord, snapshot: Snapshot) -> str:
     """One value of a message, under the name of its result in the graph."""
     result = snapshot.by_name.get(each.result)
-    placed = _placed(result, snapshot.rank) if result else ""
+    placed = placed_text(result, snapshot.rank) if result else ""
     fresh = "" if each.fresh == "sync" else f"{each.fresh} "
     role = "" if each.text.startswith(f"{each.role}(") else f" for {each.role}"
     exact, steady = each.exact[snapshot.rank], each.steady[snapshot.rank]
@@ -163,10 +163,7 @@ def _folded(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _group_lines(group: Group, snapshot: Snapshot, indent: str) -> Iterator[str]:
-    title = group.title
-    while len(group.blocks) == 1 and not group.like and not group.first.nodes and len(group.first.groups) == 1:
-        (group,) = group.first.groups
-        title = f"{title}.{group.title}"
+    title, group = opened(group)
     block, count = group.first, len(group.blocks)
     head = f"{count} x {block.kind or 'module'}  {title}" if count > 1 else f"{title}  {block.kind}".rstrip()
     nodes = list(block.inside())

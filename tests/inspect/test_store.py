@@ -8,12 +8,12 @@ import pytest
 from fxpass.inspect.record import ExchangeRecord, Node, Snapshot
 from fxpass.inspect.store import VERSION, from_json, to_json
 from fxpass.inspect.text import text
-from tests.inspect.snapshots import of, planned, small
+from tests.inspect.plans import planned, small
 
 
 @pytest.mark.parametrize("strategy", ["sync", "displaced", "pcpp"])
 def test_a_dump_as_json_loads_back_as_it_was(strategy: str) -> None:
-    for made in (of(planned(strategy, 3), rank=1), of(small("flux", 2, strategy))):
+    for made in (planned(strategy, 3).snapshot(rank=1), small("flux", 2, strategy).snapshot()):
         loaded = from_json(to_json(made))
         assert loaded == made
         assert text(loaded) == text(made)
@@ -21,7 +21,7 @@ def test_a_dump_as_json_loads_back_as_it_was(strategy: str) -> None:
 
 
 def test_json_is_plain_and_has_all_fields() -> None:
-    data = json.loads(to_json(of(planned())))
+    data = json.loads(to_json(planned().snapshot()))
     assert data["schema"] == "fxpass.dump"
     assert data["version"] == VERSION == 1
     assert data.keys() == {"schema", "version", "layouts", *(each.name for each in fields(Snapshot))}
@@ -32,7 +32,7 @@ def test_json_is_plain_and_has_all_fields() -> None:
 
 
 def test_a_field_of_a_later_fxpass_is_left_out() -> None:
-    made = of(planned())
+    made = planned().snapshot()
     data = json.loads(to_json(made))
     data["colour"] = "blue"
     data["nodes"][0]["colour"] = "red"
@@ -49,7 +49,7 @@ def test_a_field_of_a_later_fxpass_is_left_out() -> None:
     ],
 )
 def test_what_is_no_dump_of_this_version_is_refused(change: dict[str, object], message: str) -> None:
-    data = json.loads(to_json(of(planned()))) | change
+    data = json.loads(to_json(planned().snapshot())) | change
     with pytest.raises(ValueError, match=message):
         from_json(json.dumps(data))
     with pytest.raises(ValueError, match="no dump of fxpass"):

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from fxpass.inspect.text import text
 from fxpass.plan import plan
-from tests.inspect.snapshots import of, planned, small
+from tests.inspect.plans import planned, small
 from tests.runtime.plans import inputs
 
 
 def unfolded(strategy: str = "sync", rank: int = 0) -> str:
-    return text(of(planned(strategy), rank), folded=False)
+    return text(planned(strategy).snapshot(rank), folded=False)
 
 
 def test_a_rank_s_graph_has_a_line_per_operator_under_its_module() -> None:
@@ -81,25 +81,25 @@ class Repeated(nn.Module):
 
 def test_equal_neighbours_are_folded_and_others_stand_apart() -> None:
     made = plan(Repeated().eval(), *inputs(), world_size=2)
-    folded = text(of(made)).splitlines()
+    folded = text(made.snapshot()).splitlines()
     (group,) = [line for line in folded if " x Sequential" in line]
     # the first block reads an input, whose rows are taken without an exchange
     assert re.fullmatch(r"  4 x Sequential  1 … 4  \(each 2 operators, .* received\)", group)
     assert len([line for line in folded if re.match(r"  [05]  Sequential", line)]) == 2
-    assert text(of(made), folded=False).count("convolution(") == 6
+    assert text(made.snapshot(), folded=False).count("convolution(") == 6
     assert "\n".join(folded).count("convolution(") == 3
 
 
 def test_a_module_that_equals_one_elsewhere_refers_to_it() -> None:
-    assert "  as single_transformer_blocks.0.attn" in text(of(small("flux")))
+    assert "  as single_transformer_blocks.0.attn" in text(small("flux").snapshot())
 
 
 def test_folded_text_has_every_exchange_of_the_modules_that_it_shows() -> None:
-    shown = text(of(planned()))
+    shown = text(planned().snapshot())
     assert [each.id for each in planned().exchanges] == sorted(re.findall(r"x\d+\.\d+(?=  getitem)", shown))
 
 
 def test_operators_without_matrix_products_are_counted_by_name() -> None:
-    shown = text(of(planned()))
+    shown = text(planned().snapshot())
     assert "reshape x 3, add x 2, permute x 2" in shown
     assert " add_tensor" not in shown.replace("of add_tensor", "")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...passes import Build
 
 CAPTURED = "captured"  #: the graph before the first pass
-FORMATS = ("text", "json")
+FORMATS = ("text", "json", "dot", "svg")
 
 
 def dump(
@@ -37,7 +37,7 @@ def dump(
     only: Annotated[str | None, typer.Option(metavar="WHAT", help="`exchanges`: nothing but these.")] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="Show every operator, in the order of execution.")] = False,
     format: Annotated[  # noqa: A002
-        str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")
+        str, typer.Option("--format", "-f", help=f"{', '.join(FORMATS)}; dot and svg draw the folded graph.")
     ] = "text",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = None,
     strategy: StrategyName = "sync",
@@ -52,6 +52,7 @@ def dump(
     Modules that repeat are shown once; --unfold, --module, --op and --only show every operator of theirs.
     """
     from ...capture import capture
+    from ...inspect.draw import graphviz
     from ...ir.strategy import Strategy
     from ...models.resolve import Options, resolve
     from .. import output as out
@@ -71,6 +72,8 @@ def dump(
     Strategy.of(strategy)
     check_target(target)
     out.check(output)
+    if format == "svg":
+        graphviz()
     resolved = resolve(model, Options(height, width, frames, batch))
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
 
@@ -107,10 +110,11 @@ def stages() -> list[str]:
 
 def rendered(snapshot: Snapshot, format: str, folded: bool) -> str:  # noqa: A002
     """The snapshot in one of `FORMATS`."""
-    from ...inspect import store, text
+    from ...inspect import draw, store, text
 
-    if format == "json":
-        return store.to_json(snapshot)
+    makers = {"json": store.to_json, "dot": draw.dot, "svg": draw.svg}
+    if format in makers:
+        return makers[format](snapshot)
     head = f"{snapshot.model}, rank {snapshot.rank} of {snapshot.world}, after {snapshot.stage}"
     return f"{head}\n{text.text(snapshot, folded=folded)}"
 

@@ -1,0 +1,107 @@
+"""Snapshots as drawings."""
+
+import os
+import re
+import stat
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from torch import Tensor, nn
+
+from fxpass.inspect.draw import LIMIT, dot, svg
+from fxpass.plan import plan
+from tests.inspect.plans import planned, small
+from tests.runtime.plans import inputs
+from tests.tools.command import fxpass
+
+BOX = re.compile(r'^ +"(.*?)" \[label="(.*?)", fillcolor="(.*?)"\];$', re.MULTILINE)
+
+
+def boxes(text: str) -> dict[str, str]:
+    return {key: label for key, label, _ in BOX.findall(text)}
+
+
+def arrows(text: str) -> set[tuple[str, str]]:
+    return set(re.findall(r'^  "(.*?)" -> "(.*?)";$', text, re.MULTILINE))
+
+
+def test_modules_are_boxes_with_their_exchanges_and_arrows_follow_the_values() -> None:
+    text = dot(planned().snapshot())
+    shown = boxes(text)
+    assert shown["module conv_in"].startswith("conv_in  Conv2d\\n3 operators")
+    assert shown["module conv_out"].endswith("halo x3.0: 1.0 kB")
+    assert shown["x_sample"] == "sample"
+    way = ["x_sample", "module conv_in", "part 1 of ", "module norm", "part 2 of ", "module down"]
+    assert set(pairwise(way)) <= arrows(text)
+    assert all(end in shown for edge in arrows(text) for end in edge)
+
+
+def test_only_boxes_that_receive_something_are_blue_and_fallbacks_are_red() -> None:
+    colours = {key: colour for key, _, colour in BOX.findall(dot(planned().snapshot()))}
+    blue = {key for key, colour in colours.items() if colour == "#cfe2f7"}
+    assert blue == {"module norm", "module down", "module conv_out", "part 4 of ", "part 5 of "}
+
+    class Gamma(nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return nn.functional.silu(sample).lgamma() * timestep
+
+    made = plan(Heavy(Gamma()).eval(), *inputs(), world_size=2)
+    colours = {key: colour for key, _, colour in BOX.findall(dot(made.snapshot()))}
+    assert colours["module inner"] == "#f7c8c0"
+
+
+class Heavy(nn.Module):
+    """Most of its work can be split; `inner` cannot."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(4, 4, 3, padding=1), inner
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.inner(self.conv(sample), timestep)
+
+
+@pytest.mark.parametrize("limit", [20, 40, LIMIT])
+@pytest.mark.parametrize("name", ["flux", "unet_sd", "sd3"])
+def test_a_drawing_opens_modules_from_the_outside_up_to_the_limit(name: str, limit: int) -> None:
+    text = dot(small(name).snapshot(), limit)
+    shown = boxes(text)
+    assert len(shown) <= limit
+    assert all(end in shown for edge in arrows(text) for end in edge)
+    if limit > 20:
+        assert "subgraph" in text
+
+
+def test_equal_neighbours_are_one_box_for_all_of_them() -> None:
+    text = dot(small("flux").snapshot())
+    assert "2 x Linear\\nto_k, to_v\\n" in text
+    assert not any(".to_v" in key for key in boxes(text))
+
+
+def test_modules_that_exchange_nothing_stay_closed_unless_nothing_is_exchanged() -> None:
+    assert "module time_text_embed" in boxes(dot(small("flux").snapshot()))
+    assert "module time_text_embed" not in boxes(dot(small("flux", 1).snapshot()))
+
+
+def stand_in(folder: Path, script: str) -> None:
+    program = folder / "dot"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+
+def test_svg_is_what_graphviz_makes_of_the_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    stand_in(tmp_path, 'echo "made with $1 of"; cat')
+    assert svg(planned().snapshot()) == f"made with -Tsvg of\n{dot(planned().snapshot())}"
+    stand_in(tmp_path, "echo broken >&2; exit 3")
+    with pytest.raises(OSError, match="failed with exit code 3: broken"):
+        svg(planned().snapshot())
+
+
+def test_without_graphviz_the_command_says_at_once_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    result = fxpass("dump", "no-such-model", "--format", "svg")
+    assert result.exit_code == 2
+    assert re.fullmatch(r"error: svg needs .*apt install graphviz.*\n", result.stderr)
+    assert fxpass("dump", "tests.tools.models:good", "--format", "dot").stdout.startswith("digraph {")

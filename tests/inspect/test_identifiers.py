@@ -1,0 +1,100 @@
+"""Every exchange and fallback has one identifier and the same bytes in plan, JSON, dump, text, drawing and networkx."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import torch
+from hypothesis import reject
+from hypothesis import strategies as st
+
+from fxpass.inspect.draw import dot
+from fxpass.inspect.store import to_json
+from fxpass.inspect.text import text
+from fxpass.ir.strategy import PRESETS
+from fxpass.passes.limits import WorldSizeError
+from fxpass.plan import Plan, plan
+from tests.inspect.plans import planned
+from tests.passes.test_random_networks import CHANNELS, Network, blocks
+from tests.properties import examples, given
+
+Bytes = dict[str, tuple[list[int], list[int]]]  #: identifier -> bytes of every rank, exact and in displaced steps
+
+
+def of_plan(made: Plan) -> Bytes:
+    ranks = range(made.world_size)
+    return {e.id: ([e.received(r) for r in ranks], [e.received(r, exact=False) for r in ranks]) for e in made.exchanges}
+
+
+def of_description(made: Plan) -> Bytes:
+    data = json.loads(json.dumps(made.describe()))
+    return {each["id"]: (each["received"], each["received_displaced"]) for each in data["exchanges"]}
+
+
+def of_json(made: Plan) -> Bytes:
+    data = json.loads(to_json(made.snapshot()))
+    return {each["id"]: (each["exact"], each["steady"]) for each in data["exchanges"]}
+
+
+def of_networkx(made: Plan) -> Bytes:
+    nodes = [data for _, data in made.to_networkx().nodes(data=True) if data["kind"] == "exchange"]
+    return {
+        each: (list(data["exact"][each]), list(data["steady"][each])) for data in nodes for each in data["exchanges"]
+    }
+
+
+def identifiers(shown: str) -> list[str]:
+    return re.findall(r"^ *(x\d+\.\d+)  ", shown, re.MULTILINE)
+
+
+def agree(made: Plan) -> None:
+    expected = of_plan(made)
+    assert of_description(made) == of_json(made) == of_networkx(made) == expected
+    snapshot = made.snapshot()
+    assert identifiers(text(snapshot, folded=False)) == list(expected)
+    drawn = re.findall(r"x\d+\.\d+", dot(snapshot))
+    assert set(drawn) <= set(expected)
+    assert sum(map(sum, (exact for exact, _ in expected.values()))) == sum(made.bytes_by_role.values())
+    gathered = [each.exchanges for each in made.gathered]
+    described: list[Any] = [tuple(each["exchanges"]) for each in json.loads(json.dumps(made.describe()))["fallbacks"]]
+    assert gathered == described == [each.exchanges for each in snapshot.fallbacks]
+    assert sorted(sum(gathered, ())) == sorted(each.id for each in made.fallbacks)
+    for rank in range(made.world_size):
+        shown = made.snapshot(rank)
+        graph = made.to_networkx(rank)
+        messages = [data for _, data in graph.nodes(data=True) if data["kind"] == "exchange"]
+        for exact, received, padding in ((True, "received", "padding"), (False, "received_steady", "padding_steady")):
+            total = sum(made.bytes_received(rank, exact=exact).values())
+            assert total == shown.received(exact=exact) == sum(data[received] for data in messages)
+            apart = made.padding_received(rank, exact=exact)
+            assert apart == sum(getattr(each, padding)[rank] for each in shown.messages)
+            assert apart == sum(data[padding] for data in messages)
+
+
+@examples(25)
+@given(st.data())
+def test_all_outputs_agree_on_identifiers_and_bytes_of_random_programs(data: st.DataObject) -> None:
+    height, width = data.draw(st.sampled_from([(8, 4), (12, 4), (16, 4)]))
+    inner = [data.draw(blocks(height, width, 2)) for _ in range(data.draw(st.integers(1, 3)))]
+    network = Network(inner, data.draw(st.booleans())).eval()
+    inputs = [torch.randn(shape) for shape in ((2, CHANNELS, height, width), (2, 5, CHANNELS), (2, 3))]
+    world, strategy = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(sorted(PRESETS)))
+    try:
+        made = plan(network, *inputs, world_size=world, strategy=strategy)
+    except WorldSizeError:
+        reject()
+    agree(made)
+
+
+def test_all_outputs_agree_where_displaced_steps_send_less_and_messages_are_padded() -> None:
+    for strategy in ("compressed", "pcpp", "no_sync"):
+        made = planned(strategy, 3)
+        agree(made)
+        assert any(e.received(1) != e.received(1, exact=False) for e in made.exchanges)
+    assert any(made.padding_received(rank) for rank in range(3))
+
+
+def test_an_identifier_counts_messages_and_the_values_in_each() -> None:
+    assert [each.id for each in planned().exchanges] == ["x0.0", "x1.0", "x2.0", "x2.1", "x3.0", "x4.0"]
