@@ -2,9 +2,13 @@
 
 A sample of all single changes (a comparison, a bound, a flag, an operator of arithmetic) is drawn from a seed. Each
 runs in a fork that has torch imported already. There the changed module replaces the original one, and the tests that
-reach the changed line run, fastest first, up to the first failure. Which tests reach which line is recorded once for
-each state of the sources, in `out/mutants`. Changes that alter no result stand in `tests/mutants.toml`, with the
-reason.
+reach the changed line run, fastest first, up to the first failure. Processes that a test starts run the original one.
+
+Which tests reach which line is recorded once for each state of the sources and tests, in `out/mutants`. The results
+are kept there too, so that an interrupted run goes on where it was. Changes that alter no result stand in
+`tests/mutants.toml`, with the reason. To see whether a new test kills a mutant, name both:
+
+    python -m tests.mutants --match "fxpass/ir/coding.py:41: half - 1 -> half + 1" --tests tests/ir/test_coding.py
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ SOURCES = ["passes/**/*.py", "fxpass/ir/*.py", "fxpass/capture/*.py", *(f"runtim
     "agreement", "clock", "collectives", "engine", "executor", "interpreter", "lockstep", "messages", "past",
     "process_group", "structure", "wire",
 ))]  # fmt: skip
+NO_TESTS, LATE, BROKEN = 5, 69, 70  # exit statuses of forks; the first is pytest's
 OPTIONS = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "--no-header", "--timeout=60"]
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -142,11 +147,10 @@ class Reach:
 
 
 def state() -> str:
-    """A hash of all sources and tests."""
+    """A hash of all sources and tests, without this file."""
     digest = hashlib.sha256()
-    for path in sorted(
-        {p for folder in ("fxpass", "passes", "runtime", "models", "tests") for p in (ROOT / folder).rglob("*.py")}
-    ):
+    folders = ("fxpass", "passes", "runtime", "models", "tests")
+    for path in sorted({p for folder in folders for p in (ROOT / folder).rglob("*.py")} - {Path(__file__).resolve()}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -207,10 +211,10 @@ def tests_of(mutant: Mutant, known: Reach) -> list[str]:
 
 
 def run(mutant: Mutant | None, tests: list[str], limit: float, log: Path) -> str:
-    """In a fork: "killed", or that all tests passed, or that those passed which had the time."""
+    """In a fork: "killed", "survived", or "late": those tests passed for which there was time."""
     child = os.fork()
     if child == 0:
-        code = 70
+        code = BROKEN
         with contextlib.suppress(BaseException):
             with log.open("w") as file:
                 os.dup2(file.fileno(), 1)
@@ -221,7 +225,10 @@ def run(mutant: Mutant | None, tests: list[str], limit: float, log: Path) -> str
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return {0: "survived", 3: "survived the time limit"}.get(os.waitstatus_to_exitcode(status), "killed")
+            code = os.waitstatus_to_exitcode(status)
+            if code in (NO_TESTS, BROKEN):
+                raise RuntimeError(f"no test ran for {mutant}: see {log}")
+            return {0: "survived", LATE: "late"}.get(code, "killed")
         time.sleep(0.05)
     os.kill(child, 9)
     os.waitpid(child, 0)
@@ -239,13 +246,18 @@ def _run_here(mutant: Mutant | None, tests: list[str], limit: float) -> int:
 
         importlib.machinery.SourceFileLoader.get_code = get_code
 
+    order = {name: i for i, name in enumerate(tests)}
+
+    def names(test: str) -> set[str]:
+        return {test, test.split("[")[0], test.split("::")[0]}
+
     class Ordered:
         end = 0.0
         late = False
 
         def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-            by_id = {item.nodeid: item for item in items}
-            items[:] = [by_id[name] for name in tests if name in by_id]
+            named = [(order[n], item) for item in items for n in names(item.nodeid) if n in order]
+            items[:] = [item for _, item in sorted(named, key=lambda pair: pair[0])]
             self.end = time.monotonic() + limit
 
         def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -256,49 +268,88 @@ def _run_here(mutant: Mutant | None, tests: list[str], limit: float) -> int:
     ordered = Ordered()
     files = sorted({name.split("::")[0] for name in tests})
     result = pytest.main([*files, *OPTIONS], plugins=[ordered])
-    return 3 if ordered.late and result != pytest.ExitCode.TESTS_FAILED else int(result)
+    return LATE if ordered.late and result != pytest.ExitCode.TESTS_FAILED else int(result)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+class Results:
+    """What came of each mutant, kept on disk for one state of the sources and tests."""
+
+    def __init__(self) -> None:
+        self.path = CACHE / f"{state()}.results.json"
+        self.known: dict[str, str] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def keep(self, mutant: Mutant, result: str) -> None:
+        self.known[repr(mutant)] = result
+        self.path.write_text(json.dumps(self.known, indent=0))
+
+
+def reviewed() -> dict[tuple[str, str, str], str]:
+    """(file, line, change) -> why no result changes."""
+    entries = tomllib.loads(REVIEWED.read_text()).get("mutant", [])
+    return {(entry["file"], entry["line"], entry["change"]): entry["reason"] for entry in entries}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", type=int, default=100, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--limit", type=float, default=90, help="seconds of tests for each mutant")
     parser.add_argument("--match", default="", help="only mutants whose line of the report contains this")
+    parser.add_argument("--skip", action="append", default=[], help="no mutants whose line contains this (repeatable)")
+    parser.add_argument("--tests", nargs="+", help="run these files or tests, in place of those that reach the line")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.n < 1 or args.limit <= 0:
         parser.error("-n is a number of mutants and --limit one of seconds: both are above 0")
+    return args
+
+
+def sample(args: argparse.Namespace) -> list[Mutant]:
+    """A larger sample of the same seed starts with the smaller one."""
+    everything = mutants()
+    chosen = [m for m in everything if args.match in str(m) and not any(skip in str(m) for skip in args.skip)]
+    random.Random(args.seed).shuffle(chosen)
+    print(f"{min(args.n, len(chosen))} of {len(chosen)} mutants; {len(everything) - len(chosen)} others are left out")
+    return chosen[: args.n]
+
+
+def report(results: Counter[str]) -> int:
+    print(", ".join(f"{results[name]} {name}" for name in ("killed", "survived", "late", "unreached", "reviewed")))
+    killed, others = results["killed"], results["survived"] + results["late"] + results["unreached"]
+    print(f"{100 * killed / max(1, killed + others):.1f} % of those that are not reviewed are killed")
+    return int(killed < 0.95 * (killed + others))
+
+
+def main() -> int:
+    args = arguments()
     if args.record:
         record(args.record)
         return 0
-    known = reach()
-    for name in known.modules:
+    chosen, log, kept, why = sample(args), CACHE / "last.log", Results(), reviewed()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    known = None if args.tests else reach()
+    for name in known.modules if known else []:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    reviewed = {
-        (r["file"], r["line"], r["change"]): r["reason"] for r in tomllib.loads(REVIEWED.read_text()).get("mutant", [])
-    }
-    chosen = [m for m in mutants() if args.match in str(m)]
-    chosen = random.Random(args.seed).sample(chosen, min(args.n, len(chosen)))
-    log = CACHE / "last.log"
-    some = random.Random(0).sample(known.tests, min(20, len(known.tests)))
+    some = random.Random(0).sample(known.tests, min(20, len(known.tests))) if known else args.tests
     if run(None, some, 600, log) != "survived":
         print(f"tests fail without any change: see {log}")
         return 1
     results = Counter[str]()
     for mutant in chosen:
-        start, tests = time.monotonic(), tests_of(mutant, known)
-        if reason := reviewed.get((mutant.path, mutant.text, mutant.change)):
-            result = f"reviewed ({reason})"
-        else:
-            result = run(mutant, tests, args.limit, log) if tests else "survived, no test reaches the line"
-        results[result.split(" ")[0].rstrip(",")] += 1
-        print(f"{result:10} {time.monotonic() - start:5.1f} s  {mutant}", flush=True)
-    killed, survived = results["killed"], results["survived"]
-    print(f"{killed} killed, {survived} survived, {results['reviewed']} of them known to change no result")
-    print(f"{100 * killed / max(1, killed + survived):.0f} % of the others are killed")
-    return int(killed < 0.95 * (killed + survived))
+        start = time.monotonic()
+        tests = tests_of(mutant, known) if known else args.tests
+        reason = why.get((mutant.path, mutant.text, mutant.change))
+        result = "reviewed" if reason else "unreached" if not tests else known and kept.known.get(repr(mutant))
+        if not result:
+            result = run(mutant, tests, args.limit, log)
+            if known:
+                kept.keep(mutant, result)
+        results[result] += 1
+        print(f"{result:9} {time.monotonic() - start:5.1f} s  {mutant}{f' ({reason})' if reason else ''}", flush=True)
+    return report(results)
 
 
 if __name__ == "__main__":
