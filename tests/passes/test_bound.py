@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxpass.capture import capture
 from fxpass.ir.strategy import Strategy
+from fxpass.passes.cost import flops
 from fxpass.passes.cuts import WorldSizeError
+from fxpass.passes.normalize import normalize
 from fxpass.plan import Plan, make_plan
 from tests.passes.harness import Function
 from tests.passes.test_random_networks import CHANNELS, Network, apply, blocks
@@ -146,3 +149,26 @@ def test_an_operator_whose_parts_are_unknown_is_not_counted_where_it_is_gathered
     weight = torch.randn(16, 16)
     made = planned(Function(lambda x: torch.linalg.svd(x @ weight)[1].sort(1)[0]), torch.randn(1, 12, 16))
     assert made.uncounted == {"aten.linalg_svd.default": 1}
+
+
+PRODUCTS: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
+    "linear": (lambda x, w: F.linear(x, w), [(3, 5, 4), (6, 4)]),
+    "mm": (lambda x, w: x @ w, [(5, 4), (4, 6)]),
+    "bmm": (torch.bmm, [(3, 5, 4), (3, 4, 6)]),
+    "addmm": (torch.addmm, [(6,), (5, 4), (4, 6)]),
+    "baddbmm": (torch.baddbmm, [(3, 5, 6), (3, 5, 4), (3, 4, 6)]),
+    "einsum": (lambda x, y: torch.einsum("bhqd,bhkd->bhqk", x, y), [(2, 3, 5, 4), (2, 3, 7, 4)]),
+    "einsum of one operand": (lambda x: torch.einsum("abc->ac", x), [(2, 3, 5)]),
+    "convolution": (lambda x, w: F.conv2d(x, w, stride=2, groups=2), [(3, 4, 9, 7), (6, 2, 3, 3)]),
+    "transposed convolution": (lambda x, w: F.conv_transpose2d(x, w, stride=2), [(3, 4, 9, 7), (4, 6, 3, 2)]),
+    "attention": (F.scaled_dot_product_attention, [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_work_is_what_torch_counts(name: str) -> None:
+    function, shapes = PRODUCTS[name]
+    inputs = [torch.randn(shape) for shape in shapes]
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    assert flops(normalize(capture(Function(function), *inputs)).graph) == counter.get_total_flops()

@@ -96,6 +96,7 @@ R, P, E, S, C = aten.reshape.default, aten.permute.default, aten.expand.default,
         (lambda x: pad_sequence([x[0], x[1, :2]], padding_value=2.0), None),
         (lambda x: pad_sequence([x[0], x[1, :2]], batch_first=True, padding_side="left"), None),
         (lambda x: x.take_along_dim(x.argsort(1), 1), None),
+        (lambda x: x.take_along_dim(x[:, :1].argsort(0), 0), None),
         (lambda x: F.interpolate(x, scale_factor=2.0), {aten.upsample_nearest2d.default}),
         (lambda x: F.interpolate(x, size=(5, 5), mode="bicubic"), {aten.upsample_bicubic2d.default}),
         (
