@@ -2,7 +2,9 @@
 
 A sample of all single changes (a comparison, a bound, a flag, an operator of arithmetic) is drawn from a seed. Each
 runs in a fork that has torch imported already. There the changed module replaces the original one, and the tests that
-reach the changed line run, fastest first, up to the first failure. Processes that a test starts run the original one.
+reach the changed line run, fastest first, up to the first failure. Processes that a test starts run the changed module
+too. Coverage does not see lines that run in such processes only, or in a profiler: there, the tests that reach the
+module run.
 
 Which tests reach which line is recorded once for each state of the sources and tests, in `out/mutants`. The results
 are kept there too, so that an interrupted run goes on where it was. Changes that alter no result stand in
@@ -42,7 +44,7 @@ SOURCES = ["passes/**/*.py", "fxpass/ir/*.py", "fxpass/capture/*.py", *(f"runtim
     "process_group", "structure", "wire",
 ))]  # fmt: skip
 NO_TESTS, LATE, BROKEN = 5, 69, 70  # exit statuses of forks; the first is pytest's
-OPTIONS = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "--no-header", "--timeout=60"]
+OPTIONS = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "--no-header", "--timeout=300"]
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -114,6 +116,8 @@ def mutants() -> list[Mutant]:
                 continue
             text = lines[node.lineno - 1].strip()
             for kind, (change, _) in enumerate(changes(node)):
+                if isinstance(node, ast.Constant):  # a line often has several of one value
+                    change += f" at column {node.col_offset - len(lines[node.lineno - 1]) + len(text)}"
                 found.append(Mutant(str(path.relative_to(ROOT)), place, kind, node.lineno, text, change))
     return found
 
@@ -186,7 +190,7 @@ def record(path: Path) -> None:
             covered.switch_context("")
             return result
 
-    pytest.main([*TESTS, *[o for o in OPTIONS if o != "-x"], "--timeout=600"], plugins=[Contexts()])
+    pytest.main([*TESTS, *[o for o in OPTIONS if o != "-x"], "--timeout=900"], plugins=[Contexts()])
     covered.stop()
     number = {name: i for i, name in enumerate(tests)}
     data, lines = covered.get_data(), {}
@@ -201,9 +205,9 @@ def record(path: Path) -> None:
 
 
 def tests_of(mutant: Mutant, known: Reach) -> list[str]:
-    """Those that reach its line, fastest first; all that reach its module, if the line runs at its import only."""
+    """Those that reach its line, fastest first; all that reach its module, if no test is known to reach the line."""
     lines = known.lines.get(mutant.path, {})
-    found = lines.get(mutant.line) or (lines.get(0, []) if mutant.line in lines else [])
+    found = lines.get(mutant.line) or lines.get(0, [])
     return [known.tests[i] for i in sorted(found, key=lambda i: known.seconds[i])]
 
 
@@ -235,16 +239,24 @@ def run(mutant: Mutant | None, tests: list[str], limit: float, log: Path) -> str
     return "killed"  # it hangs where no test's time limit can end it
 
 
+def replace(mutant: Mutant) -> None:
+    """Import the changed module in place of the original one, in this process."""
+    path, code, original = ROOT / mutant.path, mutated(mutant), importlib.machinery.SourceFileLoader.get_code
+
+    def get_code(self: Any, name: str) -> Any:
+        return code if Path(self.path).resolve() == path else original(self, name)
+
+    importlib.machinery.SourceFileLoader.get_code = get_code
+
+
 def _run_here(mutant: Mutant | None, tests: list[str], limit: float) -> int:
     import pytest
 
     if mutant is not None:
-        path, code, original = ROOT / mutant.path, mutated(mutant), importlib.machinery.SourceFileLoader.get_code
-
-        def get_code(self: Any, name: str) -> Any:
-            return code if Path(self.path).resolve() == path else original(self, name)
-
-        importlib.machinery.SourceFileLoader.get_code = get_code
+        replace(mutant)
+        (CACHE / "sitecustomize.py").write_text(f"from tests.mutants import Mutant, replace\nreplace({mutant!r})\n")
+        sys.path.insert(0, str(CACHE))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CACHE), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
     order = {name: i for i, name in enumerate(tests)}
 
@@ -333,7 +345,10 @@ def main() -> int:
     for name in known.modules if known else []:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    some = random.Random(0).sample(known.tests, min(20, len(known.tests))) if known else args.tests
+    some = args.tests
+    if known:
+        quick = [name for name, seconds in zip(known.tests, known.seconds, strict=True) if seconds < 1]
+        some = random.Random(0).sample(quick, min(20, len(quick)))
     if run(None, some, 600, log) != "survived":
         print(f"tests fail without any change: see {log}")
         return 1
