@@ -15,10 +15,19 @@ from torch import fx, nn
 from .capture import capture
 from .inspect.collect import snapshot
 from .inspect.compare import PlanDiff, compare
-from .inspect.exchanges import Gathered, PlannedExchange, gathered_in, padding_of, planned_in, uncounted_in
+from .inspect.exchanges import (
+    Gathered,
+    PlannedExchange,
+    estimated_in,
+    gathered_in,
+    padding_of,
+    planned_in,
+    uncounted_in,
+)
 from .inspect.html import plan_html
 from .inspect.networks import to_networkx
 from .inspect.record import Snapshot
+from .ir.advice import FxpassWarning
 from .ir.fetch import Fetch
 from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
@@ -87,9 +96,15 @@ class Plan:
         return tuple(flops(self.graph, rank) for rank in range(self.world_size))
 
     @cached_property
+    def estimated(self) -> dict[str, int]:
+        """Custom operators of unknown work, and how many there are, by name. Each counts as the matrix product of its
+        two largest operands."""
+        return estimated_in(self.program.graph)
+
+    @cached_property
     def uncounted(self) -> dict[str, int]:
-        """Operators of unknown work and how many there are, by name: custom ones, and those that are gathered without a
-        FLOP formula. `flops_total`, `flops_per_rank` and `bound` leave them out."""
+        """Operators of unknown work that cannot be estimated, and how many there are, by name. `flops_total`,
+        `flops_per_rank` and `bound` leave them out."""
         return uncounted_in(self.program.graph, self.gathered)
 
     @property
@@ -190,6 +205,7 @@ class Plan:
             "cuts": {name: str(layout) for name, layout in self.cuts.items()},
             "flops_total": self.flops_total,
             "flops_per_rank": list(self.flops_per_rank),
+            "estimated": self.estimated,
             "uncounted": self.uncounted,
             "bound": self.bound,
             "exchanges": [
@@ -225,6 +241,7 @@ class Plan:
             f" (at most {self.bound:.2f} times as fast)",
             f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
         ]
+        lines += [f"  estimated  {count} x {name}, as matrix products" for name, count in self.estimated.items()]
         lines += [f"  uncounted  {count} x {name}: its work is unknown" for name, count in self.uncounted.items()]
         lines += [f"  fallback   {each}" for each in self.gathered]
         lines += [f"  {e.node} in {e.path}: {e.reason}" for e in self.seen_whole]
@@ -253,6 +270,7 @@ def make_plan(
         warnings.warn(
             f"strategy {strategy.name!r}: {len(plan.seen_whole)} exchanges of keys and values have no window; the "
             f"first, for {first.node} in {first.path or 'the model'}: {first.reason}",
+            FxpassWarning,
             stacklevel=3,
         )
     return plan

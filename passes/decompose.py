@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from functools import lru_cache
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture.kinds import is_composite, mutates
 from ..ir.operators import spec_of
-from ..ir.program import calls
+from ..ir.program import calls, shape_of
 from .builder import Builder
 from .cost import flops
 from .normalize import rewrite
@@ -41,7 +42,8 @@ def decompose(node: fx.Node) -> fx.Graph | None:
 def count_work(graph: fx.Graph) -> None:
     """Set `meta["flops"]` of operators that have neither a rule nor a FLOP formula to the FLOPs of their decomposition.
 
-    None if there is no decomposition: the work is unknown. Operators with a rule but no formula are bound by memory.
+    Without a decomposition the work is unknown: the FLOPs are `product_flops`, and `meta["estimated"]` is true. An
+    operator with a rule but no formula is bound by memory.
     """
     for node in calls(graph):
         spec = spec_of(node.target)
@@ -49,8 +51,24 @@ def count_work(graph: fx.Graph) -> None:
             parts = decompose(node)
             if parts is not None:
                 count_work(parts)
-            unknown = parts is None or any(part.meta.get("flops", 0) is None for part in calls(parts))
-            node.meta["flops"] = None if unknown else flops(parts)
+            if parts is None or any(part.meta.get("flops", 0) is None for part in calls(parts)):
+                node.meta |= {"flops": product_flops(node), "estimated": True}
+            else:
+                estimated = any(part.meta.get("estimated") for part in calls(parts))
+                node.meta |= {"flops": flops(parts), "estimated": estimated}
+
+
+def product_flops(node: fx.Node) -> int | None:
+    """Estimate an operator of unknown work by the matrix product of its two largest operands.
+
+    A product [M, K] x [K, N] takes 2 MKN FLOPs, and its operands and its result have MK, KN and MN elements: the FLOPs
+    are twice the square root of the three sizes' product. None for torch's own operators, for results that are not one
+    tensor, and where fewer than two operands have two dims or more.
+    """
+    sizes = sorted(prod(shape_of(n)) for n in node.all_input_nodes if "shape" in n.meta and len(shape_of(n)) > 1)
+    if getattr(node.target, "namespace", "aten") == "aten" or "shape" not in node.meta or len(sizes) < 2:
+        return None
+    return 2 * isqrt(sizes[-1] * sizes[-2] * prod(shape_of(node)))
 
 
 class _Operand:

@@ -343,7 +343,7 @@ class Partitioner:
             about = self._node.meta
             origin: dict[str, Any] = {"path": about.get("path", ""), "origin": about.get("origin", self._node.name)}
             if target is self._node.target and "flops" in about:
-                origin["flops"] = about["flops"]
+                origin |= {"flops": about["flops"], "estimated": about["estimated"]}
             self._memo[key] = append(self._graph, target, args, kwargs, meta | origin)
         return self._memo[key]
 

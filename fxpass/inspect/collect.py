@@ -13,7 +13,7 @@ from ..ir.fetch import Fetch
 from ..ir.layout import Layout
 from ..ir.program import Program, exchanges_of, fingerprint, layout_of, specialize
 from ..passes.cost import Target, node_bytes, node_flops
-from .exchanges import PlannedExchange, gathered_in, padding_of, planned_in, uncounted_in
+from .exchanges import PlannedExchange, estimated_in, gathered_in, padding_of, planned_in, uncounted_in
 from .record import CutRecord, ExchangeRecord, Kind, MessageRecord, Node, Snapshot
 from .words import arguments_text, exchange_text, operator_text
 
@@ -65,6 +65,7 @@ def snapshot(
         tuple(_exchange(node, each, rank) for node, some in planned.items() for each in some),
         tuple(_message(node, [each.declared for each in some], planned[node]) for node, some in planned.items()),
         gathered,
+        estimated_in(program.graph),
         uncounted_in(program.graph, gathered),
         {path: program.modules[path] for path in sorted(paths) if path in program.modules},
     )

@@ -97,8 +97,14 @@ def gathered_in(graph: fx.Graph) -> tuple[Gathered, ...]:
     )
 
 
+def estimated_in(graph: fx.Graph) -> dict[str, int]:
+    """The operators of a normalized graph whose work is estimated, by name, with how many there are."""
+    unknown = [node for node in calls(graph) if node.meta.get("estimated")]
+    return dict(Counter(str(node.target) for node in unknown if node.meta["flops"] is not None))
+
+
 def uncounted_in(graph: fx.Graph, gathered: Sequence[Gathered]) -> dict[str, int]:
-    """The operators of unknown work of a normalized graph, by name, with how many there are."""
+    """The operators of a normalized graph whose work is unknown, by name, with how many there are."""
     names = {each.node for each in gathered}
     unknown = [node for node in calls(graph) if node.meta.get("flops", 0) is None]
     return dict(

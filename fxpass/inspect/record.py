@@ -102,6 +102,7 @@ class Snapshot:
     exchanges: tuple[ExchangeRecord, ...]
     messages: tuple[MessageRecord, ...]
     fallbacks: tuple[Gathered, ...]
+    estimated: dict[str, int]  #: operators that count as matrix products, with how many there are
     uncounted: dict[str, int]  #: operators of unknown work, with how many there are
     modules: dict[str, str] = field(default_factory=dict)  #: path -> class
 

@@ -46,6 +46,7 @@ def _heading(snapshot: Snapshot) -> Iterator[str]:
     if snapshot.messages:
         parts.append(f"{seconds_text(seconds[1])} of exchanges")
     yield ", ".join(parts)
+    yield from (f"estimated: {n} x {name}, counted as matrix products" for name, n in snapshot.estimated.items())
     yield from (f"uncounted: {n} x {name}, whose work is unknown" for name, n in snapshot.uncounted.items())
     for each in snapshot.fallbacks:
         yield f"fallback {', '.join(each.exchanges)}: {each}"

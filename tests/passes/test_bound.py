@@ -118,11 +118,36 @@ def planned(model: nn.Module, *inputs: Tensor) -> Plan:
     return make_plan(capture(model.eval(), *inputs), 2, Strategy.of("sync"))
 
 
-def test_custom_operators_are_named_as_not_counted() -> None:
-    made = planned(Projected(project, 3), torch.randn(1, 8, 64))
-    assert made.uncounted == {"fxpass_test.project.default": 3}
-    assert made.describe()["uncounted"] == made.uncounted
-    assert "3 x fxpass_test.project.default: its work is unknown" in str(made)
+def test_custom_operators_count_as_matrix_products_on_every_rank() -> None:
+    made = planned(Projected(project, 1), torch.randn(1, 8, 64))
+    assert made.flops_total == 2 * 2 * 8 * 64 * 64
+    assert made.bound == pytest.approx(2 / 1.5)
+    assert made.estimated == made.describe()["estimated"] == {"fxpass_test.project.default": 1}
+    assert not made.uncounted
+    assert "estimated  1 x fxpass_test.project.default, as matrix products" in str(made)
+
+
+def test_a_model_whose_work_is_in_custom_operators_is_refused() -> None:
+    """Thirteen projections beside one layer that is split: 2 ranks would be 1.04 times as fast."""
+    with pytest.raises(WorldSizeError, match=r"93% of the work: .*project.*; run it on one rank.*1\.04x"):
+        planned(Projected(project, 13), torch.randn(1, 8, 64))
+
+
+@torch.library.custom_op("fxpass_test::scale", mutates_args=())
+def scale(x: Tensor, weight: Tensor) -> Tensor:
+    return x * weight
+
+
+@scale.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_custom_operators_that_cannot_be_matrix_products_are_named_as_not_counted() -> None:
+    made = planned(Projected(lambda x, weight: scale(x, weight.mean(0)), 3), torch.randn(1, 8, 64))
+    assert made.uncounted == made.describe()["uncounted"] == {"fxpass_test.scale.default": 3}
+    assert not made.estimated
+    assert "3 x fxpass_test.scale.default: its work is unknown" in str(made)
 
 
 def test_work_that_is_gathered_counts_as_replicated() -> None:

@@ -82,6 +82,8 @@ def show(out: Console, model: str, plan: Plan) -> None:
         f"\nwork {flops_text(plan.flops_total)}, slowest rank {flops_text(max(plan.flops_per_rank))}: "
         f"at most {plan.bound:.2f} times as fast\n"
     )
+    for name, count in plan.estimated.items():
+        out.print(f"estimated: {count} x {name}, counted as a matrix product of its operands", style="bold yellow")
     for name, count in plan.uncounted.items():
         out.print(f"not counted: {count} x {name}, whose work is unknown", style="bold yellow")
     if plan.strategy.exact:
