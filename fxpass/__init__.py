@@ -2,6 +2,7 @@
 
 from .api import parallelize
 from .capture import CaptureError, capture
+from .ir.advice import FxpassWarning
 from .ir.strategy import Strategy
 from .plan import FallbackError, Plan, plan
 from .runtime.errors import DisagreementError, RankError
@@ -10,6 +11,7 @@ __all__ = [
     "CaptureError",
     "DisagreementError",
     "FallbackError",
+    "FxpassWarning",
     "Plan",
     "RankError",
     "Strategy",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .ir.advice import FxpassWarning
 from .ir.program import Program
 from .ir.strategy import Strategy
 from .plan import Plan, check_target, check_world_size, make_plan
@@ -110,6 +111,7 @@ def parallelize(
                 warnings.warn(
                     f"{len(timesteps)} timesteps with warmup_steps={chosen.warmup_steps}{last}: all of them are exact, "
                     f"none is {chosen.name}; give parallelize a smaller warmup_steps",
+                    FxpassWarning,
                     stacklevel=4,
                 )
             for module in running:
@@ -156,6 +158,7 @@ def _wrapped(
             warnings.warn(
                 f"{len(plan.gathered)} operators cannot be split and run whole on every rank (strict=True refuses them)"
                 ":\n" + "\n".join(f"  {each}" for each in plan.gathered),
+                FxpassWarning,
                 stacklevel=2,
             )
         return plan

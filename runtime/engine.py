@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..capture import Call, CaptureError, broken_guard, capture_call, check_memory, guard_error, outdated, returned
+from ..ir.advice import FxpassWarning
 from ..ir.program import Program
 from .clock import Clock
 from .executor import EXACT, Executor, Loaded, PlanLike, Report, device_of
@@ -155,6 +156,7 @@ class Engine:
                 f"{type(self.model).__name__} is captured again for a kind of call that it was captured for before: "
                 f"only the programs of the {SIGNATURES} latest kinds (shapes, options) are kept; make all calls of one "
                 "kind before those of the next, or bring the inputs to fewer shapes",
+                FxpassWarning,
                 stacklevel=CALLER,
             )
         call = self._unread.reduced(call, self._entries)
@@ -205,6 +207,7 @@ class Engine:
             warnings.warn(
                 f"{type(self.model).__name__} has no input that is known to be a timestep (its inputs: {names}), so "
                 "its steps cannot be told apart: all of them are exact",
+                FxpassWarning,
                 stacklevel=CALLER + 1,
             )
         entry = Entry(program, plan, loaded, table, clock)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ir.advice import FxpassWarning
 from .engine import Engine
 from .executor import PlanLike, Report
 
@@ -154,7 +155,7 @@ def _outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any
 @cache
 def _warn_of_compile() -> None:
     """Warn once per process."""
-    warnings.warn(_COMPILE, stacklevel=3)
+    warnings.warn(_COMPILE, FxpassWarning, stacklevel=3)
 
 
 def _acting_on_the_model(name: str) -> Callable[..., Any]:

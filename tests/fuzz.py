@@ -17,11 +17,8 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
-import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
-
-from tests import properties
 
 FOLDER = "tests/passes"
 
@@ -71,6 +68,10 @@ class Fuzzer:
 
     def _turn(self, item: pytest.Item, seed: int) -> None:
         """Draw a few examples of one property."""
+        import hypothesis  # not before pytest runs, which rewrites its assertions and warns if it cannot
+
+        from tests import properties
+
         hypothesis.seed(seed)(item.obj)
         begun, start = properties.begun, time.monotonic()
         reports = runtestprotocol(item, log=False, nextitem=None)

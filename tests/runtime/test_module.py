@@ -5,6 +5,7 @@ import inspect
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -153,7 +154,17 @@ class Prompted(nn.Module):
     reads, wanted = "", ""
 
 
-@pytest.mark.parametrize("make", [str, Prompt, lambda name: UUID(name.rjust(32, "0")), lambda name: [Prompt(name)] * 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        str,
+        Prompt,
+        lambda name: UUID(name.rjust(32, "0")),
+        lambda name: UUID(name.ljust(32, "0")).int,
+        lambda name: [Prompt(name)] * 2,
+    ],
+    ids=["text", "object", "identifier", "large number", "list"],
+)
 def test_an_argument_that_is_never_read_asks_for_no_new_program(make: Any) -> None:
     """Two captures show that it is not read; after these there are none."""
     model = Prompted().eval()
@@ -185,6 +196,22 @@ def test_an_argument_that_is_read_is_part_of_the_key_however_it_is_read(reads: s
             assert found[1] is expected[1] or vars(found[1]) == vars(expected[1])
         else:
             assert torch.equal(found, expected)
+
+
+class Mode(StrEnum):
+    HALF, WHOLE, DOUBLE = "half", "whole", "double"
+
+
+def test_a_member_of_an_enum_is_part_of_the_key_although_it_is_compared_by_identity() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, mode: Mode) -> Tensor:
+            return nn.functional.relu(x) * (2 if mode is Mode.DOUBLE else 1)
+
+    model = Model().eval()
+    module: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    for mode in (Mode.HALF, Mode.WHOLE, Mode.DOUBLE, Mode.HALF):
+        x = torch.randn(1, 4, 8)
+        assert torch.equal(module(x, mode), model(x, mode))
 
 
 def test_changed_and_replaced_weights_are_seen_without_a_new_capture(module: ParallelModule, model: Block) -> None:
