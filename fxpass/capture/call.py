@@ -22,15 +22,15 @@ from .unread import StandIn, Watch, may_be_unread
 
 
 class _Unread:
-    """Stands in a key for the value of a leaf."""
+    """Takes the place of a leaf's value in a key."""
 
 
 @dataclass(frozen=True)
 class Call:
     """`model(*args, **kwargs)`, with the arguments bound to the names of `forward` and flattened.
 
-    Numbers become 0-dim tensors, so that a timestep that changes at every step does not need a new program. Where the
-    model needs the number itself, the program guards its value.
+    Numbers become 0-dim tensors, so that a timestep that changes at every step needs no new program. If the model does
+    not accept a tensor there, the program guards the number.
     """
 
     tensors: tuple[Tensor, ...]
@@ -82,7 +82,7 @@ class Call:
         return replace(self, key=(spec, kinds, *rest), unread=unread)
 
     def differs(self, key: tuple[Any, ...]) -> frozenset[int]:
-        """Indices of the leaves that alone differ between this call and one with that key; empty if other parts do."""
+        """Indices of the leaves that differ between this call and one with `key`; empty if anything else differs."""
         (spec, kinds, *rest), (other_spec, others, *other_rest) = self._whole, key
         if spec != other_spec or rest != other_rest:
             return frozenset()
@@ -132,9 +132,9 @@ class Call:
         """Functions, bound methods and partials among the arguments."""
         return [leaf for _, leaf in self._leaves if isinstance(leaf, (FunctionType, MethodType, functools.partial))]
 
-    def with_numbers(self, tensors: Sequence[Any]) -> list[Any]:
-        """`tensors` with the caller's Python numbers in place of their tensors."""
-        return [self.numbers.get(i, tensor) for i, tensor in enumerate(tensors)]
+    def with_numbers(self, tensors: Sequence[Any], lifted: frozenset[int] = frozenset()) -> list[Any]:
+        """`tensors` with the caller's Python numbers in place of their tensors, except of the `lifted` ones."""
+        return [tensor if i in lifted else self.numbers.get(i, tensor) for i, tensor in enumerate(tensors)]
 
 
 def _bind(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

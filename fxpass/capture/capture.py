@@ -1,10 +1,10 @@
-"""Capture: one recorded run of the model's own Python, on fake tensors, below autograd."""
+"""Capture a model as a program: run it once on fake tensors, and record its operators below autograd."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from ..ir.garbage import collection_paused
 from ..ir.nodes import append_copy
 from ..ir.program import Guard, Program
-from .arguments import Arguments, own, results_of
+from .arguments import Arguments, results_of, writable_copy
 from .call import Call
 from .compare import alike, check_values
 from .concrete import Reader, memory_of
@@ -39,11 +39,12 @@ from .writes import functionalize
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     """Capture `model(*args, **kwargs)` as a `Program`. Weight-free (fake) models work.
 
-    The model runs once eagerly (some build tables at their first call; not if it is fake) and once on fake tensors;
-    it is left as it was. The program runs once, too: it must return what the model returned.
+    The model runs once eagerly, because some models build tables at their first call (weight-free models skip this),
+    and once on fake tensors. Then the program runs once, and must return what the model returned. The model itself does
+    not change.
 
-    Raises `CaptureError` if it is in training mode where that matters, changes its own state, decides by the values of
-    activations, or uses what cannot be traced.
+    Raises `CaptureError` if the model is in training mode and behaves differently there, changes its own state,
+    branches on activations, or uses Python that cannot be recorded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model is an nn.Module, not {type(model).__name__}: put the function into one's forward")
@@ -62,20 +63,15 @@ def capture_call(model: nn.Module, call: Call) -> Program:
         _autocast_cache_off(),
         unchanged_on_error(model) as (state, writes),
     ):
-        lift = bool(call.numbers)
+        lifted = frozenset(call.numbers)
         if not is_fake:
             with Executed(state.begins), writes:
-                expected, lift = _warm_up(model, call, state)
+                expected, lifted = _warm_up(model, call, state)
         state.save()
         warm = time.perf_counter()
         mode = fake_mode if is_fake and fake_mode is not None else FakeTensorMode()
         recording = _Recording(model, call, mode, state, is_fake)
-        try:
-            program = _trace(recording, lift)
-        except CaptureError:
-            if not lift:
-                raise
-            program = _trace(recording, False)
+        program = _trace_lifted(recording, lifted)
         recorded = time.perf_counter()
         if not is_fake:
             check_values(program, model, call, expected)
@@ -91,11 +87,11 @@ def capture_call(model: nn.Module, call: Call) -> Program:
     return program
 
 
-def _warm_up(model: nn.Module, call: Call, state: State) -> tuple[list[Any], bool]:
-    """What the model returns, run eagerly; whether it takes tensors for its number arguments, whatever the numbers."""
+def _warm_up(model: nn.Module, call: Call, state: State) -> tuple[list[Any], frozenset[int]]:
+    """Run the model eagerly: what it returns, and the number arguments that may be tensors, whatever the numbers."""
 
     def run(tensors: Sequence[Any]) -> list[Any]:
-        tensors = [own(each) if isinstance(each, Tensor) else each for each in tensors]
+        tensors = [writable_copy(each) if isinstance(each, Tensor) else each for each in tensors]
         state.save()
         try:
             results = results_of(lambda copies: call.run(model, copies), call, tensors)
@@ -109,30 +105,43 @@ def _warm_up(model: nn.Module, call: Call, state: State) -> tuple[list[Any], boo
         try:
             torch.testing.assert_close(run(tensors), expected)
         except Exception:
-            return False  # whatever a model that wants a number does with a tensor
+            return False  # the model may do anything with a tensor in place of a number
         return True
 
+    def accepts(lifted: frozenset[int]) -> bool:
+        if not alike(call.with_numbers(call.tensors, lifted), first):
+            return False
+        # a neutral number (a scale of 1) would hide that its tensor is ignored
+        others = replace(call, numbers=call.numbers | {i: _other(call.numbers[i]) for i in lifted})
+        try:
+            expected = run(others.with_numbers(call.tensors))
+        except Exception:
+            return True  # the model does not take the other numbers
+        tensors = [
+            torch.as_tensor(others.numbers[i]).to(tensor) if i in lifted else tensor
+            for i, tensor in enumerate(call.tensors)
+        ]
+        return alike(others.with_numbers(tensors, lifted), expected)
+
     first = run(call.with_numbers(call.tensors))
-    if not call.numbers or not alike(call.tensors, first):
-        return first, False
-    # a neutral number (a scale of 1) would hide that its tensor is ignored
-    numbers = list(call.with_numbers(call.tensors))
-    for i, number in call.numbers.items():
-        numbers[i] = number / 2 + 0.25 if isinstance(number, float) else number + (-1 if number > 0 else 1)
-    try:
-        expected = run(numbers)
-    except Exception:
-        return first, True  # the model does not take the other number
-    tensors = [
-        torch.as_tensor(new).to(t) if i in call.numbers else t
-        for i, (t, new) in enumerate(zip(call.tensors, numbers, strict=True))
-    ]
-    return first, alike(tensors, expected)
+    lifted = frozenset(call.numbers)
+    if not lifted or accepts(lifted):
+        return first, lifted
+    found: frozenset[int] = frozenset()
+    for i in lifted if len(lifted) > 1 else ():
+        if accepts(found | {i}):
+            found |= {i}
+    return first, found
+
+
+def _other(number: float) -> float:
+    """Another number of the same type."""
+    return number / 2 + 0.25 if isinstance(number, float) else number + (-1 if number > 0 else 1)
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """What every recorded run of a call is given."""
+    """The arguments of every recorded run of a call."""
 
     model: nn.Module
     call: Call
@@ -141,12 +150,26 @@ class _Recording:
     is_fake: bool
 
 
+def _trace_lifted(recording: _Recording, lifted: frozenset[int]) -> Program:
+    """Record with the numbers `lifted` as tensors, or with the subset of them that can be recorded."""
+    try:
+        return _trace(recording, lifted)
+    except CaptureError:
+        if not lifted:
+            raise
+    program, found = _trace(recording, frozenset()), frozenset[int]()  # raises if the numbers are not the reason
+    for i in lifted if len(lifted) > 1 else ():
+        with suppress(CaptureError):
+            program, found = _trace(recording, found | {i}), found | {i}
+    return program
+
+
 @collection_paused()
-def _trace(recording: _Recording, lift: bool) -> Program:
-    program, routing, routed = _record(recording, lift)
+def _trace(recording: _Recording, lifted: frozenset[int]) -> Program:
+    program, routing, routed = _record(recording, lifted)
     for empty in (0, 1) if routing.questions else ():
         expected = routed(empty)
-        found, _, _ = _record(recording, lift, empty)
+        found, _, _ = _record(recording, lifted, empty)
         if not alike(found, expected):
             raise CaptureError(
                 f"the model asks at {routing.questions[empty]} whether an activation selects any rows, and does "
@@ -156,15 +179,16 @@ def _trace(recording: _Recording, lift: bool) -> Program:
 
 
 def _record(
-    recording: _Recording, lift: bool, empty: int | None = None
+    recording: _Recording, lifted: frozenset[int], empty: int | None = None
 ) -> tuple[Program, Routing, Callable[[int | None], Program]]:
-    """A recorded run, what it asked, and its program where of every second question the answer is "none"."""
+    """Run and record the model: the program, the questions about rows, and a function that returns the program in which
+    every even or odd question is answered "no rows"."""
     model, call = recording.model, recording.call
     recorder = Recorder(recording.fake_mode, call.modules() | names_of(model))
     reader = Reader(recorder)
     recorder.read = reader
     recorder.routing = routing = Routing(recorder, reader, empty)
-    inputs, output, copies, arguments, changes = _run(recording, recorder, reader, routing, lift)
+    inputs, output, copies, arguments, changes = _run(recording, recorder, reader, routing, lifted)
     left = outputs_of(changes, recorder, reader, not recording.is_fake)
     del changes
     noted, entries = arguments.changes()
@@ -179,8 +203,8 @@ def _record(
     del output, copies, arguments, left, entries, leaves
     refuse_survivors(recorder)
     guards = list(reader.guards)
-    if not lift:
-        guards += [_number_guard(str(inputs[i].target), call.paths[i], call.tensors[i]) for i in call.numbers]
+    given = call.numbers.keys() - lifted
+    guards += [_number_guard(str(inputs[i].target), call.paths[i], call.tensors[i]) for i in sorted(given)]
     routing.check()
     functional, results = functionalize(recorder, results)
     names_of_inputs = [str(n.target) for n in inputs]
@@ -193,14 +217,17 @@ def _record(
     return routed(None), routing, routed
 
 
-def _run(recording: _Recording, recorder: Recorder, reader: Reader, routing: Routing, lift: bool) -> Any:
-    """The nodes of the inputs; what the model returned; its arguments; what it did to Python state, undone by now."""
+def _run(recording: _Recording, recorder: Recorder, reader: Reader, routing: Routing, lifted: frozenset[int]) -> Any:
+    """Run the model on fake tensors and undo its changes of Python state.
+
+    Returns the input nodes, the output, the arguments before and after, and the changes.
+    """
     model, call, state = recording.model, recording.call, recording.state
     fakes = [recorder.add_input(tensor, path) for tensor, path in zip(call.tensors, call.paths, strict=True)]
     inputs = [recorder.node(fake) for fake in fakes]
     device = next((t.device.type for t in (*model.parameters(), *call.tensors) if t.ndim), "cpu")
     watch = Watch()
-    copies = call.rebuild(fakes if lift else call.with_numbers(fakes), watch)
+    copies = call.rebuild(call.with_numbers(fakes, lifted), watch)
     arguments = Arguments(call, copies)
     with ExitStack() as stack:
         stack.enter_context(_compiling())
@@ -233,7 +260,7 @@ def _program(
     leaves: tuple[Any, ...],
     guards: tuple[Guard, ...],
 ) -> Program:
-    """Weights, constants and inputs first, dead code gone."""
+    """Build the program: weights, constants and inputs first, without dead code."""
     old = recorder.graph
     live = set(results)
     for node in reversed(old.nodes):
@@ -269,7 +296,7 @@ def _program(
 
 
 def _number_guard(placeholder: str, path: str, value: Tensor) -> Guard:
-    """The model took the number itself, so the program is for this number only."""
+    """Guard a number that was recorded as a Python number: the program holds for this value only."""
     graph = fx.Graph()
     graph.output(graph.call_function(torch.ops.aten._local_scalar_dense.default, (graph.placeholder(placeholder),)))
     return Guard(path, value.item(), "the call: the model does not take a tensor there", graph)
@@ -277,7 +304,7 @@ def _number_guard(placeholder: str, path: str, value: Tensor) -> Guard:
 
 @contextmanager
 def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Keep `recorder.path` at the module that runs, by torch's global hooks: the model's own stay untouched."""
+    """Set `recorder.path` to the module that runs, by torch's global hooks. The model's own hooks stay unchanged."""
     paths = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
 
@@ -300,7 +327,7 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Models skip checks of values when they are traced."""
+    """Make `torch.compiler.is_compiling()` true, because models then skip checks of values."""
     flags = [name for name in ("_is_compiling_flag", "_is_exporting_flag") if hasattr(torch.compiler, name)]
     before = {name: getattr(torch.compiler, name) for name in flags}
     for name in flags:
@@ -314,7 +341,7 @@ def _compiling() -> Iterator[None]:
 
 @contextmanager
 def _autocast_cache_off() -> Iterator[None]:
-    """A cast weight in autocast's cache would be a fake tensor when the user's next call finds it."""
+    """Switch autocast's cache off: it would keep fake weights for the user's next call."""
     before = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)

@@ -1,8 +1,8 @@
-"""Stand-ins for arguments that a model seems not to read: the id of a prompt, say.
+"""Stand-ins for arguments that a model seems not to read, for example the id of a prompt.
 
-A recording is given a stand-in in place of such an argument. Whatever is done with it raises, so that a recording that
-ends normally does not depend on the argument. Only `is` and `type()` cannot be noticed: stand-ins are for values that
-are compared by `==`, and for objects of which a model is given a copy anyway.
+A stand-in replaces such an argument in a recording, and raises at every use. So a recording that ends normally does not
+depend on the argument. Two uses cannot raise, `is` and `type()`. Therefore stand-ins replace only values that programs
+compare by `==`, and objects that are copied for the model anyway.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ for _name in (
     *("__format__", "__lt__", "__le__", "__gt__", "__ge__", "__len__", "__iter__", "__contains__", "__getitem__"),
     *("__setitem__", "__call__", "__int__", "__float__", "__index__", "__bytes__", "__fspath__", "__enter__"),
     *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__mod__", "__rmod__", "__and__", "__or__"),
+    *("__rand__", "__ror__", "__xor__", "__rxor__", "__lshift__", "__rlshift__", "__rshift__", "__rrshift__"),
+    *("__truediv__", "__rtruediv__", "__floordiv__", "__rfloordiv__", "__pow__", "__rpow__", "__divmod__"),
+    *("__rdivmod__", "__neg__", "__pos__", "__abs__", "__invert__", "__complex__", "__round__", "__trunc__"),
     *("__reduce_ex__", "__torch_function__", "__array__", "__bool__"),
 ):
     setattr(StandIn, _name, _raising(_name))
@@ -79,5 +82,5 @@ def refuse_stand_ins(leaves: Sequence[Any]) -> None:
 def may_be_unread(leaf: Any) -> bool:
     """Whether a stand-in can take the place of an argument."""
     if isinstance(leaf, PLAIN):
-        return isinstance(leaf, (str, bytes))
+        return type(leaf) in (str, bytes, int)  # not members of an `Enum`, which are compared by `is`
     return (is_open(leaf) and bool(vars(leaf))) or type(leaf).__eq__ is not object.__eq__

@@ -102,6 +102,21 @@ def test_a_number_that_the_model_needs_as_such_is_guarded(body: Any) -> None:
         raise guard_error(guard)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [lambda n: {3: 2}[n], lambda n: n.as_strided((), ()) if isinstance(n, Tensor) else n],
+    ids=["refused where it runs", "refused where it is recorded"],
+)
+def test_numbers_beside_one_that_the_model_needs_as_such_are_not_guarded(layers: Any) -> None:
+    model, x = Model(lambda x, given: x * layers(given["layers"]) + given["time"]), torch.randn(5, 4)
+    program = capture(model, x, {"layers": 3, "time": 0.5, "id": 7})
+    assert [guard.path for guard in program.guards] == ["other.layers"]
+    given = {"layers": 3, "time": 0.7, "id": 8}
+    call = Call.of(model, (x, given), {})
+    assert broken_guard(program, model, call.tensors) is None
+    torch.testing.assert_close(evaluate(program, model, call), model(x, given).detach())
+
+
 def test_a_bool_is_part_of_the_key() -> None:
     model, x = Model(lambda x, flag: x if flag else -x), torch.randn(5, 4)
     assert Call.of(model, (x, True), {}).key != Call.of(model, (x, False), {}).key
