@@ -34,7 +34,7 @@ from .trim import trim
 
 @dataclass(frozen=True)
 class Build:
-    """The state that the passes hand on: the program, from `cuts` on how it is cut, from `partition` on the graph."""
+    """The state between passes: the program; after `cuts`, its cuts; after `partition`, the partitioned graph."""
 
     program: Program
     world: int

@@ -110,7 +110,7 @@ def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
 
 
 def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: str) -> fx.Node:
-    """`node` after an exchange that takes each row that several ranks hold from its owner."""
+    """Exchange `node` so that each row that several ranks hold is taken from its owner."""
     layout, shape = layout_of(node), shape_of(node)
     if not shape:
         node = _emit(graph, node, _view, (node, [1]), (1,))

@@ -79,7 +79,7 @@ class _Trimmer(Partitioner):
         return Op(source, x.target) if same else None
 
     def _wanted(self, x: fx.Node) -> Layout | None:
-        """The rows that all users take of a whole value; None if one is no take, or every rank needs all rows."""
+        """The rows of a whole value that its users take; None if a user or every rank needs all rows."""
         if layout_of(x).split or any(user.target is not ops.take for user in x.users):
             return None
         layouts = [layout_of(user) for user in x.users]

@@ -1,7 +1,7 @@
-"""Repeat a model's changes to its arguments: caches that it fills, counters in dicts, tensors written in place.
+"""Repeat a model's changes to its arguments: filled caches, counters in dicts, tensors written in place.
 
-A recorded run gets copies of all containers. Its insertions and removals are noted by place and repeated on the
-caller's containers after each call. A tensor that it writes in place is an output of the program and is copied back.
+A recorded run gets copies of all containers. Its insertions and removals are repeated on the caller's containers after
+each call. A tensor that it writes in place is an output of the program, and is copied back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GONE = object()
 
 
 class Arguments:
-    """The copies of the arguments that a run of `call` gets, compared afterwards with their contents before."""
+    """Copies of the arguments for one run, compared after the run with their contents before it."""
 
     def __init__(self, call: Call, copies: dict[str, Any]) -> None:
         self._given = dict(_places(call.arguments))
@@ -128,9 +128,9 @@ def unsplit(model: nn.Module, call: Call, program: Program | None = None) -> lis
     """Run the model itself; return its outputs in the order of its program's. The arguments are left unchanged.
 
     Args:
-        program: the model's; needed if its calls leave tensors behind.
+        program: of the model; needed if calls leave tensors behind.
     """
-    tensors = [own(tensor) for tensor in call.tensors]
+    tensors = [writable_copy(tensor) for tensor in call.tensors]
     versions = [tensor._version for tensor in tensors]
     copies = call.rebuild(call.with_numbers(tensors))
     arguments = Arguments(call, copies)
@@ -195,7 +195,7 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and isinstance(one, PLAIN) and one == other)
 
 
-def own(tensor: Tensor) -> Tensor:
+def writable_copy(tensor: Tensor) -> Tensor:
     """A copy with the same strides, for a run that may write to it."""
     if torch._debug_has_internal_overlap(tensor) == 1:
         return tensor  # nothing can write to it
@@ -207,7 +207,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses where the first element begins and the last one ends; (0, 0) if it has no memory of its own."""
+    """The address range [first byte, end) of a tensor's elements; (0, 0) if it has no memory."""
     if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor) or not tensor.numel():
         return (0, 0)
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

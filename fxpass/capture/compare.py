@@ -1,4 +1,4 @@
-"""Do two recorded graphs compute the same? Does one compute what the model does?"""
+"""Compare two recorded graphs with each other, and a program with the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ir.program import Program
-from .arguments import own, results_of
+from .arguments import results_of, writable_copy
 from .call import Call
 from .errors import CaptureError
 from .evaluate import evaluate
@@ -21,7 +21,7 @@ from .reach import left_by
 def identities(
     graph: fx.Graph, leaf: Callable[[fx.Node], Any] = lambda node: node.name, known: dict[Any, int] | None = None
 ) -> dict[fx.Node, int]:
-    """A number for each node, equal for nodes that compute the same of equal leaves."""
+    """Number the nodes. Nodes that compute the same function of equal leaves get equal numbers."""
     known = {} if known is None else known
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -47,7 +47,7 @@ def _content(tensor: Tensor) -> Any:
 
 
 def alike(first: Program, second: Program) -> bool:
-    """Whether two programs compute the same, operator by operator, in whatever order."""
+    """Whether two programs have the same operators with the same operands, in any order."""
     known: dict[Any, int] = {}
     outputs = []
     for program in (first, second):
@@ -64,12 +64,12 @@ def alike(first: Program, second: Program) -> bool:
 
 
 def check_values(program: Program, model: nn.Module, call: Call, expected: Sequence[Any]) -> None:
-    """Raises `CaptureError` if the program returns something else than the model did for the same call.
+    """Raises `CaptureError` if the program's outputs differ from those of the model for the same call.
 
-    Rounding differs where operators were taken apart, so what is judged is the root mean square of the difference, by
-    the square root of the unit of rounding.
+    Decomposed operators round differently. So the root mean square of the relative difference may be as large as the
+    square root of the machine epsilon.
     """
-    tensors = [own(tensor) for tensor in call.tensors]
+    tensors = [writable_copy(tensor) for tensor in call.tensors]
 
     def run(copies: dict[str, Any]) -> Any:
         return evaluate(program, model, replace(call, tensors=tuple(tensors), arguments=copies))
@@ -91,7 +91,7 @@ def check_values(program: Program, model: nn.Module, call: Call, expected: Seque
 
 
 def _off(found: Any, expected: Any) -> float:
-    """The root mean square of a difference, relative to that of what is expected; infinite where not comparable."""
+    """The root mean square of a difference, relative to that of `expected`; infinite if shapes or infinities differ."""
     if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
         return float("inf") if isinstance(found, Tensor) or isinstance(expected, Tensor) else 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64

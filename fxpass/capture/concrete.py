@@ -1,4 +1,4 @@
-"""Compute values that the model's Python reads during recording from the real inputs, and guard them."""
+"""Compute the values that Python reads during recording from the real inputs, and guard them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Reader:
         return {self._recorder.origins[n].kind for n in self._needed(node) if n.op == "placeholder"}
 
     def _add(self, guard: Guard) -> None:
-        """Every block of a model may ask the same question."""
+        """Add a guard, unless an equal one exists: the blocks of a model may read the same value."""
         assert guard.graph is not None
         key = fingerprint(guard.graph)
         if key not in self._known:
@@ -81,8 +81,8 @@ class Reader:
         if {"input", "weight"} <= kinds:
             names = ", ".join(o.name for o in origins.values() if o.kind == "input")
             raise CaptureError(
-                f"{what} needs the value of an activation (computed from {names} and weights), so the model runs "
-                "differently at every call; keep it a tensor (torch.where) or pass the decision in as an argument"
+                f"{what} needs the value of an activation (computed from {names} and weights), which no fixed "
+                "graph can follow; keep it a tensor (torch.where) or pass the decision in as an argument"
             )
         missing = [origin.name or "a constant" for origin in origins.values() if origin.real is None]
         if missing:

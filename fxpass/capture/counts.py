@@ -1,8 +1,8 @@
 """Numbers that depend on activations: how many rows a router gives to an expert.
 
-A model that routes reads such numbers to cut its tokens. It gets a `Count`, which says what it counts and has no value.
-A cut by counts is recorded as a special operator on *all* rows; `rows` rewrites it into operators that are exact
-whatever the router decides.
+A model with experts reads such numbers to slice its tokens. It gets a `Count`, which says what it counts and has no
+value. A slice by counts is recorded as a special operator on *all* rows; `rows` rewrites that into operators that are
+exact for all decisions of the router.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Atom:
 
 
 class Context(Protocol):
-    """What a `Count` asks of `Routing`."""
+    """The methods of `Routing` that a `Count` calls."""
 
     def total(self, atoms: dict[Atom, int], number: int) -> Any:
-        """The sum of `times * atom` and a number; a plain number if all members of a key are counted alike."""
+        """The sum of `times * atom` and a number; a plain number if every member of a key has the same factor."""
         ...
 
     def holds(self, difference: Count, relation: str) -> bool:

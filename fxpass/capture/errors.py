@@ -1,4 +1,4 @@
-"""What capture raises, and where in the model's own source it happened."""
+"""Errors of capture, and the source line of the model that an error is about."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class CaptureError(RuntimeError):
 
 
 class GuardError(RuntimeError):
-    """The model turns an input that changes at every call into a Python number, so no program serves two calls."""
+    """The model turns an input that changes at every call into a Python number, so no two calls can share a program."""
 
 
 def model_line() -> str:
-    """`file:line in function` of the innermost running frame that is neither torch's nor ours."""
+    """`file:line in function` of the innermost running frame outside torch and this package."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename

@@ -26,7 +26,7 @@ def run_nodes(
     """Compute call nodes in order into `values`, which has the placeholders'; returns what the output node holds.
 
     Args:
-        done: after each node, the values that nothing needs any more.
+        done: for each node, the values to release after it.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -63,7 +63,7 @@ def bind(
 
 
 def evaluate(program: Program, model: nn.Module, call: Call) -> Any:
-    """What `model` would return, computed by its program; writes to the call's arguments as it would."""
+    """Run the program in place of `model`: return its outputs, and write to the call's arguments as the model does."""
     inputs = dict(zip(program.inputs, call.tensors, strict=True))
     values = bind(program.graph, model, program.weights, program.constants, inputs)
     check_memory(program, model, call)
@@ -71,7 +71,7 @@ def evaluate(program: Program, model: nn.Module, call: Call) -> Any:
 
 
 def _done(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """The values that each node is the last to use."""
+    """For each node, the values that no later node uses."""
     done: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(graph.nodes):

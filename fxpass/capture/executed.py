@@ -1,4 +1,4 @@
-"""Which of the user's functions a run executes: their globals and closures are state that the forward reads."""
+"""Note which of the user's functions run. Their globals and closures are state that the forward reads."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def is_library(code: CodeType) -> bool:
 
 
 class Executed:
-    """Notes the functions that are called while it is active, in this thread, the libraries' own left out.
+    """While it is active, notes each function that this thread calls, without those of libraries.
 
-    `begins(frame)` is called when one of them begins for the first time, before it has done anything.
+    Calls `begins(frame)` when a function starts for the first time, before its first statement.
     """
 
     def __init__(self, begins: Callable[[FrameType], None]) -> None:

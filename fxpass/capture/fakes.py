@@ -1,4 +1,4 @@
-"""Fake results, known again by the operands' form: models repeat their blocks."""
+"""Forms of tensors, the keys by which fake results are cached. Models repeat their blocks, so most are found there."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Form:
-    """Of a tensor, what the form of a result depends on: shape, stride, dtype, device."""
+    """Shape, stride, dtype and device of a tensor."""
 
     data: tuple[Any, ...]
 
 
 def form_of(value: Any) -> Any:
-    """The form of tensors, and of anything around and beside them; hashable. 1, 1.0 and True differ."""
+    """A hashable copy of `value` with a `Form` for each tensor. 1, 1.0 and True differ."""
     if isinstance(value, Tensor):
         return Form((tuple(value.shape), value.stride(), value.dtype, value.device))
     if isinstance(value, (tuple, list)):

@@ -40,9 +40,9 @@ def broken_guard(program: Program, model: nn.Module, tensors: Sequence[Tensor]) 
 
 
 def outdated(program: Program, model: nn.Module) -> bool:
-    """Whether Python state that the program has baked in changed since capture: the program is of no use.
+    """Whether Python state that the program depends on has changed since capture, so that the program is invalid.
 
-    That is a tensor attribute that was replaced, a constant that was written to, another global or closure.
+    Such changes are a replaced tensor attribute, a constant that was written to, another global or closure.
     """
     if any(lookup(model, name) is not program.constants[place] for place, name in program.attributes.items()):
         return True

@@ -1,4 +1,4 @@
-"""What a model does to tensors outside the dispatcher: `.data`, `tolist`, `numpy`, autocast regions."""
+"""Intercept what the dispatcher does not see: `.data`, `tolist`, `numpy`, autocast regions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Intercepts(TorchFunctionMode):
             active = torch.is_autocast_enabled(self._device)
             self._recorder.autocast = (self._device, torch.get_autocast_dtype(self._device)) if active else None
         if func == Tensor.data.__get__:  # a new object at each look-up
-            return args[0].detach()  # shares memory, so that what is written there is seen
+            return args[0].detach()  # shares memory, so that writes to it are seen
         if func == Tensor.data.__set__:
             raise CaptureError(f"the model assigns to .data at {model_line()}; use copy_ or a new tensor")
         if func in _SHAPES and (shape := self._routing.shape(args[0])) is not None:
@@ -55,7 +55,7 @@ class Intercepts(TorchFunctionMode):
 
 
 def _size(func: Any, shape: tuple[Any, ...], dim: int | None = None) -> Any:
-    """What functions of sizes give for a shape with counts."""
+    """The result of a function of sizes for a shape with counts."""
     if func is Tensor.__len__:
         return shape[0]
     if func is Tensor.numel:

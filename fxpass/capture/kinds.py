@@ -1,8 +1,8 @@
-"""Which operators a captured graph keeps whole, and which are taken apart into others.
+"""Which operators become one node of the graph, and which are decomposed.
 
-A composite operator (one that ATen itself writes in terms of others: linear, conv2d, attention, einsum) is kept if it
-is functional, so that a rule can treat it as one thing. One that may return a view of its operand (reshape, contiguous,
-chunk, to) is taken apart, since what it does depends on strides.
+A composite operator (ATen implements it by other operators: linear, conv2d, attention, einsum) is kept if it is
+functional, so that one rule can handle it. A composite operator that may return a view of its operand (reshape,
+contiguous, chunk, to) is decomposed, because its result depends on strides.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ def is_kept(op: OpOverload) -> bool:
 
 @cache
 def is_cast_whole(op: OpOverload, device: str) -> bool:
-    """Whether autocast treats a composite operator as one thing; otherwise it casts inside it."""
+    """Whether autocast casts the operands of a composite operator. Otherwise it casts inside the decomposition."""
     return _has_kernel(op.name(), "Autocast" + device.upper())
 
 
 @cache
 def is_metadata(op: OpOverload) -> bool:
-    """Asks for a size or a device: answered at once, never part of the graph."""
+    """Whether the operator returns a size or a device. Such operators run at once and are not recorded."""
     return op.namespace == "prim" or op.overloadpacket in _METADATA
 
 
 @cache
 def is_random(op: OpOverload) -> bool:
-    """Whether it draws numbers whatever its arguments are: not attention and dropout, which may be told not to."""
+    """Whether the operator always draws random numbers. Not so attention and dropout: an argument can switch it off."""
     names = argument_names(op)
     optional = "dropout_p" in names or {"p", "train"} <= {*names}
     return torch.Tag.nondeterministic_seeded in op.tags and not optional

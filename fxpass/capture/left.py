@@ -1,8 +1,8 @@
-"""What a forward call leaves behind in Python state: attributes, lists and dicts that outlive the call.
+"""Find what a forward call leaves behind in Python state: attributes, lists and dicts that outlive the call.
 
-The recorded run must leave nothing: `State` remembers every table (dict, list, cell) that the forward can reach, reads
-off what the run put there, and undoes it. Tensors that were put there become outputs of the program; a `Change` with a
-`Place` says where each call puts them.
+`State` copies every table (dict, list, cell) that the forward can reach. After the recorded run it lists the changes
+and undoes them. Tensors that the run put there become outputs of the program; a `Change` with a `Place` says where each
+call puts them.
 """
 
 from __future__ import annotations
@@ -65,24 +65,24 @@ def _chosen(table: Any, names: tuple[str, ...] | None) -> dict[Any, Any]:
 
 @dataclass(frozen=True)
 class Put:
-    """The recorded run put tensors, alone or in containers, into a table."""
+    """An entry of a table that the recorded run set to tensors, alone or in containers."""
 
     place: Place
     key: Any
-    before: Any  #: what stood there
+    before: Any  #: the entry before the run
     after: Any
-    table: list[Any] | None  #: if the table is a list: what was in it before
-    grown: int  #: by how many entries that list grew
+    table: list[Any] | None  #: if the table is a list, its contents before the run
+    grown: int  #: number of entries that the list grew by
 
 
 @dataclass
 class Changes:
-    """What a recorded run did to Python state, before it was undone."""
+    """The changes that a recorded run made to Python state."""
 
-    #: (place, a tensor that stood there, what stands there instead)
+    #: (place, tensor before the run, entry after it)
     replaced: list[tuple[str, Tensor, Any]] = field(default_factory=list)
     put: list[Put] = field(default_factory=list)
-    counted: list[str] = field(default_factory=list)  #: numbers that the same call changes each time
+    counted: list[str] = field(default_factory=list)  #: places of numbers that each run of the call changes
 
 
 class State:
@@ -101,7 +101,7 @@ class State:
         self.save()
 
     def save(self) -> None:
-        """Remember the contents as they are now, of the tables known so far and of those that the model has by now."""
+        """Copy the present contents of all known tables, and of those that the model has gained."""
         for saved in list(self._tables.values()):
             saved.before = saved.now()
         self._seen = set()
@@ -116,7 +116,7 @@ class State:
                 self.add(Place(f"{kind.__qualname__}.{name}", value), value, 3)
 
     def add(self, place: Place, value: Any, depth: int = 8) -> None:
-        """Also watch everything that `value` leads to."""
+        """Also watch all tables inside `value`."""
         for where, inside in walk(place, value, self._seen, depth):
             if isinstance(inside, FunctionType):
                 self.functions.append(inside)
@@ -125,7 +125,7 @@ class State:
                 self._add(where, table)
 
     def begins(self, frame: FrameType) -> None:
-        """Also watch the globals and closure that a function names, which is about to run.
+        """Also watch the globals and the closure of a function that is about to run.
 
         A variable of a function that is running for this call is not state: it ends with the call.
         """
@@ -144,7 +144,7 @@ class State:
                 self.closures.add(code)
 
     def add_names(self, place: Place, table: dict[str, Any], names: tuple[str, ...]) -> None:
-        """Also watch these names of a module's globals, and what they lead to."""
+        """Also watch these names of a module's globals, and all tables inside their values."""
         self._add(place, table, names)
         for name in names:
             if name in table:
@@ -163,7 +163,7 @@ class State:
         ]
 
     def places(self, tensors: Sequence[Tensor]) -> list[tuple[Place, Tensor]]:
-        """Where those of `tensors` are that a table holds."""
+        """The places of those of `tensors` that a table holds."""
         wanted = {id(tensor): tensor for tensor in tensors}
         return [
             (saved.place if type(saved.table) is CellType else saved.place.then(key), wanted[id(value)])
@@ -173,7 +173,7 @@ class State:
         ]
 
     def undo(self) -> Changes:
-        """Put back what was remembered last; what had changed until now."""
+        """Restore the contents at the last `save`; return the changes since."""
         changes = Changes()
         for saved in list(self._tables.values()):
             _compare(saved, saved.now(), changes)
@@ -182,7 +182,7 @@ class State:
         return changes
 
     def settle(self) -> None:
-        """Put back numbers that a run changed and changed back, but for rounding or the type (`x * scale / scale`)."""
+        """Restore numbers that a run changed and changed back with another rounding or type (`x * scale / scale`)."""
         for saved in list(self._tables.values()):
             for key, value in saved.now().items():
                 first, number = saved.first.get(key), _number(value)
@@ -192,12 +192,12 @@ class State:
                     saved.table[key] = first
 
     def reset(self) -> None:
-        """Put back what there was before anything ran."""
+        """Restore the contents before anything ran."""
         for saved in list(self._tables.values()):
             saved.put_back(saved.first)
 
     def shorten(self, program: Program) -> None:
-        """Take from lists that grow with each call of `program` what the runs before capture added."""
+        """Shorten lists that grow with each call of `program` by the entries that the runs of this capture added."""
         for change in program.changes:
             if change.held is not None and change.grows is not None:
                 table = table_of(change.held.value())
@@ -207,7 +207,7 @@ class State:
 
 
 def _in_this_call(frame: FrameType, name: str) -> bool:
-    """Whether a variable that a function closes over is one of a function that called it since the model's call."""
+    """Whether a variable of a closure belongs to a function that was called within the model's call."""
     caller = frame.f_back
     while caller is not None and not caller.f_code.co_filename.startswith(_HERE):
         if name in caller.f_code.co_cellvars and caller.f_locals.get(name) is frame.f_locals[name]:
@@ -242,7 +242,7 @@ def same_number(one: float, other: float) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """The number that a number or a 0-dim tensor is."""
+    """The value of a number or of a 0-dim tensor."""
     if isinstance(value, Tensor):
         single = value.ndim == 0 and not value.is_complex() and not isinstance(value, FakeTensor) and not value.is_meta
         return value.item() if single else None
@@ -255,8 +255,8 @@ def outputs_of(changes: Changes, recorder: Recorder, reader: Reader, ran: bool) 
     Args:
         ran: whether the model ran the same call before the recorded run. (Fake models do not.)
 
-    Raises `CaptureError` if the model carries values from call to call: if it reads what the call before put there, or
-    puts something there in some calls only.
+    Raises `CaptureError` if the model carries values from call to call: it reads an entry that the previous call set,
+    or sets an entry in some calls only.
     """
     read = {id(origin.real): node for node, origin in recorder.origins.items() if origin.real is not None}
     if ran:
@@ -277,7 +277,7 @@ def outputs_of(changes: Changes, recorder: Recorder, reader: Reader, ran: bool) 
 
 
 def _refuse_carried(changes: Changes, recorder: Recorder, read: dict[int, fx.Node]) -> None:
-    """A tensor that was read and then replaced carries a value from one call to the next; so does a number."""
+    """Raise for entries that a call reads and then replaces: they carry values from one call to the next."""
     if changes.counted:
         raise CaptureError(
             f"the model counts from call to call: {', '.join(changes.counted)}; pass the number in as an argument"
@@ -296,7 +296,7 @@ def _nodes(put: Put, recorder: Recorder) -> list[fx.Node]:
 
 
 def _moved(put: Put, recorder: Recorder, read: dict[int, fx.Node]) -> bool:
-    """Whether all tensors are those that stood there before, moved to the device where they are already."""
+    """Whether the tensors are the previous ones, after a move to their own device."""
     had, has = list(tensors_in(put.before)), list(tensors_in(put.after))
     return len(had) == len(has) and all(
         old is new or recorder.find(new) is read.get(id(old), 0) for old, new in zip(had, has, strict=True)
@@ -304,7 +304,7 @@ def _moved(put: Put, recorder: Recorder, read: dict[int, fx.Node]) -> bool:
 
 
 def _put_back(put: Put, recorder: Recorder, reader: Reader) -> bool:
-    """Whether a number was changed by an argument, and changed back: the same to rounding stands there again."""
+    """Whether a number was changed by an argument and then changed back, up to rounding."""
     if not is_number(put.before) or not isinstance(put.after, Tensor) or put.after.ndim:
         return False
     value = reader.value(recorder.node(put.after))
@@ -312,7 +312,7 @@ def _put_back(put: Put, recorder: Recorder, reader: Reader) -> bool:
 
 
 def _every_call_does(put: Put, read: dict[int, fx.Node]) -> bool:
-    """Whether the run before the recorded one, of the same call, put the like there, and nothing reads it."""
+    """Whether the eager run of the same call set an equal entry, and nothing reads it."""
     before = put.before
     if put.table is not None:
         if any(id(each) in read for each in put.table):

@@ -1,4 +1,4 @@
-"""The user's model around a capture: what must hold of it before, and that it is the same afterwards."""
+"""Check the model before a capture, and restore it after a failed one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from .errors import CaptureError
-from .kinds import mutates
+from .kinds import argument_names, mutates
 from .left import OF_EVERY_MODULE, State
 from .reach import module_places, walk
 
@@ -77,7 +77,7 @@ def names_of(model: nn.Module) -> dict[int, tuple[str, str]]:
 
 
 def parts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor and those that it is made of, with what leads to each: "", ".codes", ".codes.inner"."""
+    """Yield a tensor and the tensors that it is made of, each with its path: "", ".codes", ".codes.inner"."""
     yield "", tensor
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
@@ -87,9 +87,9 @@ def parts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[tuple[State, Writes]]:
-    """If capture fails, put everything back as it was before: Python state, and tensors with their values.
+    """If capture fails, restore Python state, and all tensors with their values.
 
-    `Writes` must be active where the model itself runs.
+    `Writes` must be active while the model itself runs.
     """
     state = State(model)
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
@@ -128,7 +128,7 @@ class Writes(TorchDispatchMode):
             written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
             written += [kwargs[a.name] for a in op._schema.arguments if a.is_out and a.name in kwargs]
             self._copy(written)
-        elif isinstance(op, OpOverload) and "batch_norm" in op.name():  # writes to statistics, whatever its schema says
+        elif isinstance(op, OpOverload) and "running_mean" in argument_names(op):  # writes to it, unlike its schema
             self._copy([args, kwargs])
         return op(*args, **kwargs)
 

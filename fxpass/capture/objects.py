@@ -1,7 +1,7 @@
 """Objects as trees of their parts: instances with attributes, functions with closures, bound methods, partials.
 
-Pytrees end at such objects. `flatten` goes on into those that hold tensors; unflattening gives new objects, which hold
-other tensors in the same places.
+To a pytree such objects are leaves. `flatten` opens those that hold tensors; unflattening makes new objects with other
+tensors in the same places.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type, slice)
-UNSEEN = type("Unseen", (), {})()  #: stands for what cannot be looked into
+FUNCTIONS = (FunctionType, MethodType, functools.partial)
+UNSEEN = type("Unseen", (), {})()  #: replaces what is not visible in `state_of`
 _HEAP_TYPE = 1 << 9  #: a flag of types: made by a `class` statement
 
 
 class _Instance:
-    """An instance of a class without slots or built-in bases is as large as one of these."""
+    """Has the size of all instances of classes without slots and built-in bases."""
 
 
 class _Namespace(SimpleNamespace):
@@ -43,17 +44,26 @@ def is_open(value: Any) -> bool:
 
 
 def parts_of(value: Any) -> dict[str, Any] | None:
-    """The parts of an object that is not a container: what it must be given to be put together again."""
-    if type(value) is FunctionType:
-        names = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        cells = {name: content for name, cell in names for content in _contents(cell)}
-        rest = {name: getattr(value, name) for name in ("__defaults__", "__kwdefaults__", "__dict__")}
-        return cells | {name: part for name, part in rest.items() if part}
-    if type(value) is MethodType:
-        return {"__self__": value.__self__, "__func__": value.__func__}
-    if type(value) is functools.partial:
-        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    """The parts from which `build` makes an object again; None for containers and for objects that cannot be made."""
+    if type(value) in FUNCTIONS:
+        return function_parts(value)
     return vars(value) if is_open(value) else None
+
+
+def function_parts(value: Any) -> dict[str, Any]:
+    """The closure, defaults and attributes of a function; the parts of a bound method or a partial."""
+    if isinstance(value, MethodType):
+        return {"__self__": value.__self__, "__func__": value.__func__}
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    cells = {name: content for name, cell in cells_of(value).items() for content in _contents(cell)}
+    rest = {name: getattr(value, name) for name in ("__defaults__", "__kwdefaults__", "__dict__")}
+    return cells | {name: part for name, part in rest.items() if part}
+
+
+def cells_of(function: FunctionType) -> dict[str, CellType]:
+    """The variables of other functions that a function uses, by name."""
+    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
 
 
 def _contents(cell: CellType) -> tuple[Any, ...]:
@@ -65,7 +75,7 @@ def _contents(cell: CellType) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What an object is besides its parts."""
+    """Type of an object, with the code and globals of a function."""
 
     type: type
     names: tuple[str, ...]
@@ -97,7 +107,7 @@ class _Kind:
 
 
 class _Same:
-    """Equal only to another one of the same object, which it keeps alive."""
+    """Compares an object by identity, and keeps it alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -110,7 +120,7 @@ class _Same:
 
 
 class _Opened:
-    """An object as a node of a pytree; what unflattening gives is the object itself."""
+    """An object as a node of a pytree. Unflattening it returns an object of its kind."""
 
     def __init__(self, kind: _Kind, parts: dict[str, Any]) -> None:
         self.kind, self.parts = kind, parts
@@ -130,12 +140,12 @@ pytree.register_pytree_node(
 
 
 def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], pytree.TreeSpec]:
-    """`tree_flatten` that goes on into dataclasses and into objects that hold tensors."""
+    """`tree_flatten` that also opens dataclasses, and objects that hold tensors."""
     return pytree.tree_flatten(opened(value, is_leaf), is_leaf=is_leaf)
 
 
 def opened(value: Any, is_leaf: Callable[[Any], bool] | None = None, above: tuple[int, ...] = ()) -> Any:
-    """`value` with every object in it that holds tensors as a node of the tree."""
+    """Replace each object in `value` that holds tensors by a node of the tree."""
 
     def enter(leaf: Any) -> Any:
         if isinstance(leaf, (Tensor, nn.Module, *PLAIN)) or (is_leaf is not None and is_leaf(leaf)):
@@ -156,7 +166,7 @@ def holds_tensors(value: Any) -> bool:
 
 
 def walk(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """`value` and what it holds, however deep. What modules hold is left out."""
+    """Yield `value` and everything in it, at any depth. Modules are not opened."""
     seen = set() if seen is None else seen
     if isinstance(value, PLAIN) or id(value) in seen:
         return
@@ -174,7 +184,7 @@ def walk(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """What an object holds in its `__dict__` and in its slots."""
+    """The attributes of an object in its `__dict__` and in its slots."""
     slots = [vars(kind).get("__slots__") or () for kind in type(value).__mro__]
     names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
     held = {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
@@ -192,7 +202,7 @@ def copied(leaf: Any) -> Any:
 
 
 def state_of(value: Any, depth: int = 5) -> Any:
-    """The values that an object leads to, as hashable data, so many levels deep; `UNSEEN` where there may be more."""
+    """The values inside an object, down to `depth` levels, as hashable data; `UNSEEN` replaces what is not visible."""
     if isinstance(value, slice):
         return repr(value)
     if isinstance(value, PLAIN):

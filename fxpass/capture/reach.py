@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from logging import Logger
@@ -13,13 +12,14 @@ from torch import Tensor, nn
 
 from ..ir.program import Program
 from .executed import is_library
+from .objects import FUNCTIONS, cells_of, function_parts
 
-#: These hold no state that a forward call changes, or hold it where nothing can look.
+#: Objects without state that a forward call changes, or with state that Python cannot inspect.
 OPAQUE = (Tensor, type, ModuleType, BuiltinFunctionType, Logger)
 
 
 def table_of(value: Any) -> Any:
-    """The dict, list or cell through which `value` can be written to; None if there is none."""
+    """The dict, list or cell that stores the contents of `value`; None if it has none."""
     if isinstance(value, (dict, list)) or type(value) is CellType:
         return value
     if isinstance(value, (*OPAQUE, FunctionType, MethodType)):
@@ -39,16 +39,15 @@ def entries(table: Any) -> dict[Any, Any]:
 
 
 def inner(value: Any) -> dict[Any, Any]:
-    """The values one level inside `value`, by name, index or key. Modules are opaque: their owner walks over them."""
+    """The values one level inside `value`, by name, index or key. Modules are opaque: their owner walks over them.
+
+    Functions, methods and partials have the entries of `function_parts`. The variables of a closure are cells, because
+    other functions may write to them.
+    """
     if isinstance(value, (*OPAQUE, nn.Module)):
         return {}
-    if isinstance(value, FunctionType):
-        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        return {**dict(cells), "__defaults__": value.__defaults__, "__kwdefaults__": value.__kwdefaults__}
-    if isinstance(value, MethodType):
-        return {"__self__": value.__self__, "__func__": value.__func__}
-    if isinstance(value, functools.partial):
-        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, FUNCTIONS):
+        return function_parts(value) | (cells_of(value) if isinstance(value, FunctionType) else {})
     if isinstance(value, tuple):
         return dict(enumerate(value))
     table = table_of(value)
@@ -57,7 +56,7 @@ def inner(value: Any) -> dict[Any, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a table is: the keys that lead to it from a table that stays the same object."""
+    """Where a table is: a root that stays the same object, and the keys from there to the table."""
 
     name: str  #: for messages: "mid.processor.bank", "closure of hook at file.py:3: seen"
     root: Any
@@ -81,13 +80,13 @@ def module_places(model: nn.Module) -> Iterator[tuple[Place, nn.Module]]:
 
 
 def classes_of(model: nn.Module) -> list[type]:
-    """The classes of a model's modules, but for torch's own: their attributes are the modules' too."""
+    """The classes of a model's modules without torch's own. Modules inherit their attributes."""
     kinds = dict.fromkeys(base for kind in {type(m): None for m in model.modules()} for base in kind.__mro__)
     return [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
 
 
 def walk(place: Place, value: Any, seen: set[int], depth: int = 8) -> Iterator[tuple[Place, Any]]:
-    """`value` and everything in it that is not opaque, each once, with its place."""
+    """Yield `value` and everything in it that is not opaque, each once, with its place."""
     if depth < 0 or id(value) in seen or isinstance(value, (*OPAQUE, nn.Module, *_PLAIN)):
         return
     if isinstance(value, FunctionType) and is_library(value.__code__):
@@ -106,7 +105,7 @@ def walk(place: Place, value: Any, seen: set[int], depth: int = 8) -> Iterator[t
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors in `value`."""
+    """Yield all tensors in `value`."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
@@ -117,7 +116,7 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def left_by(program: Program) -> list[Tensor]:
-    """The tensors that the latest call left where each call of `program` puts some."""
+    """The tensors in the places that each call of `program` writes to, as the latest call left them."""
     found: list[Tensor] = []
     for change in program.changes:
         if change.held is not None:

@@ -1,4 +1,4 @@
-"""The Python state beside the model that a program has baked in: globals, closures, defaults, tensors in objects."""
+"""The Python state outside the model that a program depends on: globals, closures, defaults, tensors in objects."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def ignored_by(changes: Iterable[Change]) -> dict[int, set[Any] | None]:
 
 
 class Reads:
-    """What the functions that a forward ran name outside themselves, and where tensors that it took are held.
+    """The variables outside the functions that a forward ran, and the objects that hold tensors which it used.
 
     Args:
-        state: what the forward can reach, with the functions that ran.
+        state: the tables that the forward can reach, with the functions that ran.
         given: functions, bound methods and partials among the arguments of the call.
         tensors: constants of the program that are no attributes of a module.
-        changes: what each call writes by itself.
+        changes: the places that each call writes to.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Reads:
         self._look()
 
     def changed(self) -> bool:
-        """Whether the program is no longer that of the model."""
+        """Whether this state has changed, so that the program is invalid."""
         if any(place.value() is not tensor for place, tensor in self._tensors):
             return True
         if self._snapshot.untouched() and all(names.untouched() for names in self._names):
@@ -71,7 +71,7 @@ class Reads:
 
 
 def _tables(codes: dict[CodeType, dict[str, Any]]) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """The globals that functions name, and the attributes that they name of modules and classes among these."""
+    """The globals that functions use, and the attributes that they use of modules and classes among these."""
     tables: dict[int, tuple[Any, dict[str, None]]] = {}
 
     def add(table: Any, names: tuple[str, ...]) -> None:
@@ -90,7 +90,7 @@ def _tables(codes: dict[CodeType, dict[str, Any]]) -> Iterator[tuple[Any, tuple[
 
 
 def _functions(state: State) -> list[FunctionType]:
-    """The functions that ran, but for those that another function makes anew each time it runs."""
+    """The functions that ran, without those that another function creates at each run."""
     found = [each for each in state.functions if each.__code__ in state.codes]
     known = {each.__code__ for each in found}
     known |= {each for code in state.codes for each in code.co_consts if isinstance(each, CodeType)}

@@ -1,8 +1,9 @@
-"""Run the model's own Python once on fake tensors, and record every ATen operator as a node.
+"""Run the model once on fake tensors, and record each ATen operator as a node of a graph.
 
-Autograd is switched off below the model, so that composite operators arrive whole (`kinds` says which stay so). Views
-and in-place writes are recorded as they are; `writes` rewrites the writes afterwards. Where the model asks for a
-*value* (`.item()`, `if x.any()`, a mask as an index), `concrete` computes it from the real inputs and guards it.
+The recorder is a dispatch mode below autograd, so it receives composite operators undecomposed; `kinds` says which of
+them it decomposes. It records views and in-place writes as they are; `writes` makes the graph functional afterwards.
+Where Python reads a *value* (`.item()`, `if x.any()`, a mask as an index), `concrete` computes the value from the real
+inputs and adds a guard.
 """
 
 from __future__ import annotations
@@ -37,40 +38,44 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Origin:
-    """What a placeholder stands for."""
+    """Where the value of a placeholder comes from."""
 
     kind: str  #: "weight", "constant", "fresh" (a constant made in forward) or "input"
-    name: str  #: of the weight, or the path of the input; of a constant the attribute, if it is one
-    real: Tensor | None  #: its value, if it has one
+    name: str  #: qualified name of a weight or of a constant attribute, path of an input; else empty
+    real: Tensor | None  #: the real value; None if the model or its inputs are fake
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operators that run while it is active into `graph`."""
+    """While it is active, records each operator that runs as a node of `graph`."""
 
     supports_higher_order_operators = True
 
     def __init__(self, fake_mode: FakeTensorMode, names: dict[int, tuple[str, str]]) -> None:
-        """`names`: id of a tensor -> ("weight", "constant" or "foreign", qualified name)."""
+        """
+        Args:
+            names: by id of a tensor of the model or of its arguments: kind ("weight", "constant", "foreign") and
+                the qualified name.
+        """
         super().__init__()
         self.fake_mode = fake_mode
         self.graph = fx.Graph()
         self.origins: dict[fx.Node, Origin] = {}
         self.writes: list[fx.Node] = []  #: in-place operators
-        self.autocast: tuple[str, torch.dtype] | None = None  #: kept up to date by `intercepts`
-        self.path = ""  #: of the module that runs
-        self.line: str | None = None  #: overrides the line that is running
+        self.autocast: tuple[str, torch.dtype] | None = None  #: device type and dtype; `intercepts` updates it
+        self.path = ""  #: qualified name of the module that runs
+        self.line: str | None = None  #: source line for new nodes; None: the line that runs
         self._names = names
         self._nodes: dict[int, fx.Node] = {}
         self._fakes: dict[int, Tensor] = {}
-        self._kept: list[Any] = []  # whatever an id in the tables above belongs to must stay alive
+        self._kept: list[Any] = []  # keeps the objects alive whose ids are keys above
         self._results: dict[Any, Any] = {}
-        self.read: Any = None  #: set by `concrete`: value of a node, as the model asked for it
-        self.routing: Any = None  #: what `routing` makes of sizes that depend on activations; None: nothing
+        self.read: Any = None  #: the `concrete.Reader` that computes values which Python reads
+        self.routing: Any = None  #: the `routing.Routing` that replaces sizes which depend on activations, if any
 
     # ------------------------------------------------------------------------------------ values and nodes
 
     def add_input(self, real: Tensor, path: str) -> Tensor:
-        """The fake tensor that stands for an input."""
+        """Add a placeholder for an input; return its fake tensor."""
         _refuse_subclass(real, f"the input {path}")
         fake = self._fake_like(real)
         has_value = not isinstance(real, FakeTensor)
@@ -79,16 +84,24 @@ class Recorder(TorchDispatchMode):
         return fake
 
     def node(self, tensor: Tensor) -> fx.Node:
-        """The node of a value; weights and constants become placeholders where they are first met."""
+        """The node of a tensor. Adds a placeholder at the first use of a weight or a constant."""
         known = self._nodes.get(id(tensor))
         return known if known is not None else self._nodes[id(self.fake(tensor))]
 
     def find(self, tensor: Tensor) -> fx.Node | None:
-        """The node of a value that was recorded; None of others."""
+        """The node of a recorded tensor; None if `tensor` was not recorded."""
         return self._nodes.get(id(tensor))
 
     def fake(self, tensor: Tensor, fresh: bool = False) -> Tensor:
-        """The fake tensor that stands for `tensor`, itself if it is one that was recorded."""
+        """The fake tensor for `tensor`; a recorded tensor itself. Adds a placeholder for a weight or a constant.
+
+        Args:
+            fresh: a constant was made in forward.
+
+        Raises:
+            CaptureError: `tensor` belongs to a module in the arguments, was left behind by an earlier call, is of a
+                subclass that cannot be captured, or has no values.
+        """
         if id(tensor) in self._nodes:
             return tensor
         if id(tensor) in self._fakes:
@@ -119,7 +132,7 @@ class Recorder(TorchDispatchMode):
         self._kept.append(value)
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], result: Any) -> fx.Node:
-        """A node for `op(*args, **kwargs)`, whose fake result is known."""
+        """Add a node for `op(*args, **kwargs)`, and one for each tensor of a tuple that it returns."""
         node = self._call(op, args, kwargs, result)
         if self.routing:
             self.routing.mark(node)
@@ -135,7 +148,7 @@ class Recorder(TorchDispatchMode):
         return node
 
     def holds(self) -> Iterator[Any]:
-        """Every reference that the recorder itself has to a recorded value; a value comes as often as it is held."""
+        """Each recorded value, once for each reference that the recorder has to it."""
         yield from self._kept
         yield from self._fakes.values()
         lists: set[int] = set()
@@ -148,11 +161,11 @@ class Recorder(TorchDispatchMode):
                 yield from value
 
     def was_given(self, tensor: Tensor) -> bool:
-        """Whether a tensor was there before the run (a weight of a model without memory is fake, too)."""
+        """Whether a tensor existed before the recorded run. (Weights of a weight-free model are fake, like results.)"""
         return id(tensor) in self._fakes
 
     def containers(self) -> set[int]:
-        """The ids of everything through which the recorder holds values."""
+        """The ids of the containers that hold the recorder's references."""
         metas = [node.meta for node in self.graph.nodes]
         return {id(each) for each in (self._kept, self._fakes, *metas, *(meta.get("val") for meta in metas))}
 
@@ -197,7 +210,7 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(f"the higher-order operator {op} at {self.current_line()} cannot be captured")
         if kinds.is_metadata(op):
             return op(*args, **(kwargs or {}))
-        if any(map(is_traceable_wrapper_subclass_type, types)):  # its own class knows what the operator does
+        if any(map(is_traceable_wrapper_subclass_type, types)):  # its class implements the operator by plain tensors
             return self._apart(op, args, kwargs or {}) if kinds.is_composite(op) else NotImplemented
         fresh = op is aten.lift_fresh.default
         args = _map_tensors(args, lambda t: self.fake(t, fresh))
@@ -226,14 +239,14 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _record_write(self, op: OpOverload, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        """The tensor that is written to keeps its node."""
+        """Record an in-place operator. The tensor that it writes to keeps its node."""
         node = self._call(op, args, kwargs, result)
         self.writes.append(node)
         if self.routing:
             self.routing.mark_written(node)
 
     def _run(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The fake result; looked up by the operands' form, since models repeat their blocks."""
+        """Compute the fake result. Results are cached by the operands' forms, because models repeat their blocks."""
         if kinds.aliases(op):
             with self.fake_mode:
                 return op(*args, **kwargs)
@@ -253,7 +266,7 @@ class Recorder(TorchDispatchMode):
         return None
 
     def _same(self, op: OpOverload, args: Any) -> Tensor:
-        """detach, alias, lift: another Python object for the same value."""
+        """Handle detach, alias and lift: return another tensor object for the same node."""
         source = args[0]
         if op is aten.detach_.default:
             return source
@@ -277,7 +290,7 @@ class Recorder(TorchDispatchMode):
         return kinds.is_cast_whole(op, self.autocast[0]) if self.autocast else True
 
     def _dynamic(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        """An operator whose result's size depends on values."""
+        """Record an operator whose result has a size that depends on values."""
         if kinds.is_composite(op):
             return self._apart(op, args, kwargs)
         if op is aten.index.Tensor:
@@ -336,14 +349,14 @@ def _refuse_subclass(tensor: Tensor, name: str) -> None:
 
 
 def _argument(op: OpOverload, args: Any, kwargs: dict[str, Any], name: str, default: Any) -> Any:
-    """What an operator is given as the argument of that name; `default` where it has none."""
+    """The argument of an operator by name; `default` if it was not passed or does not exist."""
     names = kinds.argument_names(op)
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else kwargs.get(name, default)
 
 
 def _positions(index: Any) -> list[Any]:
-    """An index with each mask in it replaced by the positions where it is true."""
+    """Replace each mask in an index by the positions where it is true."""
     plain: list[Any] = []
     for item in index:
         if item is not None and item.dtype in (torch.bool, torch.uint8):

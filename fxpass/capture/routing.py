@@ -1,4 +1,4 @@
-"""Record routing by activations: answer the model's questions about numbers of rows that depend on activations.
+"""Record routing by activations: answer questions of the model about numbers of rows that depend on activations.
 
 In the main recording, every question "are there any rows?" is answered with yes, as if each expert had tokens. Two
 more recordings answer every second question with no. `capture` checks that their programs equal the main program
@@ -63,7 +63,7 @@ class Routing:
         return self._sum(atoms, number, set())
 
     def _sum(self, atoms: dict[Atom, int], number: int, empty: set[Atom]) -> Any:
-        """The sum without the atoms that are `empty`; a number if all other members of a key are counted alike."""
+        """The sum without `empty` atoms; a number if every other member of a key has the same factor."""
         atoms = {atom: times for atom, times in atoms.items() if times and atom not in empty}
         for key in {atom.node for atom in atoms if atom.member is not None}:
             members, size = self._members[key]
@@ -97,7 +97,7 @@ class Routing:
     def refuse(self, what: str) -> Any:
         line = self._recorder.current_line()
         raise CaptureError(
-            f"the model at {line} needs the value of an activation, {what}, so it runs differently at every call; keep "
+            f"the model at {line} needs the value of an activation, {what}, which no fixed graph can follow; keep "
             "it a tensor (torch.where) or pass the decision in as an argument"
         )
 

@@ -1,4 +1,4 @@
-"""What operators do that treat each row alone, so that a selection of rows may wait until after them.
+"""Rules of operators that treat rows independently, so that rows may be selected after them instead of before.
 
 A rule is the `row_wise` of an operator's `OpSpec`. It is called with the resolver, the recorded operator and its
 operands, some of which are `SelectedRows`. It returns `SelectedRows`, or raises `RefusedError`.
@@ -21,19 +21,19 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Domain:
-    """Which of `size` rows are meant, and in which order they really are."""
+    """Which of `size` rows are selected, and the key by which they are sorted."""
 
     size: int
     mask: Tensor | None = None  #: of the rows; None: all
     what: Any = None  #: identifies the mask
     order: int | None = None  #: identifies what they are sorted by; None: as they come
-    members: tuple[int, ...] | None = None  #: of the key they are sorted by; None: all
-    empty: bool = False  #: the question is what becomes of the program if there are none
+    members: tuple[int, ...] | None = None  #: values of the key whose rows are selected; None: all
+    empty: bool = False  #: whether to build the program for the case that no row is selected
 
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """Rows that stand for a selection of them: row i is row `at[i]` of `base` along `dim`.
+    """All rows in place of a selection of rows: row i is row `at[i]` of `base` along `dim`.
 
     A `base` that is not fake is an index: its values are constants.
     """
@@ -52,16 +52,27 @@ class SelectedRows:
         return None if isinstance(self.base, FakeTensor) else self.base.numpy()
 
 
+@dataclass(frozen=True)
+class Inverse:
+    """The permutation that undoes a sort by the key `order`."""
+
+    order: int
+
+
 class RefusedError(Exception):
-    """Why rows cannot be treated alone."""
+    """An operator does not treat rows independently; the message says why."""
 
 
 class Resolver(Protocol):
-    """What rules use: `rows._Resolver`."""
+    """The interface for rules: `rows._Resolver`."""
+
+    identities: dict[fx.Node, int]
 
     def emit(self, op: Any, *args: Any, **kwargs: Any) -> Any: ...
 
     def lifted(self, x: SelectedRows) -> Tensor: ...
+
+    def masked(self, x: SelectedRows) -> Tensor: ...
 
 
 def shared(rows: Sequence[SelectedRows]) -> Domain:
@@ -72,7 +83,7 @@ def shared(rows: Sequence[SelectedRows]) -> Domain:
 
 
 def aligned(r: Resolver, rows: Sequence[SelectedRows]) -> tuple[list[Tensor], np.ndarray | None]:
-    """Bases whose rows are each other's, and where they are."""
+    """Bases with corresponding rows, and the positions of the rows in them."""
     first = rows[0]
     places = {None if x.at is None else x.at.tobytes() for x in rows}
     if len(places) == 1 and len({x.base.shape[x.dim] for x in rows}) == 1:
@@ -81,7 +92,7 @@ def aligned(r: Resolver, rows: Sequence[SelectedRows]) -> tuple[list[Tensor], np
 
 
 def pointwise(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> SelectedRows:
-    """Operands are broadcast; those that are not rows must be alike for all rows."""
+    """Broadcast the operands. Operands that are no rows must not vary along the dim of the rows."""
     rows = [a for a in args if isinstance(a, SelectedRows)]
     if len(rows) != sum(isinstance(v, SelectedRows) for v in torch.utils._pytree.tree_leaves((args, kwargs))):
         raise RefusedError(f"{node.target} takes rows in lists")
@@ -123,7 +134,7 @@ def product(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> SelectedRo
 
 
 def along(place: int, default: Any = None) -> Callable[..., Any]:
-    """Operators along dims that must not be that of the rows; those dims are the argument `place`."""
+    """A rule for operators along the dims in argument `place`. The dim of the rows must not be among them."""
 
     def rule(r: Resolver, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Any:
         dims = args[place] if len(args) > place else kwargs.get("dim", default)
@@ -149,7 +160,7 @@ def norm(r: Resolver, node: fx.Node, x: Any, shape: list[int], *args: Any, **kwa
 
 
 def reshape(r: Resolver, node: fx.Node, x: SelectedRows, *_: Any) -> SelectedRows:
-    """The rows must stay one dim."""
+    """Reshape; the dim of the rows must remain a dim."""
     shape = list(node.meta["val"].shape)
     before = prod(x.base.shape[: x.dim])
     for dim, size in enumerate(shape):
@@ -194,7 +205,7 @@ def same(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any)
 
 
 def like(r: Resolver, node: fx.Node, x: SelectedRows, *args: Any, **kwargs: Any) -> Any:
-    """New rows, all alike; of rows that are only sorted there are as many as ever, so that these are no longer rows."""
+    """Make equal rows. If rows are only sorted, not selected, all are there: the result is a plain tensor."""
     result = replace(x, base=r.emit(node.target, x.base, *args, **kwargs))
     return r.lifted(result) if x.domain.mask is None else result
 

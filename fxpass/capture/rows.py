@@ -1,16 +1,16 @@
-"""Make routing by activations static: every expert sees every row, and rows that a router did not choose are masked.
+"""Make routing by activations static: compute each expert on all rows, and mask the rows that the router left out.
 
-A recording (see `counts`) has all rows in place of a selection of rows, or of rows sorted by expert. That is right for
-operators that treat each row alone, as long as unselected rows do not reach the result. This module *proves* both,
-operator by operator: `SelectedRows` says which rows a value holds and in which order; operators that are not known to
-treat rows alone are refused; where rows are written back, unselected ones are masked.
+In a recording (see `counts`) a selection of rows, or rows sorted by expert, are replaced by all rows. This is exact if
+each operator treats rows independently, and if unselected rows do not reach the result. This module checks both,
+operator by operator: `SelectedRows` says which rows a value holds, and in which order. It refuses operators that are
+not known to treat rows independently. `row_writes` masks unselected rows where rows are written back.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -26,24 +26,18 @@ from .compare import identities
 from .counts import aten, ops
 from .errors import CaptureError
 from .recorder import Recorder
-from .row_rules import Domain, RefusedError, SelectedRows, aligned, shared
-
-
-@dataclass(frozen=True)
-class Inverse:
-    """The permutation that undoes a sort by the key `order`."""
-
-    order: int
+from .row_rules import Domain, Inverse, RefusedError, SelectedRows, aligned, shared
+from .row_writes import add_rows, flat_index, put_rows
 
 
 def resolve(old: Recorder, results: list[fx.Node], empty: int | None = None) -> tuple[Recorder, list[fx.Node]]:
     """Rewrite routing into static operators: a new recorder and its results; `old` itself if nothing is routed.
 
     Args:
-        empty: 0 or 1: the graph that remains if the even or the odd questions "are there any such rows?" get a no.
+        empty: 0 or 1: answer the even or the odd questions "are there any such rows?" with no; None: all with yes.
 
     Raises:
-        CaptureError: an operator is not known to treat each row alone.
+        CaptureError: an operator is not known to treat rows independently.
     """
     if not any(getattr(node.target, "namespace", "") == "fxpass_rows" for node in old.graph.nodes):
         return old, results
@@ -102,7 +96,7 @@ class _Resolver:
             if op is operator.getitem:
                 self.values[node] = args[0][args[1]]
             elif rule is None or any(isinstance(self.values[n], Inverse) for n in node.all_input_nodes[2:]):
-                raise RefusedError(f"{op} is not known to treat each row alone")
+                raise RefusedError(f"{op} is not known to treat rows independently")
             else:
                 self.values[node] = rule(self, node, *args, **kwargs)
         except RefusedError as refusal:
@@ -112,7 +106,7 @@ class _Resolver:
         return self.identities[node.args[0]] in self.orders and not _descending(node.args, node.kwargs)  # type: ignore[index]
 
     def emit(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute an operator on constants; record any other."""
+        """Compute an operator if all operands are constants; else record it."""
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, FakeTensor) for leaf in leaves):
             with self.new:
@@ -120,7 +114,7 @@ class _Resolver:
         return op(*args, **kwargs)
 
     def lifted(self, x: SelectedRows) -> Tensor:
-        """All rows of the domain."""
+        """All rows of the domain, in its order."""
         if x.at is None:
             return x.base
         shape, at, dim = list(x.base.shape), x.at, x.dim
@@ -157,7 +151,7 @@ def _error(node: fx.Node, why: str) -> CaptureError:
 
 
 def _source(mask: Any) -> Any:
-    """The earliest value that has a true element if and only if `mask` has one."""
+    """The earliest node whose value has a true element exactly if `mask` has one."""
     while mask.target in (aten.any.dim, aten.view.default, aten._unsafe_view.default, aten.clone.default):
         mask = mask.args[0]
     return mask
@@ -178,9 +172,9 @@ def _positions(r: _Resolver, node: fx.Node, mask: Tensor) -> SelectedRows:
 
 
 def _sort(r: _Resolver, node: fx.Node, key: Tensor, *_: Any, **__: Any) -> Any:
-    """Sort a key that segments are cut by."""
+    """Sort the key by which rows are sliced into segments."""
     if key.ndim != 1:
-        raise RefusedError("it sorts along one of several dims")
+        raise RefusedError("it sorts a tensor of several dims")
     order = r.identities[node.args[0]]  # type: ignore[index]
     domain = Domain(len(key), order=order)
     index = SelectedRows(domain, torch.arange(len(key)))
@@ -204,7 +198,7 @@ def _argsort(r: _Resolver, node: fx.Node, key: Any, *rest: Any, **kwargs: Any) -
 def _segment(r: _Resolver, node: fx.Node, x: Any, dim: int, key: Tensor, members: list[int]) -> SelectedRows:
     what = r.identities[node.args[2]]  # type: ignore[index]
     if not isinstance(x, SelectedRows) or x.domain.order != what or x.domain.mask is not None or x.dim != dim:
-        raise RefusedError("it cuts rows by the number of those of an expert that are not sorted by the expert")
+        raise RefusedError("it slices rows by an expert's number of rows, but they are not sorted by expert")
     flat = r.emit(aten.reshape.default, key, [key.numel()])
     mask = r.emit(aten.eq.Scalar, flat, members[0])
     for member in members[1:]:
@@ -214,9 +208,9 @@ def _segment(r: _Resolver, node: fx.Node, x: Any, dim: int, key: Tensor, members
 
 
 def _joined(r: _Resolver, node: fx.Node, parts: Sequence[Any], dim: int, size: int) -> Any:
-    """All segments in order: each row from the segment of its member."""
+    """Join the segments of all members in order: take each row from the segment of its member."""
     if any(not isinstance(x, SelectedRows) or x.domain.members is None or x.dim != dim for x in parts):
-        raise RefusedError("it joins what are not segments")
+        raise RefusedError("it joins rows that are no segments")
     members = [m for x in parts for m in x.domain.members]
     if members != sorted(set(members)) or len({x.domain.order for x in parts}) != 1:
         raise RefusedError("it joins segments in another order")
@@ -230,7 +224,7 @@ def _joined(r: _Resolver, node: fx.Node, parts: Sequence[Any], dim: int, size: i
     return SelectedRows(Domain(size, order=parts[0].domain.order), result, dim)
 
 
-# -- where rows are read and written back -----------------------------------------------------------------------
+# -- where rows are read ----------------------------------------------------------------------------------------
 
 
 def _index(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
@@ -243,26 +237,26 @@ def _index(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
             or x.domain.order != given[0].order
             or x.dim != used[0]
         ):
-            raise RefusedError("it puts rows back in order that were not sorted so")
+            raise RefusedError("it undoes a sort by another key")
         return r.lifted(x)
     if isinstance(x, SelectedRows):
         return _index_of_rows(r, x, indices)
     if any(not isinstance(i, SelectedRows) or i.base.ndim != 1 for i in given) or used != list(
         range(used[0], used[-1] + 1)
     ):
-        raise RefusedError("it looks up by a mixture of indices")
+        raise RefusedError("it looks up by selected rows and other indices together")
     domain, dim = shared(given), used[0]
     if any(i.constant is None for i in given):
         bases, at = aligned(r, given)
         return SelectedRows(domain, r.emit(aten.index.Tensor, x, [None] * dim + bases), dim, at)
     sizes = [x.shape[d] for d in used]
-    at = _flat_index(given, sizes)
+    at = flat_index(given, sizes)
     base = r.emit(aten.reshape.default, x, [*x.shape[:dim], prod(sizes), *x.shape[used[-1] + 1 :]])
     return SelectedRows(domain, base, dim, None if np.array_equal(at, np.arange(prod(sizes))) else at)
 
 
 def _index_of_rows(r: _Resolver, x: SelectedRows, indices: Sequence[Any]) -> SelectedRows:
-    """Look-ups along other dims."""
+    """Look up along dims other than that of the rows."""
     if any(isinstance(i, (SelectedRows, Inverse)) for i in indices) or (
         len(indices) > x.dim and indices[x.dim] is not None
     ):
@@ -273,132 +267,8 @@ def _index_of_rows(r: _Resolver, x: SelectedRows, indices: Sequence[Any]) -> Sel
     return replace(x, base=r.emit(aten.index.Tensor, x.base, list(indices)))
 
 
-def _whole(x: SelectedRows) -> np.ndarray:
-    values = x.constant
-    assert values is not None
-    return values if x.at is None else np.take(values, x.at, x.dim)
-
-
-def _flat_index(indices: Sequence[SelectedRows], sizes: Sequence[int]) -> np.ndarray:
-    """Positions along dims of these sizes as positions along all of them as one."""
-    parts = tuple(_whole(i) % n for i, n in zip(indices, sizes, strict=True))
-    return np.asarray(np.ravel_multi_index(parts, tuple(sizes)))
-
-
-def _target(index: Any, dim: int, shape: Sequence[int]) -> np.ndarray:
-    """The row of the target that each row is written to; the index of a scatter has the `shape` of its source."""
-    if not isinstance(index, SelectedRows) or index.constant is None:
-        raise RefusedError("it brings rows to places that are computed")
-    values = _whole(index)
-    if values.ndim == 1:
-        return values
-    if index.dim != dim or values.shape != tuple(shape):
-        raise RefusedError("it brings rows to other than rows")
-    values = np.moveaxis(values, dim, 0)
-    values = values[:, *(slice(1) if step == 0 else slice(None) for step in values.strides[1:])]  # broadcast: alike
-    values = values.reshape(len(values), -1)
-    if (values != values[:, :1]).any():
-        raise RefusedError("it brings the elements of a row to several rows")
-    return values[:, 0]
-
-
-def _add(r: _Resolver, node: fx.Node, x: Any, dim: int, index: Any, source: Any, *rest: Any, **kwargs: Any) -> Any:
-    """`index_add`, `scatter_add` and `scatter_reduce`: unselected rows add zero."""
-    if node.target is aten.scatter_reduce.two and (rest != ("sum",) or not kwargs.get("include_self", True)):
-        raise RefusedError("it reduces rows otherwise than by a sum")
-    if isinstance(x, (SelectedRows, Inverse)) or not isinstance(source, SelectedRows) or source.dim != dim % x.ndim:
-        raise RefusedError("it adds selected rows to selected rows")
-    domain, dim = shared([index, source]), dim % x.ndim
-    if domain.empty:
-        return x
-    values = r.masked(source)
-    if [n for d, n in enumerate(values.shape) if d != dim] != [n for d, n in enumerate(x.shape) if d != dim]:
-        raise RefusedError("it adds parts of rows")
-    to = _target(index, dim, values.shape)
-    if "alpha" in kwargs:
-        values = r.emit(aten.mul.Scalar, values, kwargs["alpha"])
-    if values.dtype != x.dtype:
-        values = r.emit(aten._to_copy.default, values, dtype=x.dtype)
-    rows, times = x.shape[dim], domain.size // x.shape[dim]
-    inner = list(values.shape[dim + 1 :])
-    for split, place, pattern in (
-        ([rows, times], dim + 1, np.repeat(np.arange(rows), times)),
-        ([times, rows], dim, np.tile(np.arange(rows), times)),
-    ):
-        if np.array_equal(to, pattern):
-            if times > 1:
-                values = r.emit(aten.reshape.default, values, [*values.shape[:dim], *split, *inner])
-                values = r.emit(aten.sum.dim_IntList, values, [place])
-            return r.emit(aten.add.Tensor, x, values)
-    return r.emit(aten.index_add.default, x, dim, torch.from_numpy(to.copy()), values)
-
-
-def _put(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any], source: Any, add: bool = False, *_: Any) -> Any:
-    """`x[index] = source`: rows that are not selected keep their values."""
-    if isinstance(source, SelectedRows) and len(indices) == 1 and isinstance(indices[0], Tensor):
-        mask = indices[0]
-        what = ("mask", r.identities[node.args[1][0]])  # type: ignore[index]
-        if (
-            mask.dtype is not torch.bool
-            or isinstance(x, SelectedRows)
-            or source.domain.what != what
-            or add
-            or source.dim
-        ):
-            raise RefusedError("it writes selected rows to others")
-        lead, domain = list(mask.shape), source.domain
-    else:
-        if any(not isinstance(i, SelectedRows) or i.constant is None for i in indices) or isinstance(source, Tensor):
-            raise RefusedError("it writes to places that are computed")
-        domain = shared([*indices, source])
-        target = x.base if isinstance(x, SelectedRows) else x
-        lead = list(target.shape[: len(indices)])
-        if add and len(indices) == 1 and not isinstance(x, SelectedRows):
-            return _add(r, node, x, 0, indices[0], source)
-        at = _flat_index(indices, lead)
-        if add or source.dim:
-            raise RefusedError("it writes rows to places that are computed")
-        if isinstance(x, SelectedRows) and (x.domain.mask is not None or domain.mask is not None):
-            raise RefusedError("it writes selected rows to selected rows")
-        if domain.mask is not None and len(at) > prod(lead):
-            return x if domain.empty else _put_each(r, target, lead, at, domain.mask, r.lifted(source))
-        if not np.array_equal(at, np.arange(prod(lead))):
-            raise RefusedError("it writes rows to places that are not their own")
-        mask = None if domain.mask is None else r.emit(aten.reshape.default, domain.mask, lead)
-    if domain.empty:
-        return x
-    values = r.lifted(source)
-    target = x.base if isinstance(x, SelectedRows) else x
-    values = r.emit(aten.reshape.default, values, list(target.shape))
-    if values.dtype != target.dtype:
-        values = r.emit(aten._to_copy.default, values, dtype=target.dtype)
-    if mask is None:
-        return values
-    mask = r.emit(aten.reshape.default, mask, [*lead, *[1] * (values.ndim - len(lead))])
-    return r.emit(aten.where.self, mask, values, target)
-
-
-def _put_each(r: _Resolver, x: Tensor, lead: list[int], at: np.ndarray, mask: Tensor, values: Tensor) -> Tensor:
-    """The same where several rows may go to one place. In torch any of them may win; here the last one does."""
-    rows, times = prod(lead), len(at) // prod(lead)
-    shape, dim, inner = [rows, times], 1, list(x.shape[len(lead) :])
-    if np.array_equal(at, np.tile(np.arange(rows), times)):
-        shape, dim = [times, rows], 0
-    elif not np.array_equal(at, np.repeat(np.arange(rows), times)):
-        raise RefusedError("it writes rows to places that are not their own")
-    mask = r.emit(aten.reshape.default, mask, shape)
-    values = r.emit(aten.reshape.default, values, [*shape, *inner])
-    if values.dtype != x.dtype:
-        values = r.emit(aten._to_copy.default, values, dtype=x.dtype)
-    for slot in range(times):
-        chosen = r.emit(aten.reshape.default, r.emit(aten.select.int, mask, dim, slot), [*lead, *[1] * len(inner)])
-        row = r.emit(aten.reshape.default, r.emit(aten.select.int, values, dim, slot), list(x.shape))
-        x = r.emit(aten.where.self, chosen, row, x)
-    return x
-
-
 def _counts(r: _Resolver, node: fx.Node, key: Tensor, size: int, upto: bool) -> Tensor:
-    """One number for each member. A `bincount` that may return fewer can only be used for cuts."""
+    """The number of elements of each member. With `upto` the result may be shorter, and only slices may use it."""
     if upto:
         return r.emit(ops.counts.default, key, size, upto)
     key = r.emit(aten.reshape.default, key, [-1, 1])
@@ -419,8 +289,8 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.sort.stable: _sort,
     aten.index.Tensor: _index,
     aten.index_select.default: lambda r, node, x, dim, i: _index(r, node, x, [*[None] * (dim % x.ndim), i]),
-    aten.index_add.default: _add,
-    aten.scatter_add.default: _add,
-    aten.scatter_reduce.two: _add,
-    aten.index_put.default: _put,
+    aten.index_add.default: add_rows,
+    aten.scatter_add.default: add_rows,
+    aten.scatter_reduce.two: add_rows,
+    aten.index_put.default: put_rows,
 }

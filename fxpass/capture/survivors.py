@@ -23,7 +23,7 @@ _left_behind: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictio
 
 
 def mark_left_behind(tensors: Iterable[Tensor]) -> None:
-    """Remember that a call of a program put these into Python state: no program may take them as constants."""
+    """Note that a call put these tensors into Python state. No program may use them as constants."""
     for tensor in tensors:
         _left_behind[id(tensor)] = tensor
 
@@ -33,12 +33,12 @@ def is_left_behind(tensor: Tensor) -> bool:
 
 
 def refuse_survivors(recorder: Recorder) -> None:
-    """Raises `CaptureError` if anyone but the recorder still holds a recorded value; they hold it no longer then."""
+    """Raises `CaptureError` if anything but the recorder holds a recorded value, after removing the value there."""
     kept = _survivors(recorder)
     if not kept:
         return
     gc.collect()
-    kept = _survivors(recorder)  # what only garbage held is not kept
+    kept = _survivors(recorder)  # values in reference cycles are gone by now
     holders = release_survivors(recorder, kept)
     for tensor in kept:
         if id(tensor) in holders:
@@ -50,39 +50,39 @@ def refuse_survivors(recorder: Recorder) -> None:
 
 
 def _survivors(recorder: Recorder) -> list[Tensor]:
-    """The recorded values to which there are more references than the recorder's own."""
+    """The recorded values with more references than those of the recorder."""
     held = list(recorder.holds())
     known = Counter(map(id, held))
     values: dict[int, Tensor] = {
         id(value): value for value in held if isinstance(value, FakeTensor) and not recorder.was_given(value)
     }
     del held[:]
-    values[0] = torch.empty(0, device="meta")  # that nobody else holds
+    values[0] = torch.empty(0, device="meta")  # nothing else holds it
     counts = {key: getrefcount(value) - known[key] - _held_by_views(value) for key, value in values.items()}
     none = counts.pop(0)
     return [values[key] for key, count in counts.items() if count > none]
 
 
 def release_survivors(recorder: Recorder, kept: list[Tensor] | None = None) -> dict[int, str]:
-    """Take recorded values out of every list, dict, set and cell that holds them; by the id of a value, who did."""
+    """Remove recorded values from each list, dict, set and cell. Returns, by id of a value, what held it."""
     kept = _survivors(recorder) if kept is None else kept
-    own = recorder.containers() | {id(kept), id(locals())}
+    ours = recorder.containers() | {id(kept), id(locals())}
     found: dict[int, str] = {}
     for value in kept:
-        _release(value, own, found, id(value), 3)
+        _release(value, ours, found, id(value), 3)
     return found
 
 
-def _release(value: Any, own: set[int], found: dict[int, str], key: int, depth: int) -> None:
+def _release(value: Any, ours: set[int], found: dict[int, str], key: int, depth: int) -> None:
     for holder in gc.get_referrers(value):
-        if id(holder) in own or isinstance(holder, (FrameType, ModuleType)):
+        if id(holder) in ours or isinstance(holder, (FrameType, ModuleType)):
             continue
         if isinstance(holder, (list, deque, dict, set)) or type(holder) is CellType:
-            found.setdefault(key, _describe(holder, value, own))
+            found.setdefault(key, _describe(holder, value, ours))
             _remove(holder, value)
         elif depth:
             found.setdefault(key, f"a {type(holder).__name__}")
-            _release(holder, own | {id(holder)}, found, key, depth - 1)
+            _release(holder, ours | {id(holder)}, found, key, depth - 1)
 
 
 def _remove(holder: Any, value: Any) -> None:
@@ -102,22 +102,22 @@ def _remove(holder: Any, value: Any) -> None:
         holder.cell_contents = None
 
 
-def _describe(holder: Any, value: Any, own: set[int]) -> str:
+def _describe(holder: Any, value: Any, ours: set[int]) -> str:
     if type(holder) is CellType:
-        return f"a variable of {_owner(holder, own)}"
+        return f"a variable of {_owner(holder, ours)}"
     if isinstance(holder, dict):
         for key in holder:
             if holder[key] is value:
-                return f"{_owner(holder, own)}, as {key!r}"
-    return f"{_owner(holder, own)} (a {type(holder).__name__})"
+                return f"{_owner(holder, ours)}, as {key!r}"
+    return f"{_owner(holder, ours)} (a {type(holder).__name__})"
 
 
-def _owner(holder: Any, own: set[int], depth: int = 3) -> str:
-    """Who holds a container: a module's globals, an object's attribute, a function's closure."""
+def _owner(holder: Any, ours: set[int], depth: int = 3) -> str:
+    """Describe the owner of a container: a module's globals, an object's attribute, a function's closure."""
     if isinstance(holder, dict) and "__name__" in holder and "__builtins__" in holder:
         return f"the globals of {holder['__name__']}"
     for other in gc.get_referrers(holder):
-        if id(other) in own or isinstance(other, FrameType):
+        if id(other) in ours or isinstance(other, FrameType):
             continue
         if getattr(other, "__dict__", None) is holder:
             return f"a {type(other).__name__}"
@@ -127,7 +127,7 @@ def _owner(holder: Any, own: set[int], depth: int = 3) -> str:
                 where = f" of {other['__name__']}" if "__builtins__" in other else ""
                 return f"{names[0]}{where}"
         if type(other) is CellType and depth:
-            return f"a variable of {_owner(other, own, depth - 1)}"
+            return f"a variable of {_owner(other, ours, depth - 1)}"
         if isinstance(other, tuple):  # of cells
             function = next((f for f in gc.get_referrers(other) if getattr(f, "__closure__", None) is other), None)
             if function is not None:
@@ -136,7 +136,7 @@ def _owner(holder: Any, own: set[int], depth: int = 3) -> str:
 
 
 def _held_by_views(tensor: Tensor) -> int:
-    """How many references to a Python tensor stand for views of it; they are 0 or 1, and always 0 in older torches."""
+    """The number of references to a Python tensor that its views hold: 0 or 1; always 0 in older versions of torch."""
     return _COUNTED if _COUNTED and tensor._use_count() > 1 else 0
 
 

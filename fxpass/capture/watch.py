@@ -1,37 +1,36 @@
-"""Notice cheaply that Python state is no longer what it was: compare tables in C, look closely where they differ."""
+"""Notice changes of Python state cheaply: compare tables in C, and describe values only where tables differ."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from operator import attrgetter, itemgetter
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .reach import OPAQUE
+from .objects import FUNCTIONS
+from .reach import OPAQUE, inner
 
-DEPTH = 5  #: levels of containers and objects that are looked into
+DEPTH = 5  #: levels of containers and objects that are opened
 #: how names of attributes begin that mean nothing to a forward call, or that `structure` looks at by itself
 IRRELEVANT = ("_backward", "_state_dict", "_load_state", "_is_full_backward", "_non_persistent", "__annotat")
 IRRELEVANT += ("_parameters", "_buffers", "_modules")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 _OPAQUE = (nn.Module, *OPAQUE)
-_FUNCTIONS = (FunctionType, MethodType, functools.partial)
 
 #: id of a table -> the keys that the watched program writes to itself; None: all
 Ignored = Mapping[int, "set[Any] | None"]
 
 
 class Snapshot:
-    """Tables (dicts, lists, sets), variables of closures and arrays, as they were."""
+    """Copies of tables (dicts, lists, sets), of variables of closures, and of arrays."""
 
     def __init__(self, ignored: Ignored) -> None:
         self._ignored = ignored
-        self._order: dict[int, int] = {}  #: id of everything that was added -> its place
+        self._order: dict[int, int] = {}  #: id of each value that was added -> its index
         self._added: list[Any] = []
         self._live: list[Any] = []
         self._copies: list[Any] = []
@@ -43,7 +42,7 @@ class Snapshot:
         self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
 
     def add(self, value: Any, depth: int = DEPTH) -> None:
-        """Remember what of `value` can change while it stays the same object, and what it leads to."""
+        """Copy the contents of `value`, and of everything in it down to `depth` levels."""
         if isinstance(value, (*_PLAIN, *_OPAQUE)) or id(value) in self._order:
             return
         if self._ignored.get(id(value), ()) is None:
@@ -51,7 +50,7 @@ class Snapshot:
         if isinstance(value, np.ndarray):
             self._note(value)
             self._arrays.append((value, value.copy()))
-        elif isinstance(value, _FUNCTIONS):
+        elif isinstance(value, FUNCTIONS):
             self._note(value)
             self._add_function(value, depth)
         elif isinstance(value, tuple):
@@ -65,7 +64,7 @@ class Snapshot:
             self.add_table(state, depth)
 
     def add_table(self, table: Any, depth: int = DEPTH) -> None:
-        """Remember what a table holds; with `depth`, also what this leads to."""
+        """Copy a table, and everything in it down to `depth` levels."""
         self._note(table)
         keys = self._ignored.get(id(table)) or ()
         self.watch(table, keys)
@@ -75,7 +74,7 @@ class Snapshot:
                 self.add(item, depth - 1)
 
     def watch(self, table: Any, skipped: Iterable[Any] = ()) -> None:
-        """Notice that a table is touched, but leave it out of the description."""
+        """Copy a table, for `untouched` only: `describe` leaves it out."""
         copy = type(table)(table) if isinstance(table, (list, set)) else dict(table)
         self._live.append(table)
         self._copies.append(copy)
@@ -89,8 +88,8 @@ class Snapshot:
         if isinstance(function, FunctionType):
             self._functions.append(function)
             self._made.append(_made(function))
-        for part in parts_of(function):
-            if type(part) is not CellType:  # what a function was given is as near as the function itself
+        for part in inner(function).values():
+            if type(part) is not CellType:  # parts of a function count as one level with it
                 self.add(part, depth + 1 if isinstance(part, (dict, tuple)) else depth)
             elif self._ignored.get(id(part), ()) is not None and id(part) not in self._order:
                 self._note(part)
@@ -99,7 +98,7 @@ class Snapshot:
                 self.add(_content(part), depth)
 
     def untouched(self) -> bool:
-        """Whether nothing was set since; False says only that a closer look is needed."""
+        """Whether all copies are still equal. False may be wrong: then compare the results of `describe`."""
         for table, copy, key in self._skipped:
             if key in table:
                 copy[key] = table[key]
@@ -116,7 +115,7 @@ class Snapshot:
             return False
 
     def describe(self) -> list[Any]:
-        """All that was added, as it is now, as data that compares equal where a forward would do the same."""
+        """The present contents of everything added, as data. Equal data means that a forward behaves equally."""
         return list(map(self._described, self._added))
 
     def _described(self, value: Any) -> Any:
@@ -124,9 +123,9 @@ class Snapshot:
             return (value.shape, str(value.dtype), value.tobytes())
         if type(value) is CellType:
             return self.short(_content(value))
-        if isinstance(value, _FUNCTIONS):
+        if isinstance(value, FUNCTIONS):
             code = value.__code__ if isinstance(value, FunctionType) else type(value)
-            return (code, [self.short(part) for part in parts_of(value)])
+            return (code, [self.short(part) for part in inner(value).values()])
         if isinstance(value, Mapping):
             keys = self._ignored.get(id(value)) or ()
             return [(k, self.short(v)) for k, v in value.items() if k not in keys and not _is_irrelevant(k)]
@@ -135,7 +134,7 @@ class Snapshot:
         return set(value) if isinstance(value, set) else (type(value), self.short(vars(value)))
 
     def short(self, value: Any) -> Any:
-        """One value, by its number if it was added."""
+        """Describe one value; a value that was added by its number."""
         if isinstance(value, _PLAIN):
             return (type(value), value)
         if isinstance(value, nn.Module):
@@ -164,18 +163,8 @@ def _same_array(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
-def parts_of(function: Any) -> list[Any]:
-    """What a function, bound method or partial was given when it was made: closure, defaults, object, arguments."""
-    if isinstance(function, MethodType):
-        return [function.__self__, function.__func__]
-    if isinstance(function, functools.partial):
-        return [function.func, function.args, function.keywords]
-    given = (function.__defaults__, function.__kwdefaults__)
-    return [*(function.__closure__ or ()), *(each for each in given if each is not None)]
-
-
 class _Same:
-    """Equal only to the same object, which it keeps alive."""
+    """Compares an object by identity, and keeps it alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -1,7 +1,7 @@
-"""In-place writes become new values: after this every node of the recorded graph is a pure function.
+"""Replace in-place writes by new values, so that every node of the recorded graph is a pure function.
 
-Each tensor that shares written memory is known as a chain of views from a *base*. A write to one of them makes a new
-value for it and, backwards along its chain, a new base; a later read of any of them replays its chain on the newest.
+Each tensor that shares written memory is a chain of views from a *base*. A write to one of them makes a new value for
+it and, backwards along its chain, a new base. A later read of any of them replays its chain on the newest base.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Base:
 
 @dataclass
 class _Alias:
-    """A tensor on written memory: `base` seen through the chain of `views`."""
+    """A tensor that shares written memory: `base` after the chain of `views`."""
 
     base: _Base
     views: tuple[fx.Node, ...]  #: nodes of the old graph; each takes the one before (a getitem takes a list of views)
@@ -39,9 +39,9 @@ class _Alias:
 
 
 def functionalize(old: Recorder, results: list[fx.Node]) -> tuple[Recorder, list[fx.Node]]:
-    """`old` itself if nothing writes in place, else a recorder with an equal graph of pure operators; and its results.
+    """A recorder with an equal graph of pure operators, and its results; `old` itself if nothing writes in place.
 
-    An input that is written to has its newest value as a result. Raises `CaptureError` where a weight, buffer or
+    The result for an input that is written to is its last value. Raises `CaptureError` where a weight, buffer or
     attribute is written to.
     """
     if not old.writes:
@@ -61,7 +61,7 @@ def functionalize(old: Recorder, results: list[fx.Node]) -> tuple[Recorder, list
 
 
 def _target(write: fx.Node) -> fx.Node:
-    """What an in-place operator writes to."""
+    """The operand that an in-place operator writes to."""
     if "out" in write.kwargs:
         return write.kwargs["out"]  # type: ignore[return-value]
     return write.args[0]  # type: ignore[return-value]
@@ -90,7 +90,7 @@ class _Rewriter:
         return self._new, [self._new.node(self._read(node)) for node in results]
 
     def _copy(self, node: fx.Node) -> None:
-        """Any operator that writes nothing: a view of written memory becomes an alias, all else is copied."""
+        """Copy an operator that writes nothing; a view of written memory becomes an alias."""
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         shared = bool(self._written & set(memory_of(node.meta["val"])))
         if shared and source in self._aliases and (node.target is operator.getitem or kinds.aliases(node.target)):
@@ -103,7 +103,7 @@ class _Rewriter:
         self._hold(node)
 
     def _hold(self, node: fx.Node) -> None:
-        """A value of its own: the base of those that share its memory, if any of them is written to."""
+        """Store a value that is no view: if its memory is written to, it is the base of its views."""
         value = node.meta["val"]
         if self._written & set(memory_of(value)) and isinstance(value, Tensor):
             self._aliases[node] = _Alias(_Base(value), ())
@@ -115,7 +115,7 @@ class _Rewriter:
             return op(*args, **kwargs)
 
     def _read(self, node: fx.Node) -> Any:
-        """The value of an old node as it is now."""
+        """The present value of an old node."""
         if node not in self._aliases:
             return self._values[node]
         alias = self._aliases[node]
@@ -125,7 +125,7 @@ class _Rewriter:
         return alias.read
 
     def _replay(self, alias: _Alias) -> list[Any]:
-        """The base and what each view of the chain makes of it."""
+        """The base, and the value after each view of the chain."""
         values: list[Any] = [alias.base.value]
         for view in alias.views:
             if view.target is operator.getitem:
@@ -153,7 +153,7 @@ class _Rewriter:
         self._aliases[node] = alias  # an in-place operator returns what it wrote to
 
     def _pure(self, node: fx.Node, target: fx.Node) -> Tensor:
-        """The value that an in-place operator leaves in what it writes to."""
+        """Compute the value that an in-place operator writes."""
         op: Any = node.target
         like: Tensor = target.meta["val"]
         kwargs = {k: self._read(v) if isinstance(v, fx.Node) else v for k, v in node.kwargs.items() if k != "out"}
@@ -178,7 +178,7 @@ class _Rewriter:
 
 
 def _functional(op: Any, node: fx.Node) -> Any:
-    """The operator that returns what `op` would write."""
+    """The operator that returns the values that `op` writes."""
     packet = getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None)  # ATen's convention, in no schema
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
     for overload in () if packet is None else packet.overloads():
@@ -197,7 +197,7 @@ _RESHAPES = {aten.view, aten._unsafe_view, aten._reshape_alias, aten.unsqueeze, 
 
 
 def _undo(view: fx.Node, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The operator that makes `before` with the part that `view` shows replaced by `new`."""
+    """The operator that replaces the part of `before` that `view` selects by `new`."""
     args = view.args[1:]
     packet = view.target.overloadpacket
     if packet in _SCATTERS:
@@ -215,7 +215,7 @@ def _undo(view: fx.Node, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, .
 
 
 def _undo_part(view: fx.Node, index: int, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The same for one of the several views that `split` and `unbind` make."""
+    """The same for one of the views that `split` and `unbind` return."""
     packet = view.target.overloadpacket
     dim = view.args[2] if len(view.args) > 2 else view.kwargs.get("dim", 0)
     if packet is aten.unbind:

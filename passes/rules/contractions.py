@@ -3,9 +3,9 @@
 If a split letter is in the output, the output is split along it; operands without that letter are fetched whole. If the
 split letter is summed over, each rank computes a partial sum, and the ranks' sums are added (role `sum`).
 
-What is fetched for attention written by hand may be stale: the keys of a product whose result a softmax weighs, the
-values of a product with what a softmax has made. So may sums over tokens of products of two values that both have a row
-for each token, as in linear attention. Other products are never stale: nothing is known of how they use an operand.
+Three exchanges of hand-written attention may be stale: the keys of a product that leads to a softmax, the values of a
+product with the result of a softmax, and sums over tokens that both operands have, as in linear attention. Others are
+never stale, because nothing is known of how the product uses an operand.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ aten = torch.ops.aten
 def align(p: Partitioner, shape: tuple[int, ...], values: list[fx.Node]) -> tuple[Layout, list[fx.Node]]:
     """Bring operands that broadcast to `shape` to one layout: the most even one among the largest operands.
 
-    So a value that comes from few rows, unevenly shared, is cut again where it meets one of many rows.
+    So a value that was computed from few, unevenly divided rows is cut again where it is combined with a value of many
+    rows.
     """
 
     def out_layout(x: fx.Node) -> Layout | None:

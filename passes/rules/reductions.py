@@ -28,7 +28,7 @@ def _dims(dims: Any, ndim: int) -> list[int]:
 
 
 def _without(layout: Layout, dims: list[int], keepdim: bool) -> Layout:
-    """The layout after `dims`, none of which is split, are reduced."""
+    """The layout after a reduction over `dims`, none of which is split."""
     return layout.at(layout.axis - (0 if keepdim else sum(d < layout.axis for d in dims)))
 
 

@@ -1,7 +1,7 @@
 """Interpolation and adaptive pooling: a static linear map along each dim. The split dim is resampled first, by itself.
 
-What output row o sees, and with what weight, is read from the operator itself by applying it to an identity
-matrix. So nearest, linear, cubic, antialiased and area resampling are one rule.
+The operator is applied to an identity matrix, which gives the weight of each input row in each output row. So one rule
+covers nearest, linear, cubic, antialiased and area resampling.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Routing by activations: exact whatever the router decides, or refused with the line of the model."""
+"""Routing by activations is exact for all decisions of the router, or refused with the source line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Body = Callable[["Experts", Tensor, Tensor, Tensor], Tensor]
 
 
 class Experts(nn.Module):
-    """Tokens are given to the experts of their highest scores by a function of (module, tokens, weights, choices)."""
+    """Selects experts for each token by their scores; `body(module, tokens, weights, choices)` applies them."""
 
     def __init__(self, body: Body, experts: int, chosen: int) -> None:
         super().__init__()
@@ -144,12 +144,12 @@ def dispatched(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 
 
 def balanced(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
-    """The numbers of tokens are used as a tensor."""
+    """Uses the numbers of tokens as a tensor."""
     return x * (1 + i.view(-1).bincount(minlength=len(m.experts))[i[:, :1]] / 10)
 
 
 def bounded(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
-    """The bounds stay tensors."""
+    """Slices by bounds that stay tensors."""
     key, out, start = i.view(-1), torch.zeros_like(x), 0
     order, ends = key.argsort(), key.bincount(minlength=len(m.experts)).cumsum(0)
     for e, expert in enumerate(m.experts):
@@ -162,7 +162,7 @@ def bounded(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 
 
 def offset(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
-    """The bounds stay tensors, are computed from each other and read from views."""
+    """Slices by bounds that stay tensors, are computed from each other, and are read from views."""
     key, out = i.view(-1), torch.zeros_like(x)
     order, counts = key.argsort(), key.bincount(minlength=len(m.experts))
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])[:-1]
@@ -174,7 +174,7 @@ def offset(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 
 
 def paired(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
-    """The bounds stay tensors, and the first one is padding."""
+    """Slices by bounds that stay tensors, of which the first is padding."""
     key, out = i.view(-1), torch.zeros_like(x)
     order, ends = key.argsort(), F.pad(key.bincount(minlength=len(m.experts)).cumsum(0), (1, 0))
     for e, expert in enumerate(m.experts):
@@ -203,14 +203,14 @@ STYLES = [
 
 
 def inputs() -> list[Tensor]:
-    """Random tokens, and tokens that are all alike, so that most experts go without any."""
+    """Random tokens, and equal tokens, so that most experts get none."""
     generator = torch.Generator().manual_seed(1)
     mixed = [torch.randn(2, 6, WIDTH, generator=generator) for _ in range(6)]
     return mixed + [torch.randn(1, 1, WIDTH, generator=generator).expand(2, 6, WIDTH).contiguous() for _ in range(6)]
 
 
 @pytest.mark.parametrize("body", [*STYLES, balanced], ids=lambda body: body.__name__)
-def test_routing_is_exact_whatever_the_router_decides(body: Body) -> None:
+def test_routing_is_exact_for_all_decisions_of_the_router(body: Body) -> None:
     model = made(body)
     program = capture(model, torch.randn(2, 6, WIDTH))
     assert program.guards == ()
@@ -230,7 +230,7 @@ def test_any_number_of_experts_may_be_active(body: Body, experts: int, chosen: i
 
 
 def test_two_layers_of_two_experts_are_exact() -> None:
-    """In the second layer the model asks as many questions as without the answers in the first."""
+    """The answers in the first layer do not change the number of questions in the second."""
     model = nn.Sequential(made(counted, 2, 2), made(bounded, 2, 1), made(put_back, 2, 2)).eval()
     program = capture(model, torch.randn(2, 6, WIDTH))
     for x in inputs()[::4]:
@@ -250,8 +250,8 @@ def test_each_rank_routes_its_own_tokens(body: Body) -> None:
             torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_the_result_of_an_expert_for_tokens_of_other_experts_is_discarded() -> None:
-    """Not even if it is infinite."""
+def test_results_of_an_expert_for_unselected_tokens_are_discarded() -> None:
+    """Also infinite ones."""
 
     def body(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -296,7 +296,7 @@ def centred(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 
 
 def shifted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
-    """Cut one row after the end of an expert's."""
+    """Slices one row after the end of an expert's rows."""
     key = i.view(-1)
     order, end = key.argsort(), key.bincount(minlength=EXPERTS).cumsum(0)[0] + 1
     return x.index_add(0, order[:end] // CHOSEN, x[order[:end] // CHOSEN])
@@ -341,7 +341,7 @@ def overwritten(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
         (lambda m, x, w, i: x[i[:, 0] == 0] + x[i[:, 0] == 1], "rows of several selections"),
     ],
 )
-def test_routing_that_is_not_of_single_rows_is_refused_with_the_line(body: Any, message: str) -> None:
+def test_routing_that_mixes_rows_is_refused_with_the_source_line(body: Any, message: str) -> None:
     with pytest.raises(CaptureError) as caught:
         capture(made(body), torch.randn(2, 6, WIDTH))
     assert message in str(caught.value)
