@@ -315,6 +315,11 @@ def overwritten(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     return x.index_add(0, (order // CHOSEN)[:start], x[(order // CHOSEN)[:start]])
 
 
+def first(i: Tensor) -> Tensor:
+    """The tokens of the first expert."""
+    return torch.where(i == 0)[0]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -339,6 +344,18 @@ def overwritten(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
         (lambda m, x, w, i: x if (i == 0).sum() > 3 else -x, "more than whether there are any rows"),
         (lambda m, x, w, i: x * 2 if (i == 0).any() else x, "does something else"),
         (lambda m, x, w, i: x[i[:, 0] == 0] + x[i[:, 0] == 1], "rows of several selections"),
+        (lambda m, x, w, i: x.index_add(0, first(i), x[first(i)].flip(0)), "aten.flip.default is not known to treat"),
+        (
+            lambda m, x, w, i: x.scatter_reduce(0, first(i).view(-1, 1).repeat(1, WIDTH), x[first(i)], "amax"),
+            "reduces rows by another function than a sum",
+        ),
+        (lambda m, x, w, i: x + x[first(i)].repeat(2, 1).sum(), "repeats the selected rows"),
+        (lambda m, x, w, i: torch.cat([x[first(i)], x])[:1] + x, "a concatenation of rows whose number is unknown"),
+        (lambda m, x, w, i: x @ (x[first(i)].T @ x[first(i)]), "multiplies other than rows by a matrix"),
+        (lambda m, x, w, i: x + x[first(i)].view(-1)[:1], "merges the selected rows with another dim"),
+        (lambda m, x, w, i: x + x[first(i)][:, 0].argsort().sum(), "sorts selected rows"),
+        (lambda m, x, w, i: x.index_put((first(i) // 2,), x[first(i)]), "at other positions than their own"),
+        (lambda m, x, w, i: x.index_add(0, x[first(i)][:, 0].long() % 12, x[first(i)]), "at computed positions"),
     ],
 )
 def test_routing_that_mixes_rows_is_refused_with_the_source_line(body: Any, message: str) -> None:

@@ -276,6 +276,14 @@ def refused(model: nn.Module, *args: Any) -> str:
     return str(caught.value)
 
 
+SPARSE = torch.eye(6).to_sparse()
+
+
+@torch.library.custom_op("fxpass_test::fill", mutates_args={"x"})
+def fill(x: Tensor) -> None:
+    x.fill_(1)
+
+
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "buffer": (lambda m, x: m.count.add_(x[0]), "its own state in place: count"),
     "reassigned": (lambda m, x: (setattr(m, "count", m.count + 1), x + m.count)[1], "own state while it runs: count"),
@@ -292,6 +300,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     ),
     "batch norm": (lambda m, x: F.batch_norm(x, m.count, m.table, training=True), "training mode"),
     "strides": (lambda m, x: x.as_strided((3, 2), x.stride()), "depends on the order in memory"),
+    "layout": (lambda m, x: torch.sparse.mm(SPARSE, x.T).T, "a tensor with layout torch.sparse_coo"),
+    "resized": (lambda m, x: x.clone().unsqueeze_(0), "changes a tensor's shape in place"),
+    "custom write": (lambda m, x: (fill(y := x.clone()), y)[1], "writes in place and has no functional form"),
+    "windows": (lambda m, x: (y := x.clone(), y.unfold(1, 2, 2).mul_(2))[0], "which cannot be undone"),
     "other": (lambda m, x: x.undefined_attribute if torch.compiler.is_compiling() else x, "AttributeError"),
 }
 
