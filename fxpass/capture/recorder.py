@@ -193,7 +193,7 @@ class Recorder(TorchDispatchMode):
     def _fake_like(self, tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided:
             raise CaptureError(
-                f"a tensor with layout {tensor.layout} cannot be captured, at {self.current_line()}; make it dense first"
+                f"a tensor with layout {tensor.layout} cannot be captured, at {self.current_line()}; use to_dense()"
             )
         return self._new_fake((tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device))
 

@@ -16,6 +16,7 @@ SETTINGS = (
     "flops_total",
     "flops_per_rank",
     "state_bytes_per_rank",
+    "estimated",
     "uncounted",
 )
 LISTED = 12  #: so many exchanges of a kind are written out
