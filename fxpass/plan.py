@@ -24,6 +24,7 @@ from .inspect.exchanges import (
     planned_in,
     uncounted_in,
 )
+from .inspect.explain import explain
 from .inspect.html import plan_html
 from .inspect.networks import to_networkx
 from .inspect.record import Snapshot
@@ -34,6 +35,7 @@ from .ir.program import Program, exchanges_of, fingerprint
 from .ir.strategy import Strategy
 from .passes import Build, build
 from .passes.cost import TARGETS, Target, flops
+from .passes.cuts import Tried
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -54,12 +56,17 @@ class Plan:
     target: Target
     cuts: dict[str, Layout]  #: layouts of the cut values, by name of input or value
     seconds: dict[str, float]  #: wall time of `capture`, of `plan`, and of each pass of the latter
-    attempts: int = 0  #: number of candidates that the search for cuts tried
+    tried: tuple[Tried, ...] = ()  #: the candidates that the search for cuts judged, in order
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that the ranks must agree on."""
         return fingerprint(self.graph)
+
+    @property
+    def attempts(self) -> int:
+        """Number of candidates that the search for cuts judged."""
+        return len(self.tried)
 
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:
@@ -179,6 +186,17 @@ class Plan:
             rank=rank, model=model, stage="schedule", strategy=self.strategy.name,
         )  # fmt: skip
 
+    def explain(self, node: str, rank: int = 0) -> str:
+        """Why a node is as it is: its rule, where its split comes from, its exchanges, and what the search tried.
+
+        Args:
+            node: a node of the graph, an operator of the captured program, or an exchange (`x3.1`).
+
+        Raises:
+            ValueError: nothing has this name; the message suggests near ones.
+        """
+        return explain(self.program, self.snapshot(rank), node, self.strategy, self.tried)
+
     def to_networkx(self, rank: int = 0) -> nx.DiGraph[str]:
         """The graph of a rank as a networkx graph; `docs/inspect.md` lists the attributes of its nodes and edges.
 
@@ -258,7 +276,7 @@ def make_plan(
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
-        result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.attempts
+        result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.tried
     )
     if strict and plan.gathered:
         raise FallbackError(

@@ -21,7 +21,7 @@ from ..ir.strategy import Strategy
 from ..ir.verify import Stage, verify
 from .bucket import bucket
 from .cost import Target
-from .cuts import Candidate, choose_cuts
+from .cuts import Candidate, Tried, choose_cuts
 from .decompose import count_work
 from .displace import displace
 from .narrow import narrow
@@ -41,7 +41,7 @@ class Build:
     target: Target
     strategy: Strategy  #: freshness of each kind of exchange, and the windows of attention
     cuts: Mapping[str, Layout] = field(default_factory=dict)  #: by name of input or value
-    attempts: int = 0  #: number of candidates that the search tried
+    tried: tuple[Tried, ...] = ()  #: the candidates that the search judged
     best: Candidate | None = None  #: the winner of the search: a cache of `partition` and `trim` for its cuts
     graph: fx.Graph | None = None  #: the partitioned graph
 
@@ -68,7 +68,7 @@ def _normalize(build: Build) -> Build:
 
 def _cuts(build: Build) -> Build:
     found = choose_cuts(build.program.graph, build.program.inputs, build.world, build.target, RULES)
-    return replace(build, cuts=found.cuts, attempts=found.attempts, best=found.best)
+    return replace(build, cuts=found.cuts, tried=found.tried, best=found.best)
 
 
 def _partition(build: Build) -> Build:

@@ -65,17 +65,21 @@ class Cost:
     compute: float
     exchange: float
     flops_per_rank: tuple[int, ...]
+    received: int  #: bytes in an exact step, by the rank that receives most
 
     @property
     def seconds(self) -> float:
         return self.compute + self.exchange
 
 
-def exchange_seconds(graph: fx.Graph, world: int, target: Target) -> float:
-    total = 0.0
+def exchange_cost(graph: fx.Graph, world: int, target: Target) -> tuple[float, int]:
+    """Seconds of all exchanges in sequence, and the bytes of the rank that receives most."""
+    seconds, totals = 0.0, [0] * world
     for _, declared in exchanges_of(graph):
-        total += target.latency + max(sum(e.received(r) for e in declared) for r in range(world)) / target.link
-    return total
+        received = [sum(e.received(rank) for e in declared) for rank in range(world)]
+        seconds += target.latency + max(received) / target.link
+        totals = [total + count for total, count in zip(totals, received, strict=True)]
+    return seconds, max(totals)
 
 
 def cost(graph: fx.Graph, world: int, target: Target) -> Cost:
@@ -88,4 +92,5 @@ def cost(graph: fx.Graph, world: int, target: Target) -> Cost:
             work[rank] += added
             traffic[rank] += written
     compute = max(w / target.flops + 2 * t / target.memory for w, t in zip(work, traffic, strict=True))
-    return Cost(compute, exchange_seconds(graph, world, target), tuple(work))
+    seconds, received = exchange_cost(graph, world, target)
+    return Cost(compute, seconds, tuple(work), received)

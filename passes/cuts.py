@@ -55,11 +55,22 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """What the search found out about one set of cuts, without its graphs."""
+
+    cuts: tuple[tuple[str, Layout], ...]  #: by name of input or value
+    evenness: float  #: the speed-up that the division of work allows, as a share of the ideal
+    received: int  #: bytes in an exact step, by the rank that receives most
+    compute: float  #: seconds on the slowest rank, by the cost model
+    exchange: float  #: seconds of all exchanges in sequence
+
+
+@dataclass(frozen=True)
 class Found:
     """The result of the search."""
 
     cuts: Cuts
-    attempts: int = 0  #: number of candidates that were partitioned and judged
+    tried: tuple[Tried, ...] = ()  #: the candidates that were partitioned and judged, in order
     best: Candidate | None = None  #: the winner; None if nothing had to be searched
 
 
@@ -74,7 +85,7 @@ class Search:
     inputs: tuple[str, ...]
     total: int = 0
     best: Candidate | None = None
-    tried: set[tuple[tuple[str, Layout], ...]] = field(default_factory=set)
+    tried: dict[tuple[tuple[str, Layout], ...], Tried] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.total = flops(self.graph)
@@ -84,11 +95,12 @@ class Search:
         key = tuple(sorted(cuts.items(), key=lambda item: item[0]))
         if key in self.tried:
             return False
-        self.tried.add(key)
         partitioned = partition(self.graph, self.world, cuts, self.rules)
         trimmed = trim(partitioned, self.graph, self.world, self.rules)
         judged = cost(trimmed, self.world, self.target)
-        imbalance = _imbalance(self.world * max(judged.flops_per_rank) / self.total) if self.total else 0
+        share = self.world * max(judged.flops_per_rank) / self.total if self.total else 1.0
+        imbalance = _imbalance(share)
+        self.tried[key] = Tried(tuple(cuts.items()), 1 / share, judged.received, judged.compute, judged.exchange)
         candidate = Candidate(cuts, partitioned, trimmed, judged, imbalance)
         if self.best is None or candidate.rank < self.best.rank:
             self.best = candidate
@@ -150,7 +162,7 @@ def choose_cuts(
         return Found({})  # one rank, or nothing to compute: an empty batch
     search = Search(graph, world, target, rules, inputs)
     if search.run():
-        return Found(search.cuts, len(search.tried), search.best)
+        return Found(search.cuts, tuple(search.tried.values()), search.best)
     two = Search(graph, 2, target, rules, inputs)
     sizes = sorted({shape_of(node)[dim] for node, dim in _candidates(two)}, reverse=True)
     smaller = [size for size in sizes if size < world][:4]

@@ -9,13 +9,14 @@ import typer
 from ..console import Commands
 from .check import check
 from .dump import dump
+from .explain import explain
 from .generate import generate
 from .models import models
 from .plan import plan
 from .study import study
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (generate, plan, dump, check, study, models):
+for command in (generate, plan, dump, explain, check, study, models):
     app.command()(command)
 
 

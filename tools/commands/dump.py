@@ -56,7 +56,7 @@ def dump(
     from ...ir.strategy import Strategy
     from ...models.resolve import Options, resolve
     from .. import output as out
-    from .plan import check_target
+    from .plan import check_rank, check_target
 
     if diff is not None and after is not None:
         raise ValueError("--diff PASS says already after which pass; leave out --after")
@@ -67,8 +67,7 @@ def dump(
         raise ValueError(f"--diff shows what a pass changed, and nothing comes before {CAPTURED!r}")
     if diff is not None and format != "text":
         raise ValueError(f"--diff is text; it has no format {format!r}")
-    if rank >= world_size:
-        raise ValueError(f"there is no rank {rank}: ranks are counted from 0 to {world_size - 1}")
+    check_rank(rank, world_size)
     Strategy.of(strategy)
     check_target(target)
     out.check(output)

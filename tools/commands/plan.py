@@ -63,6 +63,12 @@ def make(model: str, world_size: int, strategy: str, target: str, options: Any, 
     return make_plan(program, world_size=world_size, strategy=chosen, target=target, strict=strict)
 
 
+def check_rank(rank: int, world_size: int) -> None:
+    """Raises `ValueError` unless there is such a rank."""
+    if rank >= world_size:
+        raise ValueError(f"there is no rank {rank}: ranks are counted from 0 to {world_size - 1}")
+
+
 def check_target(target: str) -> None:
     from ...passes.cost import TARGETS
 

@@ -1,0 +1,32 @@
+"""`fxpass explain MODEL NODE`: why a node is split as it is, and why it exchanges what it does."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
+
+
+def explain(
+    model: Model,
+    node: Annotated[
+        str, typer.Argument(metavar="NODE", help="A node of `fxpass dump`, or an exchange (x3.1).", show_default=False)
+    ],
+    world_size: World = 2,
+    rank: Annotated[int, typer.Option(min=0, help="Whose sizes and bytes.")] = 0,
+    strategy: StrategyName = "sync",
+    target: TargetName = "auto",
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    batch: Batch = None,
+) -> None:
+    """Explain a node: its rule, where its split comes from, its exchanges, and which cuts the search tried."""
+    from ...models.resolve import Options
+    from .plan import check_rank, make
+
+    check_rank(rank, world_size)
+    plan = make(model, world_size, strategy, target, Options(height, width, frames, batch))
+    typer.echo(plan.explain(node, rank))
