@@ -11,7 +11,7 @@ from .fold import Block, Group, fold, opened
 from .record import Node, Snapshot
 from .words import bytes_text, count_text, flops_text
 
-LIMIT = 300  #: of boxes
+LIMIT = 150  #: of boxes; more cannot be read
 MISSING = (
     "svg needs the program `dot` of Graphviz, which is not on the PATH: install it (apt install graphviz, brew install "
     "graphviz, or conda install graphviz), or use the format dot"
@@ -51,13 +51,14 @@ def dot(snapshot: Snapshot, limit: int = LIMIT) -> str:
 
     Modules that exchange nothing stay closed. The operators of an open module itself are boxes, too. Blue boxes receive
     something from other ranks; red ones hold an operator that could not be split. An arrow stands for all values that
-    go from one box to another.
+    go from one box to another; a dashed one leads to the next of equal modules that share a box.
     """
     drawing = _Drawing(snapshot, limit)
     title = f"{snapshot.model}, rank {snapshot.rank} of {snapshot.world}, after {snapshot.stage}".lstrip(", ")
     lines = ["digraph {", STYLE, f"  label={_quoted(title)};"]
     lines += drawing.lines()
-    lines += [f"  {_quoted(a)} -> {_quoted(b)};" for a, b in drawing.edges()]
+    for (a, b), repeats in drawing.edges().items():
+        lines.append(f"  {_quoted(a)} -> {_quoted(b)}{' [style=dashed, constraint=false]' if repeats else ''};")
     return "\n".join([*lines, "}"])
 
 
@@ -158,17 +159,27 @@ class _Drawing:
         colour = FALLBACK if self.fallen.intersection(ids) else EXCHANGE if ids else PLAIN
         return f"{_quoted(key)} [label={_quoted(chr(10).join(lines))}, fillcolor={_quoted(colour)}];"
 
-    def edges(self) -> list[tuple[str, str]]:
-        """From box to box, each once, in the order of the graph."""
-        found: dict[tuple[str, str], None] = {}
+    def edges(self) -> dict[tuple[str, str], bool]:
+        """From box to box, each once, in the order of the graph; whether all values go to the next of equal modules."""
+        found: dict[tuple[str, str], bool] = {}
         for node in self.snapshot.nodes:
             if node.kind not in ("weight", "constant"):
                 to = self.key(node)
                 for name in node.operands:
                     source = self.snapshot.by_name.get(name)
                     if source is not None and source.kind not in ("weight", "constant"):
-                        found[self.key(source), to] = None
-        return [(a, b) for a, b in found if a != b]
+                        edge = self.key(source), to
+                        found[edge] = found.get(edge, True) and self._repeats(source, node)
+        return {(a, b): repeats for (a, b), repeats in found.items() if a != b}
+
+    def _repeats(self, source: Node, node: Node) -> bool:
+        """Whether a value goes from one of equal neighbours to another one."""
+        if not source.path or not node.path:
+            return False
+        for a, b in zip(_around(source.path), _around(node.path), strict=False):
+            if a != b:
+                return self.alias.get(a, a) == self.alias.get(b, b)
+        return False
 
 
 def _phases(snapshot: Snapshot) -> dict[str, int]:
@@ -192,6 +203,12 @@ def _phases(snapshot: Snapshot) -> dict[str, int]:
             )
         found |= {name: phase[name] for name in own}
     return found
+
+
+def _around(path: str) -> list[str]:
+    """The paths of a module and of those around it, the outermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
 def _note_aliases(block: Block, alias: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ def boxes(text: str) -> dict[str, str]:
 
 
 def arrows(text: str) -> set[tuple[str, str]]:
-    return set(re.findall(r'^  "(.*?)" -> "(.*?)";$', text, re.MULTILINE))
+    return set(re.findall(r'^  "(.*?)" -> "(.*?)"(?: \[.*\])?;$', text, re.MULTILINE))
 
 
 def test_modules_are_boxes_with_their_exchanges_and_arrows_follow_the_values() -> None:
@@ -77,6 +77,21 @@ def test_equal_neighbours_are_one_box_for_all_of_them() -> None:
     text = dot(small("flux").snapshot())
     assert "2 x Linear\\nto_k, to_v\\n" in text
     assert not any(".to_v" in key for key in boxes(text))
+
+
+def test_a_dashed_arrow_leads_from_a_repeated_module_to_the_next() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()) for _ in range(4)))
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.blocks(sample) * timestep
+
+    text = dot(plan(Blocks().eval(), *inputs(), world_size=2).snapshot())
+    dashed = re.findall(r'"(.*)" -> "(.*)" \[style=dashed, constraint=false\]', text)
+    assert dashed == [("module blocks.1.1", "module blocks.1.0")]
+    assert ("module blocks.1.0", "module blocks.1.1") in arrows(text)
 
 
 def test_modules_that_exchange_nothing_stay_closed_unless_nothing_is_exchanged() -> None:

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from fxpass.inspect.record import ExchangeRecord, Node, Snapshot
-from fxpass.inspect.store import VERSION, from_json, to_json
+from fxpass.inspect.store import RECORDS, VERSION, from_json, to_json
 from fxpass.inspect.text import text
 from tests.inspect.plans import planned, small
 
@@ -29,6 +30,14 @@ def test_json_is_plain_and_has_all_fields() -> None:
     assert all(each.keys() == {f.name for f in fields(ExchangeRecord)} for each in data["exchanges"])
     cut = data["layouts"][data["cuts"][0]["layout"]]
     assert cut == {"dim": 2, "rows": [[[0, 8, 0, 1]], [[8, 8, 0, 1]]]}
+
+
+def test_the_documentation_lists_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    schema = page[page.index("## JSON") : page.index("## In Python")]
+    for record in (Snapshot, *RECORDS.values()):
+        missing = [each.name for each in fields(record) if f"`{each.name}`" not in schema]
+        assert not missing, f"{record.__name__}: {missing}"
 
 
 def test_a_field_of_a_later_fxpass_is_left_out() -> None:

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fxpass.inspect.store import from_json
 from fxpass.inspect.text import text
+from fxpass.tools.commands.app import app
 from fxpass.tools.output import write
 from tests.tools.command import fxpass
 
@@ -133,6 +135,25 @@ def test_a_diff_shows_an_operator_that_only_one_side_has() -> None:
     assert "linear(" not in text
 
 
+def test_a_diff_is_coloured_on_a_terminal_alone() -> None:
+    command = ["dump", GOOD, "--diff", "bucket", "--only", "exchanges"]
+    coloured = CliRunner().invoke(app, command, color=True).stdout
+    assert re.search(r"\x1b\[32m\+  exchange_2  one message of 2 values.*\x1b\[0m\n", coloured)
+    assert re.search(r"\x1b\[31m-.*x3\.0  getitem_3", coloured)
+    assert "\x1b" not in fxpass(*command).stdout
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*args: object, **kwargs: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("typer.echo", closed)
+    monkeypatch.setattr("os.dup2", lambda *args: None)
+    result = fxpass("dump", GOOD)
+    assert result.exit_code == 1
+    assert not result.stderr
+
+
 def test_json_that_dump_writes_loads_back(tmp_path: Path) -> None:
     fxpass("dump", GOOD, "-n", 3, "--rank", 1, "--format", "json", "--output", tmp_path / "new" / "dump.json")
     loaded = from_json((tmp_path / "new" / "dump.json").read_text())
@@ -169,6 +190,7 @@ def test_models_lists_the_catalog_and_the_small_models() -> None:
         (("plan", "small:unet_sd", "--strategy", "displced"), "did you mean 'displaced'?"),
         (("plan", "small:unet_sd", "--strategy", "ring"), "unknown strategy"),
         (("plan", "small:unet_sd", "--target", "tpu"), "the targets are auto, cpu, gpu"),
+        (("plan", GOOD, "--json", "tests"), "tests is a folder"),
         (("plan", GOOD, "-n", 17), "cannot be shared among 17 ranks"),
         (("plan", "tests.tools.models:uncapturable"), "models.py:"),
         (("dump", "small:unet_sd", "--after", "normalise"), "did you mean 'normalize'?"),

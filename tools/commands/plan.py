@@ -33,19 +33,19 @@ def plan(
 ) -> None:
     """Show how a model is split over ranks. Takes seconds and no memory for weights."""
     from ...models.resolve import Options
+    from .. import output
     from ..console import console
 
-    if to is not None and to != Path("-"):
-        to.parent.mkdir(parents=True, exist_ok=True)
+    output.check(to)
     made = make(model, world_size, strategy, target, Options(height, width, frames, batch), strict)
     text = json.dumps(made.describe(), indent=2)
     if to == Path("-"):
-        typer.echo(text)
+        output.write(to, text)
         return
     out = console()
     show(out, model, made)
     if to is not None:
-        to.write_text(text + "\n")
+        output.write(to, text)
         out.print(f"\nwritten to {to}")
 
 
