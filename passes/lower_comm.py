@@ -2,9 +2,10 @@
 
     ops.exchange, ops.wait  ->  pack, put, get, unpack; of displaced steps: witness, forecast, estimate, codes
 
-A put stands where the launch stood, a get where the wait stood. What a displaced step reads of earlier steps is state,
-or the message of the last step, which is still in its channel. An exchange node has one channel; where displaced steps
-send something else than exact ones (windows, codes) it has two.
+A put stands where the launch stood. In an exact step a get stands where the wait stood. In a displaced one it stands
+right before the put: it gets the message of the last step, which makes room for that of this step. What else a
+displaced step reads of earlier steps is state. An exchange node has one channel; where displaced steps send something
+else than exact ones (windows, codes) it has two.
 """
 
 from __future__ import annotations
@@ -24,34 +25,56 @@ from ..ir.fetch import Fetch
 from ..ir.merge import Moments
 from ..ir.nodes import append, append_copy
 from ..ir.program import specialize
-from ..ir.step import MODES, ChannelSpec, Mode, StateSpec, StepProgram
-
-PACE = "pace"  #: the placeholder of the step's length in units of the last one's, 0-dim float64
-STEPS = "steps"  #: the state that counts the steps of this context so far, 0-dim int64
+from ..ir.step import PACE, ChannelSpec, Mode, StateSpec, StepProgram, verify_step
 
 
-def lower_comm(graph: fx.Graph, rank: int) -> dict[Mode, StepProgram]:
-    """The step programs of rank `rank`. A mode that equals another is the same object.
+class StepPrograms:
+    """The step programs of one rank; each is made when it is first asked for.
 
     Args:
         graph: the scheduled graph for all ranks.
     """
-    local = specialize(graph, rank)
-    sites = _sites(local, rank)
-    channels = tuple(channel for site in sites.values() for channel in site.channels)
-    number = {channel.name: i for i, channel in enumerate(channels)}
-    state = (StateSpec(STEPS, (), torch.int64), *(spec for site in sites.values() for spec in site.state))
-    modes: tuple[Mode, ...] = MODES if any(site.stale for site in sites.values()) else ("exact",)
-    programs = {
-        mode: StepProgram(rank, mode, _Lowering(local, rank, mode, sites, number, state).run(), channels, state)
-        for mode in modes
-    }
-    if "first" in programs and all(site.wire is site.now for site in sites.values()):
-        programs["first"] = programs["steady"]
-    return programs
+
+    def __init__(self, graph: fx.Graph, rank: int) -> None:
+        self.rank = rank
+        self._local = specialize(graph, rank)
+        self._sites = {
+            node: _site(node, rank, i)
+            for i, node in enumerate(self._local.find_nodes(op="call_function", target=ops.exchange))
+        }
+        sites = self._sites.values()
+        self.channels = tuple(channel for site in sites for channel in site.channels)
+        self.state = tuple(spec for site in sites for spec in site.state)
+        self._apart = any(site.wire is not site.now for site in sites)
+        self._forecast = any(each.forecast or each.needs_sent for site in sites for each in site.exchanges)
+        self._made: dict[Mode, StepProgram] = {}
+
+    @property
+    def stale(self) -> bool:
+        """Whether displaced steps differ from exact ones."""
+        return any(site.stale for site in self._sites.values())
+
+    def canonical(self, mode: Mode) -> Mode:
+        """The mode whose program serves for `mode`: several have the same one if nothing tells them apart."""
+        if not self.stale:
+            return "exact"
+        if mode.endswith("unpaced") and not self._forecast:
+            mode = "first" if mode == "first unpaced" else "steady"
+        if not self._apart:
+            mode = {"first": "steady", "first unpaced": "steady unpaced"}.get(mode, mode)  # type: ignore[assignment]
+        return mode
+
+    def __getitem__(self, mode: Mode) -> StepProgram:
+        mode = self.canonical(mode)
+        if mode not in self._made:
+            numbers = {channel: i for i, channel in enumerate(self.channels)}
+            graph = _Lowering(self._local, self.rank, mode, self._sites, numbers, self.state).run()
+            self._made[mode] = program = StepProgram(self.rank, mode, graph, self.channels, self.state)
+            verify_step(program)
+        return self._made[mode]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Site:
     """An exchange node: its channels and its state on one rank."""
 
@@ -71,21 +94,13 @@ class _Site:
         return self.exchanges[0].fresh != "sync"
 
 
-def _sites(graph: fx.Graph, rank: int) -> dict[fx.Node, _Site]:
-    sites: dict[fx.Node, _Site] = {}
-    for node in graph.nodes:
-        if node.target is ops.exchange:
-            sites[node] = _site(node, rank, len(sites))
-    return sites
-
-
 def _site(node: fx.Node, rank: int, index: int) -> _Site:
     values, exchanges = node.args
     wires = tuple(each.wire for each in exchanges)  # type: ignore[union-attr]
     one = wires == exchanges
     stale = exchanges[0].fresh != "sync" and exchanges[0].repeated  # type: ignore[union-attr]
-    now = _channel(node.name, exchanges, late=stale and one)  # type: ignore[arg-type]
-    wire = now if one else _channel(f"{node.name}.displaced", wires, late=True)
+    now = _channel(node, exchanges, late=stale and one)  # type: ignore[arg-type]
+    wire = now if one else _channel(node, wires, late=True, suffix=".displaced")
     state: list[StateSpec] = []
     names: list[dict[str, str]] = []
     for i, (x, each) in enumerate(zip(values, exchanges, strict=True)):  # type: ignore[arg-type]
@@ -95,9 +110,9 @@ def _site(node: fx.Node, rank: int, index: int) -> _Site:
     return _Site(rank, exchanges, now, wire, tuple(state), tuple(names))  # type: ignore[arg-type]
 
 
-def _channel(name: str, exchanges: tuple[Exchange, ...], late: bool) -> ChannelSpec | None:
+def _channel(node: fx.Node, exchanges: tuple[Exchange, ...], late: bool, suffix: str = "") -> ChannelSpec | None:
     silent = not any(each.messages for each in exchanges)
-    return None if silent else ChannelSpec(name, exchanges, late)
+    return None if silent else ChannelSpec(node.name + suffix, node.meta.get("path", ""), exchanges, late)
 
 
 def _state_shapes(exchange: Exchange, rank: int, own: tuple[int, ...], one: bool) -> dict[str, tuple[int, ...]]:
@@ -137,7 +152,7 @@ class _Lowering:
         rank: int,
         mode: Mode,
         sites: dict[fx.Node, _Site],
-        channels: dict[str, int],
+        channels: dict[ChannelSpec, int],
         state: Iterable[StateSpec],
     ) -> None:
         self.source = source
@@ -150,6 +165,8 @@ class _Lowering:
         self.env: dict[fx.Node, Any] = {}
         self.held: dict[str, fx.Node] = {}  #: placeholders of the state
         self.after: dict[str, fx.Node] = {}  #: new values of the state
+        self.last: dict[_Site, list[fx.Node]] = {}  #: what was got before a put: the messages of the last step
+        self.paced = not mode.endswith("unpaced")
         self.node: fx.Node | None = None  #: being lowered
 
     def run(self) -> fx.Graph:
@@ -181,13 +198,6 @@ class _Lowering:
         for spec in self.state:
             meta = {"shape": spec.shape, "local_shape": spec.shape, "dtype": spec.dtype}
             self.held[spec.name] = self._placeholder(spec.name, meta)
-        steps = self.held[STEPS]
-        self.after[STEPS] = self._emit(torch.ops.aten.add.Tensor, steps, 1)
-        if self.mode != "exact":
-            paced = self._emit(torch.ops.aten.ne.Scalar, self.pace, 0)
-            twice = self._emit(torch.ops.aten.ge.Scalar, steps, 2)
-            #: whether two earlier steps exist, and how long this one is in units of the last
-            self.ready = self._emit(torch.ops.aten.logical_and.default, paced, twice)
 
     def _placeholder(self, name: str, meta: dict[str, Any]) -> fx.Node:
         node = self.graph.create_node("placeholder", name, name=name)
@@ -205,15 +215,33 @@ class _Lowering:
         site = self.sites[node]
         values = [self.env[value] for value in node.args[0]]  # type: ignore[union-attr]
         if not site.stale or self.mode == "exact":
+            if self._keeps_last(site):
+                self.last[site] = self._get(site.now, site.exchanges, values)
             self._put(site.now, site.exchanges, values)
         elif site.exchanges[0].repeated:
             wires = [each.wire for each in site.exchanges]
+            if site.now is site.wire or not self.mode.startswith("first"):
+                self.last[site] = self._get(site.wire, wires, values)
             self._put(site.wire, wires, [self._outgoing(site, i, x) for i, x in enumerate(values)])
+
+    def _keeps_last(self, site: _Site) -> bool:
+        """Whether an exact step keeps the last step's message, which its channel holds, for forecasts."""
+        return any("before" in names and "received" not in names for names in site.names)
 
     def _put(self, channel: ChannelSpec | None, exchanges: Iterable[Exchange], values: list[fx.Node]) -> None:
         if channel is not None:
             packed = [self._emit(comm.pack, x, each, self.rank) for x, each in zip(values, exchanges, strict=True)]
-            self._emit(comm.put, tuple(packed), self.channels[channel.name])
+            self._emit(comm.put, tuple(packed), self.channels[channel])
+
+    def _get(self, channel: ChannelSpec | None, exchanges: Iterable[Exchange], values: list[fx.Node]) -> list[fx.Node]:
+        """Receive buffers; where nothing travels they have no others' rows."""
+        if channel is None:
+            return [
+                self._emit(torch.ops.aten.new_empty.default, x, list(received_shape(each, self.rank)))
+                for x, each in zip(values, exchanges, strict=True)
+            ]
+        buffers = self._emit(comm.get, self.channels[channel])
+        return [self._emit(operator.getitem, buffers, i) for i in range(len(channel.exchanges))]
 
     def _outgoing(self, site: _Site, i: int, x: fx.Node) -> fx.Node:
         """What a displaced step sends of `x`."""
@@ -225,49 +253,33 @@ class _Lowering:
         return self._emit(operator.getitem, codes, 0)
 
     def _wait(self, launch: fx.Node) -> list[fx.Node]:
-        """The results of an exchange node, and what is kept of it."""
+        """The results of an exchange node; keeps what later steps read of it."""
         site = self.sites[launch]
         values = [self.env[value] for value in launch.args[0]]  # type: ignore[union-attr]
-        if self.mode == "exact" or not site.stale:
-            received = self._get(site.now, site, values, 0)
-            if site.stale:
-                late = self._get(site.now, site, values, 1) if self._reads_last(site) else received
-                for i, each in enumerate(site.exchanges):
-                    self._keep_exact(site, i, each, values[i], received[i], late[i])
-            return [
-                self._emit(comm.unpack, x, part, each, self.rank)
-                for x, part, each in zip(values, received, site.exchanges, strict=True)
-            ]
-        received = self._last(site, values)
-        return [self._displaced(site, i, each, values[i], received[i]) for i, each in enumerate(site.exchanges)]
+        if self.mode != "exact" and site.stale:
+            received = self._earlier(site, values)
+            return [self._displaced(site, i, each, values[i], received[i]) for i, each in enumerate(site.exchanges)]
+        received = self._get(site.now, site.exchanges, values)
+        if site.stale:
+            last = self.last.get(site, received)
+            for i, each in enumerate(site.exchanges):
+                self._keep_exact(site, i, each, values[i], received[i], last[i])
+        return [
+            self._emit(comm.unpack, x, part, each, self.rank)
+            for x, part, each in zip(values, received, site.exchanges, strict=True)
+        ]
 
-    def _reads_last(self, site: _Site) -> bool:
-        """Whether an exact step keeps the last step's message, which its channel holds, for forecasts."""
-        return any("before" in names and "received" not in names for names in site.names)
-
-    def _get(self, channel: ChannelSpec | None, site: _Site, values: list[fx.Node], age: int) -> list[fx.Node]:
-        if channel is None:
-            empty = [received_shape(each, self.rank) for each in site.exchanges]
-            return [
-                self._emit(torch.ops.aten.new_empty.default, x, list(shape))
-                for x, shape in zip(values, empty, strict=True)
-            ]
-        buffers = self._emit(comm.get, self.channels[channel.name], age)
-        return [self._emit(operator.getitem, buffers, i) for i in range(len(channel.exchanges))]
-
-    def _last(self, site: _Site, values: list[fx.Node]) -> list[fx.Node]:
+    def _earlier(self, site: _Site, values: list[fx.Node]) -> list[fx.Node]:
         """What the others sent at the last step, or at the last exact one."""
-        names = [each.get("received") for each in site.names]
-        held = [None if name is None else self.held[name] for name in names]
         if site.exchanges[0].fresh == "local":
             return values  # not read
-        if all(part is not None for part in held) and (self.mode == "first" or site.exchanges[0].fresh == "frozen"):
-            return held  # type: ignore[return-value]
-        arrived = self._get(site.wire, site, values, 1)
-        for i, (each, name, part) in enumerate(zip(site.exchanges, names, held, strict=True)):
+        if site not in self.last:
+            return [self.held[each["received"]] for each in site.names]
+        arrived = self.last[site]
+        for i, (each, names) in enumerate(zip(site.exchanges, site.names, strict=True)):
             if isinstance(each, Fetch) and each.bits:
-                assert name is not None
-                arrived[i] = self.after[name] = self._emit(comm.decode_change, arrived[i], part, each)
+                name = names["received"]
+                arrived[i] = self.after[name] = self._emit(comm.decode_change, arrived[i], self.held[name], each)
         return arrived
 
     def _keep_exact(self, site: _Site, i: int, each: Exchange, x: fx.Node, received: fx.Node, last: fx.Node) -> None:
@@ -275,7 +287,7 @@ class _Lowering:
 
         Where displaced steps send codes, the value of the step before an exact one is known only if that was exact as
         well; else `before` is one step older. Forecasts do not read it then: a generation begins with an exact step,
-        and `pace` is 0 at its second step.
+        and its second step is unpaced.
         """
         names = site.names[i]
         if "received" in names:
@@ -293,7 +305,7 @@ class _Lowering:
     def _remember(self, names: dict[str, str], each: Exchange, x: fx.Node) -> fx.Node | None:
         """Keep the own value, or the part on which a trend is measured, which is returned."""
         if "sent" in names:
-            self.after[names["sent"]] = x
+            self.after[names["sent"]] = self._emit(torch.ops.aten.clone.default, x)
         if "last" not in names:
             return None
         now = self._emit(comm.witness, x, each.steady)
@@ -306,22 +318,17 @@ class _Lowering:
         names, steady = site.names[i], each.steady
         if each.fresh == "local":
             return self._emit(comm.local, x, each, self.rank)
-        estimated = isinstance(each, Moments) and each.needs_sent and each.counts[self.rank] > 0
-        if estimated:
-            sent = self.held[names["sent"]]
-            before = self.held[names["before"]] if "before" in names else received
-            args = (x, received, sent, before, self.ready, self.pace)
-            result = self._emit(comm.estimate, *args, each, self.rank)
+        now = self._remember(names, each, x) if each.repeated else None
+        if isinstance(each, Moments) and each.needs_sent and each.counts[self.rank] > 0:
+            paced = self.paced and "before" in names
+            before, pace = (self.held[names["before"]], self.pace) if paced else (received, 0.0)
+            result = self._emit(comm.estimate, x, received, self.held[names["sent"]], before, pace, each, self.rank)
         else:
             part = received
-            if "last" in names:
-                now = self._emit(comm.witness, x, steady)
-                held = [self.held[names[what]] for what in ("before", "last", "older")]
-                before, last, older = held
-                part = self._emit(comm.forecast, received, before, now, last, older, self.ready, steady)
+            if now is not None and self.paced:
+                before, last, older = (self.held[names[what]] for what in ("before", "last", "older"))
+                part = self._emit(comm.forecast, received, before, now, last, older, steady)
             result = self._emit(comm.unpack, x, part, steady, self.rank)
-        if each.repeated:
-            if "before" in names:
-                self.after[names["before"]] = received
-            self._remember(names, each, x)
+        if each.repeated and "before" in names:
+            self.after[names["before"]] = received
         return result

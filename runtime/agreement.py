@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..ir.merge import Merged
+from ..ir.step import ChannelSpec
 from .board import Board
-from .collectives import Collectives
 from .errors import DisagreementError
-from .executor import PlanLike, Step
-from .interpreter import Site
+from .executor import PlanLike
+from .network import Network
 
 WEIGHT_SAMPLES = 4096  #: elements compared per weight
 INPUT_SAMPLES = 64  #: elements compared per input
@@ -69,19 +70,27 @@ class InputCheck:
     """
 
     def __init__(
-        self, links: Collectives, paths: Sequence[str], inputs: Sequence[Tensor], device: torch.device
+        self,
+        network: Network,
+        paths: Sequence[str],
+        inputs: Sequence[Tensor],
+        device: torch.device,
+        traffic: Counter[str],
     ) -> None:
         self._device = device
         self._watched = [i for i, tensor in enumerate(inputs) if tensor.numel()]
         self._paths = [paths[i] for i in self._watched]
         self._counts = [len(_sample(inputs[i], INPUT_SAMPLES)) for i in self._watched]
-        told = Merged("inputs", (sum(self._counts) + 1,), torch.float32, links.board.world)
-        session = links.open([Site(0, "inputs", "", (told,))], device)
-        (self._way,) = (link.now for link in session.links.values())
-        self._board = links.board
+        samples = Merged("inputs", (sum(self._counts) + 1,), torch.float32, network.board.world)
+        spec = ChannelSpec("inputs", "", (samples,), late=False)
+        self._channel = network.open([spec], device)[0]
+        self._rank = network.board.rank
+        self._received = samples.received(self._rank)
+        self._board = network.board
+        self._traffic = traffic
         self._last: Tensor | None = None
 
-    def call(self, inputs: Sequence[Tensor], step: Step) -> None:
+    def call(self, inputs: Sequence[Tensor], exact: bool) -> None:
         """Compare the last call's inputs, and send samples of this call's.
 
         Raises:
@@ -90,29 +99,30 @@ class InputCheck:
         """
         self._compare("at the call before this one")
         samples = [x for i in self._watched for x in _sample(inputs[i], INPUT_SAMPLES)]
-        self._last = torch.tensor([*samples, float(step.exact)], dtype=torch.float32)
-        self._way.send([self._last.to(self._device)])
+        self._last = torch.tensor([*samples, float(exact)], dtype=torch.float32)
+        payload = self._last.to(self._device)
+        self._channel.put([[None if dst == self._rank else payload for dst in range(self._board.world)]])
+        self._traffic["inputs"] += self._received
         self._board.check_more = self._check_now
 
     def close(self) -> None:
         """Wait for the message in flight."""
         if self._last is not None:
             self._last = None
-            self._way.receive()
-            self._way.done()
+            self._channel.close()
 
     def _check_now(self) -> None:
         """During a wait: compare this call's inputs as soon as all samples have arrived."""
-        if self._last is not None and self._way.arrived():
+        if self._last is not None and self._channel.ready():
             self._compare("at this call")
 
     def _compare(self, when: str) -> None:
         if self._last is None:
             return
         mine, self._last = self._last, None
-        parts = [mine if told[0] is None else told[0].cpu().clone() for told in self._way.receive()]
-        self._way.done()
-        values = [part.split([*self._counts, 1]) for part in parts]
+        (samples,) = self._channel.get()
+        samples[self._rank] = mine
+        values = [part.split([*self._counts, 1]) for part in samples.cpu()]
         advice = "every rank must be given the same whole inputs (does each seed its generator alike?)"
         for rank, (*theirs, exact) in enumerate(values):
             for path, first, other in zip(self._paths, values[0], theirs, strict=False):

@@ -13,14 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ir.program import specialize
 from .agreement import InputCheck, agree
 from .board import Board
-from .collectives import Collectives, Sessions
 from .errors import DisagreementError, RankError
-from .executor import Bound, PlanLike, Report, Step, device_of
-from .interpreter import RankProgram
-from .runner import Runner
+from .executor import PlanLike, Report, Step, device_of
+from .network import Network
+from .step_runner import StepRunner
 
 #: executors made by this process, by their member ranks; all members make them in the same order
 _counts: Counter[tuple[int, ...]] = Counter()
@@ -79,14 +77,11 @@ class DistributedExecutor:
         self.compile = compile
         self._group = group
         self._board: Board | None = None
-        self._links: Collectives | None = None
+        self._network: Network | None = None
+        self.traffic: Counter[str] = Counter()
         self._plans = 0
         self._calls = 0
         self.ended: str | None = None  #: why this rank can make no further call
-
-    @property
-    def traffic(self) -> Counter[str]:
-        return self._links.traffic if self._links else Counter()
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> DistributedPlan:
         """Load a plan; compare it with the other ranks first. The first plan connects the ranks."""
@@ -94,12 +89,14 @@ class DistributedExecutor:
         board = self._join(device)
         self._plans += 1
         agree(board, self._plans, plan, weights, inputs)
-        if self._links is None:
-            self._links = Collectives(*self._connected(device, board), board)
-        code = RankProgram.of(specialize(plan.graph, board.rank), board.rank)
-        sessions = Sessions(self._links, code.sites, device)
-        watch = InputCheck(self._links, plan.program.input_paths, inputs, device)
-        return DistributedPlan(self, self._links, Bound.of(code, plan.program, device), sessions, watch)
+        if self._network is None:
+            self._network = Network(*self._connected(device, board), board)
+        network = self._network
+        watch = InputCheck(network, plan.program.input_paths, inputs, device, self.traffic)
+        runner = StepRunner.of(
+            plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=self.compile
+        )
+        return DistributedPlan(self, runner, watch)
 
     def begin(self, device: torch.device) -> None:
         """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
@@ -119,7 +116,7 @@ class DistributedExecutor:
         self.ended = f"{' … '.join([lines[0], lines[-1]] if len(lines) > 1 else lines)}; {advice}"
 
     def close(self) -> None:
-        self._links = None
+        self._network = None
         if self._board:
             self._board.check_more = None
         self.ended = self.ended or "it was closed"
@@ -171,15 +168,10 @@ class DistributedExecutor:
 class DistributedPlan:
     """A plan loaded on this rank."""
 
-    def __init__(
-        self, executor: DistributedExecutor, links: Collectives, bound: Bound, sessions: Sessions, watch: InputCheck
-    ) -> None:
-        self.watch = watch
+    def __init__(self, executor: DistributedExecutor, runner: StepRunner, watch: InputCheck) -> None:
         self.executor = executor
-        self.links = links
-        self.bound = bound
-        self.sessions = sessions
-        self.runner = Runner(bound.code, executor.compile)
+        self.runner = runner
+        self.watch = watch
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The flat outputs, the same on every rank.
@@ -189,14 +181,14 @@ class DistributedPlan:
             DisagreementError: the ranks were given different inputs, at this call or the last one.
         """
         try:
-            self.watch.call(inputs, step)
+            self.watch.call(inputs, step.exact)
         except DisagreementError:  # no message of this call is in flight
             raise
         except BaseException as error:
             self.executor.broke(error)
             raise
         try:
-            return self.runner.run(self.bound.values(weights, inputs), self.sessions.at(step), step)
+            return self.runner.run(weights, inputs, step.context, self.runner.mode(step), step.pace)
         except BaseException as error:
             self.executor.broke(error)
             raise
@@ -210,6 +202,6 @@ class DistributedPlan:
             return
         try:
             self.watch.close()
-            self.sessions.close()
+            self.runner.close()
         except RankError as error:
             self.executor.broke(error)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.program import Program
-from .interpreter import RankProgram
 
 
 @dataclass(frozen=True)
@@ -106,30 +105,6 @@ class Executor(Protocol):
     def close(self) -> None:
         """Release all resources. May be called twice."""
         ...
-
-
-@dataclass(eq=False)
-class Bound:
-    """A rank's program with its constants on the device, to be called with weights and inputs."""
-
-    code: RankProgram
-    constants: list[Tensor]
-    order: list[int]  #: for each placeholder, its index in weights + constants + inputs
-
-    @staticmethod
-    def of(code: RankProgram, program: Program, device: torch.device) -> Bound:
-        names = [*program.weights, *program.constants, *program.inputs]
-        place = {name: i for i, name in enumerate(names)}
-        unknown = [name for name in code.placeholders if name not in place]
-        if unknown:
-            raise ValueError(f"the plan's graph has placeholders that its program does not know: {unknown}")
-        constants = [constant.to(device) for constant in program.constants.values()]
-        return Bound(code, constants, [place[name] for name in code.placeholders])
-
-    def values(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """One value per placeholder."""
-        pool = [*weights, *self.constants, *inputs]
-        return [pool[i] for i in self.order]
 
 
 def device_of(tensors: Sequence[Tensor]) -> torch.device:

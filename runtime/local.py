@@ -7,12 +7,12 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from .board import Board
-from .collectives import Collectives
+from .network import Network
 
 HOST = "127.0.0.1"
 
 
-def connect(store: Store, board: Board) -> Collectives:
+def connect(store: Store, board: Board) -> Network:
     """Make gloo groups between the ranks of `board` on this machine. The default process group is left to the user.
 
     Raises:
@@ -25,4 +25,4 @@ def connect(store: Store, board: Board) -> Collectives:
     def group(name: str) -> ProcessGroupGloo:
         return board.watched(lambda: ProcessGroupGloo(PrefixStore(name, store), board.rank, board.world, options))
 
-    return Collectives(group("group"), group("urgent"), True, board)
+    return Network(group("group"), group("urgent"), True, board)

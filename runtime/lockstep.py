@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..ir.exchange import Exchange, Payloads
-from ..ir.program import specialize
-from .executor import EXACT, Bound, PlanLike, Report, Step, device_of
-from .interpreter import Act, RankProgram, Run, Site, take_all
-from .past import Past, copied, results_now, retained
-from .runner import Runner
-
-#: (exchange node, exchange, source rank, destination rank, payload) -> what arrives instead
-Tamper = Callable[[str, Exchange, int, int, Tensor], Tensor]
+from ..ir.step import ChannelSpec
+from .channels import Channel, InProcessChannel, Tamper, TamperedChannel
+from .executor import EXACT, PlanLike, Report, Step, device_of
+from .step_code import Run
+from .step_runner import StepRunner
 
 
 class LockstepExecutor:
@@ -65,20 +62,26 @@ class LockstepExecutor:
 
 
 class LockstepPlan:
-    """A plan with the programs of all its ranks."""
+    """A plan with the runners of all its ranks."""
 
     def __init__(self, executor: LockstepExecutor, plan: PlanLike, inputs: Sequence[Tensor]) -> None:
         self.executor = executor
+        self.device = device_of(inputs)
+        self.world = plan.world_size
+        self._ends: list[list[Channel]] = []  #: of the context that is opened
+        others: Counter[str] = Counter()  # what all ranks but the first receive is not counted
         self.ranks = [
-            Bound.of(
-                RankProgram.of(specialize(plan.graph, rank), rank, check=executor.check),
-                plan.program,
-                device_of(inputs),
+            StepRunner.of(
+                plan,
+                rank,
+                partial(self._open, rank),
+                self.device,
+                others if rank else executor.traffic,
+                compile=executor.compile,
+                check=executor.check,
             )
             for rank in range(plan.world_size)
         ]
-        self.alone = Runner(self.ranks[0].code, True) if executor.compile else None
-        self.pasts: dict[int, dict[int, list[Past]]] = {}  #: by context and place of the site: one per rank
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """Rank 0's outputs."""
@@ -88,106 +91,68 @@ class LockstepPlan:
         """The outputs of every rank.
 
         Raises:
-            AssertionError: the ranks are not at the same exchange, or a payload has not the declared shape.
+            AssertionError: every rank waits for another one, or a payload has not the declared shape.
         """
-        if self.alone is not None:
-            return [self.alone.run(self.ranks[0].values(weights, inputs), Silent(), step)]
-        runs = [rank.code.run(rank.values(weights, inputs)) for rank in self.ranks]
-        while True:
-            outputs, requests = _advance(runs)
-            if outputs is not None:
-                return outputs
-            act, site, _ = requests[0]
-            for rank, (other, there, _) in enumerate(requests):
-                if (other, there.name, there.exchanges) != (act, site.name, site.exchanges):
-                    raise AssertionError(f"rank 0 is at {act} {site.name}, rank {rank} at {other} {there.name}")
-            if act == "wait":
-                boxes = [box for _, _, box in requests]
-                results = self._exchange(site, [take_all(box) for box in boxes], step)
-                for box, each in zip(boxes, results, strict=True):
-                    box[:] = each
+        try:
+            modes = [rank.mode(step) for rank in self.ranks]
+            assert len(set(modes)) == 1
+            channels = [rank.channels(step.context) for rank in self.ranks]
+            runs = [rank.start(weights, inputs, step.context, modes[0], step.pace) for rank in self.ranks]
+            return [outputs for outputs, _ in run_in_turns(runs, channels)]
+        except BaseException:
+            self._forget()  # some ranks have put more messages than others
+            raise
 
     @property
     def compiled(self) -> Sequence[Report]:
-        return self.alone.reports if self.alone else []
+        return []
 
     def release(self) -> None:
+        self._forget()
         self.ranks = []
-        self.pasts = {}
 
-    def _exchange(self, site: Site, values: list[list[Tensor]], step: Step) -> list[list[Tensor]]:
-        """The results of each rank."""
-        if not site.stale:
-            received = self._delivered(site, values)
-            return [results_now(site, rank, own, received[rank]) for rank, own in enumerate(values)]
-        pasts = self.pasts.setdefault(step.context, {}).setdefault(site.index, [Past() for _ in values])
-        results = []
-        if not step.exact:
-            results = [past.results(site, rank, values[rank], step.pace) for rank, past in enumerate(pasts)]
-        if step.exact or site.repeated:
-            if step.exact:
-                received = self._delivered(site, values)
-            else:
-                sent = [past.outgoing(site, rank, values[rank]) for rank, past in enumerate(pasts)]
-                received = self._delivered(site.wire, sent)
-            for rank, (past, own) in enumerate(zip(pasts, values, strict=True)):
-                here = received[rank]
-                past.arrived(site, copied(retained(site, rank, here) if step.exact else past.decoded(site, here)))
-                past.remember(site, own)
-                if step.exact:
-                    past.all_known(site, rank, own)
-            if step.exact:
-                results = [results_now(site, rank, own, received[rank]) for rank, own in enumerate(values)]
-        return results
+    def _open(self, rank: int, specs: Sequence[ChannelSpec]) -> list[Channel]:
+        """Called for rank 0 first: it opens the ends of all ranks."""
+        if rank == 0:
+            ends = [InProcessChannel.of_all_ranks(spec, self.world, self.device) for spec in specs]
+            self._ends = [[self._tampered(of_ranks[r]) for of_ranks in ends] for r in range(self.world)]
+        return self._ends[rank]
 
-    def _delivered(self, site: Site, boxes: list[list[Tensor]]) -> list[list[Payloads]]:
-        """By receiving and sending rank, the payload of each exchange."""
-        ranks = range(len(boxes))
-        received: list[list[Payloads]] = [[[] for _ in ranks] for _ in ranks]
-        for i, exchange in enumerate(site.exchanges):
-            sent = [exchange.pack(src, boxes[src][i]) for src in ranks]
-            for dst in ranks:
-                for src in ranks:
-                    payload = None if src == dst else self._carry(site, exchange, src, dst, sent[src][dst])
-                    received[dst][src].append(payload)
-            self.executor.traffic[exchange.role] += exchange.received(0)
-        return received
+    def _tampered(self, channel: InProcessChannel) -> Channel:
+        return TamperedChannel(channel, self.executor.tamper) if self.executor.tamper else channel
 
-    def _carry(self, site: Site, exchange: Exchange, src: int, dst: int, payload: Tensor | None) -> Tensor | None:
-        if payload is None:
-            assert exchange.numel(src, dst) == 0, f"{site.name}: rank {src} sends nothing to rank {dst}"
-            return None
-        declared = exchange.payload_shape(src, dst)
-        if tuple(payload.shape) != declared or payload.dtype != exchange.dtype:
-            raise AssertionError(
-                f"{site.name}: rank {src} sends {payload.dtype} {tuple(payload.shape)} to rank {dst}, "
-                f"{exchange} declares {exchange.dtype} {declared}"
-            )
-        return self.executor.tamper(site.name, exchange, src, dst, payload) if self.executor.tamper else payload
+    def _forget(self) -> None:
+        for rank in self.ranks:
+            rank.close()
 
 
-class Silent:
-    """What a single rank exchanges: nothing."""
+def run_in_turns(runs: Sequence[Run], channels: Sequence[Sequence[Channel]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """One step of all ranks: each runs until it needs what another has not put yet. Returns (outputs, state) of each.
 
-    def launch(self, site: Site, values: list[Tensor]) -> None:
-        raise AssertionError(f"a single rank launches {site.name}")
-
-    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
-        raise AssertionError(f"a single rank waits for {site.name}")
-
-
-Request = tuple[Act, Site, list[Tensor]]
-
-
-def _advance(runs: list[Run]) -> tuple[list[list[Tensor]] | None, list[Request]]:
-    """Take every rank to its next launch or wait: (outputs, []) if all have ended, else (None, where they stand)."""
-    outputs: list[list[Tensor]] = []
-    requests: list[Request] = []
-    for run in runs:
-        try:
-            requests.append(next(run))
-        except StopIteration as stop:
-            outputs.append(stop.value)
-    if outputs and requests:
-        raise AssertionError(f"{len(outputs)} ranks have ended, the others are at {requests[0][1].name}")
-    return (outputs, []) if outputs else (None, requests)
+    Raises:
+        AssertionError: every rank waits for another one.
+    """
+    results: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    at: dict[int, int | None] = dict.fromkeys(range(len(runs)))  #: the channel at whose get a rank waits
+    while len(results) < len(runs):
+        moved = False
+        for rank, ends in enumerate(channels):
+            if rank in results:
+                continue
+            waiting = at[rank]
+            while waiting is None or ends[waiting].ready():
+                moved = True
+                received = None if waiting is None else ends[waiting].get()
+                try:
+                    act, channel, packed = runs[rank].send(received)
+                except StopIteration as stop:
+                    results[rank] = stop.value
+                    break
+                waiting = None
+                if act == "put":
+                    ends[channel].put(packed)
+                else:
+                    waiting = channel
+            at[rank] = waiting
+        assert moved, f"every rank waits for another one, at channels {sorted({*at.values()} - {None})}"
+    return [results[rank] for rank in range(len(runs))]

@@ -1,19 +1,18 @@
-"""What ranks send each other at an exchange node, laid out in bytes.
+"""What ranks send each other on a channel, laid out in bytes.
 
-All payloads that one rank sends to another at a node travel as one message, whatever their number and dtype: a buffer
-of bytes, each payload on a multiple of 16. Sizes follow from the declarations and are never sent.
+All payloads that one rank sends to another travel as one message, whatever their number and dtype: a buffer of bytes,
+each payload on a multiple of 16. Sizes follow from the declarations and are never sent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..ir.exchange import Exchange, Payloads, dense_strides
-from .interpreter import Site
+from ..ir.step import ChannelSpec
 
 ALIGNMENT = 16  #: bytes
 
@@ -45,7 +44,7 @@ class Slot:
 
 
 class Message:
-    """What rank `src` sends to rank `dst` at a node."""
+    """What rank `src` sends to rank `dst` on a channel."""
 
     def __init__(self, exchanges: tuple[Exchange, ...], src: int, dst: int) -> None:
         self.slots: list[Slot | None] = []
@@ -77,48 +76,12 @@ class Message:
 
 
 class Route:
-    """The messages of one exchange node, as one rank sees them."""
+    """The messages of one channel, as one rank sees them."""
 
-    def __init__(self, site: Site, rank: int, world: int) -> None:
-        self.site = site
+    def __init__(self, spec: ChannelSpec, rank: int, world: int) -> None:
+        self.spec = spec
         self.rank = rank
         self.world = world
         others = [r for r in range(world) if r != rank]
-        self.outgoing = {dst: Message(site.exchanges, rank, dst) for dst in others}
-        self.incoming = {src: Message(site.exchanges, src, rank) for src in others}
-        self.received = [(exchange.role, exchange.received(rank)) for exchange in site.exchanges]
-        ranks = range(world)
-        self.silent = not any(e.numel(src, dst) for e in site.exchanges for src in ranks for dst in ranks)
-
-    def __str__(self) -> str:
-        where = f" in {self.site.path}" if self.site.path else ""
-        return f"{self.site.name}{where} ({', '.join(map(str, self.site.exchanges))})"
-
-
-class Lane(Protocol):
-    """One exchange node's way to the other ranks. Each run is one `send`, one `receive` and one `done`."""
-
-    @property
-    def lasting(self) -> bool:
-        """Whether what was received stays as it is after `done`; it keeps the memory of all that came with it."""
-        ...
-
-    def send(self, packed: list[Payloads]) -> None:
-        """Launch; waits at most for readers of the run before the last. `packed`: of each exchange, by destination."""
-        ...
-
-    def arrived(self) -> bool:
-        """Whether `receive` would return at once."""
-        ...
-
-    def receive(self) -> list[Payloads]:
-        """By source, the payload of each exchange (nothing from the own rank); good until `done`.
-
-        Raises:
-            RankError: another rank failed, left, or did not answer in time.
-        """
-        ...
-
-    def done(self) -> None:
-        """What was received has been used."""
-        ...
+        self.outgoing = {dst: Message(spec.exchanges, rank, dst) for dst in others}
+        self.incoming = {src: Message(spec.exchanges, src, rank) for src in others}

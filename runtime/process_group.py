@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..ir.exchange import Exchange, Payloads
 from .board import POLL, Board
+from .channels import assembled, no_message
 from .messages import Buffer, Message, Route
 
 SMALL = 1 << 16  #: bytes; up to here gloo (not NCCL) is faster at an all-to-all than at an all-gather (0.6 and 1.0 ms)
@@ -27,14 +29,14 @@ def gathered(exchanges: tuple[Exchange, ...], world: int) -> int:
 
 
 def padding(exchanges: tuple[Exchange, ...], rank: int, world: int) -> int:
-    """Bytes of padding that a rank receives at a node through NCCL."""
+    """Bytes of padding that a rank receives of a message through NCCL."""
     blob = gathered(exchanges, world)
     sizes = [blob or Message(exchanges, src, rank).size for src in range(world) if src != rank]
     return sum(sizes) - sum(each.received(rank) for each in exchanges)
 
 
-class GroupLane:
-    """The lane of one exchange node through a process group.
+class GroupChannel:
+    """A channel through a process group.
 
     Args:
         group: a `ProcessGroup` or one of its backends.
@@ -42,8 +44,6 @@ class GroupLane:
         blocking: the group moves host memory, and its `wait` blocks the host (gloo) with a timeout, so that the board
             can be checked.
     """
-
-    lasting = True  # each run allocates its own buffers
 
     def __init__(self, route: Route, group: Any, device: torch.device, blocking: bool, board: Board) -> None:
         self.route = route
@@ -53,16 +53,17 @@ class GroupLane:
         self.blocking = blocking
         self.board = board
         rank, world = route.rank, route.world
-        self.blob = gathered(route.site.exchanges, world)
+        self.blob = gathered(route.spec.exchanges, world)
         self.gather = self.blob > (SMALL if blocking else 0)
         self.sends = [route.outgoing[r].size if r != rank else 0 for r in range(world)]
         self.receives = [route.incoming[r].size if r != rank else 0 for r in range(world)]
         # where each rank's message begins in the receive buffer
         self.starts = [self.blob * r for r in range(world)] if self.gather else [*accumulate([0, *self.receives[:-1]])]
-        self._work: Any = None
-        self._arriving: Tensor | None = None
+        self._work: Any = None  #: of the message in flight
+        self._arriving: Tensor | None = None  #: the message put last
 
-    def send(self, packed: list[Payloads]) -> None:
+    def put(self, packed: Sequence[Payloads]) -> None:
+        self.close()
         rank, world = self.route.rank, self.route.world
         if self.gather:
             other = (rank + 1) % world
@@ -80,35 +81,41 @@ class GroupLane:
             self._work = self.group.alltoall_base(receive, send.to(self.host), self.receives, self.sends)
         self._arriving = receive
 
-    def arrived(self) -> bool:
-        return self._work is not None and self._work.is_completed()
+    def ready(self) -> bool:
+        return self._work is None or self._work.is_completed()
 
-    def receive(self) -> list[Payloads]:
-        assert self._arriving is not None, "nothing was sent"
-        self._wait()
+    def get(self) -> list[Tensor]:
+        route = self.route
+        if self._arriving is None:
+            return no_message(route.spec, route.rank, self.device)
+        self.close()
         buffer = Buffer(self._arriving.to(self.device))
-        self._work = self._arriving = None
-        nothing: Payloads = [None] * len(self.route.site.exchanges)
-        return [
-            nothing if src == self.route.rank else self.route.incoming[src].read(buffer, start)
+        if not route.spec.late:
+            self._arriving = None
+        nothing: Payloads = [None] * len(route.spec.exchanges)
+        arrived = [
+            nothing if src == route.rank else route.incoming[src].read(buffer, start)
             for src, start in enumerate(self.starts)
         ]
+        return assembled(route.spec, route.rank, arrived, self.device)
 
-    def done(self) -> None:
-        pass
-
-    def _wait(self) -> None:
+    def close(self) -> None:
+        """Wait for the message in flight."""
+        if self._work is None:
+            return
         if not self.blocking:
             self._work.wait()  # orders the streams; the group's own timeout applies
+            self._work = None
             return
         deadline = time.monotonic() + self.board.timeout
         while True:
             try:
                 self._work.wait(timedelta(seconds=POLL))
+                self._work = None
                 return
             except RuntimeError as error:
                 if self._work.is_completed():
                     raise self.board.lost(error) from error
             self.board.check()
             if time.monotonic() > deadline:
-                raise self.board.timed_out(str(self.route))
+                raise self.board.timed_out(str(self.route.spec))

@@ -6,10 +6,10 @@ straight into memory that its readers have mapped, and they unpack it from there
 Each rank creates one file per plan and context, which the others map. The file has no name (a memfd, opened through
 its owner's /proc entry), so that no file is left behind however the processes end::
 
-    token | per node: `sent`, `read` | node 0: two buffers | node 1: two buffers | …
+    token | per channel: `sent`, `read` | channel 0: two buffers | channel 1: two buffers | …
 
-`sent` counts the runs whose messages are complete, `read` those whose messages to this rank have been used. Two
-buffers alternate, so that a rank may send run t+1 while another still reads run t.
+`sent` is the number of the last message that is complete, `read` that of the last one that this rank has used. The two
+buffers alternate, so that a rank may write message n + 1 while another still reads message n.
 
 The owner holds a lock on its file, which the kernel releases when the process ends: so the others notice that.
 """
@@ -30,11 +30,13 @@ import torch
 from torch import Tensor
 
 from ..ir.exchange import Payloads
+from ..ir.step import ChannelSpec
 from .board import POLL, Board
-from .interpreter import Site
+from .channels import assembled
 from .memory import check_available
 from .messages import Buffer, Message, Route
 
+CPU = torch.device("cpu")
 TOKEN = 16  #: random bytes that identify a file: another container may have a process and a file of the same numbers
 FLAG = 64  #: bytes per flag: a cache line, so that ranks that poll do not slow down those that write
 SPINS = 200  #: reads of a flag before a wait yields the processor
@@ -46,17 +48,17 @@ DISABLE = "FXPASS_SHM_DISABLE"  #: environment variable; set to 1 to use gloo be
 class FileLayout:
     """The layout of a rank's file, which every rank computes for every other."""
 
-    def __init__(self, sites: Sequence[Site], rank: int, world: int) -> None:
-        self.places: list[dict[int, tuple[Message, tuple[int, int]]]] = []  #: by node and reader: message, two offsets
-        self.size = TOKEN + FLAG * (2 * len(sites) + 1)
+    def __init__(self, specs: Sequence[ChannelSpec], rank: int, world: int) -> None:
+        self.places: list[dict[int, tuple[Message, tuple[int, int]]]] = []  #: by channel and reader: message, 2 offsets
+        self.size = TOKEN + FLAG * (2 * len(specs) + 1)
         self.size += -self.size % FLAG
-        for site in sites:
+        for spec in specs:
             readers = [r for r in range(world) if r != rank]
             place: dict[int, tuple[Message, tuple[int, int]]] = {}
-            if readers and all(exchange.broadcast for exchange in site.exchanges):
-                place = dict.fromkeys(readers, self._room(Message(site.exchanges, rank, readers[0])))
+            if readers and all(exchange.broadcast for exchange in spec.exchanges):
+                place = dict.fromkeys(readers, self._room(Message(spec.exchanges, rank, readers[0])))
             else:
-                place = {r: self._room(Message(site.exchanges, rank, r)) for r in readers}
+                place = {r: self._room(Message(spec.exchanges, rank, r)) for r in readers}
             self.places.append(place)
 
     def _room(self, message: Message) -> tuple[Message, tuple[int, int]]:
@@ -84,32 +86,30 @@ class MappedFile:
         return True
 
 
-def sent_flag(node: int) -> int:
-    return (TOKEN + FLAG - TOKEN % FLAG) // 8 + 2 * node * FLAG // 8
+def sent_flag(channel: int) -> int:
+    return (TOKEN + FLAG - TOKEN % FLAG) // 8 + 2 * channel * FLAG // 8
 
 
-def read_flag(node: int) -> int:
-    return sent_flag(node) + FLAG // 8
+def read_flag(channel: int) -> int:
+    return sent_flag(channel) + FLAG // 8
 
 
-class MemoryLane:
-    """The lane of one exchange node through shared memory."""
-
-    lasting = False  # the run after the next reuses the buffer
+class MemoryChannel:
+    """A channel through shared memory."""
 
     def __init__(
-        self, node: int, route: Route, files: Sequence[MappedFile], layouts: Sequence[FileLayout], board: Board
+        self, index: int, route: Route, files: Sequence[MappedFile], layouts: Sequence[FileLayout], board: Board
     ) -> None:
         self.route = route
         self.board = board
-        self.run = 0
+        self.number = 0  #: of the message put last
         self.mine = files[route.rank]
-        self.sent, self.read = sent_flag(node), read_flag(node)
+        self.sent, self.read = sent_flag(index), read_flag(index)
         self.readers = [files[dst] for dst, message in route.outgoing.items() if message.size]
         self.writers = [files[src] for src, message in route.incoming.items() if message.size]
-        places = layouts[route.rank].places[node]
+        places = layouts[route.rank].places[index]
         once = {offsets: dst for dst, (_, offsets) in places.items()}  # a broadcast is written once
-        nothing: Payloads = [None] * len(route.site.exchanges)
+        nothing: Payloads = [None] * len(route.spec.exchanges)
         self.outgoing: list[list[tuple[Tensor, int, int]]] = []  #: by buffer: (where to, exchange, destination)
         self.incoming: list[list[Payloads]] = []  #: by buffer and source
         for turn in (0, 1):
@@ -123,29 +123,30 @@ class MemoryLane:
             )
             self.incoming.append([nothing] * route.world)
             for src in route.incoming:
-                message, offsets = layouts[src].places[node][route.rank]
+                message, offsets = layouts[src].places[index][route.rank]
                 self.incoming[turn][src] = message.read(files[src].buffer, offsets[turn])
 
-    def send(self, packed: list[Payloads]) -> None:
-        self.run += 1
+    def put(self, packed: Sequence[Payloads]) -> None:
+        self.mine.flags[self.read] = self.number  # the last message is not read after this
+        self.number += 1
         for reader in self.readers:  # until it has used the last message in this buffer
-            self._wait(reader, self.read, self.run - 2)
-        for view, i, dst in self.outgoing[self.run % 2]:
+            self._wait(reader, self.read, self.number - 2)
+        for view, i, dst in self.outgoing[self.number % 2]:
             payload = packed[i][dst]
             assert payload is not None
             view.copy_(payload)
-        self.mine.flags[self.sent] = self.run
+        self.mine.flags[self.sent] = self.number
 
-    def arrived(self) -> bool:
-        return all(writer.flags[self.sent] >= self.run for writer in self.writers)
+    def ready(self) -> bool:
+        return all(writer.flags[self.sent] >= self.number for writer in self.writers)
 
-    def receive(self) -> list[Payloads]:
+    def get(self) -> list[Tensor]:
         for writer in self.writers:
-            self._wait(writer, self.sent, self.run)
-        return self.incoming[self.run % 2]
+            self._wait(writer, self.sent, self.number)
+        return assembled(self.route.spec, self.route.rank, self.incoming[self.number % 2], CPU)
 
-    def done(self) -> None:
-        self.mine.flags[self.read] = self.run
+    def close(self) -> None:
+        pass
 
     def _wait(self, other: MappedFile, flag: int, count: int) -> None:
         """Wait until a flag of another rank reaches `count`."""
@@ -167,11 +168,11 @@ class MemoryLane:
                 if other.ended() and flags[flag] < count:
                     raise self.board.lost(f"the process of rank {other.rank} has ended")
                 if now - began > self.board.timeout:
-                    raise self.board.timed_out(str(self.route))
+                    raise self.board.timed_out(str(self.route.spec))
 
 
-def open_lanes(sites: Sequence[Site], routes: Sequence[Route], board: Board, number: int) -> list[MemoryLane] | None:
-    """Open lanes for the nodes of a plan; None if some rank cannot map the memory of another. All ranks call it.
+def open_channels(specs: Sequence[ChannelSpec], board: Board, number: int) -> list[MemoryChannel] | None:
+    """Open the channels of a context; None if some rank cannot map the memory of another. All ranks call it.
 
     Args:
         number: counts these calls, the same on all ranks.
@@ -180,7 +181,7 @@ def open_lanes(sites: Sequence[Site], routes: Sequence[Route], board: Board, num
         OSError: the machine has not enough memory left for the files of all ranks.
         RankError: a rank failed or did not arrive.
     """
-    layouts = [FileLayout(sites, rank, board.world) for rank in range(board.world)]
+    layouts = [FileLayout(specs, rank, board.world) for rank in range(board.world)]
     check_available(
         sum(layout.size for layout in layouts),
         f"a call (its context is number {number}) with two buffers for each message of {board.world} ranks",
@@ -197,7 +198,8 @@ def open_lanes(sites: Sequence[Site], routes: Sequence[Route], board: Board, num
     if not all(map(json.loads, seen)):
         return None
     with torch.inference_mode(False):  # later calls write to the views, also outside inference mode
-        return [MemoryLane(node, route, files, layouts, board) for node, route in enumerate(routes)]
+        routes = [Route(spec, board.rank, board.world) for spec in specs]
+        return [MemoryChannel(index, route, files, layouts, board) for index, route in enumerate(routes)]
 
 
 def _all_gather(board: Board, key: str, text: str) -> list[str]:

@@ -33,18 +33,19 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed import PrefixStore, TCPStore
 
-from ..ir.program import specialize
+from ..ir.step import Mode
+from ..passes.lower_comm import StepPrograms
 from .board import GRACE, POLL, Board
-from .collectives import Collectives, Sessions
 from .errors import RankError
-from .executor import Bound, PlanLike, Report, Step
-from .interpreter import RankProgram
+from .executor import PlanLike, Report, Step
 from .local import HOST, connect
 from .memory import check_shm
+from .network import Network
 from .operators import refuse_script
-from .runner import Runner
-from .wire import Channel, ClosedError, raise_file_limit
+from .step_runner import LoadedPlan, StepRunner, coder, placeholders
+from .wire import ClosedError, Connection, raise_file_limit
 
+CPU = torch.device("cpu")
 START = 300.0  #: seconds allowed for starting a worker or loading a plan, which import torch and users' modules
 
 
@@ -63,19 +64,16 @@ class SpawnExecutor:
         self.compile = compile
         self.threads = _threads(world_size)
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._channels: list[Channel] = []
-        self._links: Collectives | None = None
+        self._connections: list[Connection] = []
+        self._network: Network | None = None
+        self.traffic: Counter[str] = Counter()
         self._store: TCPStore | None = None
         self._sent: dict[str, Tensor] = {}  # weights that the workers have; kept alive so that no address is reused
         self._plans: dict[int, SpawnPlan] = {}
         self._numbers = 0
         self._calls = 0
         self.ended: str | None = None  #: why the workers have ended, if they have
-        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self._channels)
-
-    @property
-    def traffic(self) -> Counter[str]:
-        return self._links.traffic if self._links else Counter()
+        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self._connections)
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> SpawnPlan:
         """Send every worker its program.
@@ -92,32 +90,27 @@ class SpawnExecutor:
                     f"`torchrun --nproc-per-node {self.world_size} …` (executor='distributed')"
                 )
         refuse_script({node.target for node in plan.graph.nodes if isinstance(node.target, OpOverload)})
-        links = self._started()
-        names = list(plan.program.weights.values())
+        network = self._started()
         with self._ending("in an earlier call"):
-            return self._load(plan, links, names, weights, inputs)
+            return self._load(plan, network, weights, inputs)
 
-    def _load(
-        self, plan: PlanLike, links: Collectives, names: list[str], weights: Sequence[Tensor], inputs: Sequence[Tensor]
-    ) -> SpawnPlan:
+    def _load(self, plan: PlanLike, network: Network, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> SpawnPlan:
+        names = list(plan.program.weights.values())
         self._share(names, weights)
         self._numbers += 1
-        code = RankProgram.of(specialize(plan.graph, 0), 0)
-        bound = Bound.of(code, plan.program, torch.device("cpu"))
-        size = sum(tensor.nbytes for tensor in (*bound.constants, *inputs))
+        constants = list(plan.program.constants.values())
+        size = sum(tensor.nbytes for tensor in (*constants, *inputs))
         check_shm(size, "sharing this call's inputs and the model's constants")
         with torch.inference_mode(False):  # later calls write to them, also outside inference mode
             shared = [torch.empty_like(tensor) for tensor in inputs]
-        tensors = [*bound.constants, *shared]
-        for rank, channel in enumerate(self._channels, 1):
-            code = RankProgram.of(specialize(plan.graph, rank), rank)
-            order = Bound.of(code, plan.program, torch.device("cpu")).order
-            sources = [names[i] if i < len(names) else i - len(names) for i in order]
-            channel.send(("load", self._numbers, code, sources, tensors, self.compile))
+        for rank, connection in enumerate(self._connections, 1):
+            steps = StepPrograms(plan.graph, rank)
+            loaded = LoadedPlan(placeholders(plan.program), names, constants, shared, steps.channels, steps.state)
+            connection.send(("load", self._numbers, loaded))
         self._answers(START)
-        loaded = SpawnPlan(self, self._numbers, bound, links, names, shared)
-        self._plans[self._numbers] = loaded
-        return loaded
+        runner = StepRunner.of(plan, 0, lambda specs: network.open(specs, CPU), CPU, self.traffic, compile=self.compile)
+        self._plans[self._numbers] = found = SpawnPlan(self, self._numbers, plan, runner, shared)
+        return found
 
     def begin(self, device: torch.device) -> None:
         if self.ended:
@@ -132,7 +125,7 @@ class SpawnExecutor:
         self._finalizer()
         self._plans.clear()
         self._sent.clear()
-        self._links = self._store = None
+        self._network = self._store = None
 
     def run(self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """Rank 0's outputs, once all ranks are done. If a rank fails, all workers end.
@@ -145,13 +138,26 @@ class SpawnExecutor:
             for buffer, tensor in zip(plan.shared, inputs, strict=True):
                 buffer.copy_(tensor)
             self._calls += 1
-            plan.links.board.call = self._calls
-            for channel in self._channels:
-                channel.send(("run", plan.number, self._calls, step))
+            assert self._network is not None
+            self._network.board.call = self._calls
+            mode = plan.runner.mode(step)
+            self._send_code(plan, mode)
+            for connection in self._connections:
+                connection.send(("run", plan.number, self._calls, step.context, mode, step.pace))
             with _computing_with(self.threads):
-                outputs = plan.runner.run(plan.bound.values(weights, inputs), plan.sessions.at(step), step)
+                outputs = plan.runner.run(weights, inputs, step.context, mode, step.pace)
             self._answers(self.timeout)
         return outputs
+
+    def _send_code(self, plan: SpawnPlan, mode: Mode) -> None:
+        """Send the workers the code of a mode, if they do not have it."""
+        if mode in plan.sent:
+            return
+        for rank, connection in enumerate(self._connections, 1):
+            code = coder(StepPrograms(plan.plan.graph, rank), compile=self.compile)(mode)
+            connection.send(("code", plan.number, mode, code))
+        self._answers(START)
+        plan.sent.add(mode)
 
     def release(self, plan: SpawnPlan) -> None:
         """Remove a plan from the workers, and the weights that no other plan uses."""
@@ -162,15 +168,15 @@ class SpawnExecutor:
         for name in unused:
             del self._sent[name]
         try:
-            for channel in self._channels:
-                channel.send(("release", plan.number, unused))
-            plan.sessions.close()
+            for connection in self._connections:
+                connection.send(("release", plan.number, unused))
+            plan.runner.close()
         except (ClosedError, RankError):  # the next call raises, with the reason
             return
 
-    def _started(self) -> Collectives:
-        if self._links is not None:
-            return self._links
+    def _started(self) -> Network:
+        if self._network is not None:
+            return self._network
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.threads),
@@ -184,13 +190,13 @@ class SpawnExecutor:
                 self.processes.append(
                     subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
                 )
-            self._channels.append(Channel(ours))
+            self._connections.append(Connection(ours))
         with self._ending("at their start"):
             self._answers(START)
             board = Board(PrefixStore("board", self._store), 0, self.world_size, self.timeout)
             board.check_more = self._look
-            self._links = connect(self._store, board)
-        return self._links
+            self._network = connect(self._store, board)
+        return self._network
 
     def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
         """Send the weights that the workers do not have: first all, later those whose memory or layout changed."""
@@ -200,14 +206,14 @@ class SpawnExecutor:
             for name, weight in zip(names, weights, strict=True)
             if name not in sent or _place(sent[name]) != _place(weight)
         }
-        if not new or not self._channels:
+        if not new or not self._connections:
             return
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in new.values()}
         size = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
         check_shm(size, "sharing this model's weights")
         raise_file_limit(len(storages))
-        for channel in self._channels:
-            channel.send(("weights", new))
+        for connection in self._connections:
+            connection.send(("weights", new))
         sent.update(new)
 
     def _answers(self, seconds: float) -> None:
@@ -217,12 +223,12 @@ class SpawnExecutor:
             RankError: a worker failed, or did not answer in time.
             ClosedError: one has ended.
         """
-        waiting = dict(zip(self._channels, range(1, self.world_size), strict=True))
+        waiting = dict(zip(self._connections, range(1, self.world_size), strict=True))
         deadline = time.monotonic() + seconds
         while waiting:
-            for channel in select.select(list(waiting), [], [], POLL)[0]:
-                rank = waiting.pop(channel)
-                message = channel.receive()
+            for connection in select.select(list(waiting), [], [], POLL)[0]:
+                rank = waiting.pop(connection)
+                message = connection.receive()
                 if message[0] == "error":
                     raise RankError(rank, message[2])
             if waiting and time.monotonic() > deadline:
@@ -251,10 +257,10 @@ class SpawnExecutor:
         """The first failure: an exception of a worker's own, else a worker that ended, else `error`."""
         followers: list[RankError] = []
         deadline = time.monotonic() + GRACE
-        for rank, (channel, process) in enumerate(zip(self._channels, self.processes, strict=True), 1):
+        for rank, (connection, process) in enumerate(zip(self._connections, self.processes, strict=True), 1):
             try:
-                while channel.ready(max(0.0, deadline - time.monotonic())):
-                    message = channel.receive()
+                while connection.ready(max(0.0, deadline - time.monotonic())):
+                    message = connection.receive()
                     if message[0] == "error" and not message[1]:
                         return RankError(rank, message[2])
                     if message[0] == "error":
@@ -275,22 +281,15 @@ class SpawnPlan:
     """A plan loaded on all ranks."""
 
     def __init__(
-        self,
-        executor: SpawnExecutor,
-        number: int,
-        bound: Bound,
-        links: Collectives,
-        names: list[str],
-        shared: list[Tensor],
+        self, executor: SpawnExecutor, number: int, plan: PlanLike, runner: StepRunner, shared: list[Tensor]
     ) -> None:
         self.executor = executor
         self.number = number
-        self.bound = bound
-        self.links = links
-        self.sessions = Sessions(links, bound.code.sites, torch.device("cpu"))
-        self.runner = Runner(bound.code, executor.compile)
-        self.names = names
+        self.plan = plan
+        self.runner = runner
+        self.names = list(plan.program.weights.values())
         self.shared = shared  #: shared buffers for the inputs of a call
+        self.sent: set[Mode] = set()  #: modes whose code the workers have
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         return self.executor.run(self, weights, inputs, step)
@@ -328,12 +327,12 @@ def _computing_with(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _stop(creator: int, processes: list[subprocess.Popen[bytes]], channels: list[Channel]) -> None:
+def _stop(creator: int, processes: list[subprocess.Popen[bytes]], connections: list[Connection]) -> None:
     """End the workers by closing their connections."""
     if os.getpid() != creator:
         return  # in a forked child, whose workers these are not
-    for channel in channels:
-        channel.close()
+    for connection in connections:
+        connection.close()
     for process in processes:
         try:
             process.wait(5)

@@ -1,230 +1,181 @@
-"""Runs a rank's step programs: which one a step needs, and what is kept from one step to the next."""
+"""Runs one rank's step programs: which mode a step has, and what is kept from one step to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.fx.node import map_arg
+from torch import Tensor
 
-from ..ir import comm
-from ..ir.exchange import Payloads
-from ..ir.step import Mode, StateSpec, StepProgram
-from .executor import Step
-
-
-@dataclass(frozen=True)
-class Put:
-    """A step program sends: by exchange and destination."""
-
-    channel: int
-    packed: Sequence[Payloads]
+from ..ir.program import Program
+from ..ir.step import PACE, ChannelSpec, Mode, StateSpec
+from ..passes.lower_comm import StepPrograms
+from .channels import Channel
+from .executor import PlanLike, Step
+from .step_code import Run, StepCode, drive
 
 
-@dataclass(frozen=True)
-class Get:
-    """A step program asks for the receive buffers of a channel: the runner is sent them."""
+@dataclass(frozen=True, eq=False)
+class LoadedPlan:
+    """What a worker needs of a plan, beside its codes."""
 
-    channel: int
-    age: int  #: 0: of this step, 1: of the last one
-
-
-#: yields what is to be done, and returns (outputs, new state)
-StepRun = Generator["Put | Get", "Sequence[Tensor]", "tuple[list[Tensor], list[Tensor]]"]
-
-
-def run(program: StepProgram, values: Mapping[str, Tensor]) -> StepRun:
-    """Run a step program operator by operator.
-
-    Args:
-        values: one for each placeholder of the graph.
-    """
-    last = _last_uses(program.graph)
-    env: dict[fx.Node, Any] = {}
-    for node in program.graph.nodes:
-        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-        if node.op == "placeholder":
-            env[node] = values[str(node.target)]
-        elif node.op == "output":
-            outputs, state = args[0]
-            return list(outputs), list(state)
-        elif node.target is comm.put:
-            yield Put(args[1], args[0])
-            env[node] = None
-        elif node.target is comm.get:
-            env[node] = yield Get(*args)
-        else:
-            env[node] = node.target(*args, **kwargs)
-        for dead in last.get(node, ()):
-            del env[dead]
-    raise ValueError("the graph has no output")
+    names: list[str]  #: the placeholders of weights, constants and inputs
+    weights: list[str]  #: qualified names
+    constants: list[Tensor]
+    inputs: list[Tensor]  #: shared buffers
+    channels: tuple[ChannelSpec, ...]
+    state: tuple[StateSpec, ...]
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """What is not needed any more after each node."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        last[node] = node
-        for used in node.all_input_nodes:
-            last[used] = node
-    dead: dict[fx.Node, list[fx.Node]] = {}
-    for node, user in last.items():
-        dead.setdefault(user, []).append(node)
-    return dead
+class History:
+    """What a context has run so far: it tells the mode of the next step."""
 
+    def __init__(self) -> None:
+        self.steps = 0
+        self.exact = False  #: whether the last step was
 
-class StateStore:
-    """What one rank keeps in one context, and which mode the next step has."""
-
-    def __init__(self, state: Sequence[StateSpec], device: torch.device) -> None:
-        self.specs = state
-        self.values = [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in state]
-        self.last: Mode | None = None  #: of the last step
-
-    def mode(self, step: Step) -> Mode:
-        """The mode of a step that follows the last one."""
+    def next(self, step: Step) -> Mode:
+        """The mode of a step that follows the last one; it counts as run from now on."""
+        if not step.exact and not self.steps:
+            raise ValueError("the first step of a context is exact")
+        paced = bool(step.pace) and self.steps >= 2
+        displaced: Mode = "first" if self.exact else "steady"
+        self.steps += 1
+        self.exact = step.exact
         if step.exact:
             return "exact"
-        if self.last is None:
-            raise ValueError("the first step of a context is exact")
-        return "first" if self.last == "exact" else "steady"
+        return displaced if paced else f"{displaced} unpaced"  # type: ignore[return-value]
 
-    def replace(self, values: Sequence[Tensor], mode: Mode) -> None:
-        """Write what a step of `mode` has left to its fixed places."""
-        for spec, new in zip(self.specs, values, strict=True):
-            found = tuple(new.shape), new.dtype
-            assert found == (spec.shape, spec.dtype), f"{spec.name} becomes {found}, declared {spec.shape, spec.dtype}"
-        held = {id(place) for place in self.values}
-        pairs = [(place, new) for place, new in zip(self.values, values, strict=True) if new is not place]
-        # an entry may move to the place of another: read all of these before any is written
-        pairs = [(place, new.clone() if id(new) in held else new) for place, new in pairs]
-        for place, new in pairs:
-            place.copy_(new)
-        self.last = mode
 
-    @property
-    def bytes(self) -> int:
-        return sum(spec.bytes for spec in self.specs)
+class Context:
+    """One rank's channels and state in one context."""
+
+    def __init__(self, channels: Sequence[Channel], state: Sequence[StateSpec], device: torch.device) -> None:
+        self.channels = channels
+        self.history = History()
+        self.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in state]
 
 
 class StepRunner:
-    """One rank's step programs with its state in one context."""
+    """Runs the steps of one rank of one plan.
 
-    def __init__(self, programs: Mapping[Mode, StepProgram], device: torch.device) -> None:
-        self.programs = programs
-        self.store = StateStore(programs["exact"].state, device)
+    Args:
+        names: the placeholders of weights, constants and inputs, in this order.
+        constants: those of the program, on `device`.
+        state: what a context keeps.
+        code: gives the code of a mode.
+        open_channels: opens the channels of a context. All ranks open the same contexts in the same order.
+        traffic: counts the bytes that this rank receives, by role.
+        compile: compile the segments between puts and gets.
+    """
 
-    def start(self, values: Mapping[str, Tensor], step: Step) -> StepRun:
-        """Run a step; whoever drives the generator does what it yields.
+    def __init__(
+        self,
+        names: Sequence[str],
+        constants: Sequence[Tensor],
+        state: Sequence[StateSpec],
+        code: Callable[[Mode], StepCode],
+        open_channels: Callable[[], Sequence[Channel]],
+        device: torch.device,
+        traffic: Counter[str],
+    ) -> None:
+        self._constants = list(constants)
+        self._state = state
+        self._code = code
+        self._open = open_channels
+        self._device = device
+        self._traffic = traffic
+        self._place = {name: i for i, name in enumerate([*names, PACE, *(spec.name for spec in state)])}
+        self._orders: dict[StepCode, list[int]] = {}
+        self._contexts: dict[int, Context] = {}
+
+    @staticmethod
+    def of(
+        plan: PlanLike,
+        rank: int,
+        open_channels: Callable[[Sequence[ChannelSpec]], Sequence[Channel]],
+        device: torch.device,
+        traffic: Counter[str],
+        *,
+        compile: bool = False,  # noqa: A002
+        check: bool = False,
+    ) -> StepRunner:
+        """The runner of a rank in a process that has the plan."""
+        programs = StepPrograms(plan.graph, rank)
+        return StepRunner(
+            placeholders(plan.program),
+            [constant.to(device) for constant in plan.program.constants.values()],
+            programs.state,
+            coder(programs, compile=compile, check=check),
+            lambda: open_channels(programs.channels),
+            device,
+            traffic,
+        )
+
+    def mode(self, step: Step) -> Mode:
+        """The mode of a step, which counts as run from now on."""
+        return self._context(step.context).history.next(step)
+
+    def start(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: float) -> Run:
+        """A step, to be driven; it returns (outputs, new state).
 
         Args:
-            values: weights, constants and inputs by placeholder.
+            weights, inputs: in the order of the program.
         """
-        mode = self.store.mode(step)
-        held = {spec.name: value for spec, value in zip(self.store.specs, self.store.values, strict=True)}
-        pace = torch.tensor(step.pace, dtype=torch.float64)
-        outputs, state = yield from run(self.programs[mode], {**values, **held, "pace": pace})
-        self.store.replace(state, mode)
-        return outputs, state
+        here = self._context(context)
+        code = self._code(mode)
+        if code not in self._orders:
+            self._orders[code] = [self._place[name] for name in code.placeholders]
+        pool = [*weights, *self._constants, *inputs, torch.tensor(pace, dtype=torch.float64), *here.state]
+        values = [pool[i] for i in self._orders[code]]
+        del pool
+        outputs, here.state = yield from code.run(values)
+        self._traffic.update(code.received)
+        return outputs, here.state
+
+    def run(
+        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: float
+    ) -> list[Tensor]:
+        """The flat outputs of a step.
+
+        Raises:
+            RankError: another rank failed, left, or did not answer in time.
+        """
+        channels = self.channels(context)
+        return drive(self.start(weights, inputs, context, mode, pace), channels)[0]
+
+    def channels(self, context: int) -> Sequence[Channel]:
+        """Those of a context, which is opened if it is new."""
+        return self._context(context).channels
+
+    def close(self) -> None:
+        """Receive what is in flight, and forget all contexts. All ranks call it."""
+        for context in self._contexts.values():
+            for channel in context.channels:
+                channel.close()
+        self._contexts.clear()
+
+    def _context(self, number: int) -> Context:
+        if number not in self._contexts:
+            self._contexts[number] = Context(self._open(), self._state, self._device)
+        return self._contexts[number]
 
 
-Tamper = Callable[[int, int, int, int, Tensor], Tensor]  #: (channel, exchange, source, destination, payload) -> payload
+def placeholders(program: Program) -> list[str]:
+    """Those of a program's weights, constants and inputs."""
+    return [*program.weights, *program.constants, *program.inputs]
 
 
-class InProcessChannels:
-    """The channels of all ranks of one context in one process: two receive buffers per channel and rank."""
+def coder(programs: StepPrograms, *, compile: bool = False, check: bool = False) -> Callable[[Mode], StepCode]:  # noqa: A002
+    """Gives the code of each mode of a rank, which is written when it is first asked for."""
+    written: dict[Mode, StepCode] = {}
 
-    def __init__(self, runners: Sequence[StepRunner], tamper: Tamper | None = None) -> None:
-        self.ranks = range(len(runners))
-        self.channels = runners[0].programs["exact"].channels
-        self.tamper = tamper
-        self._steps = [0] * len(runners)  #: that each rank has begun
-        self._sent: dict[tuple[int, int], int] = {}  #: (channel, source) -> the last step that put
-        self._buffers: dict[tuple[int, int, int], list[Tensor]] = {}  #: (channel, destination, parity)
+    def code(mode: Mode) -> StepCode:
+        mode = programs.canonical(mode)
+        if mode not in written:
+            written[mode] = StepCode.of(programs[mode], check=check)
+        return written[mode]
 
-    def begin(self, rank: int) -> None:
-        self._steps[rank] += 1
-
-    def put(self, rank: int, action: Put) -> None:
-        """Write the payloads into the receive buffers of the other ranks."""
-        step, spec = self._steps[rank], self.channels[action.channel]
-        for i, (exchange, packed) in enumerate(zip(spec.exchanges, action.packed, strict=True)):
-            for dst, payload in enumerate(packed):
-                if dst == rank:
-                    continue
-                expected = exchange.payload_shape(rank, dst)
-                if payload is None:
-                    assert exchange.numel(rank, dst) == 0, f"{spec.name}: rank {rank} sends nothing to rank {dst}"
-                    continue
-                assert (tuple(payload.shape), payload.dtype) == (expected, exchange.dtype), (
-                    f"{spec.name}: rank {rank} sends {payload.dtype} {tuple(payload.shape)} to rank {dst}, "
-                    f"{exchange} declares {exchange.dtype} {expected}"
-                )
-                if self.tamper is not None:
-                    payload = self.tamper(action.channel, i, rank, dst, payload)
-                place = comm.payloads(self._at(action.channel, dst, step % 2, payload.device)[i], exchange, dst)[rank]
-                assert place is not None, f"{spec.name}: rank {dst} has no room for what rank {rank} sends"
-                place.copy_(payload)
-        self._sent[action.channel, rank] = step
-
-    def ready(self, rank: int, action: Get) -> bool:
-        """Whether all ranks have put the messages that a get asks for."""
-        wanted = self._steps[rank] - action.age
-        return all(self._sent.get((action.channel, src), 0) >= wanted for src in self.ranks if src != rank)
-
-    def get(self, rank: int, action: Get, device: torch.device) -> list[Tensor]:
-        return self._at(action.channel, rank, (self._steps[rank] - action.age) % 2, device)
-
-    def _at(self, channel: int, dst: int, parity: int, device: torch.device) -> list[Tensor]:
-        key = channel, dst, parity
-        if key not in self._buffers:
-            spec = self.channels[channel]
-            self._buffers[key] = [
-                torch.zeros(shape, dtype=each.dtype, device=device)
-                for each, shape in zip(spec.exchanges, spec.received_shapes(dst), strict=True)
-            ]
-        return self._buffers[key]
-
-
-def run_in_turns(
-    runners: Sequence[StepRunner], channels: InProcessChannels, values: Sequence[Mapping[str, Tensor]], step: Step
-) -> list[list[Tensor]]:
-    """One step of all ranks in this process: each runs until it needs what another has not put yet.
-
-    Raises:
-        AssertionError: every rank waits for another one, or a payload has not the declared shape.
-    """
-    device = next(iter(values[0].values())).device
-    runs = [runner.start(given, step) for runner, given in zip(runners, values, strict=True)]
-    waiting: list[Put | Get | None] = []
-    outputs: dict[int, list[Tensor]] = {}
-    for rank, each in enumerate(runs):
-        channels.begin(rank)
-        waiting.append(_advance(each, None, rank, outputs))
-    while len(outputs) < len(runs):
-        moved = False
-        for rank, each in enumerate(runs):
-            while (action := waiting[rank]) is not None:
-                if isinstance(action, Put):
-                    channels.put(rank, action)
-                    waiting[rank] = _advance(each, None, rank, outputs)
-                elif channels.ready(rank, action):
-                    waiting[rank] = _advance(each, channels.get(rank, action, device), rank, outputs)
-                else:
-                    break
-                moved = True
-        if not moved:
-            stuck = [channels.channels[a.channel].name for a in waiting if a is not None]
-            raise AssertionError(f"every rank waits for another one, at {', '.join(stuck)}")
-    return [outputs[rank] for rank in range(len(runs))]
-
-
-def _advance(each: StepRun, sent: Any, rank: int, outputs: dict[int, list[Tensor]]) -> Put | Get | None:
-    try:
-        return each.send(sent)
-    except StopIteration as stop:
-        outputs[rank] = stop.value[0]
-        return None
+    return code

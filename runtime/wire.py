@@ -30,7 +30,7 @@ class ClosedError(EOFError):
     """The other side has closed the connection or has ended."""
 
 
-class Channel:
+class Connection:
     """One end of a connection."""
 
     def __init__(self, connection: socket.socket) -> None:

@@ -1,6 +1,6 @@
 """A worker process of the spawn executor: `python -m fxpass.runtime.worker DESCRIPTOR RANK WORLD PORT TIMEOUT THREADS`.
 
-It knows nothing of models: it receives rank programs, weights and inputs, and runs them until the connection closes.
+It knows nothing of models: it receives codes, weights and inputs, and runs steps until the connection closes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -20,49 +21,70 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
+from ..ir.step import Mode
 from .board import Board
-from .collectives import Collectives, Sessions
 from .errors import RankError
 from .local import HOST, connect
-from .runner import Runner
-from .wire import Channel, ClosedError
+from .network import Network
+from .step_code import StepCode
+from .step_runner import LoadedPlan, StepRunner
+from .wire import ClosedError, Connection
+
+CPU = torch.device("cpu")
+
+
+class Plan:
+    """A loaded plan: the codes that the driving process has sent so far, and what they are called with."""
+
+    def __init__(self, network: Network, loaded: LoadedPlan) -> None:
+        self.weights = loaded.weights
+        self.inputs = loaded.inputs
+        self.codes: dict[Mode, StepCode] = {}
+        self.runner = StepRunner(
+            loaded.names,
+            loaded.constants,
+            loaded.state,
+            self.codes.__getitem__,
+            lambda: network.open(loaded.channels, CPU),
+            CPU,
+            Counter(),
+        )
 
 
 class Worker:
     """Loaded plans by number, and the weights that they share."""
 
-    def __init__(self, links: Collectives) -> None:
-        self.links = links
+    def __init__(self, network: Network) -> None:
+        self.network = network
         self.weights: dict[str, Tensor] = {}
-        self.plans: dict[int, tuple[Runner, list[str | int], list[Tensor], Sessions]] = {}
+        self.plans: dict[int, Plan] = {}
 
     def handle(self, message: tuple[Any, ...]) -> None:
         match message:
             case ("weights", tensors):
                 self.weights |= tensors
-            case ("load", number, code, sources, tensors, compile):
-                # sources: for each placeholder, the name of a weight or an index in `tensors`
-                sessions = Sessions(self.links, code.sites, torch.device("cpu"))
-                self.plans[number] = (Runner(code, compile), sources, tensors, sessions)
+            case ("load", number, loaded):
+                self.plans[number] = Plan(self.network, loaded)
+            case ("code", number, mode, code):
+                self.plans[number].codes[mode] = code
             case ("release", number, unused):
-                self.plans.pop(number)[-1].close()
+                self.plans.pop(number).runner.close()
                 for name in unused:
                     del self.weights[name]
-            case ("run", number, call, step):
-                self.links.board.call = call
-                runner, sources, tensors, sessions = self.plans[number]
-                values = [self.weights[s] if isinstance(s, str) else tensors[s] for s in sources]
-                runner.run(values, sessions.at(step), step)
+            case ("run", number, call, context, mode, pace):
+                self.network.board.call = call
+                plan = self.plans[number]
+                plan.runner.run([self.weights[name] for name in plan.weights], plan.inputs, context, mode, pace)
 
 
 def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driving process, which ends its workers
     torch.set_num_threads(threads)
-    channel = Channel(socket.socket(fileno=descriptor))
+    connection = Connection(socket.socket(fileno=descriptor))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
     store = TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=timeout))
-    channel.send(("ready", os.getpid()))
+    connection.send(("ready", os.getpid()))
     worker = Worker(connect(store, Board(PrefixStore("board", store), rank, world, timeout)))
     with torch.inference_mode():
         while True:
@@ -74,22 +96,22 @@ def main(descriptor: int, rank: int, world: int, port: int, timeout: float, thre
                 worker.handle(message)
             except BaseException as error:
                 if not isinstance(error, RankError):
-                    worker.links.board.publish(error)
-                channel.send(("error", isinstance(error, RankError), "".join(traceback.format_exception(error))))
+                    worker.network.board.publish(error)
+                connection.send(("error", isinstance(error, RankError), "".join(traceback.format_exception(error))))
                 return
-            if message[0] in ("load", "run"):
-                channel.send(("done",))
+            if message[0] in ("load", "code", "run"):
+                connection.send(("done",))
 
 
-def _read(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
+def _read(connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
     """Put arriving messages into the inbox. End this process when the driving process closes the connection or dies."""
     parent = os.getppid()
     try:
         while True:
-            while not channel.ready(2.0):
+            while not connection.ready(2.0):
                 if os.getppid() != parent:
                     raise ClosedError
-            inbox.put(channel.packet())
+            inbox.put(connection.packet())
     except ClosedError:
         os._exit(0)
     except BaseException as error:

@@ -1,12 +1,15 @@
 """The operators that an exchange becomes in a step program: packing, unpacking and estimates, on one receive buffer.
 
-What a rank receives of one exchange lies in *one* buffer, and every operator reads it as a whole:
+What a rank receives of one exchange lies in *one* buffer, and every operator reads it as a whole::
 
-    Moments, Reduce   [ranks, *shape]           the own place is not written
-    Fetch             [..., received rows, ...] the rows of each sender in turn, along the dim of the exchange
+    Merged (Moments, Reduce)            [ranks, *shape]           the parts of all ranks
+    Fetch that gives everyone all rows  [..., all rows, ...]      the result, but for the own rows
+    any other Fetch                     [..., received rows, ...] the rows of each sender in turn
 
-So each operator is a few vectorised calls, whatever the number of ranks, and a compiler can fuse them with what makes
-their operands and what reads their results. All are functional. `exchange` and `rank` are static.
+In the first two the rank's own place is left to it. `unpack` of such a Fetch writes the own rows there and returns the
+buffer: keys and values are not copied a second time. Each operator is a few vectorised calls, whatever the number of
+ranks, and a compiler can fuse them with what makes their operands and what reads their results. `exchange` and `rank`
+are static.
 """
 
 from __future__ import annotations
@@ -17,8 +20,14 @@ import torch
 from torch import Tensor
 
 from .exchange import Earlier, Exchange, Payloads
-from .fetch import Fetch
+from .fetch import Fetch, places
 from .merge import Merged, Moments, with_part
+from .ops import fill_rows, take
+
+
+def in_place(exchange: Exchange) -> bool:
+    """Whether the receive buffer of an exchange becomes its result."""
+    return isinstance(exchange, Fetch) and exchange.gathers
 
 
 def received_shape(exchange: Exchange, rank: int) -> tuple[int, ...]:
@@ -26,12 +35,54 @@ def received_shape(exchange: Exchange, rank: int) -> tuple[int, ...]:
     if isinstance(exchange, Merged):
         return (exchange.world, *exchange.shape)
     assert isinstance(exchange, Fetch)
-    rows = sum(_received_rows(exchange, rank))
+    rows = exchange.shape[exchange.dim] if in_place(exchange) else sum(_received_rows(exchange, rank))
     return (*exchange.shape[: exchange.dim], rows, *exchange.shape[exchange.dim + 1 :])
 
 
+def new_received(exchange: Exchange, rank: int, device: torch.device | None = None) -> Tensor:
+    """An empty receive buffer; a Fetch has its dims in the memory order of the operand."""
+    shape = received_shape(exchange, rank)
+    order = exchange.order or range(len(exchange.shape))
+    if isinstance(exchange, Merged):
+        order = range(len(shape))
+    return torch.empty_permuted(shape, tuple(order), dtype=exchange.dtype, device=device)
+
+
+def assemble(exchange: Exchange, rank: int, payloads: Payloads, device: torch.device) -> Tensor:
+    """A new receive buffer that holds the payloads; what lies in the rank's own place is undefined.
+
+    Args:
+        payloads: by source, None where a rank sends nothing.
+    """
+    buffer = new_received(exchange, rank, device)
+    if isinstance(exchange, Merged):
+        filler = next(part for part in payloads if part is not None)
+        torch.stack([filler if part is None else part for part in payloads], out=buffer)
+        return buffer
+    assert isinstance(exchange, Fetch)
+    dim = exchange.dim
+    if not in_place(exchange):
+        parts = [part for part in payloads if part is not None]
+        if parts:
+            torch.cat(parts, dim, out=buffer)
+        return buffer
+    found, in_turn = places(exchange.want[rank], exchange.table[rank])
+    others = [(where, payloads[src]) for src, where in found if src != rank]
+    if in_turn:
+        first = next((i for i, (src, _) in enumerate(found) if src == rank), len(found))
+        groups = [others[:first], others[first:]]  # before and after the own rows
+        for group in filter(None, groups):
+            start, stop = group[0][0].start, group[-1][0].stop
+            torch.cat([part for _, part in group if part is not None], dim, out=buffer.narrow(dim, start, stop - start))
+        return buffer
+    for where, part in others:
+        assert part is not None
+        fill_rows(buffer, dim, where, part)
+    return buffer
+
+
 def payloads(received: Tensor, exchange: Exchange, rank: int) -> Payloads:
-    """Views of a receive buffer: what each rank sends, None where it sends nothing."""
+    """Views of a receive buffer: what each rank sends, None where it sends nothing. Not for `in_place` exchanges."""
     if isinstance(exchange, Merged):
         return [None if src == rank else part for src, part in enumerate(received.unbind(0))]
     assert isinstance(exchange, Fetch)
@@ -60,32 +111,32 @@ def pack(x: Tensor, exchange: Exchange, rank: int) -> Payloads:
 
 
 def unpack(x: Tensor, received: Tensor, exchange: Exchange, rank: int) -> Tensor:
-    """The result of an exchange, from the own value and what the others sent."""
+    """The result of an exchange, from the own value and what the others sent.
+
+    The result of an `in_place` exchange is the receive buffer itself.
+    """
     if isinstance(exchange, Moments):
         return exchange.merged(with_part(received, rank, x))
+    if in_place(exchange):
+        assert isinstance(exchange, Fetch)
+        own = exchange.table[rank][rank]
+        part = take(x, exchange.dim, exchange.have[rank].locate(own))
+        return fill_rows(received, exchange.dim, exchange.want[rank].locate(own), part)
     return exchange.unpack(rank, x, payloads(received, exchange, rank))
 
 
 def estimate(
-    x: Tensor,
-    received: Tensor,
-    sent: Tensor,
-    before: Tensor,
-    ready: Tensor,
-    pace: Tensor,
-    exchange: Exchange,
-    rank: int,
+    x: Tensor, received: Tensor, sent: Tensor, before: Tensor, pace: Tensor | float, exchange: Exchange, rank: int
 ) -> Tensor:
     """Moments of a displaced step, from the own value now and the others' of earlier steps.
 
     Args:
         sent: the own value of the last step.
         received, before: what the others sent at the last step, and at the one before.
-        ready: whether `before` exists, 0-dim bool.
-        pace: the length of this step in units of the last one's, 0-dim.
+        pace: the length of this step in units of the last one's, 0-dim; 0 where it or `before` is not known.
     """
     assert isinstance(exchange, Moments)
-    return exchange.estimated(rank, x, sent, received, torch.where(ready, before, received), pace)
+    return exchange.estimated(rank, x, sent, received, before, pace)
 
 
 def local(x: Tensor, exchange: Exchange, rank: int) -> Tensor:
@@ -94,26 +145,24 @@ def local(x: Tensor, exchange: Exchange, rank: int) -> Tensor:
 
 
 def witness(x: Tensor, exchange: Exchange) -> Tensor:
-    """The part of the own value on which a trend is measured."""
-    return exchange.witness(x)
+    """A copy of the part of the own value on which a trend is measured."""
+    part = exchange.witness(x)
+    return part.clone() if part is x else part
 
 
-def forecast(
-    received: Tensor, before: Tensor, now: Tensor, last: Tensor, older: Tensor, ready: Tensor, exchange: Exchange
-) -> Tensor:
+def forecast(received: Tensor, before: Tensor, now: Tensor, last: Tensor, older: Tensor, exchange: Exchange) -> Tensor:
     """What the others' rows are expected to be now: their last change goes on as far as that of the own rows does.
 
     Args:
         received, before: what the others sent at the last step, and at the one before.
         now, last, older: the witnesses of this step and of the two before it.
-        ready: whether there were two steps before, 0-dim bool.
     """
     weight = 1 + exchange.trend(now, last, older).view(-1, *(1,) * (received.ndim - 1)).to(received.dtype)
-    return torch.where(ready, torch.lerp(before, received, weight), received)
+    return torch.lerp(before, received, weight)
 
 
 def sent_rows(x: Tensor, exchange: Fetch, rank: int) -> Tensor:
-    """The rows of the own value that any other rank is sent at displaced steps."""
+    """A copy of the rows of the own value that any other rank is sent at displaced steps."""
     known = exchange.known(rank, x)
     assert known is not None
     return known
@@ -131,13 +180,20 @@ def decode_change(codes: Tensor, known: Tensor, exchange: Fetch) -> Tensor:
     return exchange.incoming(codes, known)
 
 
-def windowed(received: Tensor, exchange: Exchange, rank: int) -> Tensor:
-    """The part of an exact step's receive buffer that displaced steps receive."""
-    kept = [part for part in exchange.retained(rank, payloads(received, exchange, rank)) if part is not None]
-    assert isinstance(exchange, Fetch)
-    if not kept:
-        return received.narrow(exchange.dim, 0, 0)
-    return torch.cat(kept, exchange.dim)
+def windowed(received: Tensor, exchange: Fetch, rank: int) -> Tensor:
+    """The receive buffer that displaced steps would have, from that of an exact step."""
+    steady = exchange.steady
+    parts: Payloads = [None] * exchange.world
+    for src, (rows, fewer) in enumerate(zip(exchange.table[rank], steady.table[rank], strict=True)):
+        if src == rank or not fewer.runs:
+            continue
+        if in_place(exchange):
+            parts[src] = take(received, exchange.dim, exchange.want[rank].locate(fewer))
+        else:
+            part = payloads(received, exchange, rank)[src]
+            assert part is not None
+            parts[src] = take(part, exchange.dim, rows.locate(fewer))
+    return assemble(steady, rank, parts, received.device)
 
 
 def put(packed: tuple[Payloads, ...], channel: int) -> None:
@@ -145,6 +201,6 @@ def put(packed: tuple[Payloads, ...], channel: int) -> None:
     raise RuntimeError("a put was called outside a runner")
 
 
-def get(channel: int, age: int) -> tuple[Tensor, ...]:
-    """The receive buffers of a channel, of this step (`age` 0) or of the last one (1); done by the runner."""
+def get(channel: int) -> tuple[Tensor, ...]:
+    """The receive buffers of the message that a channel's ranks have put last; done by the runner, never called."""
     raise RuntimeError("a get was called outside a runner")

@@ -14,7 +14,7 @@ from torch import Tensor
 from .coding import decode, encode, encoded_size
 from .exchange import Exchange, Payloads, dense_strides
 from .layout import Rows, owned, routes
-from .ops import index_tensor, take
+from .ops import fill_rows, take
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Fetch(Exchange):
     bits: int = 0
 
     @cached_property
-    def _routes(self) -> tuple[tuple[Rows, ...], ...]:
+    def table(self) -> tuple[tuple[Rows, ...], ...]:
+        """The rows that each rank gets from each: `table[destination][source]`."""
         return routes(self.owners or self.have, self.want)
 
     @cached_property
@@ -77,7 +78,7 @@ class Fetch(Exchange):
     @cached_property
     def _sent(self) -> tuple[Rows, ...]:
         """The rows that each rank sends to any other at displaced steps."""
-        table, ranks = self.steady._routes, range(self.world)
+        table, ranks = self.steady.table, range(self.world)
         return tuple(reduce(or_, (table[dst][src] for dst in ranks if dst != src), Rows(())) for src in ranks)
 
     @property
@@ -115,7 +116,7 @@ class Fetch(Exchange):
         if not self.window:
             return received
         result: Payloads = []
-        for part, fewer, payload in zip(self._routes[rank], self.steady._routes[rank], received, strict=True):
+        for part, fewer, payload in zip(self.table[rank], self.steady.table[rank], received, strict=True):
             if payload is None or not fewer.runs:
                 result.append(None)
             else:
@@ -123,14 +124,20 @@ class Fetch(Exchange):
         return result
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
-        return (*self.shape[: self.dim], len(self._routes[dst][src]), *self.shape[self.dim + 1 :])
+        return (*self.shape[: self.dim], len(self.table[dst][src]), *self.shape[self.dim + 1 :])
 
     @cached_property
     def broadcast(self) -> bool:
-        table = self._routes
+        table = self.table
         return all(
             table[dst][src] == self.have[src] for dst in range(self.world) for src in range(self.world) if src != dst
         )
+
+    @cached_property
+    def gathers(self) -> bool:
+        """Whether every rank gets all rows, and nothing beside them."""
+        framed = any(self.before) or any(self.after)
+        return not framed and all(len(want) == self.shape[self.dim] for want in self.want)
 
     @cached_property
     def agrees(self) -> bool:
@@ -142,7 +149,7 @@ class Fetch(Exchange):
             return [x if dst != rank and self.have[rank].runs else None for dst in range(self.world)]
         result: Payloads = []
         for dst in range(self.world):
-            rows = self._routes[dst][rank]
+            rows = self.table[dst][rank]
             send = dst != rank and bool(rows.runs)
             result.append(take(x, self.dim, self.have[rank].locate(rows)) if send else None)
         return result
@@ -161,7 +168,7 @@ class Fetch(Exchange):
     @cached_property
     def _most(self) -> int:
         """The largest number of rows that one rank sends to another."""
-        return max((len(part) for d, row in enumerate(self._routes) for s, part in enumerate(row) if s != d), default=0)
+        return max((len(part) for d, row in enumerate(self.table) for s, part in enumerate(row) if s != d), default=0)
 
     def result_shape(self, rank: int, shape: Sequence[int]) -> tuple[int, ...]:
         return (*shape[: self.dim], len(self.want[rank]) + sum(self.framed(rank)), *shape[self.dim + 1 :])
@@ -169,7 +176,7 @@ class Fetch(Exchange):
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         want = self.want[rank]
         before, after = self.framed(rank)
-        complete = not before and not after and want == self.have[rank] and self._routes[rank][rank] == want
+        complete = not before and not after and want == self.have[rank] and self.table[rank][rank] == want
         if complete and not self.agrees:
             return x
         shape = self.result_shape(rank, x.shape)
@@ -184,20 +191,20 @@ class Fetch(Exchange):
         if after:
             result.narrow(self.dim, rows - after, after).fill_(self.fill)
         inner = result.narrow(self.dim, before, len(want)) if before or after else result
-        places, in_turn = _places(want, self._routes[rank])
+        found, in_turn = places(want, self.table[rank])
         parts: list[Tensor] = []
-        for src, where in places:
+        for src, where in found:
             payload = received[src]
             if src == rank:
-                payload = take(x, self.dim, self.have[rank].locate(self._routes[rank][rank]))
+                payload = take(x, self.dim, self.have[rank].locate(self.table[rank][rank]))
             assert payload is not None, f"rank {rank} got nothing from rank {src}"
             assert payload.shape[self.dim] == len(where), f"rank {rank} got {payload.shape} from rank {src}"
             parts.append(payload)
         if in_turn and parts:  # one operator for all parts
             torch.cat(parts, self.dim, out=inner)
             return result
-        for (_, where), payload in zip(places, parts, strict=True):
-            inner.index_copy_(self.dim, index_tensor(where, x.device), payload)
+        for (_, where), payload in zip(found, parts, strict=True):
+            fill_rows(inner, self.dim, where, payload)
         return result
 
     def __str__(self) -> str:
@@ -210,7 +217,7 @@ class Fetch(Exchange):
 
 
 @lru_cache(maxsize=4096)
-def _places(want: Rows, parts: tuple[Rows, ...]) -> tuple[tuple[tuple[int, Rows], ...], bool]:
+def places(want: Rows, parts: tuple[Rows, ...]) -> tuple[tuple[tuple[int, Rows], ...], bool]:
     """(source rank, local positions in `want`), sorted by position; and whether all positions are intervals."""
     places = [(src, want.locate(part)) for src, part in enumerate(parts) if part.runs]
     places.sort(key=lambda place: place[1].start)

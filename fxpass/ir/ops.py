@@ -90,6 +90,15 @@ def take(x: Tensor, dim: int, rows: Rows) -> Tensor:
     return x.index_select(dim, index_tensor(rows, x.device))
 
 
+def fill_rows(x: Tensor, dim: int, rows: Rows, values: Tensor) -> Tensor:
+    """Write `values` into the local `rows` of `x` along `dim`, and return `x`."""
+    if rows.contiguous:
+        x.narrow(dim, rows.start, len(rows)).copy_(values)
+    elif rows.runs:
+        x.index_copy_(dim, index_tensor(rows, x.device), values)
+    return x
+
+
 @local()
 def select(x: Tensor, dim: int, index: Index) -> Tensor:
     """`x.index_select(dim, index)` with a static index: for roll, flip, repeat, nearest up-sampling and reflection."""

@@ -4,17 +4,18 @@
 
 Between steps the state is a set of tensors whose shapes are known beforehand. A step counts as
 
-    exact    every `get` returns what was put in this step
+    exact    each `get` returns what the ranks put in this step
     first    displaced, after an exact step: reads what the exact step has left
     steady   displaced, after a displaced step: reads what that step has put
 
+and displaced ones as *unpaced* if nothing can be forecast: one of the two steps before, or its length, is not known.
 All modes of a rank have one state schema and one list of channels, so that any mode can follow any other as the names
 say. A message that a step has put and that no later step gets is dropped by its channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -22,12 +23,13 @@ from typing import Literal
 import torch
 from torch import fx
 
-from .comm import get, put, received_shape
+from .comm import get, put
 from .exchange import Exchange
 from .program import calls
 
-Mode = Literal["exact", "first", "steady"]
-MODES: tuple[Mode, ...] = ("exact", "first", "steady")
+Mode = Literal["exact", "first", "steady", "first unpaced", "steady unpaced"]
+PACE = "pace"  #: the placeholder of the step's length in units of the last one's, 0-dim float64
+MODES: tuple[Mode, ...] = ("exact", "first", "steady", "first unpaced", "steady unpaced")
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,18 @@ class StateSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelSpec:
     """A way that messages go in every step that puts them, the same on all ranks."""
 
-    name: str  #: the exchange node of the plan, and how its messages are coded
+    name: str  #: the exchange node of the plan; another one where displaced steps send something else
+    path: str  #: the module that it belongs to
     exchanges: tuple[Exchange, ...]  #: what travels together
-    late: bool  #: whether a `get` may ask for the message of the last step
+    late: bool  #: whether the message of one step is read in the next
 
-    def received_shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the receive buffers of rank `rank`, one for each exchange."""
-        return tuple(received_shape(each, rank) for each in self.exchanges)
-
-    def bytes(self, rank: int) -> int:
-        """Bytes of the receive buffers of one step."""
-        shapes = zip(self.exchanges, self.received_shapes(rank), strict=True)
-        return sum(prod(shape) * each.dtype.itemsize for each, shape in shapes)
+    def __str__(self) -> str:
+        where = f" in {self.path}" if self.path else ""
+        return f"{self.name}{where} ({', '.join(map(str, self.exchanges))})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,34 +69,39 @@ class StepProgram:
     channels: tuple[ChannelSpec, ...]
     state: tuple[StateSpec, ...]
 
-    @property
-    def kept(self) -> tuple[bool, ...]:
-        """For each entry of the state, whether this step leaves it as it is."""
-        (output,) = self.graph.find_nodes(op="output")
-        return tuple(
-            node.op == "placeholder" and str(node.target) == spec.name
-            for node, spec in zip(output.args[0][1], self.state, strict=True)
-        )
+    def received(self) -> dict[str, int]:
+        """Bytes that the rank receives in a step, by role."""
+        total: Counter[str] = Counter()
+        for node in self.graph.find_nodes(op="call_function", target=put):
+            for each in self.channels[node.args[1]].exchanges:
+                total[each.role] += each.received(self.rank)
+        return dict(total)
 
 
-def verify_step(programs: Mapping[Mode, StepProgram]) -> None:
-    """Check what the step programs of a rank promise each other.
+def verify_step(program: StepProgram) -> None:
+    """Check what a step program promises.
 
     Raises:
-        AssertionError: modes have unlike channels or states; a message of this step is awaited before it is put; a
-            channel is used twice in one way; a message of the last step is asked for where there is none.
+        AssertionError: the new state has other entries than the old one; a message of this step is awaited before it is
+            put, or one of the last step after that; a channel is used twice in one way.
     """
-    first = next(iter(programs.values()))
-    for mode, program in programs.items():
-        assert (program.channels, program.state) == (first.channels, first.state), f"{mode} steps have another schema"
-        used: set[tuple[str, int]] = set()
-        for node in calls(program.graph):
-            if node.target not in (put, get):
-                continue
-            channel, age = (node.args[1], "put") if node.target is put else node.args
-            name = program.channels[channel].name  # type: ignore[index]
-            where = f"{mode} step of rank {program.rank}, {name}"
-            assert (channel, age) not in used, f"{where}: twice {'put' if age == 'put' else 'awaited'}"
-            assert age != 0 or (channel, "put") in used, f"{where}: awaited before it is put"
-            assert age != 1 or program.channels[channel].late, f"{where}: nothing is left from the last step"  # type: ignore[index]
-            used.add((channel, age))  # type: ignore[arg-type]
+    (output,) = program.graph.find_nodes(op="output")
+    _, after = output.args[0]
+    assert len(after) == len(program.state), f"{len(after)} values for {len(program.state)} entries of the state"
+    put_already: set[int] = set()
+    got: set[tuple[int, bool]] = set()
+    for node in calls(program.graph):
+        if node.target not in (put, get):
+            continue
+        channel: int = node.args[1] if node.target is put else node.args[0]  # type: ignore[assignment]
+        spec = program.channels[channel]
+        where = f"{program.mode} step of rank {program.rank}, {spec.name}"
+        if node.target is put:
+            assert channel not in put_already, f"{where}: put twice"
+            put_already.add(channel)
+            continue
+        now = channel in put_already
+        assert now or spec.late, f"{where}: awaited before it is put"
+        assert not now or program.mode == "exact" or not spec.late, f"{where}: the last message is read after the put"
+        assert (channel, now) not in got, f"{where}: got twice"
+        got.add((channel, now))

@@ -1,0 +1,142 @@
+"""Channels carry the messages of exchange nodes between ranks; here those between ranks in one process.
+
+Every rank puts one message after the other on a channel; the message that a rank gets is made of what the others put as
+theirs of the same number. A channel holds two messages, so that a rank may put one while another still reads the last:
+to put message n says that message n - 1 has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..ir import comm
+from ..ir.exchange import Exchange, Payloads
+from ..ir.step import ChannelSpec
+
+#: (channel, exchange, source rank, destination rank, payload) -> what arrives instead
+Tamper = Callable[[str, Exchange, int, int, Tensor], Tensor]
+
+
+class Channel(Protocol):
+    """One rank's end of a channel in one context."""
+
+    def put(self, packed: Sequence[Payloads]) -> None:
+        """Send a message: for each exchange, a payload to each destination.
+
+        Waits at most until the others have put their last message.
+
+        Raises:
+            RankError: another rank failed, left, or did not answer in time.
+        """
+        ...
+
+    def ready(self) -> bool:
+        """Whether `get` would return at once."""
+        ...
+
+    def get(self) -> list[Tensor]:
+        """The receive buffers of the message put last, one for each exchange; zeros if there is none.
+
+        They are the caller's, who may write to them.
+
+        Raises:
+            RankError: another rank failed, left, or did not answer in time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Receive what is in flight."""
+        ...
+
+
+class InProcessChannel:
+    """A rank's end of a channel between ranks in one process. It checks that payloads are what the plan declares."""
+
+    def __init__(self, spec: ChannelSpec, rank: int, ends: list[InProcessChannel], device: torch.device) -> None:
+        self.spec = spec
+        self.rank = rank
+        self.device = device
+        self.ends = ends  #: of all ranks
+        self.number = 0  #: of the message put last
+        self.inbox: dict[tuple[int, int], list[Tensor | None]] = {}  #: (source, number of the message) -> payloads
+
+    @staticmethod
+    def of_all_ranks(spec: ChannelSpec, world: int, device: torch.device) -> list[InProcessChannel]:
+        ends: list[InProcessChannel] = []
+        ends += [InProcessChannel(spec, rank, ends, device) for rank in range(world)]
+        return ends
+
+    def put(self, packed: Sequence[Payloads]) -> None:
+        self.number += 1
+        for dst, end in enumerate(self.ends):
+            if dst == self.rank:
+                continue
+            payloads = [payloads[dst] for payloads in packed]
+            for each, payload in zip(self.spec.exchanges, payloads, strict=True):
+                self._check(each, dst, payload)
+            if self.spec.late:  # it would keep alive the activation that it is a view of
+                payloads = [None if payload is None else payload.clone() for payload in payloads]
+            end.inbox[self.rank, self.number] = payloads
+            end.inbox.pop((self.rank, self.number - 2), None)
+
+    def _check(self, exchange: Exchange, dst: int, payload: Tensor | None) -> None:
+        if payload is None:
+            assert not exchange.numel(self.rank, dst), f"{self.spec.name}: rank {self.rank} sends nothing to rank {dst}"
+            return
+        declared = exchange.payload_shape(self.rank, dst)
+        assert (tuple(payload.shape), payload.dtype) == (declared, exchange.dtype), (
+            f"{self.spec.name}: rank {self.rank} sends {payload.dtype} {tuple(payload.shape)} to rank {dst}, "
+            f"{exchange} declares {exchange.dtype} {declared}"
+        )
+
+    def ready(self) -> bool:
+        return all(src == self.rank or end.number >= self.number for src, end in enumerate(self.ends))
+
+    def get(self) -> list[Tensor]:
+        nothing: list[Tensor | None] = [None] * len(self.spec.exchanges)
+        if not self.number:
+            return no_message(self.spec, self.rank, self.device)
+        take = self.inbox.get if self.spec.late else self.inbox.pop
+        arrived = [nothing if s == self.rank else take((s, self.number)) for s in range(len(self.ends))]
+        return assembled(self.spec, self.rank, arrived, self.device)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.inbox.clear()
+
+
+class TamperedChannel:
+    """Another channel, but for payloads that are changed on their way: a corrupted exchange must change the output."""
+
+    def __init__(self, channel: InProcessChannel, tamper: Tamper) -> None:
+        self._tamper = tamper
+        self._spec, self._rank = channel.spec, channel.rank
+        self._put = channel.put
+        self.ready, self.get, self.close = channel.ready, channel.get, channel.close
+
+    def put(self, packed: Sequence[Payloads]) -> None:
+        name, rank = self._spec.name, self._rank
+        self._put(
+            [
+                [None if part is None else self._tamper(name, each, rank, dst, part) for dst, part in enumerate(parts)]
+                for each, parts in zip(self._spec.exchanges, packed, strict=True)
+            ]
+        )
+
+
+def assembled(
+    spec: ChannelSpec, rank: int, arrived: Sequence[Sequence[Tensor | None]], device: torch.device
+) -> list[Tensor]:
+    """The receive buffers of a message, from what came from each source."""
+    return [
+        comm.assemble(each, rank, [payloads[i] for payloads in arrived], device)
+        for i, each in enumerate(spec.exchanges)
+    ]
+
+
+def no_message(spec: ChannelSpec, rank: int, device: torch.device) -> list[Tensor]:
+    """Receive buffers before the first message."""
+    return [comm.new_received(each, rank, device).zero_() for each in spec.exchanges]
