@@ -1,4 +1,4 @@
-"""One rank's connection to the others: it opens channels, through shared memory if all ranks see it, else by a group."""
+"""One rank's connection to the others: opens channels, by shared memory if all ranks see it, else by a group."""
 
 from __future__ import annotations
 
