@@ -185,7 +185,9 @@ class _Lowering:
             elif node.target is ops.wait:
                 self.env[node] = self._wait(node.args[0])
             elif node.target is operator.getitem and isinstance(self.env[node.args[0]], list):
-                self.env[node] = self.env[node.args[0]][node.args[1]]
+                self.env[node] = result = self.env[node.args[0]][node.args[1]]
+                if self.mode == "exact" or not node.meta.get("resized"):
+                    result.meta.update(node.meta)
             else:
                 self.env[node] = append_copy(self.graph, node, self.env.__getitem__)
         self.graph.lint()

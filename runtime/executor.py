@@ -14,12 +14,12 @@ from ..ir.program import Program
 
 @dataclass(frozen=True)
 class Report:
-    """How a rank's program was compiled."""
+    """What a rank has compiled of a plan so far."""
 
     rank: int
-    displaced: bool  #: compiled for displaced steps, whose attention has windows
+    segments: int  #: distinct ones
     seconds: float
-    cached: bool  #: whether Inductor's cache had it
+    cached: bool  #: whether Inductor's cache had all of them
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,7 @@ class LockstepExecutor:
     Args:
         tamper: changes payloads on their way (for tests: a corrupted exchange must change the output).
         check: compare the shape of each local value with what its layout says.
-        compile: lower the program; only a single rank's, for compiled ranks do not stop at exchanges.
-
-    Raises:
-        ValueError: `compile` with several ranks.
+        compile: compile what the ranks do between exchanges.
     """
 
     def __init__(
@@ -36,11 +33,6 @@ class LockstepExecutor:
         check: bool = False,
         compile: bool = False,  # noqa: A002
     ) -> None:
-        if compile and world_size > 1:
-            raise ValueError(
-                "executor='lockstep' interprets its ranks in turns and cannot compile them; use executor='spawn' or "
-                "'distributed', or leave compile out"
-            )
         self.compile = compile
         self.world_size = world_size
         self.ended: str | None = None
@@ -105,7 +97,7 @@ class LockstepPlan:
 
     @property
     def compiled(self) -> Sequence[Report]:
-        return []
+        return self.ranks[0].reports if self.ranks else []
 
     def release(self) -> None:
         self._forget()

@@ -105,7 +105,9 @@ class SpawnExecutor:
             shared = [torch.empty_like(tensor) for tensor in inputs]
         for rank, connection in enumerate(self._connections, 1):
             steps = StepPrograms(plan.graph, rank)
-            loaded = LoadedPlan(placeholders(plan.program), names, constants, shared, steps.channels, steps.state)
+            loaded = LoadedPlan(
+                placeholders(plan.program), names, constants, shared, steps.channels, steps.state, self.compile
+            )
             connection.send(("load", self._numbers, loaded))
         self._answers(START)
         runner = StepRunner.of(plan, 0, lambda specs: network.open(specs, CPU), CPU, self.traffic, compile=self.compile)

@@ -15,7 +15,7 @@ that name the node. A `StepCode` is plain data and can be sent to another proces
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -43,32 +43,37 @@ class StepCode:
     table: dict[str, Any]  #: the globals of the source: operators, exchanges, other static arguments
     lines: tuple[str, ...]  #: the node of each line of the source
     received: dict[str, int]  #: bytes that the rank receives, by role
+    segments: dict[str, Segment]  #: by the name that the source calls it by
 
     @staticmethod
-    def of(program: StepProgram, *, check: bool = False) -> StepCode:
+    def of(program: StepProgram, *, check: bool = False, segmented: bool = False) -> StepCode:
         """Compile a step program.
 
         Args:
             check: also compare the shape of each value with `meta["local_shape"]` (for tests).
+            segmented: make a function of what lies between puts and gets, for a compiler.
 
         Raises:
             ValueError: the graph has a node that is neither placeholder, function call nor output.
         """
-        return _Writer(program, check).code()
+        return (_SegmentWriter(program) if segmented else _Writer(program, check)).code()
 
-    def run(self, values: Sequence[Tensor]) -> Run:
+    def run(self, values: Sequence[Tensor], compiled: Mapping[str, Callable[..., Any]] | None = None) -> Run:
         """Run on one value per placeholder.
 
         An operator's exception gets a note with the node, module and rank.
+
+        Args:
+            compiled: what the segments have become, by name.
         """
         try:
-            return (yield from self._function(values))
+            return (yield from self._function(compiled or {}, values))
         except Exception as error:
             error.add_note(f"in fxpass rank {self.rank}, {self._where(error)}")
             raise
 
     @cached_property
-    def _function(self) -> Callable[[Sequence[Tensor]], Run]:
+    def _function(self) -> Callable[[Mapping[str, Callable[..., Any]], Sequence[Tensor]], Run]:
         filename = f"<fxpass rank {self.rank} {id(self):x}>"
         namespace = dict(self.table)
         exec(compile(self.source, filename, "exec"), namespace)
@@ -100,23 +105,79 @@ def drive(run: Run, channels: Sequence[Channel]) -> tuple[list[Tensor], list[Ten
         return stop.value
 
 
-class _Writer:
+class _Text:
+    """Writes arguments as source; an object that cannot be written gets a name in a table."""
+
+    def __init__(self) -> None:
+        self.table: dict[str, Any] = {}
+        self.named: dict[Any, str] = {}
+
+    def name(self, node: fx.Node) -> str:
+        """The variable that holds a node's value."""
+        raise NotImplementedError
+
+    def refer(self, value: Any, prefix: str) -> str:
+        """A name for an object that cannot be written as source; equal ones have the same."""
+        try:
+            key = type(value), hash(value), value
+        except TypeError:
+            key = id(value)
+        if key not in self.named:
+            name = f"{prefix}{len(self.table)}"
+            self.table[name] = value
+            self.named[key] = name
+        return self.named[key]
+
+    def text(self, value: Any) -> str:
+        """An argument as source."""
+        if isinstance(value, fx.Node):
+            return self.name(value)
+        if value is None or value is True or value is False or type(value) is int:
+            return repr(value)
+        if type(value) is float and math.isfinite(value):
+            return repr(value)
+        if type(value) is tuple:
+            return "(" + "".join(self.text(item) + ", " for item in value) + ")"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(self.text, value)) + "]"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key!r}: {self.text(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)})"
+        return self.refer(value, "k")
+
+
+class _Local(_Text):
+    """Writes the arguments of a segment."""
+
+    def __init__(self, names: dict[fx.Node, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def refer(self, value: Any, prefix: str = "c") -> str:
+        return super().refer(value, "c")
+
+    def name(self, node: fx.Node) -> str:
+        return self.names[node]
+
+
+class _Writer(_Text):
     """Writes the source of a step program."""
 
     def __init__(self, program: StepProgram, check: bool) -> None:
+        super().__init__()
         self.program = program
         self.graph = program.graph
         self.check = check
-        self.table: dict[str, Any] = {}
-        self.named: dict[int, str] = {}  # id of an object in the table -> its name
         self.source: list[str] = []
         self.lines: list[str] = []
         self.number = {node: i for i, node in enumerate(self.graph.nodes)}
         self.dying = last_uses(self.graph)
+        self.segments: dict[Segment, str] = {}
 
     def code(self) -> StepCode:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        self.line("def run(values):", "the entry")
+        self.line("def run(compiled, values):", "the entry")
         names = "".join(f"v{self.number[node]}, " for node in placeholders)
         self.line(f"    {names}= values" if names else "    pass", "the inputs")
         self.line("    del values", "the inputs")
@@ -125,6 +186,8 @@ class _Writer:
             name = f"v{self.number[node]}"
             if node.op == "placeholder":
                 continue
+            if node.op == "output" or node.target in (comm.put, comm.get):
+                self.flush(node)
             if node.op == "output":
                 # the yield makes it a generator function even without exchanges
                 outputs, state = node.args[0]
@@ -144,13 +207,14 @@ class _Writer:
                 self.line(f"    {name} = tuple(box); box.clear()", label)
             else:
                 self.call(node, name, label)
-            freed = [f"v{self.number[dead]}" for dead in self.dying.get(node, ())]
-            if freed:
-                self.line("    del " + ", ".join(freed), label)
+                continue
+            self.free(self.dying.get(node, ()), label)
         names = tuple(str(node.target) for node in placeholders)
         source = "\n".join(self.source) + "\n"
         program = self.program
-        return StepCode(program.rank, program.mode, names, source, self.table, tuple(self.lines), program.received())
+        segments = {name: segment for segment, name in self.segments.items()}
+        lines, received = tuple(self.lines), program.received()
+        return StepCode(program.rank, program.mode, names, source, self.table, lines, received, segments)
 
     def call(self, node: fx.Node, name: str, label: str) -> None:
         arguments = [self.text(a) for a in node.args]
@@ -160,36 +224,83 @@ class _Writer:
             checker = self.refer(check_shape, "f")
             shape = self.text(tuple(node.meta["local_shape"]))
             self.line(f"    {checker}({name}, {shape}, {label!r})", label)
+        self.free(self.dying.get(node, ()), label)
+
+    def free(self, dead: Sequence[fx.Node], label: str) -> None:
+        if dead:
+            self.line("    del " + ", ".join(f"v{self.number[node]}" for node in dead), label)
+
+    def flush(self, node: fx.Node) -> None:
+        """Called before a put, a get and the output."""
+
+    def name(self, node: fx.Node) -> str:
+        return f"v{self.number[node]}"
 
     def line(self, text: str, label: str) -> None:
         self.source.append(text)
         self.lines.append(label)
 
-    def refer(self, value: Any, prefix: str) -> str:
-        """A name for an object that cannot be written as source."""
-        if id(value) not in self.named:
-            name = f"{prefix}{len(self.table)}"
-            self.table[name] = value
-            self.named[id(value)] = name
-        return self.named[id(value)]
 
-    def text(self, value: Any) -> str:
-        """An argument as source."""
-        if isinstance(value, fx.Node):
-            return f"v{self.number[value]}"
-        if value is None or value is True or value is False or type(value) is int:
-            return repr(value)
-        if type(value) is float and math.isfinite(value):
-            return repr(value)
-        if type(value) is tuple:
-            return "(" + "".join(self.text(item) + ", " for item in value) + ")"
-        if isinstance(value, list):
-            return "[" + ", ".join(map(self.text, value)) + "]"
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{key!r}: {self.text(item)}" for key, item in value.items()) + "}"
-        if isinstance(value, slice):
-            return f"slice({self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)})"
-        return self.refer(value, "k")
+class _SegmentWriter(_Writer):
+    """Writes what lies between puts and gets as functions, equal ones once."""
+
+    def __init__(self, program: StepProgram) -> None:
+        super().__init__(program, check=False)
+        self.waiting: list[fx.Node] = []  #: the nodes of the segment being written
+        self.buffers = {node for node in self.graph.nodes if node.target is comm.get}
+
+    def call(self, node: fx.Node, name: str, label: str) -> None:
+        if node.args and node.args[0] in self.buffers:  # one of the buffers of a get
+            super().call(node, name, label)
+        else:
+            self.waiting.append(node)
+
+    def flush(self, node: fx.Node) -> None:
+        nodes, self.waiting = self.waiting, []
+        if not nodes:
+            return
+        inside = set(nodes)
+        inputs = list(dict.fromkeys(used for each in nodes for used in each.all_input_nodes if used not in inside))
+        outputs = [each for each in nodes if any(user not in inside for user in each.users)]
+        segment = Segment.of(nodes, inputs, outputs)
+        name = self.segments.setdefault(segment, f"s{len(self.segments)}")
+        label = f"{name}, from {nodes[0].name} ({nodes[0].meta.get('path', '')}) to {nodes[-1].name}"
+        self.line(f"    box = [{', '.join(f'v{self.number[each]}' for each in inputs)}]", label)
+        dead = [each for last in nodes for each in self.dying.get(last, ())]
+        self.free([each for each in dead if each not in inside], label)
+        results = "".join(f"v{self.number[each]}, " for each in outputs)
+        self.line(f"    {results or '_'} = compiled[{name!r}](box)", label)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a step does between two puts or gets, in a form that equal ones share.
+
+    Its source defines `segment(inputs)`, which returns a tuple of tensors and (of a pack) lists of tensors and None.
+    """
+
+    source: str
+    objects: tuple[Any, ...]  #: the globals c0, c1, … of the source
+
+    @staticmethod
+    def of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Segment:
+        writer = _Local({node: f"x{i}" for i, node in enumerate(inputs)})
+        lines = ["def segment(inputs):"]
+        if inputs:
+            lines.append(f"    {''.join(f'{name}, ' for name in writer.names.values())}= inputs")
+        for node in nodes:
+            arguments = [writer.text(a) for a in node.args]
+            arguments += [f"{key}={writer.text(value)}" for key, value in node.kwargs.items()]
+            called = f"{writer.refer(node.target, 'c')}({', '.join(arguments)})"
+            writer.names[node] = f"y{len(writer.names)}"
+            lines.append(f"    {writer.names[node]} = {called}")
+        lines.append(f"    return {writer.text(tuple(outputs))}")
+        return Segment("\n".join(lines) + "\n", tuple(writer.table.values()))
+
+    def function(self) -> Callable[[Sequence[Tensor]], tuple[Any, ...]]:
+        namespace = {f"c{i}": value for i, value in enumerate(self.objects)}
+        exec(compile(self.source, "<fxpass segment>", "exec"), namespace)
+        return namespace["segment"]
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from ..ir.program import Program
 from ..ir.step import PACE, ChannelSpec, Mode, StateSpec
 from ..passes.lower_comm import StepPrograms
 from .channels import Channel
-from .executor import PlanLike, Step
+from .executor import PlanLike, Report, Step
 from .step_code import Run, StepCode, drive
+
+if TYPE_CHECKING:
+    from .segments import Compiler
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,7 @@ class LoadedPlan:
     inputs: list[Tensor]  #: shared buffers
     channels: tuple[ChannelSpec, ...]
     state: tuple[StateSpec, ...]
+    compile: bool
 
 
 class History:
@@ -68,7 +73,7 @@ class StepRunner:
         code: gives the code of a mode.
         open_channels: opens the channels of a context. All ranks open the same contexts in the same order.
         traffic: counts the bytes that this rank receives, by role.
-        compile: compile the segments between puts and gets.
+        compiler: compiles the segments of the codes, which must have some.
     """
 
     def __init__(
@@ -80,7 +85,9 @@ class StepRunner:
         open_channels: Callable[[], Sequence[Channel]],
         device: torch.device,
         traffic: Counter[str],
+        compiler: Compiler | None = None,
     ) -> None:
+        self._compiler = compiler
         self._constants = list(constants)
         self._state = state
         self._code = code
@@ -112,7 +119,13 @@ class StepRunner:
             lambda: open_channels(programs.channels),
             device,
             traffic,
+            new_compiler(rank) if compile else None,
         )
+
+    @property
+    def reports(self) -> list[Report]:
+        """What has been compiled so far."""
+        return [self._compiler.report] if self._compiler and self._compiler.report else []
 
     def mode(self, step: Step) -> Mode:
         """The mode of a step, which counts as run from now on."""
@@ -131,7 +144,8 @@ class StepRunner:
         pool = [*weights, *self._constants, *inputs, torch.tensor(pace, dtype=torch.float64), *here.state]
         values = [pool[i] for i in self._orders[code]]
         del pool
-        outputs, here.state = yield from code.run(values)
+        compiled = self._compiler.segments(code) if self._compiler else None
+        outputs, here.state = yield from code.run(values, compiled)
         self._traffic.update(code.received)
         return outputs, here.state
 
@@ -163,6 +177,13 @@ class StepRunner:
         return self._contexts[number]
 
 
+def new_compiler(rank: int) -> Compiler:
+    """A compiler; loads Inductor, which takes seconds."""
+    from .segments import Compiler
+
+    return Compiler(rank)
+
+
 def placeholders(program: Program) -> list[str]:
     """Those of a program's weights, constants and inputs."""
     return [*program.weights, *program.constants, *program.inputs]
@@ -175,7 +196,7 @@ def coder(programs: StepPrograms, *, compile: bool = False, check: bool = False)
     def code(mode: Mode) -> StepCode:
         mode = programs.canonical(mode)
         if mode not in written:
-            written[mode] = StepCode.of(programs[mode], check=check)
+            written[mode] = StepCode.of(programs[mode], check=check, segmented=compile)
         return written[mode]
 
     return code

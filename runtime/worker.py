@@ -27,7 +27,7 @@ from .errors import RankError
 from .local import HOST, connect
 from .network import Network
 from .step_code import StepCode
-from .step_runner import LoadedPlan, StepRunner
+from .step_runner import LoadedPlan, StepRunner, new_compiler
 from .wire import ClosedError, Connection
 
 CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ class Plan:
             lambda: network.open(loaded.channels, CPU),
             CPU,
             Counter(),
+            new_compiler(network.board.rank) if loaded.compile else None,
         )
 
 

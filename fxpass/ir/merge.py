@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .exchange import Earlier, Exchange, Payloads
+from .ops import Shares, index_tensor
 
 ReduceOp = Literal["sum", "prod", "amax", "amin", "exponentials"]
 HALF = 0.5  #: predicted moments: another rank's part changes by this share of the own change, and of its last change
@@ -45,13 +46,17 @@ class Moments(Merged):
 
     counts: tuple[int, ...] = ()
 
+    @cached_property
+    def _shares(self) -> Shares:
+        return Shares(self.counts)
+
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         return self.merged(torch.stack(in_rank_order(rank, x, received)))
 
     def merged(self, parts: Tensor) -> Tensor:
         """Mean and variance [2, …] of the parts of all ranks [ranks, 2, …]."""
         means, m2 = parts.unbind(1)
-        share = _shares(self.counts, parts.dtype, parts.device).view(-1, *(1,) * (means.ndim - 1))
+        share = index_tensor(self._shares, parts.device).to(parts.dtype).view(-1, *(1,) * (means.ndim - 1))
         mean = (share * means).sum(0)
         spread = m2 / sum(self.counts) + share * (means - mean).square()
         return torch.stack([mean, spread.sum(0)])
@@ -68,7 +73,7 @@ class Moments(Merged):
             then = torch.stack(in_rank_order(rank, x, earlier.before))
         return self.estimated(rank, x, earlier.sent, now, then, torch.tensor(earlier.pace, dtype=torch.float64))
 
-    def estimated(self, rank: int, x: Tensor, sent: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
+    def estimated(self, rank: int, x: Tensor, sent: Tensor, now: Tensor, then: Tensor, pace: Tensor | float) -> Tensor:
         """Mean and variance [2, …] of a displaced step.
 
         Args:
@@ -94,7 +99,7 @@ class Moments(Merged):
         moved = whole + variance - sent[1] / self.counts[rank] + 2 * shift * (sent[0] - mean)
         return torch.stack([mean + shift, torch.where(moved < 0, variance, moved)])
 
-    def _predicted(self, rank: int, x: Tensor, sent: Tensor, now: Tensor, then: Tensor, pace: Tensor) -> Tensor:
+    def _predicted(self, rank: int, x: Tensor, sent: Tensor, now: Tensor, then: Tensor, pace: Tensor | float) -> Tensor:
         """Merge the own part with an estimate of every other part.
 
         The estimate moves a part by half of the own change and half of the part's last change. Means move by
@@ -157,13 +162,6 @@ def with_part(parts: Tensor, rank: int, part: Tensor) -> Tensor:
     """`parts` [ranks, …] with `part` in the place of rank `rank`."""
     place = torch.arange(len(parts), device=parts.device).view(-1, *(1,) * part.ndim)
     return torch.where(place == rank, part, parts)
-
-
-@lru_cache(maxsize=256)
-def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Each rank's share of all elements [ranks]."""
-    total = sum(counts)
-    return torch.tensor([count / total for count in counts], dtype=dtype, device=device)
 
 
 def _ratio(now: Tensor, then: Tensor) -> Tensor:

@@ -52,16 +52,31 @@ class Index:
         return f"[{head}{', …' if len(self) > 4 else ''}; {len(self)}]"
 
 
-Supply = Callable[["Rows | Index", torch.device], Tensor]
+class Shares:
+    """Each rank's share of something, in float64; compared by content."""
+
+    def __init__(self, counts: tuple[int, ...]) -> None:
+        self.counts = counts
+        self.array = np.array(counts, dtype=np.float64) / sum(counts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shares) and self.counts == other.counts
+
+    def __hash__(self) -> int:
+        return hash(self.counts)
 
 
-def index_tensor(index: Rows | Index, device: torch.device) -> Tensor:
-    """The positions as an `int64` tensor on `device`."""
+Table = Rows | Index | Shares
+Supply = Callable[[Table, torch.device], Tensor]
+
+
+def index_tensor(index: Table, device: torch.device) -> Tensor:
+    """The positions as an `int64` tensor on `device`, or the shares in float64."""
     return _supply.get()(index, device)
 
 
 @lru_cache(maxsize=1024)
-def _made(index: Rows | Index, device: torch.device) -> Tensor:
+def _made(index: Table, device: torch.device) -> Tensor:
     return torch.from_numpy(index.array.copy()).to(device)
 
 

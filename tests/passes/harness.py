@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from fxpass.capture import capture
 from fxpass.capture.evaluate import bind, run_nodes
-from fxpass.ir import ops
-from fxpass.ir.exchange import Exchange
+from fxpass.ir import comm, ops
+from fxpass.ir.exchange import Exchange, Payloads
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout, Rows, even, owned, per_rank
 from fxpass.ir.nodes import append, append_copy
@@ -236,13 +236,19 @@ def exchanged(declared: Sequence[Exchange], operands: Sequence[Sequence[Tensor]]
                 payload = sent[src][dst]
                 assert (0 if payload is None or src == dst else payload.numel()) == exchange.numel(src, dst)
                 assert payload is None or tuple(payload.shape) == exchange.payload_shape(src, dst)
-        columns.append(
-            [
-                exchange.unpack(dst, xs[dst], [None if src == dst else sent[src][dst] for src in range(world)])
-                for dst in range(world)
-            ]
-        )
+        columns.append([_unpacked(exchange, dst, xs[dst], sent) for dst in range(world)])
     return [tuple(column[rank] for column in columns) for rank in range(world)]
+
+
+def _unpacked(exchange: Exchange, rank: int, x: Tensor, sent: Sequence[Payloads]) -> Tensor:
+    """Rank `rank`'s result: by the exchange itself, and by the operators of step programs, which must agree."""
+    payloads = [None if src == rank else parts[rank] for src, parts in enumerate(sent)]
+    result = exchange.unpack(rank, x, payloads)
+    if any(payload is not None for payload in payloads):
+        received = comm.assemble(exchange, rank, payloads, x.device)
+        assert tuple(received.shape) == comm.received_shape(exchange, rank)
+        assert same_bits(comm.unpack(x, received, exchange, rank), result)
+    return result
 
 
 def output_of(graph: fx.Graph) -> fx.Node:

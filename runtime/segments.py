@@ -1,0 +1,133 @@
+"""compile=True: Inductor compiles what a step does between its puts and gets.
+
+Each segment is compiled when it first runs, with the inputs that it is given, once for all places in all modes where
+the same operators with the same static arguments meet inputs of the same shapes, strides and dtypes: the blocks of a
+model that repeats one block share one compiled segment. Index tables are inputs, so that ranks that differ by them
+alone share the code that Inductor keeps on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ..ir.ops import Table, index_tensor, index_tensors_from
+from .executor import Report
+from .step_code import Segment, StepCode
+
+log = logging.getLogger("fxpass")
+FORMS = 8  #: compiled forms of one segment at one place that are kept: weights may get other strides
+
+
+class Compiler:
+    """The compiled segments of one rank of one plan."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.report: Report | None = None  #: what has been compiled so far
+        self._compiled: dict[tuple[Segment, Any], CompiledSegment] = {}
+        self._of: dict[StepCode, dict[str, Callable[[list[Tensor]], Sequence[Any]]]] = {}
+
+    def segments(self, code: StepCode) -> dict[str, Callable[[list[Tensor]], Sequence[Any]]]:
+        """The segments of a code, by name. Each takes the list of its inputs, which it empties."""
+        if code not in self._of:
+            self._of[code] = {name: self._runner(segment) for name, segment in code.segments.items()}
+        return self._of[code]
+
+    def _runner(self, segment: Segment) -> Callable[[list[Tensor]], Sequence[Any]]:
+        forms: dict[Any, CompiledSegment] = {}
+
+        def run(inputs: list[Tensor]) -> Sequence[Any]:
+            form = tuple([(x.shape, x.stride(), x.dtype, x.device) for x in inputs])
+            if form not in forms:
+                forms[form] = self._get(segment, form, inputs)
+            return forms[form].run(inputs)
+
+        return run
+
+    def _get(self, segment: Segment, form: Any, inputs: list[Tensor]) -> CompiledSegment:
+        if (segment, form) not in self._compiled:
+            started, hits = time.perf_counter(), counters["inductor"]["fxgraph_cache_hit"]
+            self._compiled[segment, form] = CompiledSegment(segment, inputs)
+            cached = counters["inductor"]["fxgraph_cache_hit"] > hits
+            before = self.report or Report(self.rank, 0, 0.0, True)
+            seconds = time.perf_counter() - started
+            log.debug("compiled a segment of rank %d in %.1f s%s", self.rank, seconds, ", from the cache" * cached)
+            self.report = Report(self.rank, before.segments + 1, before.seconds + seconds, before.cached and cached)
+        return self._compiled[segment, form]
+
+
+class CompiledSegment:
+    """A segment, compiled for inputs of the shapes, strides and dtypes of `inputs`."""
+
+    def __init__(self, segment: Segment, inputs: Sequence[Tensor]) -> None:
+        function = segment.function()
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        with torch.no_grad():
+            fake = [mode.from_tensor(x, static_shapes=True) for x in inputs]
+        indices: dict[tuple[Table, torch.device], int] = {}
+
+        def noted(index: Table, device: torch.device) -> Tensor:
+            indices.setdefault((index, device), len(indices))
+            return torch.empty(index.array.shape, dtype=torch.from_numpy(index.array[:0]).dtype, device=device)
+
+        with mode, torch.no_grad(), index_tensors_from(noted):
+            results = function(fake)
+        #: for each result the number of the output, or of a list those of its items
+        self._places = _places(results)
+        self._tables = [index_tensor(index, device) for index, device in indices]
+        with torch.no_grad():
+            fake_tables = [mode.from_tensor(table, static_shapes=True) for table in self._tables]
+
+        def flat(*given: Tensor) -> list[Tensor]:
+            tables = given[len(fake) :]
+            with index_tensors_from(lambda index, device: tables[indices[index, device]]):
+                return _flat(function(given[: len(fake)]))
+
+        with mode, torch.no_grad():
+            graph = make_fx(flat, tracing_mode="real")(*fake, *fake_tables)
+        with torch.no_grad(), tracing(TracingContext(mode)):
+            self._compiled: Any = compile_fx(graph, [*fake, *fake_tables])
+
+    def run(self, inputs: list[Tensor]) -> list[Any]:
+        """The results; empties the list."""
+        given = [*inputs, *self._tables]
+        inputs.clear()
+        outputs = self._compiled(*given)
+        del given
+        return [
+            [None if i is None else outputs[i] for i in place] if isinstance(place, list) else outputs[place]
+            for place in self._places
+        ]
+
+
+def _flat(results: Sequence[Any]) -> list[Tensor]:
+    items = [item for result in results for item in (result if isinstance(result, list | tuple) else [result])]
+    return [item for item in items if item is not None]
+
+
+def _places(results: Sequence[Any]) -> list[int | list[int | None]]:
+    count = 0
+
+    def place(item: Any) -> int | None:
+        nonlocal count
+        if item is None:
+            return None
+        count += 1
+        return count - 1
+
+    return [
+        [place(item) for item in result] if isinstance(result, list | tuple) else place(result)  # type: ignore[misc]
+        for result in results
+    ]
