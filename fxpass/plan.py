@@ -29,6 +29,7 @@ from .inspect.html import plan_html
 from .inspect.networks import to_networkx
 from .inspect.record import Snapshot
 from .ir.advice import FxpassWarning
+from .ir.comm import kept_bytes
 from .ir.fetch import Fetch
 from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
@@ -169,10 +170,12 @@ class Plan:
     def state_bytes_per_rank(self) -> tuple[int, ...]:
         """Bytes that each rank holds from one step to the next, per guidance branch.
 
-        These are received values, and its own old moments where they are corrected. (Buffers of process groups also
-        hold padding and, for all-gathers, the own part.)
+        These are messages that the next step reads, and what forecasts, estimates and codes need of the steps before.
+        (Shared memory holds each message twice; buffers of process groups also hold padding and, for all-gathers, the
+        own part.)
         """
-        return tuple(sum(each.declared.state_bytes(rank) for each in self.exchanges) for rank in range(self.world_size))
+        nodes = [declared for _, declared in exchanges_of(self.graph)]
+        return tuple(sum(kept_bytes(declared, rank) for declared in nodes) for rank in range(self.world_size))
 
     @property
     def exact_steps(self) -> tuple[int, int] | None:

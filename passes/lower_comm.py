@@ -95,7 +95,7 @@ class _Site:
 
 
 def _site(node: fx.Node, rank: int, index: int) -> _Site:
-    values, exchanges = node.args
+    exchanges = node.args[1]
     wires = tuple(each.wire for each in exchanges)  # type: ignore[union-attr]
     one = wires == exchanges
     stale = exchanges[0].fresh != "sync" and exchanges[0].repeated  # type: ignore[union-attr]
@@ -103,8 +103,8 @@ def _site(node: fx.Node, rank: int, index: int) -> _Site:
     wire = now if one else _channel(node, wires, late=True, suffix=".displaced")
     state: list[StateSpec] = []
     names: list[dict[str, str]] = []
-    for i, (x, each) in enumerate(zip(values, exchanges, strict=True)):  # type: ignore[arg-type]
-        kept = _state_shapes(each, rank, x.meta["local_shape"], one)
+    for i, each in enumerate(exchanges):  # type: ignore[arg-type]
+        kept = comm.kept_shapes(each, rank, one)
         names.append({what: f"state_{index}_{i}_{what}" for what in kept})
         state += [StateSpec(names[-1][what], shape, each.dtype) for what, shape in kept.items()]
     return _Site(rank, exchanges, now, wire, tuple(state), tuple(names))  # type: ignore[arg-type]
@@ -113,34 +113,6 @@ def _site(node: fx.Node, rank: int, index: int) -> _Site:
 def _channel(node: fx.Node, exchanges: tuple[Exchange, ...], late: bool, suffix: str = "") -> ChannelSpec | None:
     silent = not any(each.messages for each in exchanges)
     return None if silent else ChannelSpec(node.name + suffix, node.meta.get("path", ""), exchanges, late)
-
-
-def _state_shapes(exchange: Exchange, rank: int, own: tuple[int, ...], one: bool) -> dict[str, tuple[int, ...]]:
-    """The shapes of what a rank keeps of an exchange beside the messages in its channel.
-
-    Args:
-        one: whether exact and displaced steps send the same, so that the channel holds what an exact step received.
-    """
-    kept: dict[str, tuple[int, ...]] = {}
-    if exchange.fresh in ("sync", "local"):
-        return kept
-    there = received_shape(exchange.steady, rank)
-    if exchange.fresh == "frozen" or not one:
-        kept["received"] = there
-    if isinstance(exchange, Fetch) and exchange.bits:
-        shape = exchange.wire.have[rank]
-        kept["known"] = (*own[: exchange.dim], len(shape), *own[exchange.dim + 1 :])
-    if exchange.needs_sent:
-        kept["sent"] = own
-    if exchange.forecast:
-        kept["before"] = there
-        if not exchange.needs_sent:
-            kept["last"] = kept["older"] = _witness_shape(exchange.steady, own)
-    return kept
-
-
-def _witness_shape(exchange: Exchange, own: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(exchange.witness(torch.empty(own, device="meta")).shape)
 
 
 class _Lowering:

@@ -9,6 +9,7 @@ alone share the code that Inductor keeps on disk.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from .executor import Report
 from .step_code import Segment, StepCode
 
 log = logging.getLogger("fxpass")
-FORMS = 8  #: compiled forms of one segment at one place that are kept: weights may get other strides
+_compiling = threading.Lock()  # torch traces in one thread at a time
 
 
 class Compiler:
@@ -59,7 +60,8 @@ class Compiler:
     def _get(self, segment: Segment, form: Any, inputs: list[Tensor]) -> CompiledSegment:
         if (segment, form) not in self._compiled:
             started, hits = time.perf_counter(), counters["inductor"]["fxgraph_cache_hit"]
-            self._compiled[segment, form] = CompiledSegment(segment, inputs)
+            with _compiling:
+                self._compiled[segment, form] = CompiledSegment(segment, inputs)
             cached = counters["inductor"]["fxgraph_cache_hit"] > hits
             before = self.report or Report(self.rank, 0, 0.0, True)
             seconds = time.perf_counter() - started
@@ -80,7 +82,7 @@ class CompiledSegment:
 
         def noted(index: Table, device: torch.device) -> Tensor:
             indices.setdefault((index, device), len(indices))
-            return torch.empty(index.array.shape, dtype=torch.from_numpy(index.array[:0]).dtype, device=device)
+            return torch.from_numpy(index.array.copy()).to(device)
 
         with mode, torch.no_grad(), index_tensors_from(noted):
             results = function(fake)

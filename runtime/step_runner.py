@@ -59,7 +59,6 @@ class Context:
 
     def __init__(self, channels: Sequence[Channel], state: Sequence[StateSpec], device: torch.device) -> None:
         self.channels = channels
-        self.history = History()
         self.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in state]
 
 
@@ -97,6 +96,7 @@ class StepRunner:
         self._place = {name: i for i, name in enumerate([*names, PACE, *(spec.name for spec in state)])}
         self._orders: dict[StepCode, list[int]] = {}
         self._contexts: dict[int, Context] = {}
+        self._histories: dict[int, History] = {}
 
     @staticmethod
     def of(
@@ -129,7 +129,7 @@ class StepRunner:
 
     def mode(self, step: Step) -> Mode:
         """The mode of a step, which counts as run from now on."""
-        return self._context(step.context).history.next(step)
+        return self._histories.setdefault(step.context, History()).next(step)
 
     def start(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: float) -> Run:
         """A step, to be driven; it returns (outputs, new state).
@@ -164,12 +164,17 @@ class StepRunner:
         """Those of a context, which is opened if it is new."""
         return self._context(context).channels
 
+    def kept(self) -> list[Tensor]:
+        """The state of all contexts."""
+        return [value for context in self._contexts.values() for value in context.state]
+
     def close(self) -> None:
         """Receive what is in flight, and forget all contexts. All ranks call it."""
         for context in self._contexts.values():
             for channel in context.channels:
                 channel.close()
         self._contexts.clear()
+        self._histories.clear()
 
     def _context(self, number: int) -> Context:
         if number not in self._contexts:

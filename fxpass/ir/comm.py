@@ -15,11 +15,12 @@ are static.
 from __future__ import annotations
 
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
 
-from .exchange import Earlier, Exchange, Payloads
+from .exchange import Exchange, Payloads
 from .fetch import Fetch, places
 from .merge import Merged, Moments, with_part
 from .ops import fill_rows, take
@@ -79,6 +80,51 @@ def assemble(exchange: Exchange, rank: int, payloads: Payloads, device: torch.de
         assert part is not None
         fill_rows(buffer, dim, where, part)
     return buffer
+
+
+def kept_shapes(exchange: Exchange, rank: int, one: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a rank keeps of an exchange from step to step, beside the message in its channel.
+
+        sent          the own value of the last step
+        known         what the others know of the own value, where changes are coded
+        last, older   the witnesses of the last two steps
+        received      what the others sent at the last step
+        before        what they sent at the one before that
+
+    Args:
+        one: whether exact and displaced steps send the same, so that the channel holds what an exact step received.
+    """
+    kept: dict[str, tuple[int, ...]] = {}
+    if exchange.fresh in ("sync", "local"):
+        return kept
+    own = exchange.shape
+    if isinstance(exchange, Fetch):
+        own = (*own[: exchange.dim], len(exchange.have[rank]), *own[exchange.dim + 1 :])
+    there = received_shape(exchange.steady, rank)
+    if exchange.fresh == "frozen" or not one:
+        kept["received"] = there
+    if isinstance(exchange, Fetch) and exchange.bits:
+        kept["known"] = (*own[: exchange.dim], len(exchange.wire.have[rank]), *own[exchange.dim + 1 :])
+    if exchange.needs_sent:
+        kept["sent"] = own
+    if exchange.forecast:
+        kept["before"] = there
+        if not exchange.needs_sent:
+            witness = exchange.steady.witness(torch.empty(own, device="meta"))
+            kept["last"] = kept["older"] = tuple(witness.shape)
+    return kept
+
+
+def kept_bytes(exchanges: tuple[Exchange, ...], rank: int) -> int:
+    """Bytes that a rank holds of an exchange node from one step to the next, with the message in its channel."""
+    wires = tuple(each.wire for each in exchanges)
+    total = 0
+    for each, wire in zip(exchanges, wires, strict=True):
+        shapes = kept_shapes(each, rank, wires == exchanges).values()
+        total += sum(prod(shape) for shape in shapes) * each.dtype.itemsize
+        if each.fresh != "sync" and each.repeated:
+            total += wire.received(rank)
+    return total
 
 
 def payloads(received: Tensor, exchange: Exchange, rank: int) -> Payloads:
@@ -141,7 +187,8 @@ def estimate(
 
 def local(x: Tensor, exchange: Exchange, rank: int) -> Tensor:
     """Moments of the own value alone."""
-    return exchange.displaced(rank, x, Earlier(None, []))
+    assert isinstance(exchange, Moments)
+    return exchange.local(rank, x)
 
 
 def witness(x: Tensor, exchange: Exchange) -> Tensor:

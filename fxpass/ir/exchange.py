@@ -34,25 +34,6 @@ Payloads = list[Tensor | None]
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """The state of an exchange on one rank at the start of a displaced step.
-
-    Attributes:
-        sent: what this rank sent in the last step, if an estimator needs it.
-        received: the payload from each rank in the last step.
-        before: the payloads of the step before that; None if they are not stored.
-        pace: the length of this step divided by that of the last one, in timesteps; 0 if unknown.
-        trend: per sample, the share of the own value's last change that continued in this step [B].
-    """
-
-    sent: Tensor | None
-    received: Payloads
-    before: Payloads | None = None
-    pace: float = 0.0
-    trend: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Exchange:
     """One declared exchange.
 
@@ -111,35 +92,10 @@ class Exchange:
         """Decode a payload of a displaced step; `known` is the decoded payload of the step before."""
         return payload
 
-    def retained(self, rank: int, received: Payloads) -> Payloads:
-        """The payloads of an exact step, reduced to what displaced steps read."""
-        return [None] * self.world if self.fresh == "local" else received
-
-    def state_bytes(self, rank: int) -> int:
-        """Bytes that `rank` stores between steps."""
-        if self.fresh in ("sync", "local"):
-            return 0
-        own = self.sent_numel(rank) * self.dtype.itemsize
-        if not self.forecast:
-            return self.steady.received(rank) + own
-        return 2 * self.steady.received(rank) + own
-
-    def sent_numel(self, rank: int) -> int:
-        """Elements of its own value that rank `rank` stores between steps."""
-        return prod(self.shape) if self.needs_sent else 0
-
     @property
     def needs_sent(self) -> bool:
         """Whether a displaced step reads what the rank itself sent in the last step."""
         return self.fresh in ("corrected", "predicted")
-
-    def displaced(self, rank: int, x: Tensor, earlier: Earlier) -> Tensor:
-        """Rank `rank`'s result at a displaced step, from its value of this step."""
-        if earlier.trend is None or earlier.before is None:
-            return self.unpack(rank, x, earlier.received)
-        weight = 1 + earlier.trend.view(-1, *(1,) * (x.ndim - 1)).to(x.dtype)
-        pairs = zip(earlier.before, earlier.received, strict=True)
-        return self.unpack(rank, x, [None if a is None or b is None else torch.lerp(a, b, weight) for a, b in pairs])
 
     def witness(self, x: Tensor) -> Tensor:
         """The part of the own value on which the trend is measured: rows like those that are sent."""

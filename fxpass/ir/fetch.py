@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
-from math import prod
 from operator import or_
 
 import torch
@@ -108,20 +107,6 @@ class Fetch(Exchange):
     def _part_sent(self, rank: int, x: Tensor) -> Tensor:
         """The part of the own value that displaced steps send to any other rank."""
         return take(x, self.dim, self.have[rank].locate(self._sent[rank]))
-
-    def sent_numel(self, rank: int) -> int:
-        return prod(self.shape) // self.shape[self.dim] * len(self._sent[rank]) if self.bits else 0
-
-    def retained(self, rank: int, received: Payloads) -> Payloads:
-        if not self.window:
-            return received
-        result: Payloads = []
-        for part, fewer, payload in zip(self.table[rank], self.steady.table[rank], received, strict=True):
-            if payload is None or not fewer.runs:
-                result.append(None)
-            else:
-                result.append(take(payload, self.dim, part.locate(fewer)).clone())
-        return result
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         return (*self.shape[: self.dim], len(self.table[dst][src]), *self.shape[self.dim + 1 :])

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .exchange import Earlier, Exchange, Payloads
+from .exchange import Exchange, Payloads
 from .ops import Shares, index_tensor
 
 ReduceOp = Literal["sum", "prod", "amax", "amin", "exponentials"]
@@ -61,17 +61,9 @@ class Moments(Merged):
         spread = m2 / sum(self.counts) + share * (means - mean).square()
         return torch.stack([mean, spread.sum(0)])
 
-    def displaced(self, rank: int, x: Tensor, earlier: Earlier) -> Tensor:
-        if self.fresh in ("stale", "frozen") or not self.counts[rank]:
-            return super().displaced(rank, x, earlier)
-        if self.fresh == "local":
-            return torch.stack([x[0], x[1] / self.counts[rank]])
-        assert earlier.sent is not None
-        now = torch.stack(in_rank_order(rank, x, earlier.received))
-        then = now
-        if earlier.before and earlier.pace:
-            then = torch.stack(in_rank_order(rank, x, earlier.before))
-        return self.estimated(rank, x, earlier.sent, now, then, torch.tensor(earlier.pace, dtype=torch.float64))
+    def local(self, rank: int, x: Tensor) -> Tensor:
+        """Mean and variance [2, …] of the own part alone."""
+        return torch.stack([x[0], x[1] / max(1, self.counts[rank])])
 
     def estimated(self, rank: int, x: Tensor, sent: Tensor, now: Tensor, then: Tensor, pace: Tensor | float) -> Tensor:
         """Mean and variance [2, …] of a displaced step.

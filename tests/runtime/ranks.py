@@ -13,7 +13,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,9 +26,10 @@ import torch.distributed as dist
 import fxpass
 from fxpass.ir.program import exchanges_of
 from fxpass.ir.strategy import Strategy
-from fxpass.runtime.collectives import ExactStep
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.process_group import GroupChannel
+from fxpass.runtime.shared_memory import MemoryChannel
 from tests.runtime.plans import block, inputs, parallel, steps, whole
 
 STRATEGIES = [
@@ -48,6 +50,19 @@ def attempt(action: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__} after {'<30 s' if time.monotonic() - start < 30 else 'long'}: {error}"
     return "nothing"
+
+
+@contextmanager
+def patched(name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Channels of all kinds whose method `name` is wrapped: `wrapper(channel, …, method)`."""
+    were = {kind: getattr(kind, name) for kind in (MemoryChannel, GroupChannel)}
+    for kind, method in were.items():
+        setattr(kind, name, lambda channel, *args, method=method: wrapper(channel, *args, method))
+    try:
+        yield
+    finally:
+        for kind, method in were.items():
+            setattr(kind, name, method)
 
 
 def shared_files() -> int:
@@ -137,38 +152,37 @@ def everything() -> dict[str, Any]:
 
     # ranks that are early and late by turns
     rng = random.Random(RANK)
-    launch = ExactStep.launch
 
-    def unsteady(self: ExactStep, site: Any, values: list[Any]) -> None:
+    def unsteady(channel: Any, packed: Any, put: Callable[..., None]) -> None:
         time.sleep(rng.choice((0, 0, 0.001, 0.003)))
-        launch(self, site, values)
+        put(channel, packed)
 
-    ExactStep.launch = unsteady
-    seen["unsteady"] = all(
-        torch.equal(module(*inputs(16, seed))["sample"], expected(*inputs(16, seed))["sample"]) for seed in range(12)
-    )
-    ExactStep.launch = launch
+    with patched("put", unsteady):
+        seen["unsteady"] = all(
+            torch.equal(module(*inputs(16, seed))["sample"], expected(*inputs(16, seed))["sample"])
+            for seed in range(12)
+        )
     seen["files"] = shared_files()
 
-    # the memory of a value is used for something else between its launch and its wait
-    wait, kept = ExactStep.wait, {}
+    # the memory of what was put is used for something else until it is awaited
+    kept: dict[Any, list[tuple[Any, Any]]] = {}
 
-    def scribbling(self: ExactStep, site: Any, values: list[Any]) -> None:
-        kept[site] = [value.clone() for value in values]
-        launch(self, site, values)
-        for value in values:
-            value.fill_(7.0)
+    def scribbling(channel: Any, packed: Any, put: Callable[..., None]) -> None:
+        sent = [part for parts in packed for part in parts if part is not None]
+        kept[channel] = [(part, part.clone()) for part in sent]
+        put(channel, packed)
+        for part in sent:
+            part.fill_(7.0)
 
-    def restored(self: ExactStep, site: Any, values: list[Any]) -> list[Any]:
-        for value, then in zip(values, kept.pop(site), strict=True):
-            value.copy_(then)
-        return wait(self, site, values)
+    def restored(channel: Any, get: Callable[..., Any]) -> Any:
+        for part, then in kept.pop(channel, []):
+            part.copy_(then)
+        return get(channel)
 
-    ExactStep.launch, ExactStep.wait = scribbling, restored
-    seen["copied"] = all(
-        torch.equal(module(*inputs(16, seed))["sample"], expected(*inputs(16, seed))["sample"]) for seed in range(3)
-    )
-    ExactStep.launch, ExactStep.wait = launch, wait
+    with patched("put", scribbling), patched("get", restored):
+        seen["copied"] = all(
+            torch.equal(module(*inputs(16, seed))["sample"], expected(*inputs(16, seed))["sample"]) for seed in range(3)
+        )
 
     seen["displaced"] = []
     for strategy in STRATEGIES:

@@ -13,10 +13,9 @@ from diffusers import DDIMScheduler
 
 import fxpass
 from fxpass.ir.merge import Reduce
+from fxpass.ir.step import ChannelSpec
 from fxpass.runtime.engine import SIGNATURES
-from fxpass.runtime.interpreter import Site
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.messages import Route
 from fxpass.runtime.module import ParallelModule
 from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.plans import Block, block, inputs, parallel, whole
@@ -93,4 +92,4 @@ def test_a_few_shapes_in_turn_give_no_hint() -> None:
 
 def test_an_exchange_is_called_by_its_name_and_module_once() -> None:
     total = Reduce("sum", (3,), torch.float32, 2)
-    assert str(Route(Site(0, "exchange_2", "mid.norm", (total,)), 0, 2)).startswith("exchange_2 in mid.norm (")
+    assert str(ChannelSpec("exchange_2", "mid.norm", (total,), False)).startswith("exchange_2 in mid.norm (")

@@ -10,8 +10,9 @@ from torch import Tensor
 from fxpass.capture import capture
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.program import exchanges_of
-from fxpass.runtime.interpreter import RankProgram, drive
-from fxpass.runtime.lockstep import LockstepExecutor, Silent
+from fxpass.ir.step import StepProgram
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.step_code import StepCode, drive
 from fxpass.runtime.structure import WeightTable
 from tests.runtime.plans import CutPlan, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 
@@ -88,8 +89,9 @@ def test_values_are_freed_after_their_last_use() -> None:
     for _ in range(5):
         x = graph.call_function(torch.ops.aten.add.Tensor, (x, 1.0))
     x.meta["path"] = "mid.block"
-    graph.output((x,))
-    code = RankProgram.of(graph, 0)
+    graph.output(([x], []))
+    code = StepCode.of(StepProgram(0, "exact", graph, (), ()))
     assert len(re.findall(r"del v\d", code.source)) == 5  # all but what is returned
-    assert "mid.block" in code.lines[-3]
-    assert drive(code.run([torch.zeros(2)]), Silent())[0].tolist() == [5.0, 5.0]
+    assert "mid.block" in code.lines[-4]
+    (outputs, _) = drive(code.run([torch.zeros(2)]), [])
+    assert outputs[0].tolist() == [5.0, 5.0]

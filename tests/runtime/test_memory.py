@@ -9,12 +9,11 @@ import torch
 from torch.distributed import HashStore
 
 from fxpass.ir.merge import Merged
+from fxpass.ir.step import ChannelSpec
 from fxpass.runtime import memory
 from fxpass.runtime.board import Board
-from fxpass.runtime.interpreter import Site
 from fxpass.runtime.memory import available, check_shm
-from fxpass.runtime.messages import Route
-from fxpass.runtime.shared_memory import open_lanes
+from fxpass.runtime.shared_memory import open_channels
 from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.plans import block, inputs, parallel
 
@@ -39,9 +38,9 @@ def test_messages_that_do_not_fit_into_memory_are_refused_with_both_sizes_before
     made: list[Any] = []
     monkeypatch.setattr("fxpass.runtime.shared_memory._create", lambda *_: made.append(None))
     total = Merged("moments", (1 << 40,), torch.float32, 2)
-    site = Site(0, "exchange", "", (total,))
+    spec = ChannelSpec("exchange", "", (total,), late=False)
     with pytest.raises(OSError, match=r"two buffers for each message of 2 ranks needs 16777216\.\d MiB of memory, "):
-        open_lanes([site], [Route(site, 0, 2)], Board(HashStore(), 0, 2, 1.0), 1)
+        open_channels([spec], Board(HashStore(), 0, 2, 1.0), 1)
     assert not made
 
 

@@ -1,8 +1,8 @@
-"""Lanes over a process group, as NCCL's are used: any payloads, in buffers that hold garbage until they arrive."""
+"""Channels over a process group, as NCCL's are used: any payloads, in buffers that hold garbage until they arrive."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxpass
+from fxpass.ir import comm
+from fxpass.ir.exchange import Exchange
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, full
 from fxpass.ir.merge import Reduce
-from fxpass.runtime.interpreter import Site
+from fxpass.ir.step import ChannelSpec
 from fxpass.runtime.messages import Route
-from fxpass.runtime.past import results_now
-from fxpass.runtime.process_group import GroupLane, padding
+from fxpass.runtime.process_group import GroupChannel, padding
 from tests.passes.harness import rows
 from tests.properties import given
 
@@ -60,20 +61,29 @@ class Mailbox:
         self.deliver()
 
 
-def through_lanes(site: Site, values: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[bool]]:
+def through_channels(
+    exchanges: Sequence[Exchange], values: list[list[Tensor]]
+) -> tuple[list[list[Tensor]], list[bool]]:
     """By rank, the results of each exchange; whether all ranks gathered."""
     world = len(values)
+    spec = ChannelSpec("exchange", "", tuple(exchanges), late=False)
     ends: list[Mailbox] = []
     nobody: Any = None
-    lanes = [GroupLane(Route(site, rank, world), Mailbox(ends), CPU, False, nobody) for rank in range(world)]
-    for rank, lane in enumerate(lanes):
-        lane.send([each.pack(rank, x) for each, x in zip(site.exchanges, values[rank], strict=True)])
-    received = [lane.receive() for lane in lanes]
+    channels = [GroupChannel(Route(spec, rank, world), Mailbox(ends), CPU, False, nobody) for rank in range(world)]
+    for rank, channel in enumerate(channels):
+        channel.put([each.pack(rank, x) for each, x in zip(exchanges, values[rank], strict=True)])
+    received = [channel.get() for channel in channels]
     for rank, end in enumerate(ends):
-        payloads = sum(each.received(rank) for each in site.exchanges)
-        assert end.arriving == payloads + padding(site.exchanges, rank, world)
-    results = [results_now(site, rank, values[rank], received[rank]) for rank in range(world)]
-    return results, [lane.gather for lane in lanes]
+        payloads = sum(each.received(rank) for each in exchanges)
+        assert end.arriving == payloads + padding(spec.exchanges, rank, world)
+    results = [
+        [
+            comm.unpack(x, part, each, rank)
+            for x, part, each in zip(values[rank], received[rank], exchanges, strict=True)
+        ]
+        for rank in range(world)
+    ]
+    return results, [channel.gather for channel in channels]
 
 
 def part(fetch: Fetch, whole: Tensor, mine: Rows) -> Tensor:
@@ -96,9 +106,7 @@ def test_any_message_arrives_as_it_was_sent(data: st.DataObject, world: int, cou
         )
         wholes.append((torch.randn(shape) * 9).to(dtype))
     pairs = list(zip(exchanges, wholes, strict=True))
-    found, gathered = through_lanes(
-        Site(0, "site", "", tuple(exchanges)), [[part(e, x, e.have[r]) for e, x in pairs] for r in range(world)]
-    )
+    found, gathered = through_channels(exchanges, [[part(e, x, e.have[r]) for e, x in pairs] for r in range(world)])
     assert len(set(gathered)) == 1
     for rank, results in enumerate(found):
         for (e, whole), result in zip(pairs, results, strict=True):
@@ -107,7 +115,7 @@ def test_any_message_arrives_as_it_was_sent(data: st.DataObject, world: int, cou
 
 def test_messages_of_equal_size_from_all_ranks_are_gathered_however_small() -> None:
     total = Reduce("sum", (3,), torch.float32, 3)
-    found, gathered = through_lanes(Site(0, "site", "", (total,)), [[torch.full((3,), float(r))] for r in range(3)])
+    found, gathered = through_channels([total], [[torch.full((3,), float(r))] for r in range(3)])
     assert all(gathered)
     assert [result.tolist() for (result,) in found] == [[3.0] * 3] * 3
 

@@ -41,15 +41,15 @@ def test_a_generation_is_as_if_there_had_been_no_other(event: str, broken_off: l
         assert rank["call refused"].startswith("TypeError")
 
 
-def test_an_exact_step_receives_what_is_under_way_before_it_sends(broken_off: list[dict[str, Any]]) -> None:
+def test_a_channel_receives_what_is_under_way_before_it_sends(broken_off: list[dict[str, Any]]) -> None:
     for rank in broken_off:
         assert rank["before"] >= 4
         assert rank["between"] == rank["before"]
-        assert rank["two shapes"] == 2 * rank["before"]  # another shape is another program, which has its own lanes
-        assert rank["ledger"] == [0, 0]
+        assert rank["two shapes"] == 2 * rank["before"]  # another shape is another program, which has its own channels
+        assert rank["overwritten"] == 0
 
 
-def test_a_closed_module_leaves_no_message_no_lane_and_no_thread(broken_off: list[dict[str, Any]]) -> None:
+def test_a_closed_module_leaves_no_message_no_channel_and_no_thread(broken_off: list[dict[str, Any]]) -> None:
     assert [rank["closed"] for rank in broken_off] == [[0, 0, 0]] * 2
 
 
@@ -66,7 +66,7 @@ def test_an_exception_within_a_step_leaves_no_message_behind(who: str, broken_of
 
 def test_two_hundred_generations_hold_as_much_as_forty(seen: list[dict[str, Any]]) -> None:
     for growth in [rank["growth"] for rank in seen]:
-        for what in ("lanes", "under way", "tensors"):
+        for what in ("channels", "under way", "tensors"):
             assert len(set(growth[what])) == 1, what
         assert growth["received"] > 16 * MB
         assert growth["memory"][-1] - growth["memory"][0] < 3 * MB

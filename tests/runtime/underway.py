@@ -22,11 +22,10 @@ from torch import Tensor
 
 from fxpass.ir.strategy import Strategy
 from fxpass.runtime.board import Board
-from fxpass.runtime.collectives import ExactStep
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
-from fxpass.runtime.process_group import GroupLane
+from fxpass.runtime.process_group import GroupChannel
 from tests.runtime.plans import block, parallel, steps, whole
 from tests.runtime.ranks import RANK, WORLD, attempt
 
@@ -112,15 +111,15 @@ def overlap() -> dict[str, Any]:
     return {"equal": equal, "error": error, "flights": [[*pair, count] for pair, count in flights.items()]}
 
 
-def lanes() -> list[GroupLane]:
+def channels() -> list[GroupChannel]:
     """All that this process has."""
     gc.collect()
-    return [each for each in gc.get_objects() if type(each) is GroupLane]
+    return [each for each in gc.get_objects() if type(each) is GroupChannel]
 
 
-def under_way(stale: bool = True) -> int:
-    """On how many lanes a message is; those that compare the calls' inputs always have one between calls."""
-    return sum(each._work is not None for each in lanes() if each.route.site.stale or not stale)
+def under_way(late: bool = True) -> int:
+    """On how many channels a message is; those that compare the calls' inputs always have one between calls."""
+    return sum(each._work is not None for each in channels() if each.route.spec.late or not late)
 
 
 def threads() -> int:
@@ -133,30 +132,24 @@ class Ledger:
     """Watches for messages that are given up, while it is entered.
 
     Attributes:
-        overwritten: how often a lane sent although it had not received what was under way.
-        left: how often another message than the new one was under way at a node, once an exact step had launched it.
+        overwritten: how often a channel sent although it had not received what was under way.
     """
 
     def __enter__(self) -> Ledger:
-        self.overwritten = self.left = 0
-        send, launch = GroupLane.send, ExactStep.launch
-        self._were = send, launch
+        self.overwritten = 0
+        put = GroupChannel.put
+        self._was = put
 
-        def sent(lane: GroupLane, packed: Any) -> None:
-            self.overwritten += lane._work is not None
-            send(lane, packed)
+        def counted(channel: GroupChannel, packed: Any) -> None:
+            work = channel._work
+            put(channel, packed)
+            self.overwritten += work is not None and not work.is_completed()
 
-        def launched(step: ExactStep, site: Any, values: list[Tensor]) -> None:
-            launch(step, site, values)
-            link = step.links[site]
-            wire = link.wire.lane if link.wire is not None and link.wire is not link.now else None
-            self.left += link._underway or (isinstance(wire, GroupLane) and wire._work is not None)
-
-        GroupLane.send, ExactStep.launch = sent, launched
+        GroupChannel.put = counted
         return self
 
     def __exit__(self, *_: object) -> None:
-        GroupLane.send, ExactStep.launch = self._were
+        GroupChannel.put = self._was
 
 
 def begun(module: ParallelModule, strategy: Strategy, calls: list[tuple[Tensor, Tensor]]) -> list[bool]:
@@ -192,8 +185,8 @@ def leaks(name: str) -> dict[str, Any]:
         seen["two shapes"] = under_way()
         seen["shape again"] = begun(module, strategy, steps(4, seed=3))
         module.close()
-        seen["closed"] = [under_way(stale=False), len(lanes()), threads() - idle]
-    seen["ledger"] = [ledger.overwritten, ledger.left]
+        seen["closed"] = [under_way(late=False), len(channels()), threads() - idle]
+    seen["overwritten"] = ledger.overwritten
 
     for who, ranks in (("all", range(WORLD)), ("one", [1])):
         module = middle()
@@ -203,28 +196,28 @@ def leaks(name: str) -> dict[str, Any]:
         ]
         module.reset()
         seen[f"{who} raise"].append(attempt(lambda module=module: module(*steps(4, seed=1)[0])))
-        seen[f"{who} raise, closed"] = [attempt(module.close), under_way(stale=False), len(lanes()), threads() - idle]
+        seen[f"{who} raise, closed"] = [attempt(module.close), under_way(late=False), len(channels()), threads() - idle]
     with parallel(MODEL, DistributedExecutor(WORLD, timeout=60), strategy) as another:
         seen["another"] = begun(another, strategy, steps(4, seed=1))
     return seen
 
 
 def raised(call: Callable[[], Any], here: bool) -> str:
-    """The error of a call in which the third wait of an exchange raises, if that is to happen `here`."""
-    waits, wait = 0, ExactStep.wait
+    """The error of a call in which the third get of a channel raises, if that is to happen `here`."""
+    gets, get = 0, GroupChannel.get
 
-    def raising(step: ExactStep, site: Any, values: list[Tensor]) -> list[Tensor]:
-        nonlocal waits
-        waits += 1
-        if here and waits == 3:
+    def raising(channel: GroupChannel) -> list[Tensor]:
+        nonlocal gets
+        gets += 1
+        if here and gets == 3:
             raise ArithmeticError("only once")
-        return wait(step, site, values)
+        return get(channel)
 
-    ExactStep.wait = raising
+    GroupChannel.get = raising
     try:
         return attempt(call)
     finally:
-        ExactStep.wait = wait
+        GroupChannel.get = get
 
 
 def resident() -> int:
@@ -234,8 +227,8 @@ def resident() -> int:
 
 
 def growth() -> dict[str, Any]:
-    """Lanes, tensors and memory, five times in 200 generations."""
-    seen: dict[str, Any] = {"lanes": [], "under way": [], "tensors": [], "memory": []}
+    """Channels, tensors and memory, five times in 200 generations."""
+    seen: dict[str, Any] = {"channels": [], "under way": [], "tensors": [], "memory": []}
     strategy = replace(Strategy.of("stale_gn"), warmup_steps=1)
     generations = [steps(3, rows=96, seed=seed) for seed in range(4)]
     with parallel(MODEL, DistributedExecutor(WORLD, timeout=60), strategy) as module:
@@ -245,7 +238,7 @@ def growth() -> dict[str, Any]:
             for call in generations[k % 4]:
                 module(*call)
             if k % 40 == 39:
-                seen["lanes"].append(len(lanes()))
+                seen["channels"].append(len(channels()))
                 seen["under way"].append(under_way())
                 seen["tensors"].append(sum(type(each) is Tensor for each in gc.get_objects()))
                 seen["memory"].append(resident())

@@ -1,0 +1,120 @@
+"""compile=True: the same numbers, equal segments compiled once, and a cache that a later process uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxpass
+from fxpass.capture import capture
+from fxpass.ir.strategy import Strategy
+from fxpass.passes.lower_comm import StepPrograms
+from fxpass.runtime.executor import EXACT
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.step_code import StepCode
+from tests.runtime.plans import block, broken_on_rank_1, cut_plan, inputs, parallel, steps
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_compiled_segments_equal_interpreted_ones_at_exact_and_displaced_steps() -> None:
+    model = block()
+    strategy = replace(Strategy.of("displaced"), warmup_steps=2)
+    compiled, eager = (parallel(model, LockstepExecutor(2, compile=c), strategy) for c in (True, False))
+    for call in steps(5):
+        torch.testing.assert_close(compiled(*call)["sample"], eager(*call)["sample"], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_that_repeat_share_their_segments() -> None:
+    counts = []
+    for depth in (2, 4):
+        model = torch.nn.Sequential(*(Layer() for _ in range(depth))).eval()
+        plan = cut_plan(capture(model, torch.randn(1, 32, 8)), 2)
+        code = StepCode.of(StepPrograms(plan.graph, 0)["exact"], segmented=True)
+        calls = code.source.count("compiled[")
+        counts.append((calls, len(code.segments)))
+    (few, distinct), (many, same) = counts
+    assert many > few
+    assert same == distinct
+
+
+class Layer(torch.nn.Module):
+    """A block of a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = torch.nn.LayerNorm(8), torch.nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return x + torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_an_error_in_a_segment_names_its_nodes() -> None:
+    plan = broken_on_rank_1(cut_plan(capture(block(), *inputs()), 2))
+    weights = [block().get_parameter(name).detach() for name in plan.program.weights.values()]
+    loaded = LockstepExecutor(2, compile=True).load(plan, weights, inputs())
+    with torch.no_grad(), pytest.raises(Exception) as error:  # noqa: PT011
+        loaded.run(weights, inputs(), EXACT)
+    assert any("rank 1" in note and "reshape" in note for note in error.value.__notes__)
+
+
+PROGRAM = """
+import json, sys, torch, fxpass
+from tests.runtime.plans import block, steps
+torch.set_num_threads(1)
+model, off = block(), 0.0
+options = {"strategy": sys.argv[1], "warmup_steps": 2}
+compiled = fxpass.parallelize(model, 2, executor="spawn", compile=True, timeout=300, **options)
+eager = fxpass.parallelize(model, 2, executor="lockstep", **options)
+with compiled, torch.no_grad():
+    for call in steps(5):
+        a, b = compiled(*call)["sample"], eager(*call)["sample"]
+        off = max(off, ((a - b).abs().max() / b.abs().max()).item())
+    reports = [(r.segments, r.seconds, r.cached) for r in compiled.compile_reports]
+print(json.dumps({"off": off, "reports": reports}))
+"""
+
+
+def test_processes_are_compiled_and_a_second_start_finds_it_in_the_cache(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    runs = []
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "pcpp"],
+            check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        runs.append(json.loads(result.stdout.splitlines()[-1]))
+    assert all(run["off"] <= 1e-5 for run in runs)
+    assert [[cached for _, _, cached in run["reports"]] for run in runs] == [[False], [True]]
+    assert len({segments for run in runs for segments, _, _ in run["reports"]}) == 1
+
+
+def test_one_rank_is_one_segment() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.SiLU()).eval()
+    x = torch.randn(1, 4, 16, 8)
+    module: Any = fxpass.parallelize(model, 1, compile=True)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), model(x))
+    assert [report.segments for report in module.compile_reports] == [1]
+
+
+def test_a_compiled_program_follows_a_weight_of_other_strides() -> None:
+    model: Any = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()).eval()
+    x = torch.randn(1, 16, 8)
+    module: Any = fxpass.parallelize(model, 1, compile=True)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(module(x), model(x))
+            model[0].weight.data = model[0].weight.data.t()
+    assert [report.segments for report in module.compile_reports] == [2]  # the third call has the strides of the first
