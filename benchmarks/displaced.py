@@ -8,7 +8,7 @@ Four contenders alternate in every round; each runs one untimed and then one tim
     displaced   steady steps of a stale strategy, "displaced" or another: each waits for what was launched a step before
     no_sync     the same for strategy "no_sync", which sends nothing but the output
     sync        exact steps
-    ceiling     the displaced program without exchanges (results kept from an earlier step)
+    ceiling     the displaced program without exchanges: the same operators, on messages kept from an earlier step
 
 The report has medians per step, ratios per round, and bytes received. With `--trace` two consecutive displaced steps
 are recorded instead, in steps-unet.json and so on (see `trace.py`). With `FXPASS_SHM_DISABLE=1` gloo carries messages.

@@ -9,7 +9,7 @@ memory, and overlap; modelled is the link. Not included are NCCL's own kernels, 
 late ranks: these are projections.
 
     exact      all ranks in lockstep on this GPU: error against the unsplit model, and that model's own against float32
-    ceiling    the displaced program without exchanges
+    ceiling    the displaced program without exchanges: the same operators, on messages that stay the same
     displaced  steady steps of the strategy
     sync       exact steps
 
@@ -21,8 +21,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,19 +32,18 @@ from torch.utils import _pytree as pytree
 
 import fxpass
 from benchmarks.displaced import STALE
-from benchmarks.harness import DISPLACED, Keeping, Kept, heading
+from benchmarks.harness import CEILING, DISPLACED, heading, without_exchanges
 from fxpass.capture import Call
-from fxpass.ir.program import Program, specialize
+from fxpass.ir.program import Program
+from fxpass.ir.step import ChannelSpec
 from fxpass.models.catalog import get, load
 from fxpass.models.small import output_tensors
 from fxpass.passes.cost import flops
-from fxpass.runtime.collectives import Collectives, Sessions
-from fxpass.runtime.executor import EXACT, Bound, Step
-from fxpass.runtime.interpreter import RankProgram
+from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.messages import Route
-from fxpass.runtime.process_group import GroupLane
-from fxpass.runtime.runner import Runner
+from fxpass.runtime.process_group import GroupChannel
+from fxpass.runtime.step_runner import StepRunner
 from fxpass.runtime.structure import WeightTable
 
 WARM = 2  #: untimed steps
@@ -144,42 +144,35 @@ class Alone:
     timeout: float = 600.0
 
 
-class LoopbackLinks(Collectives):
-    """The links of a rank, all on one loopback."""
-
-    def lanes(self, routes: Sequence[Route], device: torch.device) -> Sequence[GroupLane]:
-        return [GroupLane(route, self.group, device, self.blocking, self.board) for route in routes]
-
-
 class OneRank:
     """The program of one rank of a plan, run alone."""
 
     def __init__(self, plan: fxpass.Plan, rank: int, model: nn.Module, call: Call, compiled: bool) -> None:
         (self.device,) = {each.device for each in model.parameters()}
         self.board: Any = Alone(rank, plan.world_size)
-        self.code = RankProgram.of(specialize(plan.graph, rank), rank)
-        self.bound = Bound.of(self.code, plan.program, self.device)
-        self.runner = Runner(self.code, compiled)
+        self.runner = StepRunner.of(plan, rank, self.open, self.device, Counter(), compile=compiled)
         self.weights = WeightTable(model, list(plan.program.weights.values())).tensors()
         self.call = call
         self.over(LINKS["nvlink"])
 
     def over(self, link: Link) -> None:
         """Use this link from now on."""
-        loopback = Loopback(self.device, link)
-        self.sessions = Sessions(LoopbackLinks(loopback, loopback, False, self.board), self.code.sites, self.device)
+        self.runner.close()
+        self.loopback = Loopback(self.device, link)
         self.step(EXACT)
 
-    def step(self, step: Step, transport: Any = None) -> list[Tensor]:
-        values = self.bound.values(self.weights, self.call.tensors)
-        return self.runner.run(values, transport or self.sessions.at(step), step)
+    def open(self, specs: Sequence[ChannelSpec]) -> list[GroupChannel]:
+        """Channels that all lead through the loopback."""
+        routes = [Route(spec, self.board.rank, self.board.world) for spec in specs]
+        return [GroupChannel(route, self.loopback, self.device, False, self.board) for route in routes]
+
+    def step(self, step: Step) -> list[Tensor]:
+        return self.runner.run(self.weights, self.call.tensors, step.context, self.runner.mode(step), step.pace)
 
     def without_exchanges(self) -> Callable[[], list[Tensor]]:
-        """The displaced program, with each exchange's results fixed to their current values."""
-        keeping = Keeping(self.sessions.at(DISPLACED))
-        self.step(DISPLACED, keeping)
-        kept = Kept(keeping.results)
-        return lambda: self.step(DISPLACED, kept)
+        """Steady steps without exchanges."""
+        step = replace(DISPLACED, context=CEILING)
+        return without_exchanges(self.runner, self.weights, lambda: self.call.tensors, step)
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,20 @@ from torch import Tensor, nn
 import fxpass
 from benchmarks.models import MODELS
 from fxpass.capture import Call
+from fxpass.ir.exchange import Payloads
 from fxpass.ir.inputs import moving
+from fxpass.runtime.channels import Channel
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.executor import EXACT, Step, device_of
-from fxpass.runtime.interpreter import Site, Transport, drive
+from fxpass.runtime.step_code import drive
+from fxpass.runtime.step_runner import StepRunner
 from fxpass.runtime.structure import WeightTable
 
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 DRIFT = 0.02  #: change of the sample per step, in standard deviations
 RESAMPLED = 10_000  #: bootstrap samples
 DISPLACED = Step(exact=False, pace=1.0)  #: evenly spaced timesteps, so that values are extrapolated
+CEILING = 1  #: the context of steps without exchanges
 
 
 def on_two_processes(module: str, reports: Iterable[str]) -> None:
@@ -86,17 +90,9 @@ class Stepper:
     def displaced(self) -> list[Tensor]:
         return self.loaded.run(self.weights, self.tensors(), DISPLACED)
 
-    def drive(self, transport: Transport) -> list[Tensor]:
-        """Run this rank's program; `transport` performs its exchanges."""
-        bound = self.loaded.bound
-        return drive(bound.code.run(bound.values(self.weights, self.tensors())), transport)
-
     def without_exchanges(self, step: Step) -> Callable[[], list[Tensor]]:
-        """This rank's program without exchanges: their results are fixed to those of `step`, which runs now."""
-        keeping = Keeping(self.loaded.sessions.at(step))
-        self.drive(keeping)
-        kept = Kept(keeping.results)
-        return lambda: self.drive(kept)
+        """This rank's program without exchanges, in the mode of `step`; see `without_exchanges` below."""
+        return without_exchanges(self.loaded.runner, self.weights, self.tensors, replace(step, context=CEILING))
 
     def received(self, step: Callable[[], Any]) -> dict[str, int]:
         """Bytes that this rank receives in one `step`, by role."""
@@ -106,33 +102,55 @@ class Stepper:
         return {role: count for role, count in change.items() if count}
 
 
-class Keeping:
-    """A transport that records results."""
+class StaticChannel:
+    """Another channel, until `freeze`: then `put` does nothing, and `get` returns the last receive buffers again."""
 
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
-        self.results: dict[Site, list[Tensor]] = {}
+    def __init__(self, channel: Channel) -> None:
+        self.channel: Channel | None = channel
+        self.buffers: list[Tensor] = []
 
-    def launch(self, site: Site, values: list[Tensor]) -> None:
-        self.transport.launch(site, values)
+    def put(self, packed: Sequence[Payloads]) -> None:
+        if self.channel is not None:
+            self.channel.put(packed)
 
-    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
-        results = self.transport.wait(site, values)
-        self.results[site] = [result.clone() for result in results]
-        return results
+    def ready(self) -> bool:
+        return self.channel is None or self.channel.ready()
+
+    def get(self) -> list[Tensor]:
+        if self.channel is not None:
+            self.buffers = self.channel.get()
+        return list(self.buffers)
+
+    def close(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+
+    def freeze(self) -> None:
+        self.close()
+        self.channel = None
 
 
-class Kept:
-    """A transport that returns recorded results."""
+def without_exchanges(
+    runner: StepRunner, weights: Sequence[Tensor], inputs: Callable[[], Sequence[Tensor]], step: Step
+) -> Callable[[], list[Tensor]]:
+    """A rank's program without exchanges: the same operators, but no message is sent, copied or awaited.
 
-    def __init__(self, results: dict[Site, list[Tensor]]) -> None:
-        self.results = results
+    Runs three steps with exchanges, on all ranks at once; later ones get the messages of the third again.
 
-    def launch(self, site: Site, values: list[Tensor]) -> None:
-        pass
+    Args:
+        inputs: those of the next step.
+        step: what is run; its context must be one that no other step uses.
+    """
+    channels = [StaticChannel(channel) for channel in runner.channels(step.context)]
 
-    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
-        return self.results[site]
+    def run(step: Step) -> list[Tensor]:
+        return drive(runner.start(weights, inputs(), step.context, runner.mode(step), step.pace), channels)[0]
+
+    for each in (replace(step, exact=True), step, step):
+        run(each)
+    for channel in channels:
+        channel.freeze()
+    return lambda: run(step)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ Four contenders alternate in every round, so that other load on the machine affe
     plain      the unsplit model, rank 0 alone
     captured   the same through capture and lowering with world_size=1, rank 0 alone
     split      both ranks, exact mode
-    ceiling    both ranks' programs at once without exchanges (results kept from an earlier call), until both are done:
-               two busy cores slow each other, so 2.0 is not the ceiling of two processes
+    ceiling    both ranks' programs at once without exchanges (the same operators, on messages kept from an earlier
+               call), until both are done: two busy cores slow each other, so 2.0 is not the ceiling of two processes
 """
 
 from __future__ import annotations

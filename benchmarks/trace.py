@@ -1,15 +1,18 @@
 """Trace two consecutive displaced steps, message by message: launched in one step, awaited in the next.
 
-The lanes of a session are wrapped to record each use. All ranks read the machine's monotonic clock, so that their
-records fit together.
+Wraps the channels, and the operators that pack, unpack and estimate, to record each use. All ranks read the machine's
+monotonic clock, so that their records fit together.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import fxpass
 from benchmarks.harness import DISPLACED, Stepper
+from fxpass.ir import comm
 from fxpass.ir.exchange import Exchange, Payloads
-from fxpass.runtime.collectives import ExactStep, Way
-from fxpass.runtime.executor import EXACT
-from fxpass.runtime.interpreter import Site, Transport
-from fxpass.runtime.messages import Lane
-from fxpass.runtime.process_group import GroupLane
+from fxpass.ir.step import ChannelSpec, Mode
+from fxpass.passes.lower_comm import StepPrograms
+from fxpass.runtime.channels import Channel
+from fxpass.runtime.executor import EXACT, Step
+from fxpass.runtime.process_group import GroupChannel
+from fxpass.runtime.step_code import StepCode
+from fxpass.runtime.step_runner import StepRunner, coder, placeholders
 
 now = time.monotonic
-CONTEXT = 1  #: the context whose session is traced; other steps use another one
+CONTEXT = 2  #: the context whose channels are traced; other steps use others
+POLL = 2e-5  #: seconds between two looks for a message
+OPERATORS = [value for value in vars(comm).values() if isfunction(value) and value.__module__ == comm.__name__]
+PATIENCE = 60.0  #: seconds; the channel itself waits after these, and raises an error if the other rank is gone
 
 
 @dataclass
@@ -75,46 +85,41 @@ class Log:
             kind.clear()
 
 
-class WatchedLane:
-    """A lane that records its uses."""
+class WatchedChannel:
+    """A channel that records its uses."""
 
-    def __init__(self, lane: Lane, node: str, exchanges: Sequence[Exchange], rank: int, log: Log) -> None:
-        self.lane = lane
-        self.node = node
-        self.role = exchanges[0].role
-        self.size = sum(exchange.received(rank) for exchange in exchanges)
+    def __init__(self, channel: Channel, spec: ChannelSpec, rank: int, log: Log) -> None:
+        self.channel = channel
+        self.node = spec.name
+        self.role = spec.exchanges[0].role
+        self.size = sum(exchange.received(rank) for exchange in spec.exchanges)
         self.log = log
         self.last: Flight | None = None
+        self.ready, self.close = channel.ready, channel.close
 
-    @property
-    def lasting(self) -> bool:
-        return self.lane.lasting
-
-    def send(self, packed: list[Payloads]) -> None:
+    def put(self, packed: Sequence[Payloads]) -> None:
         began = now()
-        self.lane.send(packed)
+        self.channel.put(packed)
         flight = Flight(self.node, self.role, self.size, began, now())
-        if isinstance(self.lane, GroupLane):
+        if isinstance(self.channel, GroupChannel):
 
             def arrived(_: Any) -> None:
                 flight.arrived = now()
 
-            self.lane._work.get_future().add_done_callback(arrived)
+            self.channel._work.get_future().add_done_callback(arrived)
         self.last = flight
         self.log.flights.append(flight)
+        self.log.exchanges.append(Span(f"put {self.node}", began, flight.launched, self.role))
 
-    def arrived(self) -> bool:
-        return self.lane.arrived()
-
-    def receive(self) -> list[Payloads]:
+    def get(self) -> list[Tensor]:
         awaited = now()
-        received = self.lane.receive()
+        while not self.channel.ready() and now() < awaited + PATIENCE:
+            time.sleep(POLL)
         if self.last is not None:
             self.last.awaited, self.last.taken = awaited, now()
+        received = self.channel.get()
+        self.log.exchanges.append(Span(f"get {self.node}", awaited, now(), self.role))
         return received
-
-    def done(self) -> None:
-        self.lane.done()
 
 
 @dataclass(frozen=True)
@@ -197,55 +202,67 @@ class Trace:
         return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-class Watched:
-    """A transport that records its calls."""
+def watched_code(code: StepCode, log: Log) -> StepCode:
+    """A step whose packs, unpacks, estimates and codes are recorded."""
+    table = {name: _watched(value, log) if value in OPERATORS else value for name, value in code.table.items()}
+    return replace(code, table=table)
 
-    def __init__(self, transport: Transport, log: Log) -> None:
-        self.transport = transport
-        self.log = log
 
-    def launch(self, site: Site, values: list[Tensor]) -> None:
+def _watched(operator: Callable[..., Any], log: Log) -> Callable[..., Any]:
+    @wraps(operator)
+    def recorded(*args: Any) -> Any:
+        (exchange,) = (each for each in args if isinstance(each, Exchange))
         began = now()
-        self.transport.launch(site, values)
-        self._write("launch", site, began)
+        result = operator(*args)
+        log.exchanges.append(Span(f"{operator.__name__} {exchange}", began, now(), exchange.role))
+        return result
 
-    def wait(self, site: Site, values: list[Tensor]) -> list[Tensor]:
-        began = now()
-        results = self.transport.wait(site, values)
-        self._write("wait", site, began)
-        return results
-
-    def _write(self, act: str, site: Site, began: float) -> None:
-        self.log.exchanges.append(Span(f"{act} {site.name}", began, now(), site.exchanges[0].role))
+    return recorded
 
 
 @torch.no_grad()
 def trace(stepper: Stepper) -> Trace | None:
     """Run one exact and three displaced steps, and record the last two. Returns None on ranks other than 0."""
     log, rank = Log(), dist.get_rank()
-    exact, displaced = (stepper.loaded.sessions.at(replace(step, context=CONTEXT)) for step in (EXACT, DISPLACED))
-    assert isinstance(exact, ExactStep)
-    watching: list[tuple[Way, WatchedLane]] = []
-    for site, link in exact.links.items():
-        for way in (link.now, link.wire):
-            if way is not None and way.lane is not None and not isinstance(way.lane, WatchedLane):
-                way.lane = WatchedLane(way.lane, site.name, way.exchanges, rank, log)
-                watching.append((way, way.lane))
-    stepper.drive(exact)
-    stepper.drive(displaced)
+    runner = watched(stepper.plan, stepper.loaded.runner.channels(CONTEXT), rank, log)
+
+    def run(step: Step) -> None:
+        runner.run(stepper.weights, stepper.tensors(), 0, runner.mode(step), step.pace)
+
+    run(EXACT)
+    run(DISPLACED)
     log.clear()
-    watched = Watched(displaced, log)
     for name in ("displaced step", "displaced step, the next"):
         began = now()
-        stepper.drive(watched)
+        run(DISPLACED)
         log.steps.append(Span(name, began, now()))
-    written = Log(log.steps, log.exchanges, list(log.flights))
-    stepper.drive(exact)  # receive messages in flight
-    for way, watched_lane in watching:
-        way.lane = watched_lane.lane
+    written = Log(log.steps, list(log.exchanges), list(log.flights))
+    run(EXACT)  # receive messages in flight
     for flight in written.flights:
         if flight.awaited is not None and flight.awaited > log.steps[-1].ended:
             flight.awaited = flight.taken = None
     logs: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
     dist.gather_object(written, logs)
     return Trace(logs) if logs else None
+
+
+def watched(plan: fxpass.Plan, channels: Sequence[Channel], rank: int, log: Log) -> StepRunner:
+    """A runner of a rank's steps on the CPU that records their exchanges, in context 0.
+
+    Args:
+        channels: the rank's, of a context that nothing else uses.
+    """
+    programs = StepPrograms(plan.graph, rank)
+    write = coder(programs)
+    codes: dict[StepCode, StepCode] = {}
+
+    def code(mode: Mode) -> StepCode:
+        plain = write(mode)
+        if plain not in codes:
+            codes[plain] = watched_code(plain, log)
+        return codes[plain]
+
+    ends = [WatchedChannel(*each, rank, log) for each in zip(channels, programs.channels, strict=True)]
+    constants = list(plan.program.constants.values())
+    names = placeholders(plan.program)
+    return StepRunner(names, constants, programs.state, code, lambda: ends, torch.device("cpu"), Counter())

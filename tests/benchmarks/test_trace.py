@@ -1,8 +1,18 @@
 """The records of two ranks become one table and one file."""
 
 import json
+from dataclasses import replace
+from typing import Any
 
-from benchmarks.trace import Flight, Log, Span, Trace
+import torch
+
+import fxpass
+from benchmarks.gpu import OneRank
+from benchmarks.harness import DISPLACED
+from benchmarks.trace import CONTEXT, Flight, Log, Span, Trace, watched
+from fxpass.capture import Call
+from fxpass.models.small import case
+from fxpass.runtime.executor import EXACT
 
 
 def log(lead: float) -> Log:
@@ -33,3 +43,23 @@ def test_the_file_has_a_bar_for_each_message_of_each_rank() -> None:
     assert [rank for rank, _ in bars] == [rank for rank, _ in ends] == [0, 0, 1, 1]
     assert all(began <= ended for (_, began), (_, ended) in zip(bars, ends, strict=True))
     assert {event["pid"] for event in events if event["name"] == "wait"} == {0, 1}
+
+
+@torch.no_grad()
+def test_a_watched_step_records_every_message_and_every_operator_of_an_exchange() -> None:
+    model: Any = case("unet_sd").build()
+    given = case("unet_sd").inputs(rows=32, module=model)
+    plan = fxpass.plan(fxpass.capture(model, **given), world_size=2, strategy="displaced")
+    one = OneRank(plan, 0, model, Call.of(model, (), given), compiled=False)
+    log = Log()
+    runner = watched(plan, one.runner.channels(CONTEXT), 0, log)
+    for step in (EXACT, DISPLACED, DISPLACED):
+        log.clear()
+        outputs = runner.run(one.weights, one.call.tensors, 0, runner.mode(step), step.pace)
+        assert torch.equal(outputs[0], one.step(replace(step, context=CONTEXT + 1))[0])
+    late = [flight for flight in log.flights if flight.awaited is None]
+    assert [flight.node for flight in log.flights if flight not in late] == [log.flights[-1].node]  # the output
+    acts = [span.name.split()[0] for span in log.exchanges]
+    assert acts.count("put") == acts.count("get") == len(log.flights)
+    assert {"pack", "unpack", "estimate"} <= set(acts)
+    assert {span.role for span in log.exchanges} == {flight.role for flight in log.flights}

@@ -102,7 +102,7 @@ def test_one_rank_is_compiled_for_a_gpu(name: str) -> None:
         assert parallel.compile_reports
 
 
-def test_nccl_has_the_interface_that_lanes_use(tmp_path: Path) -> None:
+def test_nccl_has_the_interface_that_channels_use(tmp_path: Path) -> None:
     """A group of one rank: NCCL takes no two on a GPU."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     options = dist.ProcessGroupNCCL.Options()
