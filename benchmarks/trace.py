@@ -204,7 +204,10 @@ class Trace:
 
 def watched_code(code: StepCode, log: Log) -> StepCode:
     """A step whose packs, unpacks, estimates and codes are recorded."""
-    table = {name: _watched(value, log) if value in OPERATORS else value for name, value in code.table.items()}
+    table = {
+        name: _watched(each, log) if isfunction(each) and each in OPERATORS else each
+        for name, each in code.table.items()
+    }
     return replace(code, table=table)
 
 
