@@ -1,18 +1,20 @@
 """The records of two ranks become one table and one file."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 import fxpass
-from benchmarks.gpu import OneRank
 from benchmarks.harness import DISPLACED
-from benchmarks.trace import CONTEXT, Flight, Log, Span, Trace, watched
+from benchmarks.trace import Flight, Log, Span, Trace, watched
 from fxpass.capture import Call
 from fxpass.models.small import case
+from fxpass.passes.lower_comm import StepPrograms
+from fxpass.runtime.channels import InProcessChannel
 from fxpass.runtime.executor import EXACT
+from fxpass.runtime.lockstep import LockstepExecutor, run_in_turns
+from fxpass.runtime.structure import WeightTable
 
 
 def log(lead: float) -> Log:
@@ -46,20 +48,25 @@ def test_the_file_has_a_bar_for_each_message_of_each_rank() -> None:
 
 
 @torch.no_grad()
-def test_a_watched_step_records_every_message_and_every_operator_of_an_exchange() -> None:
+def test_a_watched_step_gives_the_same_output_and_records_every_message_and_operator_of_an_exchange() -> None:
     model: Any = case("unet_sd").build()
     given = case("unet_sd").inputs(rows=32, module=model)
     plan = fxpass.plan(fxpass.capture(model, **given), world_size=2, strategy="displaced")
-    one = OneRank(plan, 0, model, Call.of(model, (), given), compiled=False)
+    weights = WeightTable(model, list(plan.program.weights.values())).tensors()
+    inputs = Call.of(model, (), given).tensors
+    plain = LockstepExecutor(2).load(plan, weights, inputs)
     log = Log()
-    runner = watched(plan, one.runner.channels(CONTEXT), 0, log)
+    specs = StepPrograms(plan.graph, 0).channels
+    ends = [InProcessChannel.of_all_ranks(spec, 2, torch.device("cpu")) for spec in specs]
+    ranks = [watched(plan, [of_ranks[rank] for of_ranks in ends], rank, (log, Log())[rank]) for rank in (0, 1)]
     for step in (EXACT, DISPLACED, DISPLACED):
         log.clear()
-        outputs = runner.run(one.weights, one.call.tensors, 0, runner.mode(step), step.pace)
-        assert torch.equal(outputs[0], one.step(replace(step, context=CONTEXT + 1))[0])
-    late = [flight for flight in log.flights if flight.awaited is None]
-    assert [flight.node for flight in log.flights if flight not in late] == [log.flights[-1].node]  # the output
+        runs = [rank.start(weights, inputs, 0, rank.mode(step), step.pace) for rank in ranks]
+        found = run_in_turns(runs, [rank.channels(0) for rank in ranks])
+        assert torch.equal(found[0][0][0], plain.run(weights, inputs, step)[0])
     acts = [span.name.split()[0] for span in log.exchanges]
-    assert acts.count("put") == acts.count("get") == len(log.flights)
+    assert acts.count("put") == acts.count("get") == len(log.flights) > 1
     assert {"pack", "unpack", "estimate"} <= set(acts)
     assert {span.role for span in log.exchanges} == {flight.role for flight in log.flights}
+    awaited = [flight.node for flight in log.flights if flight.awaited is not None]
+    assert awaited == [log.flights[-1].node]  # the output; what else was sent is read in the next step
