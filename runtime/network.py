@@ -45,7 +45,8 @@ class Network:
             if shared is not None:
                 return shared
         routes = [Route(spec, self.board.rank, self.board.world) for spec in specs]
-        return [
-            GroupChannel(route, self.group if route.spec.late else self.urgent, device, self.blocking, self.board)
-            for route in routes
-        ]
+        return [GroupChannel(route, self._group_of(route.spec), device, self.blocking, self.board) for route in routes]
+
+    def _group_of(self, spec: ChannelSpec) -> Any:
+        """The group of a channel: the urgent one for what is never stale, so that displaced steps use it as well."""
+        return self.urgent if spec.exchanges[0].fresh == "sync" else self.group

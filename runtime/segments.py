@@ -59,10 +59,10 @@ class Compiler:
 
     def _get(self, segment: Segment, form: Any, inputs: list[Tensor]) -> CompiledSegment:
         if (segment, form) not in self._compiled:
-            started, hits = time.perf_counter(), counters["inductor"]["fxgraph_cache_hit"]
+            started, missed = time.perf_counter(), _missed()
             with _compiling:
                 self._compiled[segment, form] = CompiledSegment(segment, inputs)
-            cached = counters["inductor"]["fxgraph_cache_hit"] > hits
+            cached = _missed() == missed
             before = self.report or Report(self.rank, 0, 0.0, True)
             seconds = time.perf_counter() - started
             log.debug("compiled a segment of rank %d in %.1f s%s", self.rank, seconds, ", from the cache" * cached)
@@ -112,6 +112,11 @@ class CompiledSegment:
             [None if i is None else outputs[i] for i in place] if isinstance(place, list) else outputs[place]
             for place in self._places
         ]
+
+
+def _missed() -> int:
+    """How often this process has compiled what Inductor's cache did not have."""
+    return counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]
 
 
 def _flat(results: Sequence[Any]) -> list[Tensor]:

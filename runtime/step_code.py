@@ -26,6 +26,7 @@ from ..ir import comm
 from ..ir.step import Mode, StepProgram
 from .channels import Channel
 
+SEGMENT = "<fxpass segment>"  #: the file name of a segment's source, in tracebacks
 Act = Literal["put", "get"]
 #: Yields (act, channel, what is put: of each exchange, by destination), is sent the receive buffers at a get, and
 #: returns (outputs, new state). It empties the list of buffers, so that nobody keeps alive what it has used.
@@ -44,6 +45,7 @@ class StepCode:
     lines: tuple[str, ...]  #: the node of each line of the source
     received: dict[str, int]  #: bytes that the rank receives, by role
     segments: dict[str, Segment]  #: by the name that the source calls it by
+    inside: dict[int, tuple[str, ...]]  #: by the line that calls a segment: the node of each line of that
 
     @staticmethod
     def of(program: StepProgram, *, check: bool = False, segmented: bool = False) -> StepCode:
@@ -82,11 +84,14 @@ class StepCode:
     def _where(self, error: Exception) -> str:
         code = self._function.__code__
         trace = error.__traceback__
+        found, inside = "outside its graph", ()
         while trace is not None:
             if trace.tb_frame.f_code is code:
-                return f"at {self.lines[trace.tb_lineno - 1]}"
+                found, inside = f"at {self.lines[trace.tb_lineno - 1]}", self.inside.get(trace.tb_lineno, ())
+            elif trace.tb_frame.f_code.co_filename == SEGMENT and trace.tb_lineno - 3 < len(inside):
+                return f"at {inside[trace.tb_lineno - 3]}"
             trace = trace.tb_next
-        return "outside its graph"
+        return found
 
 
 def drive(run: Run, channels: Sequence[Channel]) -> tuple[list[Tensor], list[Tensor]]:
@@ -174,6 +179,7 @@ class _Writer(_Text):
         self.number = {node: i for i, node in enumerate(self.graph.nodes)}
         self.dying = last_uses(self.graph)
         self.segments: dict[Segment, str] = {}
+        self.inside: dict[int, tuple[str, ...]] = {}
 
     def code(self) -> StepCode:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -214,7 +220,8 @@ class _Writer(_Text):
         program = self.program
         segments = {name: segment for segment, name in self.segments.items()}
         lines, received = tuple(self.lines), program.received()
-        return StepCode(program.rank, program.mode, names, source, self.table, lines, received, segments)
+        data = program.rank, program.mode, names, source, self.table, lines, received
+        return StepCode(*data, segments, self.inside)
 
     def call(self, node: fx.Node, name: str, label: str) -> None:
         arguments = [self.text(a) for a in node.args]
@@ -270,6 +277,7 @@ class _SegmentWriter(_Writer):
         self.free([each for each in dead if each not in inside], label)
         results = "".join(f"v{self.number[each]}, " for each in outputs)
         self.line(f"    {results or '_'} = compiled[{name!r}](box)", label)
+        self.inside[len(self.lines)] = tuple(f"{each.name} ({each.meta.get('path', '')})" for each in nodes)
 
 
 @dataclass(frozen=True)
@@ -285,9 +293,8 @@ class Segment:
     @staticmethod
     def of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Segment:
         writer = _Local({node: f"x{i}" for i, node in enumerate(inputs)})
-        lines = ["def segment(inputs):"]
-        if inputs:
-            lines.append(f"    {''.join(f'{name}, ' for name in writer.names.values())}= inputs")
+        lines = ["def segment(inputs):"]  # one line for the inputs, then one for each node
+        lines.append(f"    {''.join(f'{name}, ' for name in writer.names.values())}= inputs" if inputs else "    pass")
         for node in nodes:
             arguments = [writer.text(a) for a in node.args]
             arguments += [f"{key}={writer.text(value)}" for key, value in node.kwargs.items()]
@@ -299,7 +306,7 @@ class Segment:
 
     def function(self) -> Callable[[Sequence[Tensor]], tuple[Any, ...]]:
         namespace = {f"c{i}": value for i, value in enumerate(self.objects)}
-        exec(compile(self.source, "<fxpass segment>", "exec"), namespace)
+        exec(compile(self.source, SEGMENT, "exec"), namespace)
         return namespace["segment"]
 
 

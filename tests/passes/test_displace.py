@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxpass
+from fxpass.ir.comm import kept_bytes
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.merge import Moments
 from fxpass.ir.program import exchanges_of
@@ -267,7 +268,7 @@ def _for_forecasts(exchange: Any, rank: int) -> int:
     """The message before the last one, and of a halo the own border rows of two steps."""
     if isinstance(exchange, Moments):
         return 2 * exchange.received(rank)  # with a place for the own part
-    row = exchange.received(rank) // len(exchange.table[rank][1 - rank])
+    row = math.prod(exchange.shape) // exchange.shape[exchange.dim] * exchange.dtype.itemsize
     own, most = len(exchange.have[rank]), max(len(exchange.table[r][1 - r]) for r in range(2))
     return exchange.received(rank) + 2 * row * min(own, 2 * most)
 
@@ -377,7 +378,7 @@ def test_state_between_steps_has_the_bytes_of_the_plan_and_does_not_grow(name: s
             first = _kept(entry.loaded)
     assert _kept(entry.loaded) == first
     plan = entry.plan
-    assert first == list(plan.state_bytes_per_rank)
+    assert first == [sum(kept_bytes(some, rank) for _, some in exchanges_of(plan.graph)) for rank in range(2)]
 
 
 def _kept(loaded: Any) -> list[int]:
