@@ -71,6 +71,8 @@ class InProcessChannel:
         return ends
 
     def put(self, packed: Sequence[Payloads]) -> None:
+        for src in range(len(self.ends)):
+            self.inbox.pop((src, self.number), None)  # the last message is not read after this
         self.number += 1
         for dst, end in enumerate(self.ends):
             if dst == self.rank:
@@ -81,7 +83,6 @@ class InProcessChannel:
             if self.spec.late:  # it would keep alive the activation that it is a view of
                 payloads = [None if payload is None else payload.clone() for payload in payloads]
             end.inbox[self.rank, self.number] = payloads
-            end.inbox.pop((self.rank, self.number - 2), None)
 
     def _check(self, exchange: Exchange, dst: int, payload: Tensor | None) -> None:
         if payload is None:
