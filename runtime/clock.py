@@ -1,19 +1,19 @@
 """Decide which steps are exact. A displaced step needs every sign that a call continues a generation.
 
-Calls with equal conditioning (all inputs but sample and timestep) belong to one *context*: one guidance branch of one
-prompt. A call continues its context if
+Calls of one generation (`generation.py`) with equal conditioning (all inputs but sample and timestep) belong to one
+*context*: one guidance branch of one prompt. Of a generation that the user entered, every call continues its context.
+Else a call does so if
 
 - no timestep has risen (a new generation starts high again), come three times (Heun and PNDM repeat them once, though
   not the first) or fallen by several times as much as at the step before (a generation that begins in the middle),
 - the sample correlates with the last one (fresh noise does not, even at a lower timestep), and
 - the context was used not long ago.
 
-Otherwise a generation begins, whose first `warmup_steps` calls are exact. All ranks get the same inputs, so they decide
-alike. Two generations of one prompt and one seed cannot be told apart if they alternate in one module, or if the second
-begins close to where the first ended.
+Otherwise a generation begins, whose first `warmup_steps` calls are exact. If nobody announced the generation, a call at
+the timestep of the one before, and the call after that, are exact as well: two loops of one prompt may take turns.
 
-The last `cooldown_steps` timesteps of a generation are exact as well, if `restart` was given its timesteps and the
-model's timestep is one of them.
+All ranks get the same inputs, so they decide alike. The last `cooldown_steps` timesteps of a generation are exact as
+well, if its timesteps are known and the model's timestep is one of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from ..ir.inputs import moving
 from ..ir.program import Program
 from .executor import EXACT, Step
+from .generation import Generation
 
 CONTEXTS = 4  #: kept at once; guidance has two or three branches
 MAX_GAP = 8  #: calls since a context was last used, beyond which it no longer continues
@@ -44,12 +45,15 @@ class Context:
     """A guidance branch in the middle of a generation."""
 
     number: int
+    generation: Generation
     conditioning: list[Tensor]
     timestep: list[float]
     sample: Tensor
     call: int  #: when it was last used
     steps: int = 1  #: calls of this generation so far
     repeated: bool = False  #: its last timestep was the one before
+    doubtful: bool = False  #: the same, also of a call that began a generation; and nobody announced any
+    broken: bool = False  #: the last step failed
     stride: float = 0.0  #: by how much the timestep fell at its last call; 0 at the first
     fall: float = 0.0  #: the last stride that is not 0
     final: list[float] = field(default_factory=list)  #: the last timesteps, which are exact
@@ -64,27 +68,25 @@ class Clock:
         sample: the index of the sample among the inputs.
         warmup_steps: exact steps at the beginning of a generation, at least one.
         cooldown_steps: exact steps at its end.
-        timesteps: those of the generation, in the scheduler's unit; empty if they are not known.
     """
 
     timestep: int | None
     sample: int
     warmup_steps: int
     cooldown_steps: int = 0
-    timesteps: Sequence[float] = ()
     contexts: list[Context] = field(default_factory=list)
     calls: int = 0
 
     @staticmethod
-    def of(program: Program, warmup_steps: int, cooldown_steps: int = 0, timesteps: Sequence[float] = ()) -> Clock:
+    def of(program: Program, warmup_steps: int, cooldown_steps: int = 0) -> Clock:
         """A clock for the inputs of a program."""
         found = moving(program)
         if found is None:
             return Clock(None, 0, warmup_steps)
-        return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps, timesteps)
+        return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps)
 
-    def step(self, tensors: Sequence[Tensor]) -> Step:
-        """How to run a call with these inputs."""
+    def step(self, tensors: Sequence[Tensor], generation: Generation) -> Step:
+        """How to run a call of a generation with these inputs."""
         self.calls += 1
         if self.timestep is None:
             return EXACT
@@ -92,45 +94,51 @@ class Clock:
         sample = tensors[self.sample].detach()
         moving = (self.timestep, self.sample)
         conditioning = [tensor for i, tensor in enumerate(tensors) if i not in moving]
+        doubtful = False
         for context in self.contexts:
-            if all(torch.equal(a, b) for a, b in zip(context.conditioning, conditioning, strict=True)):
+            if context.generation is generation and _equal(context.conditioning, conditioning):
                 continued = self._continues(context, time, sample)
                 context.steps = context.steps + 1 if continued else 1
+                doubtful = context.doubtful
+                context.doubtful = not generation.announced and time == context.timestep
                 context.repeated = continued and time == context.timestep
                 last, context.stride = context.stride, _mean(context.timestep) - _mean(time) if continued else 0.0
                 context.fall = context.stride or (context.fall if continued else 0.0)
                 pace = min(context.stride / last, MAX_PACE) if last else 0.0
                 break
         else:
-            context, pace = self._new(time, conditioning, sample), 0.0
+            context, pace = self._new(generation, time, conditioning, sample), 0.0
         self.contexts.remove(context)
         self.contexts.append(context)  # the latest last
         context.timestep, context.sample, context.call = time, sample.clone(), self.calls
         if context.steps == 1:
-            context.final = self._final(time)
+            context.final = self._final(time, generation.timesteps)
+        context.broken = False
         final = any(_same(_mean(time), each) for each in context.final)
-        return Step(context.number, context.steps <= self.warmup_steps or final, pace)
+        exact = context.steps <= self.warmup_steps or final or doubtful or context.doubtful
+        return Step(context.number, exact, pace)
 
-    def restart(self, timesteps: Sequence[float] = ()) -> None:
-        """Begin a generation, with its timesteps if they are known: no earlier state is read."""
-        self.timesteps = timesteps
+    def restart(self) -> None:
+        """Read no earlier state: a step has failed."""
         for context in self.contexts:
-            context.call = -MAX_GAP
+            context.broken = True
 
-    def _final(self, time: list[float]) -> list[float]:
+    def _final(self, time: list[float], timesteps: Sequence[float]) -> list[float]:
         """The last timesteps, in the model's unit, of a generation that begins at `time`; empty if not known."""
         if not time or not self.cooldown_steps or any(each != time[0] for each in time):
             return []
         found: list[float] = []
         farthest = -1
         for unit in UNITS:  # 1 may be the first timestep of 1 … 0 or the last of 1000 … 1: take it as the first
-            left = sorted({each * unit for each in self.timesteps})
+            left = sorted({each * unit for each in timesteps})
             place = next((i for i, each in enumerate(left) if _same(each, time[0])), -1)
             if place > farthest:
                 found, farthest = left[: self.cooldown_steps], place
         return found
 
     def _continues(self, context: Context, time: list[float], sample: Tensor) -> bool:
+        if context.broken or context.generation.sure:
+            return not context.broken
         falling = all(now <= then for now, then in zip(time, context.timestep, strict=True))
         again = time == context.timestep and (context.repeated or context.steps == 1)
         leap = context.fall and _mean(context.timestep) - _mean(time) > MAX_FALL * context.fall
@@ -139,17 +147,26 @@ class Clock:
         now, then = _centered(sample), _centered(context.sample)
         return bool((now * then).sum() > MIN_CORRELATION * now.norm() * then.norm())
 
-    def _new(self, time: list[float], conditioning: list[Tensor], sample: Tensor) -> Context:
-        """A context for a new conditioning; replaces one that is no longer used, or the oldest of `CONTEXTS`."""
-        left = [c for c in self.contexts if self.calls - c.call > MAX_GAP or (c.steps == 1 and c.timestep != time)]
+    def _new(self, generation: Generation, time: list[float], conditioning: list[Tensor], sample: Tensor) -> Context:
+        """A context for new conditioning; replaces one that is no longer used, or the oldest of `CONTEXTS`."""
+        left = [c for c in self.contexts if c.generation.ended or self._left(c, time)]
         number = len(self.contexts)
         if left or number >= CONTEXTS:
             oldest = left[0] if left else self.contexts[0]
             self.contexts.remove(oldest)
             number = oldest.number
-        context = Context(number, [tensor.clone() for tensor in conditioning], time, sample, self.calls)
+        context = Context(number, generation, [tensor.clone() for tensor in conditioning], time, sample, self.calls)
         self.contexts.append(context)
         return context
+
+    def _left(self, context: Context, time: list[float]) -> bool:
+        """Whether a context does not look as if it was used once more."""
+        once = context.steps == 1 and context.timestep != time and not context.generation.sure
+        return once or self.calls - context.call > MAX_GAP
+
+
+def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _same(a: float, b: float) -> bool:

@@ -19,6 +19,7 @@ from ..ir.advice import FxpassWarning
 from ..ir.program import Program
 from .clock import Clock
 from .executor import EXACT, Executor, Loaded, PlanLike, Report, device_of
+from .generation import Generation, Generations
 from .structure import Structure, WeightTable
 from .unread import Unread
 
@@ -54,7 +55,7 @@ class Engine:
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that has the lock
         self._closed: str | None = None
-        self._timesteps: Sequence[float] = ()  # of the current generation, if they were announced
+        self._generations = Generations()
         self._evicted: set[int] = set()  # hashes of the keys whose programs were evicted
         self._hinted = False  # whether the warning about evictions was given
         self._in_a_row = 0  # captures since the last call that reused a program
@@ -83,19 +84,24 @@ class Engine:
                 entry = self._entry(call)
                 check_memory(entry.captured, self.model, call)
                 self.plan = entry.plan
-                step = entry.clock.step(call.tensors) if entry.clock else EXACT
+                step = entry.clock.step(call.tensors, self._generations.current()) if entry.clock else EXACT
                 outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
             except BaseException as error:
-                self._restart()  # some exchanges may already have sent this step's values
+                for each in self._all():  # some exchanges may already have sent this step's values
+                    if each.clock:
+                        each.clock.restart()
                 self.executor.failed(error)
                 raise
             return returned(entry.plan.program, outputs, call)
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
-        """Begin a generation, with its timesteps if they are known: the next step of every program is exact."""
+        """Begin a generation in this thread, with its timesteps if they are known: no earlier state is read."""
         with self._turn():
-            self._timesteps = timesteps
-            self._restart()
+            self._generations.begin(timesteps)
+
+    def generation(self, timesteps: Sequence[float] = ()) -> Generation:
+        """A generation of this module, to be entered."""
+        return self._generations.new(timesteps)
 
     def close(self, why: str = "close() was called") -> None:
         """Release everything on all ranks; later calls raise."""
@@ -201,7 +207,7 @@ class Engine:
             self._evict()
         loaded = self.executor.load(plan, table.tensors(), call.tensors)
         exact = plan.exact_steps
-        clock = None if exact is None else Clock.of(plan.program, *exact, self._timesteps)
+        clock = None if exact is None else Clock.of(plan.program, *exact)
         if clock is not None and clock.timestep is None:
             names = ", ".join(program.input_paths)
             warnings.warn(
@@ -218,11 +224,6 @@ class Engine:
 
     def _all(self) -> list[Entry]:
         return [entry for entries in self._entries.values() for entry in entries]
-
-    def _restart(self) -> None:
-        for entry in self._all():
-            if entry.clock:
-                entry.clock.restart(self._timesteps)
 
     def _evict(self) -> None:
         key = next(key for key, entries in self._entries.items() if entries)

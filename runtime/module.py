@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..ir.advice import FxpassWarning
 from .engine import Engine
 from .executor import PlanLike, Report
+from .generation import Generation
 
 _COMPILE = "torch.compile leaves a parallel module as it is; to compile it, call fxpass.parallelize(…, compile=True)"
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -66,13 +67,28 @@ class ParallelModule(nn.Module):
         return self._engine.compiled
 
     def reset(self, timesteps: Sequence[float] | Tensor = ()) -> None:
-        """Begin a generation: the next step is exact, and no earlier state is read.
+        """Begin a generation in this thread: its first step is exact, and no earlier state is read.
 
         Args:
             timesteps: the timesteps of the generation, as in `scheduler.timesteps`. Without them the strategy's
                 `cooldown_steps` have no effect. A pipeline given to `parallelize` passes them automatically.
         """
         self._engine.reset([float(each) for each in timesteps])
+
+    def generation(self, timesteps: Sequence[float] | Tensor = ()) -> Generation:
+        """A denoising loop: calls within its `with` block read the state of no other calls.
+
+            with module.generation(scheduler.timesteps):
+                for t in scheduler.timesteps:
+                    sample = scheduler.step(module(sample, t, prompt), t, sample).prev_sample
+
+        It can be entered again, so that several loops can take turns. A pipeline given to `parallelize` begins a
+        generation at each call by itself.
+
+        Args:
+            timesteps: as for `reset`.
+        """
+        return self._engine.generation([float(each) for each in timesteps])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Warn, and change nothing: `fxpass.parallelize(…, compile=True)` is what compiles the ranks' programs."""

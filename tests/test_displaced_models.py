@@ -25,6 +25,7 @@ from fxpass.plan import Plan, make_plan
 from fxpass.runtime.clock import Clock
 from fxpass.runtime.executor import EXACT as EXACT_STEP
 from fxpass.runtime.executor import Step
+from fxpass.runtime.generation import Generations
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.structure import WeightTable
 from tests.test_exact import EXACT, captured, error
@@ -85,16 +86,16 @@ def test_displaced_steps_equal_the_unsplit_model_at_rest_and_follow_it_in_motion
     calls = [Call.of(module, (), each).tensors for each in given]
     weights = WeightTable(module, list(plan.program.weights.values())).tensors()
     loaded = LockstepExecutor(ranks, check=True).load(plan, weights, calls[0])
-    clock = Clock.of(plan.program, warmup_steps=1)
+    clock, generation = Clock.of(plan.program, warmup_steps=1), Generations().current()
     with torch.no_grad():
         expected = [output_tensors(module(**each)) for each in given]
-        assert clock.step(calls[0]).exact
+        assert clock.step(calls[0], generation).exact
         for step in (EXACT_STEP, *(Step(exact=False, pace=1.0),) * 3):
             for rank, found in enumerate(loaded.run_all(weights, calls[0], step)):
                 for a, b in zip(found, expected[0], strict=True):
                     assert error(a, b) <= EXACT, f"{step}, rank {rank}"
         for k in (1, 2, 3):
-            step = clock.step(calls[k])
+            step = clock.step(calls[k], generation)
             assert step.exact == (name in NO_TIMESTEP)
             outputs = loaded.run_all(weights, calls[k], replace(step, exact=False))
             assert _agree(outputs), f"ranks return unlike outputs at step {k}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fxpass.ir.inputs import TIMESTEP
 from fxpass.runtime.clock import CONTEXTS, MAX_GAP, Clock
+from fxpass.runtime.generation import Generation, Generations
 
 PROMPT, OTHER = torch.ones(1, 3), torch.zeros(1, 3)
 SAMPLERS = {
@@ -56,8 +58,17 @@ def trajectory(name: str, count: int, seed: int, start: int = 0) -> list[tuple[T
     return seen
 
 
-def exact(watch: Clock, calls: list[tuple[Tensor, Tensor]], prompt: Tensor = PROMPT) -> list[bool]:
-    return [watch.step([sample, time, prompt]).exact for sample, time in calls]
+def announced(timesteps: Sequence[float] = ()) -> Generation:
+    return Generation(Generations(), timesteps, announced=True)
+
+
+ANNOUNCED = announced()
+
+
+def exact(
+    watch: Clock, calls: list[tuple[Tensor, Tensor]], prompt: Tensor = PROMPT, generation: Generation = ANNOUNCED
+) -> list[bool]:
+    return [watch.step([sample, time, prompt], generation).exact for sample, time in calls]
 
 
 @pytest.mark.parametrize("count", [10, 20, 50])
@@ -134,14 +145,14 @@ def test_a_prompt_that_is_written_to_behind_torchs_back_is_another_prompt() -> N
 def test_two_guidance_branches_have_contexts_of_their_own() -> None:
     watch = clock()
     for k, (sample, time) in enumerate(trajectory("ddim", 10, 0)):
-        first, second = (watch.step([sample, time, prompt.clone()]) for prompt in (PROMPT, OTHER))
+        first, second = (watch.step([sample, time, prompt.clone()], ANNOUNCED) for prompt in (PROMPT, OTHER))
         assert first.context != second.context
         assert first.exact == second.exact == (k < 2)
 
 
 def test_batched_guidance_is_one_context() -> None:
     watch = clock()
-    steps = [watch.step([torch.cat([x, x]), t, PROMPT]) for x, t in trajectory("ddim", 10, 0)]
+    steps = [watch.step([torch.cat([x, x]), t, PROMPT], ANNOUNCED) for x, t in trajectory("ddim", 10, 0)]
     assert {step.context for step in steps} == {0}
 
 
@@ -162,7 +173,7 @@ def test_a_changed_prompt_begins_again_and_takes_the_place_of_what_was_left() ->
     watch = clock(warmup=1)
     calls = trajectory("ddim", 50, 0)
     for k, (sample, time) in enumerate(calls):
-        assert watch.step([sample, time, torch.full((1, 3), float(k))]).exact
+        assert watch.step([sample, time, torch.full((1, 3), float(k))], ANNOUNCED).exact
     assert len(watch.contexts) <= CONTEXTS
     assert {context.number for context in watch.contexts} <= set(range(CONTEXTS))
 
@@ -180,11 +191,11 @@ def test_the_least_recently_used_context_starts_exactly_again() -> None:
     calls = trajectory("ddim", 20, 0)
     exact(watch, calls[:2])
     for k in range(MAX_GAP + 1):
-        watch.step([*calls[0], torch.full((1, 3), 7.0 + k % 2)])
+        watch.step([*calls[0], torch.full((1, 3), 7.0 + k % 2)], ANNOUNCED)
     assert exact(watch, calls[2:3]) == [True]
 
 
-def test_after_a_restart_steps_are_exact() -> None:
+def test_after_a_failed_step_no_earlier_state_is_read() -> None:
     watch = clock(warmup=1)
     calls = trajectory("ddim", 20, 0)
     assert exact(watch, calls[:3]) == [True, False, False]
@@ -192,11 +203,71 @@ def test_after_a_restart_steps_are_exact() -> None:
     assert exact(watch, calls[3:5]) == [True, False]
 
 
+@pytest.mark.parametrize("warmup", [1, 2, 4])
+@pytest.mark.parametrize("loops", [2, 3])
+def test_loops_that_take_turns_are_exact_where_nobody_announced_them(loops: int, warmup: int) -> None:
+    """From one picture, with little noise of their own: their samples are alike."""
+    picture = torch.randn(1, 4, 16, 16)
+    noises = torch.randn(loops, 1, 4, 16, 16)
+    calls = [(picture + 0.3 * noise, torch.tensor(500 - 50 * k)) for k in range(8) for noise in noises]
+    assert all(exact(clock(warmup), calls, generation=Generations().current()))
+
+
+@pytest.mark.parametrize(("name", "displaced"), [("ddim", 18), ("heun", 0)])
+def test_a_repeated_timestep_is_exact_where_nobody_announced_the_generation(name: str, displaced: int) -> None:
+    found = exact(clock(), trajectory(name, 20, 0), generation=Generations().current())
+    assert found.count(False) == displaced
+
+
+def test_loops_that_are_entered_in_turns_have_contexts_of_their_own() -> None:
+    watch = clock(warmup=2)
+    generations = Generations()
+    loops = [generations.new(()) for _ in range(2)]
+    steps = []
+    for sample, time in trajectory("ddim", 6, 0):
+        for loop in loops:
+            with loop:
+                steps.append(watch.step([sample, time, PROMPT], generations.current()))
+    assert [step.exact for step in steps] == [True] * 4 + [False] * 8
+    assert {step.context for step in steps[::2]}.isdisjoint(step.context for step in steps[1::2])
+
+
+def test_an_entered_generation_may_rise_and_repeat_its_timesteps() -> None:
+    loop = Generations().new(())
+    calls = [(torch.randn(1, 4, 8, 8), torch.tensor(t)) for t in (100, 300, 300, 300, 900)]
+    assert exact(clock(warmup=1), calls, generation=loop) == [True] + [False] * 4
+
+
+def test_threads_and_announcements_have_generations_of_their_own() -> None:
+    generations = Generations()
+    here = generations.current()
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(generations.current).result()
+    assert here is generations.current() is not there
+    generations.begin([3.0, 2.0])
+    assert here.ended
+    assert (generations.current().announced, generations.current().sure) == (True, False)
+    with generations.new(()) as outer:
+        with generations.new(()) as inner:
+            assert generations.current() is inner
+        assert generations.current() is outer
+    assert generations.current().timesteps == [3.0, 2.0]
+
+
+def test_a_new_generation_takes_the_places_of_the_one_before() -> None:
+    watch, generations = clock(), Generations()
+    for seed in range(6):
+        generations.begin(())
+        for sample, time in trajectory("ddim", 4, seed):
+            for prompt in (PROMPT, OTHER):
+                watch.step([sample, time, prompt], generations.current())
+    assert sorted(context.number for context in watch.contexts) == [0, 1]
+
+
 def cooled(calls: list[tuple[Tensor, Tensor]], known: list[tuple[Tensor, Tensor]], cooldown: int) -> list[bool]:
     """Which of `calls` are exact if the timesteps of `known` were announced."""
     watch = Clock(timestep=1, sample=0, warmup_steps=2, cooldown_steps=cooldown)
-    watch.restart([float(time) for _, time in known])
-    return exact(watch, calls)
+    return exact(watch, calls, generation=announced([float(time) for _, time in known]))
 
 
 @pytest.mark.parametrize("cooldown", [1, 3])
@@ -243,7 +314,7 @@ def test_no_step_is_taken_for_the_last_where_the_timesteps_are_not_known(known: 
 
 def test_without_a_timestep_all_steps_are_exact() -> None:
     watch = Clock(timestep=None, sample=0, warmup_steps=1)
-    assert all(watch.step([torch.ones(1, 4, 8, 8)]).exact for _ in range(4))
+    assert all(watch.step([torch.ones(1, 4, 8, 8)], ANNOUNCED).exact for _ in range(4))
 
 
 @pytest.mark.parametrize("path", ["timestep", "timesteps", "t", "args.1.sigma", "noise_labels", "batch.time"])

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +21,7 @@ from fxpass.models.small import case
 from fxpass.runtime.engine import GUARDED, SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
-from tests.runtime.plans import Block, block, inputs, parallel, whole
+from tests.runtime.plans import Block, block, inputs, parallel, steps, whole
 
 
 @pytest.fixture
@@ -397,3 +398,44 @@ def test_wrong_arguments_fail_as_the_model_would(module: ParallelModule, model: 
 def test_a_parallel_module_cannot_be_pickled_or_copied(module: ParallelModule) -> None:
     with pytest.raises(TypeError, match="unwrapped"):
         copy.deepcopy(module)
+
+
+def test_generations_that_take_turns_never_read_each_others_state() -> None:
+    """Two pictures from one start image and one prompt: nothing else tells their calls apart."""
+    strategy = replace(Strategy.of("displaced"), warmup_steps=1)
+    together = parallel(block(), LockstepExecutor(2), strategy)
+    calls = [steps(5, seed=3), [(sample + 0.05, time) for sample, time in steps(5, seed=3)]]
+    generations = [together.generation(), together.generation()]
+    found: list[list[Tensor]] = [[], []]
+    for k in range(5):
+        for i, generation in enumerate(generations):
+            with generation:
+                found[i].append(together(*calls[i][k])["sample"])
+    for i, each in enumerate(found):
+        alone = parallel(block(), LockstepExecutor(2), strategy)
+        with alone.generation():
+            expected = [alone(*call)["sample"] for call in calls[i]]
+        assert all(torch.equal(a, b) for a, b in zip(each, expected, strict=True))
+        assert not torch.equal(each[-1], whole(block(), *calls[i][-1]))  # it is displaced
+
+
+def test_loops_in_two_threads_never_read_each_others_state() -> None:
+    strategy = replace(Strategy.of("displaced"), warmup_steps=1)
+    together = parallel(block(), LockstepExecutor(2), strategy)
+    calls = [steps(5, seed=3), [(sample + 0.05, time) for sample, time in steps(5, seed=3)]]
+    turns = [threading.Event() for _ in range(11)]
+    turns[0].set()
+
+    def loop(i: int) -> list[Tensor]:
+        found = []
+        for k, call in enumerate(calls[i]):
+            assert turns[2 * k + i].wait(60)
+            found.append(together(*call)["sample"])
+            turns[2 * k + i + 1].set()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(loop, range(2)))
+    for i, found in enumerate(results):
+        alone = parallel(block(), LockstepExecutor(2), strategy)
+        assert all(torch.equal(a, alone(*call)["sample"]) for a, call in zip(found, calls[i], strict=True))
