@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -15,10 +16,11 @@ from ..ir.merge import Merged
 from ..ir.step import ChannelSpec
 from .board import Board
 from .errors import DisagreementError
-from .executor import PlanLike
+from .executor import EXACT, PlanLike, Step
 from .network import Network
 
 WEIGHT_SAMPLES = 4096  #: elements compared per weight
+REMEMBERED = 64  #: generations whose numbers on all ranks are kept
 INPUT_SAMPLES = 64  #: elements compared per input
 TOLERANCE = 1e-2  #: allowed difference of sampled inputs, relative to the largest: devices round differently
 
@@ -57,12 +59,12 @@ def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], 
                 )
 
 
-class InputCheck:
-    """Compares the inputs of each call: ranks that diverge (a sampler with different seeds) make a wrong picture.
+class CallCheck:
+    """Compares each call of a plan before any of its exchanges, and tells all ranks how rank 0 runs it (law 7).
 
-    The samples of a call are compared when the next call begins, or during a wait for an exchange, so that the check
-    itself never makes a rank wait; those of the very last call may not be compared. On CUDA the host waits until the
-    device has made the samples.
+    Ranks that diverge (a sampler with other seeds, a rank that left a picture early) would make a wrong picture. Every
+    rank raises before anything is sent, so that the next call can succeed. On CUDA the host waits until the device has
+    made the samples.
 
     Args:
         paths: the names of the inputs.
@@ -81,58 +83,59 @@ class InputCheck:
         self._watched = [i for i, tensor in enumerate(inputs) if tensor.numel()]
         self._paths = [paths[i] for i in self._watched]
         self._counts = [len(_sample(inputs[i], INPUT_SAMPLES)) for i in self._watched]
-        samples = Merged("inputs", (sum(self._counts) + 1,), torch.float32, network.board.world)
-        spec = ChannelSpec("inputs", "", (samples,), late=False)
+        message = Merged("inputs", (len(astuple(EXACT)) + sum(self._counts),), torch.float64, network.board.world)
+        spec = ChannelSpec("inputs", "", (message,), late=False)
         self._channel = network.open([spec], device)[0]
         self._rank = network.board.rank
-        self._received = samples.received(self._rank)
-        self._board = network.board
+        self._world = network.board.world
+        self._received = message.received(self._rank)
         self._traffic = traffic
-        self._last: Tensor | None = None
+        self._numbers: dict[int, list[int]] = {}  #: of rank 0's generations: their numbers on all ranks
 
-    def call(self, inputs: Sequence[Tensor], exact: bool) -> None:
-        """Compare the last call's inputs, and send samples of this call's.
+    def call(self, inputs: Sequence[Tensor], step: Step) -> Step:
+        """Compare this call on all ranks; returns rank 0's step.
 
         Raises:
-            DisagreementError: on every rank, if some rank had other inputs at the last call.
+            DisagreementError: on every rank, if some rank has other inputs or is in another generation.
             RankError: a rank failed, ended, or did not answer in time.
         """
-        self._compare("at the call before this one")
         samples = [x for i in self._watched for x in _sample(inputs[i], INPUT_SAMPLES)]
-        self._last = torch.tensor([*samples, float(exact)], dtype=torch.float32)
-        payload = self._last.to(self._device)
-        self._channel.put([[None if dst == self._rank else payload for dst in range(self._board.world)]])
+        mine = torch.tensor([*map(float, astuple(step)), *samples], dtype=torch.float64)
+        payload = mine.to(self._device)
+        self._channel.put([[None if dst == self._rank else payload for dst in range(self._world)]])
         self._traffic["inputs"] += self._received
-        self._board.check_more = self._check_now
+        (received,) = self._channel.get()
+        received[self._rank] = mine
+        calls = [self._read(row) for row in received.cpu()]
+        first, values = calls[0]
+        if first.call == 1:  # ranks number generations alike until one of them leaves a picture early
+            self._numbers[first.generation] = [other.generation for other, _ in calls]
+            if len(self._numbers) > REMEMBERED:
+                del self._numbers[next(iter(self._numbers))]
+        for rank, (other, theirs) in enumerate(calls):
+            numbers = self._numbers.get(first.generation)
+            if other.call != first.call or (numbers and numbers[rank] != other.generation):
+                raise DisagreementError(
+                    f"rank {rank} is at call {other.call} of a generation, rank 0 at call {first.call}: a rank has left "
+                    "a picture early (an exception in a callback?), or calls this module more often; begin the next "
+                    "picture on all ranks"
+                )
+            for path, one, another in zip(self._paths, values, theirs, strict=True):
+                if not _all_close(one.tolist(), another.tolist()):
+                    raise DisagreementError(
+                        f"rank {rank} was called with another value of `{path}` than rank 0 at this call; every rank "
+                        "must be given the same whole inputs (does each seed its generator alike?)"
+                    )
+        return first
+
+    def _read(self, row: Tensor) -> tuple[Step, Sequence[Tensor]]:
+        head, *samples = row.split([len(astuple(EXACT)), *self._counts])
+        context, exact, pace, generation, call = head.tolist()
+        return Step(int(context), bool(exact), pace, int(generation), int(call)), samples
 
     def close(self) -> None:
         """Wait for the message in flight."""
-        if self._last is not None:
-            self._last = None
-            self._channel.close()
-
-    def _check_now(self) -> None:
-        """During a wait: compare this call's inputs as soon as all samples have arrived."""
-        if self._last is not None and self._channel.ready():
-            self._compare("at this call")
-
-    def _compare(self, when: str) -> None:
-        if self._last is None:
-            return
-        mine, self._last = self._last, None
-        (samples,) = self._channel.get()
-        samples[self._rank] = mine
-        values = [part.split([*self._counts, 1]) for part in samples.cpu()]
-        advice = "every rank must be given the same whole inputs (does each seed its generator alike?)"
-        for rank, (*theirs, exact) in enumerate(values):
-            for path, first, other in zip(self._paths, values[0], theirs, strict=False):
-                if not _all_close(first.tolist(), other.tolist()):
-                    raise DisagreementError(
-                        f"rank {rank} was called with another value of `{path}` than rank 0 {when}; {advice}"
-                    )
-            if not torch.equal(exact, values[0][-1]):
-                kinds = [("a displaced", "an exact")[int(each)] for each in (exact, values[0][-1])]
-                raise DisagreementError(f"rank {rank} took {when} {kinds[0]} step, rank 0 {kinds[1]} one; {advice}")
+        self._channel.close()
 
 
 def _version() -> str:

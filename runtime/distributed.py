@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import InputCheck, agree
+from .agreement import CallCheck, agree
 from .board import Board
 from .errors import DisagreementError, RankError
 from .executor import PlanLike, Report, Step, device_of
@@ -92,7 +92,7 @@ class DistributedExecutor:
         if self._network is None:
             self._network = Network(*self._connected(device, board), board)
         network = self._network
-        watch = InputCheck(network, plan.program.input_paths, inputs, device, self.traffic)
+        watch = CallCheck(network, plan.program.input_paths, inputs, device, self.traffic)
         runner = StepRunner.of(
             plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=self.compile
         )
@@ -117,8 +117,6 @@ class DistributedExecutor:
 
     def close(self) -> None:
         self._network = None
-        if self._board:
-            self._board.check_more = None
         self.ended = self.ended or "it was closed"
 
     def _join(self, device: torch.device) -> Board:
@@ -168,7 +166,7 @@ class DistributedExecutor:
 class DistributedPlan:
     """A plan loaded on this rank."""
 
-    def __init__(self, executor: DistributedExecutor, runner: StepRunner, watch: InputCheck) -> None:
+    def __init__(self, executor: DistributedExecutor, runner: StepRunner, watch: CallCheck) -> None:
         self.executor = executor
         self.runner = runner
         self.watch = watch
@@ -178,11 +176,11 @@ class DistributedPlan:
 
         Raises:
             RankError: another rank failed, ended, or did not answer in time.
-            DisagreementError: the ranks were given different inputs, at this call or the last one.
+            DisagreementError: the ranks were given different inputs, or are in different generations.
         """
         try:
-            self.watch.call(inputs, step.exact)
-        except DisagreementError:  # no message of this call is in flight
+            step = self.watch.call(inputs, step)
+        except DisagreementError:  # on every rank, before any exchange
             raise
         except BaseException as error:
             self.executor.broke(error)

@@ -7,7 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,7 +84,11 @@ class Engine:
                 entry = self._entry(call)
                 check_memory(entry.captured, self.model, call)
                 self.plan = entry.plan
-                step = entry.clock.step(call.tensors, self._generations.current()) if entry.clock else EXACT
+                generation = self._generations.current()
+                generation.calls += 1
+                step = entry.clock.step(call.tensors, generation) if entry.clock else EXACT
+                call_number = generation.calls if generation.announced else 0
+                step = replace(step, generation=generation.number, call=call_number)
                 outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
             except BaseException as error:
                 for each in self._all():  # some exchanges may already have sent this step's values

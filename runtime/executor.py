@@ -29,6 +29,8 @@ class Step:
     context: int = 0  #: which stale state it reads and writes: one number per guidance branch
     exact: bool = True  #: use what the other ranks send in this step, also in exchanges declared stale
     pace: float = 0.0  #: timesteps of this step over those of the last; 0 if either is unknown
+    generation: int = 0  #: the number of the generation in this module
+    call: int = 0  #: the number of this call in the generation, from 1; 0 if nobody announced it
 
 
 EXACT = Step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -17,6 +18,8 @@ class Generation:
         announced: a pipeline, `reset` or `generation` said where it begins, so that timesteps may repeat in it.
         sure: somebody says which calls belong to it (`generation`), so that timesteps and samples tell nothing.
         ended: another one has begun in its place.
+        number: how many were made before.
+        calls: how many calls it has had.
     """
 
     def __init__(
@@ -26,6 +29,8 @@ class Generation:
         self.announced = announced
         self.sure = sure
         self.ended = False
+        self.number = owner.count()
+        self.calls = 0
         self._owner = owner
 
     def __enter__(self) -> Generation:
@@ -43,6 +48,11 @@ class Generations:
 
     def __init__(self) -> None:
         self._here = threading.local()
+        self._numbers = itertools.count()
+
+    def count(self) -> int:
+        """The next number."""
+        return next(self._numbers)
 
     def current(self) -> Generation:
         """The innermost one entered, else the one announced last, else one of this thread's own."""

@@ -140,6 +140,17 @@ def everything() -> dict[str, Any]:
     drifting = parallel(model, DistributedExecutor(WORLD, timeout=60))
     seen["drifting"] = [attempt(lambda s=s: drifting(*inputs(seed=s))) for s in (0, RANK, 1, 2)]  # the second is unlike
     drifting.close()
+    # rank 1 leaves a picture after two steps, and begins the next one
+    calls = steps(4)
+    left = parallel(model, DistributedExecutor(WORLD, timeout=60))
+    left.reset()
+    seen["left early"] = [attempt(lambda c=c: left(*c)) for c in calls[:2]]
+    if RANK == 1:
+        left.reset()
+    seen["left early"].append(attempt(lambda: left(*calls[2 if RANK == 0 else 0])))
+    left.reset()
+    seen["left early"].append(attempt(lambda: left(*calls[0])))
+    left.close()
     # the time of one rank rises, which begins a generation for it alone; "no_sync" sends little at other steps
     unlike = parallel(model, DistributedExecutor(WORLD, timeout=60), replace(Strategy.of("no_sync"), warmup_steps=1))
     calls = steps(4)
