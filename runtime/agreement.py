@@ -116,7 +116,7 @@ class CallCheck:
             numbers = self._numbers.get(first.generation)
             if other.call != first.call or (numbers and numbers[rank] != other.generation):
                 raise DisagreementError(
-                    f"rank {rank} is at call {other.call} of a generation, rank 0 at call {first.call}: a rank has left "
+                    f"rank {rank} is at call {other.call} of a generation, rank 0 at call {first.call}: a rank left "
                     "a picture early (an exception in a callback?), or calls this module more often; begin the next "
                     "picture on all ranks"
                 )
