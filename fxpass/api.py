@@ -83,7 +83,7 @@ def parallelize(
     if isinstance(model_or_pipeline, nn.Module):
         return _wrapped(model_or_pipeline, world, chosen, executor, target, strict, timeout, group, compile)
 
-    from .models.pipelines import announce, denoisers
+    from .models.pipelines import Announcer, denoisers
 
     names = denoisers(model_or_pipeline)
     if not names:
@@ -97,27 +97,26 @@ def parallelize(
     }
     for name, module in modules.items():
         setattr(model_or_pipeline, name, module)
-    if not chosen.exact:
-        references = [weakref.ref(module) for module in modules.values()]  # so that a scheduler keeps no workers alive
+    references = [weakref.ref(module) for module in modules.values()]  # so that a scheduler keeps no workers alive
 
-        def begin(timesteps: Sequence[float]) -> None:
-            running = [module for each in references if (module := each()) and not module._engine.ended]
-            if not running:  # they were replaced: the scheduler tells their successors, too
-                return
-            if len(timesteps) <= chosen.warmup_steps + chosen.cooldown_steps:
-                last = (
-                    f" and the last {chosen.cooldown_steps} exact by {chosen.name!r}" if chosen.cooldown_steps else ""
-                )
-                warnings.warn(
-                    f"{len(timesteps)} timesteps with warmup_steps={chosen.warmup_steps}{last}: all of them are exact, "
-                    f"none is {chosen.name}; give parallelize a smaller warmup_steps",
-                    FxpassWarning,
-                    stacklevel=4,
-                )
-            for module in running:
-                module.reset(timesteps)
+    def begin(timesteps: Sequence[float]) -> None:
+        running = [module for each in references if (module := each()) and not module._engine.ended]
+        if not running:  # they were replaced: the scheduler tells their successors, too
+            return
+        if not chosen.exact and len(timesteps) <= chosen.warmup_steps + chosen.cooldown_steps:
+            last = f" and the last {chosen.cooldown_steps} exact by {chosen.name!r}" if chosen.cooldown_steps else ""
+            warnings.warn(
+                f"{len(timesteps)} timesteps with warmup_steps={chosen.warmup_steps}{last}: all of them are exact, "
+                f"none is {chosen.name}; give parallelize a smaller warmup_steps",
+                FxpassWarning,
+                stacklevel=4,
+            )
+        for module in running:
+            module.reset(timesteps)
 
-        announce(model_or_pipeline, begin)
+    announcer = Announcer(model_or_pipeline, begin)
+    for module in modules.values():
+        module._engine.before_call = announcer
     return model_or_pipeline
 
 

@@ -55,6 +55,7 @@ class Engine:
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that has the lock
         self._closed: str | None = None
+        self.before_call: Callable[[], None] | None = None  #: finds generations that nobody has announced yet
         self._generations = Generations()
         self._evicted: set[int] = set()  # hashes of the keys whose programs were evicted
         self._hinted = False  # whether the warning about evictions was given
@@ -70,6 +71,8 @@ class Engine:
             GuardError: it turns an input that differs at every call into a Python number.
             RankError: another rank failed.
         """
+        if self.before_call:
+            self.before_call()
         gradients = torch.is_grad_enabled()
         with self._turn(), torch.no_grad():
             if self._closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,6 +81,10 @@ class Block(nn.Module):
         h = nn.functional.interpolate(h, scale_factor=2.0)
         result = self.conv_out(h) * (gain * self.scale)
         return {"sample": result} if return_dict else (result,)
+
+
+class Pipeline(SimpleNamespace):
+    """What `parallelize` needs of a pipeline: a denoiser and a scheduler."""
 
 
 def block(seed: int = 0) -> Block:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from fxpass.runtime.engine import SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
 from fxpass.runtime.spawn import SpawnExecutor
-from tests.runtime.plans import Block, block, inputs, parallel, whole
+from tests.runtime.plans import Block, Pipeline, block, inputs, parallel, whole
 
 
 def warned(action: Callable[[], Any], words: str) -> list[warnings.WarningMessage]:
@@ -41,7 +40,7 @@ def test_a_closed_module_is_replaced_when_parallelize_is_called_again() -> None:
 
 
 def test_a_pipeline_of_a_closed_module_gets_a_new_one_that_hears_of_generations() -> None:
-    pipeline: Any = SimpleNamespace(unet=block(), scheduler=DDIMScheduler())
+    pipeline: Any = Pipeline(unet=block(), scheduler=DDIMScheduler())
     for _ in range(3):
         fxpass.parallelize(pipeline, 2, strategy="displaced", executor="lockstep")
         said = warned(lambda: pipeline.scheduler.set_timesteps(4), "4 timesteps with warmup_steps=4")

@@ -1,7 +1,6 @@
 """`parallelize`: options that are refused, pipelines, strategies, and models and inputs of unusual kinds."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -14,7 +13,7 @@ import fxpass
 from fxpass.models.small import case
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
-from tests.runtime.plans import Block, block, inputs, parallel
+from tests.runtime.plans import Block, Pipeline, block, inputs, parallel
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,7 @@ def test_a_parallel_module_is_not_wrapped_again() -> None:
 
 
 def test_a_pipeline_is_replaced_as_a_whole_or_not_at_all() -> None:
-    pipe = SimpleNamespace(transformer=block(), transformer_2=fxpass.parallelize(block(), 1))
+    pipe = Pipeline(transformer=block(), transformer_2=fxpass.parallelize(block(), 1))
     with pytest.raises(ValueError, match="parallel already"):
         fxpass.parallelize(pipe, 1)
     assert type(pipe.transformer) is Block
@@ -189,19 +188,29 @@ def test_a_stale_strategy_warns_where_all_steps_will_be_exact() -> None:
     module = fxpass.parallelize(model, 2, strategy="displaced", executor="lockstep")
     with pytest.warns(UserWarning, match=r"no input that is known to be a timestep \(its inputs: input\)"):
         module(torch.randn(1, 4, 16, 8))
-    pipeline = SimpleNamespace(unet=block(), scheduler=DDIMScheduler())
+    pipeline = Pipeline(unet=block(), scheduler=DDIMScheduler())
     fxpass.parallelize(pipeline, 2, strategy="displaced", executor="lockstep")
     with pytest.warns(UserWarning, match="4 timesteps with warmup_steps=4 and the last 1 exact"):
         pipeline.scheduler.set_timesteps(4)
 
 
 def test_a_pipelines_last_step_is_exact_and_a_reset_by_hand_forgets_which_it_was() -> None:
-    pipeline = SimpleNamespace(unet=block(), scheduler=DDIMScheduler(clip_sample=False))
+    pipeline = Pipeline(unet=block(), scheduler=DDIMScheduler(clip_sample=False))
     whole = pipeline.unet
     fxpass.parallelize(pipeline, 2, strategy="displaced", warmup_steps=1, executor="lockstep")
     assert errors(pipeline, whole, 12) == [True, *[False] * 10, True]
     pipeline.unet.reset()
     assert errors(pipeline, whole, 12, announced=False) == [True, *[False] * 11]
+
+
+def test_a_scheduler_that_replaces_the_pipelines_announces_its_generations_too() -> None:
+    pipeline = Pipeline(unet=block(), scheduler=DDIMScheduler(clip_sample=False))
+    whole = pipeline.unet
+    fxpass.parallelize(pipeline, 2, strategy="displaced", warmup_steps=1, executor="lockstep")
+    for _ in range(2):
+        pipeline.scheduler = DDIMScheduler(clip_sample=False)
+        for steps in (12, 8):  # the first is found at its first call, the second by the scheduler itself
+            assert errors(pipeline, whole, steps) == [True, *[False] * (steps - 2), True]
 
 
 def errors(pipeline: Any, whole: torch.nn.Module, steps: int, announced: bool = True) -> list[bool]:
