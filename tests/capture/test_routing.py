@@ -185,6 +185,27 @@ def paired(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     return out
 
 
+def halved(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    """One expert serves several members of the key."""
+    key, out, half = i.view(-1), torch.zeros_like(x), max(1, len(m.experts) // 2)
+    order, ends = key.argsort(), [0, *key.bincount(minlength=len(m.experts)).cumsum(0).tolist()]
+    for start, end in ((0, half), (half, len(m.experts))):
+        rows = order[ends[start] : ends[end]]
+        y = m.experts[start % len(m.experts)](x[rows // m.chosen])
+        out.index_add_(0, rows // m.chosen, y * w.view(-1, 1)[rows])
+    return out
+
+
+def sized(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    """Sizes are given one by one, and as a tuple."""
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        token, slot = torch.where(i == e)
+        weight = w[token, slot].view(1, token.shape[0]).unsqueeze(-1)
+        out.index_add_(0, token, (expert(x[token]).reshape((1, token.shape[0], WIDTH)) * weight).squeeze(0))
+    return out
+
+
 STYLES = [
     looped,
     skipped,
@@ -199,6 +220,8 @@ STYLES = [
     bounded,
     offset,
     paired,
+    halved,
+    sized,
 ]
 
 

@@ -95,6 +95,12 @@ NEITHER: dict[str, Any] = {
     "logcumsumexp": lambda x: x.logcumsumexp(1),
     "glu": lambda x: F.glu(x, -1),
 }
+LAST: dict[str, Any] = {
+    "sort": lambda x: list(x.sort()),
+    "topk": lambda x: list(x.topk(3)),
+    "kthvalue": lambda x: list(x.kthvalue(2)),
+    "glu": F.glu,
+}
 
 
 @pytest.mark.parametrize("name", NEITHER)
@@ -103,3 +109,11 @@ NEITHER: dict[str, Any] = {
 def test_operators_that_sort_along_one_dim_are_split_along_the_others(name: str, data: st.DataObject) -> None:
     split_where_promised(data, Example(NEITHER[name], [randn(3, 5, 6)], {0: (0, 2) if name != "glu" else (0, 1)}))
     split_anywhere(data, Example(NEITHER[name], [randn(3, 5, 6)]))
+
+
+@pytest.mark.parametrize("name", LAST)
+@few
+@given(data=st.data())
+def test_operators_that_are_given_no_dim_work_along_the_last(name: str, data: st.DataObject) -> None:
+    split_where_promised(data, Example(LAST[name], [randn(3, 5, 6)], {0: (0, 1)}))
+    split_anywhere(data, Example(LAST[name], [randn(3, 5, 6)]))
