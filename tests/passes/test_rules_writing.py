@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.passes.examples import Example, randn, split_anywhere, split_where_promised
+from tests.passes.harness import evenly, split
 from tests.properties import few, given
 
 X = (3, 5, 6)
@@ -135,3 +136,8 @@ def test_reads_and_writes_by_index_are_split(name: str, data: st.DataObject) -> 
 @given(data=st.data())
 def test_reads_and_writes_by_index_are_right_on_any_cut(name: str, data: st.DataObject) -> None:
     split_anywhere(data, example(name))
+
+
+def test_a_fold_into_as_many_rows_as_ranks_is_split() -> None:
+    result = split(lambda x: F.fold(x, (4, 3), 1), [randn(2, 5, 12)], {0: evenly(2, 12, 4)}, 4)
+    assert "small" not in result.roles
