@@ -4,7 +4,7 @@ A sample of all single changes (a comparison, a bound, a flag, an operator of ar
 runs in a fork that has torch imported already. There the changed module replaces the original one, and the tests that
 reach the changed line run, fastest first, up to the first failure. Processes that a test starts run the changed module
 too. Coverage does not see lines that run in such processes only, or in a profiler: there, the tests that reach the
-module run.
+module run, and for the runtime those that start processes.
 
 Which tests reach which line is recorded once for each state of the sources and tests, in `out/mutants`. The results
 are kept there too, so that an interrupted run goes on where it was. Changes that alter no result stand in
@@ -39,11 +39,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "out" / "mutants"
 REVIEWED = ROOT / "tests" / "mutants.toml"
 TESTS = ["tests/ir", "tests/passes", "tests/capture", "tests/runtime"]
+PROCESSES = ["tests/runtime/test_distributed.py", "tests/runtime/test_spawn.py"]
 SOURCES = ["passes/**/*.py", "fxpass/ir/*.py", "fxpass/capture/*.py", *(f"runtime/{name}.py" for name in (
     "agreement", "clock", "collectives", "engine", "executor", "interpreter", "lockstep", "messages", "past",
     "process_group", "structure", "wire",
 ))]  # fmt: skip
 NO_TESTS, LATE, BROKEN = 5, 69, 70  # exit statuses of forks; the first is pytest's
+SETTINGS = "_hypothesis_internal_use_settings"  #: where hypothesis keeps a test's settings
 OPTIONS = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "--no-header", "--timeout=300"]
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -210,8 +212,11 @@ def tests_of(mutant: Mutant, known: Reach) -> list[list[str]]:
     The few files with the fastest tests come first, by themselves: to import all files takes longer than most tests.
     """
     lines = known.lines.get(mutant.path, {})
+    found = lines.get(mutant.line) or lines.get(0, [])
+    if mutant.path.startswith("runtime/"):
+        found = {*found, *(i for i, name in enumerate(known.tests) if name.split("::")[0] in PROCESSES)}
     files: dict[str, list[int]] = {}
-    for i in sorted(lines.get(mutant.line) or lines.get(0, []), key=known.seconds.__getitem__):
+    for i in sorted(found, key=known.seconds.__getitem__):
         files.setdefault(known.tests[i].split("::")[0], []).append(i)
     ordered = sorted(files.values(), key=lambda tests: sum(map(known.seconds.__getitem__, tests)) / len(tests))
     parts = [[i for tests in part for i in tests] for part in (ordered[:5], ordered[5:])]
@@ -258,6 +263,7 @@ def replace(mutant: Mutant) -> None:
 
 def _run_here(mutant: Mutant | None, tests: list[str], limit: float) -> int:
     import pytest
+    from hypothesis import Phase, settings
 
     if mutant is not None:
         replace(mutant)
@@ -277,6 +283,10 @@ def _run_here(mutant: Mutant | None, tests: list[str], limit: float) -> int:
         def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
             named = [(order[n], item) for item in items for n in names(item.nodeid) if n in order]
             items[:] = [item for _, item in sorted(named, key=lambda pair: pair[0])]
+            for item in items:
+                function = getattr(item, "function", None)
+                if (now := getattr(function, SETTINGS, None)) is not None:  # one failing example is enough: no search
+                    setattr(function, SETTINGS, settings(now, phases=[Phase.explicit, Phase.generate]))
             self.end = time.monotonic() + limit
 
         def pytest_runtest_setup(self, item: pytest.Item) -> None:

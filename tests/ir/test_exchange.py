@@ -47,6 +47,9 @@ def test_fetch_takes_any_layout_to_any_other(data: st.DataObject, world: int, di
         assert fetch.received(rank) == sum(fetch.numel(src, rank) for src in range(world)) * dtype.itemsize
         lacking = len(want[rank] - have[rank]) * whole.numel() // size
         assert fetch.received(rank) == lacking * dtype.itemsize  # nothing travels that is there
+        payloads = fetch.pack(rank, part(whole, dim, have[rank]))
+        assert [x.numel() if x is not None else 0 for x in payloads] == [fetch.numel(rank, d) for d in range(world)]
+        assert all(x is None or x.numel() for x in payloads)  # no empty message
 
 
 @given(st.data(), st.integers(1, 4), st.sampled_from([0.0, 1.5, float("-inf")]))

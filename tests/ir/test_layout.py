@@ -1,5 +1,8 @@
 """Sets of rows and layouts, compared with Python's sets."""
 
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -123,6 +126,12 @@ def test_a_layout_tells_local_shapes() -> None:
     assert Layout().local_shape((2, 8), 0) == (2, 8)
     with pytest.raises(ValueError, match="no split dim"):
         _ = Layout().axis
+
+
+@pytest.mark.parametrize("value", [Rows.interval(0, 2).runs[0], Rows.interval(0, 2), Layout(), PerRank((1, 2))])
+def test_rows_and_layouts_cannot_be_changed(value: Any) -> None:
+    with pytest.raises(FrozenInstanceError):
+        setattr(value, fields(value)[0].name, None)
 
 
 def test_an_argument_on_which_all_ranks_agree_is_no_per_rank_argument() -> None:
