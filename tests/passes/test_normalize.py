@@ -116,6 +116,17 @@ def test_each_form_keeps_the_numbers(function: Any, expected: set[Any] | None) -
     assert expected is None or found == expected
 
 
+@pytest.mark.parametrize("name", ["var", "std", "var_mean", "std_mean"])
+def test_every_form_of_a_variance_keeps_the_numbers(name: str) -> None:
+    op = getattr(aten, name)
+
+    def function(x: Tensor) -> list[Tensor]:
+        results = (op.default(x, False), op.default(x), op.dim(x, [1, 3]), op.correction(x, [1], correction=2))
+        return [y for result in results for y in (result if isinstance(result, tuple) else [result])]
+
+    normalized(function, x)
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
