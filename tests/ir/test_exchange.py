@@ -181,7 +181,7 @@ def test_receivers_decode_exactly_the_value_that_the_sender_keeps(
             before = arrived[src][dst]
             assert before is not None
             found = fetch.incoming(payload, before)
-            rows_sent = fetch._sent[src].locate(fetch._routes[dst][src])
+            rows_sent = fetch._sent[src].locate(fetch.table[dst][src])
             assert torch.equal(found, part(now_known, dim, rows_sent))
-            wanted_now = part(new, dim, fetch._routes[dst][src])
+            wanted_now = part(new, dim, fetch.table[dst][src])
             torch.testing.assert_close(found, wanted_now, rtol=0.02, atol=0.04)

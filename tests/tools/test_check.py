@@ -1,12 +1,13 @@
 """`fxpass check` reports exact and wrong models."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from fxpass.runtime import lockstep
+from fxpass.runtime.channels import InProcessChannel
 from fxpass.tools.commands.check import differences, fresh, named_tensors, randomised
 from tests.runtime.plans import block, inputs
 from tests.tools.command import fxpass
@@ -30,25 +31,21 @@ def test_check_randomises_constant_parameters_and_says_so() -> None:
 
 
 def test_check_fails_when_an_exchange_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    carry = lockstep.LockstepPlan._carry
-
-    def wrong(
-        self: object, site: object, exchange: object, src: int, dst: int, payload: Tensor | None
-    ) -> Tensor | None:
-        return None if payload is None else payload * 1.01
-
-    monkeypatch.setattr(lockstep.LockstepPlan, "_carry", wrong)
+    monkeypatch.setattr(InProcessChannel, "get", changed(lambda x: x * 1.01))
     result = fxpass("check", "tests.tools.models:good", "-n", 2)
     assert result.exit_code == 1
     assert "no: tests.tools.models:good is NOT exact on 2 ranks" in result.stdout
-    monkeypatch.setattr(lockstep.LockstepPlan, "_carry", carry)
 
 
 def test_check_fails_when_an_output_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        lockstep.LockstepPlan, "_carry", lambda *args: None if args[-1] is None else args[-1] * torch.nan
-    )
+    monkeypatch.setattr(InProcessChannel, "get", changed(lambda x: x * torch.nan))
     assert differences(block(), inputs(), {}, [2])[0].value == float("inf")
+
+
+def changed(change: Callable[[Tensor], Tensor]) -> Callable[[InProcessChannel], list[Tensor]]:
+    """A `get` whose receive buffers are changed."""
+    get = InProcessChannel.get
+    return lambda channel: [change(buffer) for buffer in get(channel)]
 
 
 @pytest.mark.parametrize(
