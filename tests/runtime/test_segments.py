@@ -69,17 +69,13 @@ def test_an_error_in_a_segment_names_its_nodes() -> None:
 
 
 PROGRAM = """
-import json, sys, torch, fxpass
-from tests.runtime.plans import block, steps
+import json, torch, fxpass
 torch.set_num_threads(1)
-model, off = block(), 0.0
-options = {"strategy": sys.argv[1], "warmup_steps": 2}
-compiled = fxpass.parallelize(model, 2, executor="spawn", compile=True, timeout=300, **options)
-eager = fxpass.parallelize(model, 2, executor="lockstep", **options)
-with compiled, torch.no_grad():
-    for call in steps(5):
-        a, b = compiled(*call)["sample"], eager(*call)["sample"]
-        off = max(off, ((a - b).abs().max() / b.abs().max()).item())
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(4, 4, 3, padding=1))
+x = torch.randn(1, 4, 16, 8)
+with fxpass.parallelize(model.eval(), 2, executor="spawn", compile=True, timeout=300) as compiled, torch.no_grad():
+    off = max((compiled(x) - model(x)).abs().max().item() for _ in range(2))
     reports = [(r.segments, r.seconds, r.cached) for r in compiled.compile_reports]
 print(json.dumps({"off": off, "reports": reports}))
 """
@@ -90,14 +86,14 @@ def test_processes_are_compiled_and_a_second_start_finds_it_in_the_cache(tmp_pat
     runs = []
     for _ in range(2):
         result = subprocess.run(
-            [sys.executable, "-c", PROGRAM, "pcpp"],
+            [sys.executable, "-c", PROGRAM],
             check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         runs.append(json.loads(result.stdout.splitlines()[-1]))
     assert all(run["off"] <= 1e-5 for run in runs)
     assert [[cached for _, _, cached in run["reports"]] for run in runs] == [[False], [True]]
-    assert len({segments for run in runs for segments, _, _ in run["reports"]}) == 1
+    assert {segments for run in runs for segments, _, _ in run["reports"]} == {3}
 
 
 def test_one_rank_is_one_segment() -> None:
