@@ -23,6 +23,7 @@ from typing import Any, Literal
 from torch import Tensor, fx
 
 from ..ir import comm
+from ..ir.operators import spec_of
 from ..ir.step import Mode, StepProgram
 from .channels import Channel
 
@@ -264,7 +265,9 @@ class _SegmentWriter(_Writer):
 
     def flush(self, node: fx.Node) -> None:
         nodes, self.waiting = self.waiting, []
-        if not nodes:
+        if all(each.target is comm.pack or spec_of(each.target).free for each in nodes):  # views: nothing to compile
+            for each in nodes:
+                super().call(each, self.name(each), f"{each.name} ({each.meta.get('path', '')})")
             return
         inside = set(nodes)
         inputs = list(dict.fromkeys(used for each in nodes for used in each.all_input_nodes if used not in inside))

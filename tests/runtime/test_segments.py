@@ -45,6 +45,8 @@ def test_blocks_that_repeat_share_their_segments() -> None:
     (few, distinct), (many, same) = counts
     assert many > few
     assert same == distinct
+    operators = "".join(segment.source for segment in code.segments.values()).count("= c")
+    assert operators > 3 * len(code.segments)  # views alone are not compiled
 
 
 class Layer(torch.nn.Module):
