@@ -215,7 +215,11 @@ class _Lowering:
                 for x, each in zip(values, exchanges, strict=True)
             ]
         buffers = self._emit(comm.get, self.channels[channel])
-        return [self._emit(operator.getitem, buffers, i) for i in range(len(channel.exchanges))]
+        received = []
+        for i, each in enumerate(channel.exchanges):
+            received.append(self._emit(operator.getitem, buffers, i))
+            received[i].meta |= {"local_shape": received_shape(each, self.rank), "dtype": each.dtype}
+        return received
 
     def _outgoing(self, site: _Site, i: int, x: fx.Node) -> fx.Node:
         """What a displaced step sends of `x`."""

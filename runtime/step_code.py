@@ -34,6 +34,15 @@ Act = Literal["put", "get"]
 Run = Generator[tuple[Act, int, Any], Any, tuple[list[Tensor], list[Tensor]]]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A call of a segment."""
+
+    segment: str
+    nodes: tuple[str, ...]  #: of each of the segment's operators: its name and module
+    inputs: tuple[Any, ...]  #: (shape, dtype) of each input
+
+
 @dataclass(frozen=True, eq=False)
 class StepCode:
     """One rank's step of one mode. It is called with one value per placeholder of the graph."""
@@ -46,7 +55,7 @@ class StepCode:
     lines: tuple[str, ...]  #: the node of each line of the source
     received: dict[str, int]  #: bytes that the rank receives, by role
     segments: dict[str, Segment]  #: by the name that the source calls it by
-    inside: dict[int, tuple[str, ...]]  #: by the line that calls a segment: the node of each line of that
+    places: dict[int, Place]  #: by the line that calls a segment
 
     @staticmethod
     def of(program: StepProgram, *, check: bool = False, segmented: bool = False) -> StepCode:
@@ -85,12 +94,12 @@ class StepCode:
     def _where(self, error: Exception) -> str:
         code = self._function.__code__
         trace = error.__traceback__
-        found, inside = "outside its graph", ()
+        found, inside = "outside its graph", Place("", (), ())
         while trace is not None:
             if trace.tb_frame.f_code is code:
-                found, inside = f"at {self.lines[trace.tb_lineno - 1]}", self.inside.get(trace.tb_lineno, ())
-            elif trace.tb_frame.f_code.co_filename == SEGMENT and trace.tb_lineno - 3 < len(inside):
-                return f"at {inside[trace.tb_lineno - 3]}"
+                found, inside = f"at {self.lines[trace.tb_lineno - 1]}", self.places.get(trace.tb_lineno, inside)
+            elif trace.tb_frame.f_code.co_filename == SEGMENT and trace.tb_lineno - 3 < len(inside.nodes):
+                return f"at {inside.nodes[trace.tb_lineno - 3]}"
             trace = trace.tb_next
         return found
 
@@ -180,7 +189,7 @@ class _Writer(_Text):
         self.number = {node: i for i, node in enumerate(self.graph.nodes)}
         self.dying = last_uses(self.graph)
         self.segments: dict[Segment, str] = {}
-        self.inside: dict[int, tuple[str, ...]] = {}
+        self.places: dict[int, Place] = {}
 
     def code(self) -> StepCode:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -222,7 +231,7 @@ class _Writer(_Text):
         segments = {name: segment for segment, name in self.segments.items()}
         lines, received = tuple(self.lines), program.received()
         data = program.rank, program.mode, names, source, self.table, lines, received
-        return StepCode(*data, segments, self.inside)
+        return StepCode(*data, segments, self.places)
 
     def call(self, node: fx.Node, name: str, label: str) -> None:
         arguments = [self.text(a) for a in node.args]
@@ -280,7 +289,11 @@ class _SegmentWriter(_Writer):
         self.free([each for each in dead if each not in inside], label)
         results = "".join(f"v{self.number[each]}, " for each in outputs)
         self.line(f"    {results or '_'} = compiled[{name!r}](box)", label)
-        self.inside[len(self.lines)] = tuple(f"{each.name} ({each.meta.get('path', '')})" for each in nodes)
+        self.places[len(self.lines)] = Place(
+            name,
+            tuple(f"{each.name} ({each.meta.get('path', '')})" for each in nodes),
+            tuple((each.meta.get("local_shape"), each.meta.get("dtype")) for each in inputs),
+        )
 
 
 @dataclass(frozen=True)
