@@ -3,18 +3,18 @@
 import copy
 import inspect
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from fxpass.models.pipelines import announce
+from fxpass.models.pipelines import Announcer
+from tests.runtime.plans import Pipeline
 
 
 def test_a_scheduler_announces_each_generation_and_works_as_before() -> None:
     begun: list[Sequence[float]] = []
     scheduler: Any = DDIMScheduler()
-    announce(SimpleNamespace(scheduler=scheduler), begun.append)
+    Announcer(Pipeline(scheduler=scheduler), begun.append)
     scheduler.set_timesteps(7)
     scheduler.set_timesteps(num_inference_steps=9)
     assert list(map(len, begun)) == [7, 9]
@@ -25,14 +25,14 @@ def test_a_scheduler_announces_each_generation_and_works_as_before() -> None:
 def test_the_signature_that_pipelines_look_at_is_kept() -> None:
     scheduler: Any = FlowMatchEulerDiscreteScheduler()
     before = inspect.signature(scheduler.set_timesteps)
-    announce(SimpleNamespace(scheduler=scheduler), lambda steps: None)
+    Announcer(Pipeline(scheduler=scheduler), lambda steps: None)
     assert inspect.signature(scheduler.set_timesteps) == before
 
 
 def test_a_deep_copy_sets_its_own_timesteps() -> None:
     begun: list[Sequence[float]] = []
     scheduler: Any = DDIMScheduler()
-    announce(SimpleNamespace(scheduler=scheduler), begun.append)
+    Announcer(Pipeline(scheduler=scheduler), begun.append)
     other = copy.deepcopy(scheduler)
     scheduler.set_timesteps(5)
     other.set_timesteps(8)
@@ -40,4 +40,18 @@ def test_a_deep_copy_sets_its_own_timesteps() -> None:
 
 
 def test_a_pipeline_without_a_scheduler_is_left_alone() -> None:
-    announce(SimpleNamespace(), lambda steps: None)
+    Announcer(Pipeline(), lambda steps: None)
+
+
+def test_another_scheduler_is_found_at_a_call_and_announces_itself_from_then_on() -> None:
+    begun: list[Sequence[float]] = []
+    pipeline: Any = Pipeline(scheduler=DDIMScheduler())
+    announcer = Announcer(pipeline, begun.append)
+    announcer()
+    assert not begun
+    pipeline.scheduler = DDIMScheduler()
+    pipeline.scheduler.set_timesteps(6)  # nobody hears of it
+    announcer()
+    announcer()
+    pipeline.scheduler.set_timesteps(3)
+    assert list(map(len, begun)) == [6, 3]

@@ -73,6 +73,7 @@ def test_a_displaced_step_on_an_unchanged_input_equals_an_exact_one(each: Outsid
     args, kwargs = each.arguments(each.rows)
     parallel: Any = fxpass.parallelize(model, ranks, strategy="displaced", warmup_steps=1, executor="lockstep")
     expected = model(*args, **kwargs)
+    parallel.reset()  # a generation that is announced, so that a timestep may repeat in it
     for _ in range(2):
         assert _compared(parallel(*args, **kwargs), expected) <= EXACT
     found = moving(parallel.plan.program)
