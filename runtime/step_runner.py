@@ -54,7 +54,7 @@ class History:
         return displaced if paced else f"{displaced} unpaced"  # type: ignore[return-value]
 
 
-class Context:
+class ContextState:
     """One rank's channels and state in one context."""
 
     def __init__(self, channels: Sequence[Channel], state: Sequence[StateSpec], device: torch.device) -> None:
@@ -95,7 +95,7 @@ class StepRunner:
         self._traffic = traffic
         self._place = {name: i for i, name in enumerate([*names, PACE, *(spec.name for spec in state)])}
         self._orders: dict[StepCode, list[int]] = {}
-        self._contexts: dict[int, Context] = {}
+        self._contexts: dict[int, ContextState] = {}
         self._histories: dict[int, History] = {}
 
     @staticmethod
@@ -176,9 +176,9 @@ class StepRunner:
         self._contexts.clear()
         self._histories.clear()
 
-    def _context(self, number: int) -> Context:
+    def _context(self, number: int) -> ContextState:
         if number not in self._contexts:
-            self._contexts[number] = Context(self._open(), self._state, self._device)
+            self._contexts[number] = ContextState(self._open(), self._state, self._device)
         return self._contexts[number]
 
 
