@@ -43,7 +43,9 @@ def main() -> None:
         print(f"{name}, {options.ranks} ranks, {options.strategy}: state of a rank up to {state:.2f} GB")
         for rank in (0, options.ranks // 2):
             programs = StepPrograms(plan.graph, rank)
-            for mode in dict.fromkeys(map(programs.canonical, ("exact", "first", "steady"))):
+            asked: tuple[Mode, ...] = ("exact", "first", "steady")
+            modes: dict[Mode, None] = dict.fromkeys(programs.canonical(mode) for mode in asked)
+            for mode in modes:
                 found = count(programs, mode)
                 print(f"  rank {rank}, {mode} steps: {found.places} segments, {found.distinct} distinct")
 
