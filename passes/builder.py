@@ -69,8 +69,8 @@ class Builder:
         """Concatenate the tensors that are not empty; the result has the dtype that all of them promote to."""
         dtype = reduce(torch.promote_types, (x.meta["dtype"] for x in tensors))
         shaped = [x for x in tensors if shape_of(x) != (0,)] or list(tensors)  # torch skips them for any dim
-        kept = [x for x in shaped if shape_of(x)[dim] != 0] or shaped[:1]
-        joined = kept[0] if len(kept) == 1 else self.emit(aten.cat.default, kept, dim)
+        filled = [x for x in shaped if shape_of(x)[dim] != 0] or shaped[:1]
+        joined = filled[0] if len(filled) == 1 else self.emit(aten.cat.default, filled, dim)
         return joined if joined.meta["dtype"] == dtype else self.emit(aten._to_copy.default, joined, dtype=dtype)
 
 

@@ -44,14 +44,14 @@ def normalize(program: Program) -> Program:
             rewrite(b, node, env)
     folded = _fold(b.graph, known)
     b.graph.eliminate_dead_code()
-    kept = {n.name for n in b.graph.nodes if n.op == "placeholder" and n.users}
+    used = {n.name for n in b.graph.nodes if n.op == "placeholder" and n.users}
     for node in list(b.graph.nodes):
-        if node.op == "placeholder" and node.name not in kept and node.name not in program.inputs:
+        if node.op == "placeholder" and node.name not in used and node.name not in program.inputs:
             b.graph.erase_node(node)
     return program.with_graph(
         b.graph,
-        weights={k: v for k, v in program.weights.items() if k in kept},
-        constants={k: v for k, v in (program.constants | folded).items() if k in kept},
+        weights={k: v for k, v in program.weights.items() if k in used},
+        constants={k: v for k, v in (program.constants | folded).items() if k in used},
     )
 
 

@@ -64,15 +64,15 @@ class _Scheduler:
         if not self.in_flight:
             return self.nodes[heapq.heappop(self.ready)[1]] if self.ready else None
         limit = self.in_flight[0] + AHEAD
-        kept = []
+        beyond = []
         found = None
         while self.ready and found is None:
             entry = heapq.heappop(self.ready)
             if entry[1] <= limit:
                 found = self.nodes[entry[1]]
             else:
-                kept.append(entry)
-        for entry in kept:
+                beyond.append(entry)
+        for entry in beyond:
             heapq.heappush(self.ready, entry)
         return found
 

@@ -98,6 +98,6 @@ def _off(found: Any, expected: Any) -> float:
     a, b = found.to(wide), expected.to(wide)
     if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
         return float("inf")
-    kept = b.isfinite()
-    difference, size = (a - b)[kept].abs().square().sum(), b[kept].abs().square().sum()
+    finite = b.isfinite()
+    difference, size = (a - b)[finite].abs().square().sum(), b[finite].abs().square().sum()
     return (difference / size).sqrt().item() if difference > 0 else 0.0

@@ -134,22 +134,22 @@ class Snapshot:
         Raises:
             ValueError: nothing matches; the message suggests near names.
         """
-        kept = [node for node in self.nodes if not exchanges or node.kind in ("exchange", "wait", "result")]
+        selected = [node for node in self.nodes if not exchanges or node.kind in ("exchange", "wait", "result")]
         if module is not None:
             inside = {path for path in self._paths() if _matches(path, module)}
             if not inside:
                 raise ValueError(f"no module matches {module!r}{_near(module, self._paths())}")
-            kept = [node for node in kept if node.path in inside]
+            selected = [node for node in selected if node.path in inside]
         if operator is not None:
             names = {name for node in self.nodes for name in self._names(node)}
             if operator not in names:
                 raise ValueError(f"no operator is called {operator!r}{_near(operator, names)}")
-            kept = [node for node in kept if operator in self._names(node)]
-        shown = {node.name for node in kept}
+            selected = [node for node in selected if operator in self._names(node)]
+        shown = {node.name for node in selected}
         ids = {each.id for each in self.exchanges if each.node in shown}
         return replace(
             self,
-            nodes=tuple(kept),
+            nodes=tuple(selected),
             exchanges=tuple(each for each in self.exchanges if each.id in ids),
             messages=tuple(each for each in self.messages if each.node in shown),
             fallbacks=tuple(each for each in self.fallbacks if ids.intersection(each.exchanges)),

@@ -182,8 +182,8 @@ def _combine(how: str, a: Rows, b: Rows) -> Rows:
     bounds = np.unique(np.concatenate((*_bounds(a), *_bounds(b))))
     points = bounds[:-1]
     in_a, in_b = _inside(points, a), _inside(points, b)
-    kept = {"and": in_a & in_b, "or": in_a | in_b, "sub": in_a & ~in_b}[how]
-    return Rows.blocks(points[kept], bounds[1:][kept])
+    chosen = {"and": in_a & in_b, "or": in_a | in_b, "sub": in_a & ~in_b}[how]
+    return Rows.blocks(points[chosen], bounds[1:][chosen])
 
 
 @lru_cache(maxsize=1 << 16)

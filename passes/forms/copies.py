@@ -38,8 +38,8 @@ def to_copy(b: Builder, node: fx.Node, x: fx.Node | float, **kwargs: Any) -> fx.
         return b.copy(aten.full.default, ([], x), {"dtype": dtype or node.meta["dtype"]}, node.meta["val"])
     if dtype in (None, x.meta["dtype"]) and device in (None, x.meta["val"].device):
         return x
-    kept = {k: v for k, v in kwargs.items() if k in ("dtype", "device") and v is not None}
-    return b.emit(aten._to_copy.default, x, **kept)
+    changes = {k: v for k, v in kwargs.items() if k in ("dtype", "device") and v is not None}
+    return b.emit(aten._to_copy.default, x, **changes)
 
 
 def _type_as(b: Builder, node: fx.Node, x: fx.Node, other: fx.Node) -> fx.Node:

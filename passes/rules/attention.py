@@ -85,15 +85,15 @@ def attention(
     return p.same(op, (query, key, value, mask, dropout_p, False), kwargs, layout=layout)
 
 
-def is_key_or_value(product: fx.Node, kept: bool, others: Iterable[fx.Node]) -> bool:
+def is_key_or_value(product: fx.Node, as_key: bool, others: Iterable[fx.Node]) -> bool:
     """Whether an operand of a matrix product is the keys or the values of hand-written attention.
 
     Args:
         product: the product, in the graph of whole values.
-        kept: whether the operand's tokens are a dim of the result (keys) or are summed over (values).
+        as_key: whether the operand's tokens are a dim of the result (keys) or are summed over (values).
         others: the product's other operands, in the partitioned graph.
     """
-    if kept:
+    if as_key:
         return _leads_to_softmax([product], lambda node: node.users)
     return _leads_to_softmax(others, lambda node: node.all_input_nodes)
 

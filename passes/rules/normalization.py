@@ -64,12 +64,12 @@ def group_norm(
 def moments(p: Partitioner, x: fx.Node, dims: Sequence[int]) -> tuple[fx.Node, fx.Node]:
     """Mean and biased variance over `dims`, which include the split dim and stay as size 1; float32 at least."""
     shape, layout = shape_of(x), layout_of(x)
-    kept = tuple(1 if d in dims else s for d, s in enumerate(shape))
+    reduced = tuple(1 if d in dims else s for d, s in enumerate(shape))
     dtype = wide(x.meta["dtype"])
     row = prod(shape[d] for d in dims) // shape[layout.axis]
-    local = p.emit(ops.moments, (p.owned(x), list(dims)), shape=(2, *kept), dtype=dtype)
+    local = p.emit(ops.moments, (p.owned(x), list(dims)), shape=(2, *reduced), dtype=dtype)
     merged = p.moments(local, [len(rows) * row for rows in owned(layout.rows)], may_be_stale=True)
-    mean, variance = (p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1))
+    mean, variance = (p.emit(aten.select.int, (merged, 0, i), shape=reduced, dtype=dtype) for i in (0, 1))
     return mean, variance
 
 

@@ -80,8 +80,8 @@ def col2im(
     shape, at = (*shape[:2], shape_of(x)[2] * grid[1]), Layout(2, columns)
     x = p.emit(aten.reshape.default, (x, p.local(shape, at)), shape=shape, dtype=op.dtype, layout=at, holes=True)
     offsets = [lo * stride[0] - padding[0] for lo in first]
-    kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
-    args = (op.target, 2, kept, x, [per_rank(heights), size[1]], kernel, dilation, with_entry(padding, 0, 0), stride)
+    mine = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
+    args = (op.target, 2, mine, x, [per_rank(heights), size[1]], kernel, dilation, with_entry(padding, 0, 0), stride)
     return p.emit(ops.rows_of, args, shape=op.shape, dtype=op.dtype, layout=Layout(2, rows))
 
 

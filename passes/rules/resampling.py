@@ -70,8 +70,8 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
     if op.target in ANTIALIASED and dim == len(shape) - 1 and 1 in layout_of(x).sizes:
         raise SplitError("torch's antialiased kernels are wrong on a single column")
     sizes = p.local(op.shape, layout_of(x))[-spatial:]
-    kept = tuple(None if j == i else s for j, s in enumerate(scales))
-    return p.same(op, (x, sizes, *flags, *kept), layout=layout_of(x))
+    other_scales = tuple(None if j == i else s for j, s in enumerate(scales))
+    return p.same(op, (x, sizes, *flags, *other_scales), layout=layout_of(x))
 
 
 def _hashable(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -34,9 +34,9 @@ def cut(p: Partitioner, x: fx.Node, dim: int, start: int, end: int, step: int = 
         return p.emit(aten.slice.Tensor, args, shape=shape, dtype=x.meta["dtype"], layout=layout)
     if step != 1:
         return remap(p, x, dim, np.arange(start, end, step))
-    kept = [have & Rows.interval(start, end) for have in layout.rows]
-    local = [have.locate(rows) for have, rows in zip(layout.rows, kept, strict=True)]
-    return _moved(p, x, dim, end - start, [rows.shift(-start) for rows in kept], ops.take, local)
+    inside = [have & Rows.interval(start, end) for have in layout.rows]
+    local = [have.locate(rows) for have, rows in zip(layout.rows, inside, strict=True)]
+    return _moved(p, x, dim, end - start, [rows.shift(-start) for rows in inside], ops.take, local)
 
 
 def remap(p: Partitioner, x: fx.Node, dim: int, sources: np.ndarray) -> fx.Node:
