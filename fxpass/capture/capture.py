@@ -229,25 +229,25 @@ def _run(recording: _Recording, recorder: Recorder, reader: Reader, routing: Rou
     watch = Watch()
     copies = call.rebuild(call.with_numbers(fakes, lifted), watch)
     arguments = Arguments(call, copies)
-    with ExitStack() as stack:
-        stack.enter_context(_compiling())
-        stack.enter_context(_module_paths(model, recorder))
-        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
-        stack.enter_context(Intercepts(recorder, reader, routing, device))
-        stack.enter_context(recorder)
-        if recording.is_fake:
-            stack.enter_context(Executed(state.begins))
-        try:
-            with watch:
-                output = call.run(model, copies)
-        except Exception as error:
-            state.undo()
-            release_survivors(recorder)
-            if isinstance(error, CaptureError):
-                raise
-            raise CaptureError(
-                f"the model cannot be captured: {type(error).__name__} at {raised_line(error)}: {error}"
-            ) from error
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_compiling())
+            stack.enter_context(_module_paths(model, recorder))
+            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+            stack.enter_context(Intercepts(recorder, reader, routing, device))
+            stack.enter_context(recorder)
+            if recording.is_fake:
+                stack.enter_context(Executed(state.begins))
+            stack.enter_context(watch)
+            output = call.run(model, copies)
+    except Exception as error:
+        state.undo()
+        release_survivors(recorder)
+        if isinstance(error, CaptureError):
+            raise
+        raise CaptureError(
+            f"the model cannot be captured: {type(error).__name__} at {raised_line(error)}: {error}"
+        ) from error
     return inputs, output, copies, arguments, state.undo()
 
 
@@ -279,16 +279,16 @@ def _program(
         if node.op == "placeholder":
             copies[node].name = str(node.target)
     graph.output(tuple(copies[node] for node in results))
-    kept = {str(n.target): recorder.origins[n] for n in placeholders}
-    weights = {name: origin.name for name, origin in kept.items() if origin.kind == "weight"}
+    origins = {str(n.target): recorder.origins[n] for n in placeholders}
+    weights = {name: origin.name for name, origin in origins.items() if origin.kind == "weight"}
     fakes = {str(n.target): n.meta["val"] for n in placeholders}
     constants = {
         name: fakes[name] if origin.real is None else origin.real
-        for name, origin in kept.items()
+        for name, origin in origins.items()
         if origin.kind in ("constant", "fresh")
     }
-    attributes = {name: origin.name for name, origin in kept.items() if origin.kind == "constant" and origin.name}
-    versions = {name: version(constants[name]) for name, origin in kept.items() if origin.kind == "constant"}
+    attributes = {name: origin.name for name, origin in origins.items() if origin.kind == "constant" and origin.name}
+    versions = {name: version(constants[name]) for name, origin in origins.items() if origin.kind == "constant"}
     return Program(
         graph, weights, constants, tuple(inputs), call.paths, spec, leaves,
         guards=guards, attributes=attributes, versions=versions,

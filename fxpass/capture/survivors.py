@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from sys import getrefcount
 from types import CellType, FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,19 +34,24 @@ def is_left_behind(tensor: Tensor) -> bool:
 
 def refuse_survivors(recorder: Recorder) -> None:
     """Raises `CaptureError` if anything but the recorder holds a recorded value, after removing the value there."""
-    kept = _survivors(recorder)
-    if not kept:
+    if not _survivors(recorder):
         return
     gc.collect()
-    kept = _survivors(recorder)  # values in reference cycles are gone by now
-    holders = release_survivors(recorder, kept)
-    for tensor in kept:
-        if id(tensor) in holders:
-            node = recorder.node(tensor)
+    survivors = _survivors(recorder)  # values in reference cycles are gone by now
+    found = _Holders(recorder, survivors)
+    for tensor in survivors:
+        if id(tensor) in found.first:
+            node, place = recorder.node(tensor), found.describe(tensor)
+            found.release()
             raise CaptureError(
-                f"a tensor from {node.meta['trace'] or node.target} outlives the call in {holders[id(tensor)]}; "
+                f"a tensor from {node.meta['trace'] or node.target} outlives the call in {place}; "
                 "return it, or keep it in an attribute, a list or a dict of a module, where each call can put it anew"
             )
+
+
+def release_survivors(recorder: Recorder) -> None:
+    """Remove recorded values from each list, dict, set and cell."""
+    _Holders(recorder, _survivors(recorder)).release()
 
 
 def _survivors(recorder: Recorder) -> list[Tensor]:
@@ -63,41 +68,67 @@ def _survivors(recorder: Recorder) -> list[Tensor]:
     return [values[key] for key, count in counts.items() if count > none]
 
 
-def release_survivors(recorder: Recorder, kept: list[Tensor] | None = None) -> dict[int, str]:
-    """Remove recorded values from each list, dict, set and cell. Returns, by id of a value, what held it."""
-    kept = _survivors(recorder) if kept is None else kept
-    ours = recorder.containers() | {id(kept), id(locals())}
-    found: dict[int, str] = {}
-    for value in kept:
-        _release(value, ours, found, id(value), 3)
-    return found
+class _Holders:
+    """What refers to recorded values, directly or through up to three objects that are no containers.
+
+    Each level is one search of all objects of the process, however many values there are: large processes
+    have millions of objects.
+    """
+
+    def __init__(self, recorder: Recorder, survivors: list[Tensor]) -> None:
+        self.first: dict[int, Any] = {}  #: id of a value -> what was found first to hold it
+        self._containers: list[Any] = []
+        self._sources = {id(value): id(value) for value in survivors}  # id of what to remove -> of the value in it
+        self._ours = recorder.containers() | {id(survivors), id(self.first), id(self._containers)}
+        level: list[Any] = survivors
+        for _ in range(4):
+            level = self._above(level)
+
+    def _above(self, level: list[Any]) -> list[Any]:
+        """Store the containers that hold an object of `level`; return the other objects that do."""
+        others: list[Any] = []
+        referrers = gc.get_referrers(*level) if level else []
+        self._ours |= {id(level), id(others), id(referrers)}
+        inside = {id(each) for each in level}
+        for holder in referrers:
+            if id(holder) in self._ours or isinstance(holder, (FrameType, ModuleType)):
+                continue
+            held = [self._sources[id(each)] for each in gc.get_referents(holder) if id(each) in inside]
+            for source in held:
+                self.first.setdefault(source, holder)
+            if isinstance(holder, (list, deque, dict, set, CellType)):
+                self._containers.append(holder)
+            elif held and id(holder) not in self._sources:
+                self._sources[id(holder)] = held[0]
+                others.append(holder)
+        return others
+
+    def describe(self, value: Tensor) -> str:
+        """What holds `value`, in words."""
+        holder = self.first[id(value)]
+        if isinstance(holder, (list, deque, dict, set, CellType)):
+            return _describe(holder, value, self._ours)
+        return f"a {type(holder).__name__}"
+
+    def release(self) -> None:
+        """Remove the values, and the objects through which they are held, from all containers."""
+        for holder in self._containers:
+            _remove(holder, self._sources)
 
 
-def _release(value: Any, ours: set[int], found: dict[int, str], key: int, depth: int) -> None:
-    for holder in gc.get_referrers(value):
-        if id(holder) in ours or isinstance(holder, (FrameType, ModuleType)):
-            continue
-        if isinstance(holder, (list, deque, dict, set)) or type(holder) is CellType:
-            found.setdefault(key, _describe(holder, value, ours))
-            _remove(holder, value)
-        elif depth:
-            found.setdefault(key, f"a {type(holder).__name__}")
-            _release(holder, ours | {id(holder)}, found, key, depth - 1)
-
-
-def _remove(holder: Any, value: Any) -> None:
+def _remove(holder: Any, unwanted: Container[int]) -> None:
+    """Remove from a container what has one of the ids `unwanted`."""
     if isinstance(holder, (list, deque)):
         for place in reversed(range(len(holder))):
-            if holder[place] is value:
+            if id(holder[place]) in unwanted:
                 del holder[place]
     elif isinstance(holder, dict):
         # subclasses may refuse to delete
         delete: Any = OrderedDict.__delitem__ if isinstance(holder, OrderedDict) else dict.__delitem__
-        for key in list(holder):
-            if holder[key] is value:
-                delete(holder, key)
+        for key in [key for key, value in holder.items() if id(value) in unwanted]:
+            delete(holder, key)
     elif isinstance(holder, set):
-        holder.discard(value)
+        holder.difference_update([each for each in holder if id(each) in unwanted])
     else:
         holder.cell_contents = None
 

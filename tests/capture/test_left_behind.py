@@ -268,6 +268,31 @@ def test_a_failed_capture_leaves_no_fake_tensor_in_lists_of_others() -> None:
     assert fakes(*earlier) == []
 
 
+def test_a_refusal_searches_the_objects_of_the_process_a_few_times_however_many_values_are_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A search takes a second in a large process."""
+    searches: list[int] = []
+    held: deque[Tensor] = deque()
+    referrers = gc.get_referrers
+
+    def search(*objects: Any) -> list[Any]:
+        searches.append(len(objects))
+        return referrers(*objects)
+
+    def keep(m: Model, h: Tensor) -> None:
+        held.extend(h * k for k in range(40))
+        if torch.compiler.is_compiling():
+            raise ValueError("no")
+
+    monkeypatch.setattr(gc, "get_referrers", search)
+    with pytest.raises(CaptureError, match="ValueError"):
+        capture(Model(keep).eval(), sample())
+    assert max(searches) >= 40
+    assert len(searches) <= 8
+    assert not any(isinstance(each, FakeTensor) for each in held)
+
+
 def test_what_is_left_behind_in_some_calls_only_is_refused() -> None:
     def keep(m: Model, h: Tensor) -> None:
         m.feat = h if m.feat is None else None
