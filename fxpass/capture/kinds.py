@@ -1,6 +1,6 @@
 """Which operators become one node of the graph, and which are decomposed.
 
-A composite operator (ATen implements it by other operators: linear, conv2d, attention, einsum) is kept if it is
+A composite operator (ATen implements it by other operators: linear, conv2d, attention, einsum) stays whole if it is
 functional, so that one rule can handle it. A composite operator that may return a view of its operand (reshape,
 contiguous, chunk, to) is decomposed, because its result depends on strides.
 """
@@ -48,12 +48,25 @@ def mutates(op: OpOverload) -> bool:
 
 
 @cache
+def written_arguments(op: OpOverload) -> tuple[str, ...]:
+    """The names of the arguments that the operator writes to."""
+    arguments = op._schema.arguments
+    return tuple(each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write)
+
+
+@cache
+def has_functional_form(op: OpOverload) -> bool:
+    """Whether torch knows an operator that returns what `op`, which writes in place, writes."""
+    return _has_kernel(op.name(), "Functionalize")
+
+
+@cache
 def returns_tensors(op: OpOverload) -> bool:
     return all("Tensor" in str(r.type) for r in op._schema.returns)
 
 
 @cache
-def is_kept(op: OpOverload) -> bool:
+def stays_whole(op: OpOverload) -> bool:
     """Whether the operator becomes one node."""
     if not is_composite(op):
         return True

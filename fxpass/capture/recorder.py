@@ -67,7 +67,7 @@ class Recorder(TorchDispatchMode):
         self._names = names
         self._nodes: dict[int, fx.Node] = {}
         self._fakes: dict[int, Tensor] = {}
-        self._kept: list[Any] = []  # keeps the objects alive whose ids are keys above
+        self._alive: list[Any] = []  # the objects whose ids are keys above
         self._results: dict[Any, Any] = {}
         self.read: Any = None  #: the `concrete.Reader` that computes values which Python reads
         self.routing: Any = None  #: the `routing.Routing` that replaces sizes which depend on activations, if any
@@ -122,14 +122,14 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(f"{name or 'a tensor'} is on the meta device (offloaded?); load the weights first")
         fake = self._fake_like(tensor)
         self._fakes[id(tensor)] = fake
-        self._kept.append(tensor)
+        self._alive.append(tensor)
         real = tensor if not isinstance(tensor, FakeTensor) else getattr(tensor, "constant", None)
         self._placeholder(fake, ("p_" if kind == "weight" else "c_") + name, Origin(kind, name, real))
         return fake
 
     def register(self, value: Any, node: fx.Node) -> None:
         self._nodes[id(value)] = node
-        self._kept.append(value)
+        self._alive.append(value)
 
     def record(self, op: Any, args: Any, kwargs: dict[str, Any], result: Any) -> fx.Node:
         """Add a node for `op(*args, **kwargs)`, and one for each tensor of a tuple that it returns."""
@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
 
     def holds(self) -> Iterator[Any]:
         """Each recorded value, once for each reference that the recorder has to it."""
-        yield from self._kept
+        yield from self._alive
         yield from self._fakes.values()
         lists: set[int] = set()
         for node in self.graph.nodes:
@@ -167,7 +167,7 @@ class Recorder(TorchDispatchMode):
     def containers(self) -> set[int]:
         """The ids of the containers that hold the recorder's references."""
         metas = [node.meta for node in self.graph.nodes]
-        return {id(each) for each in (self._kept, self._fakes, *metas, *(meta.get("val") for meta in metas))}
+        return {id(each) for each in (self._alive, self._fakes, *metas, *(meta.get("val") for meta in metas))}
 
     def current_line(self) -> str:
         return self.line or model_line()
@@ -220,7 +220,7 @@ class Recorder(TorchDispatchMode):
         if op in _SAME:
             return self._same(op, args)
         self._refuse(op, args, kwargs)
-        if not kinds.is_kept(op) or (self.autocast and kinds.is_composite(op) and not self._cast_whole(op)):
+        if not kinds.stays_whole(op) or (self.autocast and kinds.is_composite(op) and not self._cast_whole(op)):
             return self._apart(op, args, kwargs)
         if not kinds.returns_tensors(op):
             return self.read(self.record(op, args, kwargs, None), shape_only=False)
@@ -313,9 +313,9 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _refuse(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
-        if _argument(op, args, kwargs, "train", False) and _argument(op, args, kwargs, "p", 0.0):
+        if argument(op, args, kwargs, "train", False) and argument(op, args, kwargs, "p", 0.0):
             raise CaptureError(f"dropout in training mode at {self.current_line()}; call model.eval() first")
-        if _argument(op, args, kwargs, "dropout_p", 0.0):
+        if argument(op, args, kwargs, "dropout_p", 0.0):
             raise CaptureError(
                 f"attention with dropout at {self.current_line()}; pass dropout_p=0.0 when the model is in eval mode"
             )
@@ -333,8 +333,8 @@ class Recorder(TorchDispatchMode):
             )
         if (
             kinds.is_random(op)
-            and _argument(op, args, kwargs, "train", True)
-            and _argument(op, args, kwargs, "dropout", 1)
+            and argument(op, args, kwargs, "train", True)
+            and argument(op, args, kwargs, "dropout", 1)
         ):
             raise CaptureError(
                 f"{op} draws random numbers at {self.current_line()}: each rank would draw its own; "
@@ -350,7 +350,7 @@ def _refuse_subclass(tensor: Tensor, name: str) -> None:
         )
 
 
-def _argument(op: OpOverload, args: Any, kwargs: dict[str, Any], name: str, default: Any) -> Any:
+def argument(op: OpOverload, args: Any, kwargs: dict[str, Any], name: str, default: Any) -> Any:
     """The argument of an operator by name; `default` if it was not passed or does not exist."""
     names = kinds.argument_names(op)
     place = names.index(name) if name in names else len(args)

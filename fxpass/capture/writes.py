@@ -17,7 +17,7 @@ from ..ir.nodes import append_copy
 from . import kinds
 from .concrete import memory_of
 from .errors import CaptureError
-from .recorder import Recorder
+from .recorder import Recorder, argument
 
 aten = torch.ops.aten
 
@@ -62,9 +62,14 @@ def functionalize(old: Recorder, results: list[fx.Node]) -> tuple[Recorder, list
 
 def _target(write: fx.Node) -> fx.Node:
     """The operand that an in-place operator writes to."""
-    if "out" in write.kwargs:
-        return write.kwargs["out"]  # type: ignore[return-value]
-    return write.args[0]  # type: ignore[return-value]
+    op: Any = write.target
+    names = kinds.written_arguments(op)
+    target = argument(op, write.args, write.kwargs, names[0], None) if len(names) == 1 else None
+    if not isinstance(target, fx.Node):
+        raise CaptureError(
+            f"{op} at {write.meta['trace']} writes to several tensors at once; use the form that returns new ones"
+        )
+    return target
 
 
 class _Rewriter:
@@ -156,8 +161,7 @@ class _Rewriter:
         """Compute the value that an in-place operator writes."""
         op: Any = node.target
         like: Tensor = target.meta["val"]
-        kwargs = {k: self._read(v) if isinstance(v, fx.Node) else v for k, v in node.kwargs.items() if k != "out"}
-        args = fx.node.map_arg(node.args, self._read)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
         if op is aten.copy_.default:
             value = args[1]
         elif op is aten.zero_.default:
@@ -166,8 +170,10 @@ class _Rewriter:
             value = self._run(aten.full_like.default, (args[0], args[1]), {})
         elif op is aten.fill_.Tensor:
             value = args[1]
+        elif kinds.has_functional_form(op):
+            value = self._functional(op, args, kwargs)
         else:
-            value = self._run(_functional(op, node), args, kwargs)
+            raise CaptureError(f"{op} at {node.meta['trace']} writes in place and has no functional form")
         if value.dtype != like.dtype:
             value = self._run(aten._to_copy.default, (value,), {"dtype": like.dtype})
         if value.device != like.device:
@@ -176,16 +182,14 @@ class _Rewriter:
             value = self._run(aten.expand.default, (value, list(like.shape)), {})
         return value
 
-
-def _functional(op: Any, node: fx.Node) -> Any:
-    """The operator that returns the values that `op` writes."""
-    packet = getattr(aten, op.overloadpacket.__name__.removesuffix("_"), None)  # ATen's convention, in no schema
-    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if a.name != "out"]
-    for overload in () if packet is None else packet.overloads():
-        candidate = getattr(packet, overload)
-        if not kinds.mutates(candidate) and [(a.name, str(a.type)) for a in candidate._schema.arguments] == wanted:
-            return candidate
-    raise CaptureError(f"{op} at {node.meta['trace']} writes in place and has no functional form")
+    def _functional(self, op: Any, args: Any, kwargs: Any) -> Tensor:
+        """Run an in-place operator by its functional form, which torch's functionalization kernels know."""
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch._to_functional_tensor, (args, kwargs))
+        (name,) = kinds.written_arguments(op)
+        target = argument(op, args, kwargs, name, None)
+        self._run(op, args, kwargs)
+        torch._sync(target)
+        return torch._from_functional_tensor(target)
 
 
 _SCATTERS: dict[Any, Any] = {

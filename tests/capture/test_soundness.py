@@ -284,6 +284,29 @@ def fill(x: Tensor) -> None:
     x.fill_(1)
 
 
+@torch.library.custom_op("fxpass_test::relu_", mutates_args={"self"})
+def named_like_relu(self: Tensor) -> None:
+    self.fill_(1)
+
+
+def written_by_a_namesake(m: Block, x: Tensor) -> Tensor:
+    y = x.clone()
+    named_like_relu(y)
+    return y
+
+
+def several_written(m: Block, x: Tensor) -> Tensor:
+    y, z = x.clone(), x.clone()
+    torch._foreach_add_([y, z], 1)
+    return y + z
+
+
+def two_outputs(m: Block, x: Tensor) -> Tensor:
+    values, places = torch.empty(6), torch.empty(6, dtype=torch.int64)
+    torch.max(x, 0, out=(values, places))
+    return x + values
+
+
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "buffer": (lambda m, x: m.count.add_(x[0]), "its own state in place: count"),
     "reassigned": (lambda m, x: (setattr(m, "count", m.count + 1), x + m.count)[1], "own state while it runs: count"),
@@ -303,6 +326,9 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "layout": (lambda m, x: torch.sparse.mm(SPARSE, x.T).T, "a tensor with layout torch.sparse_coo"),
     "resized": (lambda m, x: x.clone().unsqueeze_(0), "changes a tensor's shape in place"),
     "custom write": (lambda m, x: (fill(y := x.clone()), y)[1], "writes in place and has no functional form"),
+    "write by a namesake": (written_by_a_namesake, "writes in place and has no functional form"),
+    "several written": (several_written, "writes to several tensors at once"),
+    "two outputs": (two_outputs, "writes to several tensors at once"),
     "windows": (lambda m, x: (y := x.clone(), y.unfold(1, 2, 2).mul_(2))[0], "which cannot be undone"),
     "other": (lambda m, x: x.undefined_attribute if torch.compiler.is_compiling() else x, "AttributeError"),
 }
