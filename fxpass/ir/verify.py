@@ -9,7 +9,6 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -18,19 +17,11 @@ from .exchange import DISPLACED
 from .fetch import Fetch
 from .layout import PerRank, Rows, owned
 from .merge import Moments
+from .operators import spec_of
 from .program import calls, exchanges_of, fetched, layout_of, shape_of
 
 Stage = Literal["captured", "normal", "partitioned", "displaced", "scheduled"]
 Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
-
-aten = torch.ops.aten
-#: operators that normal form replaces by simpler ones
-ABNORMAL = {
-    aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int,
-    aten.t.default, aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default,
-    aten.stack.default, aten.alias.default, aten.detach.default, aten.conv1d.default, aten.conv2d.default,
-    aten.conv3d.default,
-}  # fmt: skip
 
 
 class VerificationError(AssertionError):
@@ -58,7 +49,11 @@ def _shaped(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 
 def _normal(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    return (node for node in calls(graph) if node.target in ABNORMAL)
+    """Operators that have a form and no rule are other names for those that normal form uses."""
+    for node in calls(graph):
+        spec = spec_of(node.target)
+        if spec.form is not None and spec.rule is None:
+            yield node
 
 
 def _local(graph: fx.Graph, world: int) -> Iterator[fx.Node]:

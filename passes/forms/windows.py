@@ -62,7 +62,7 @@ def _upsample(names: tuple[str, ...]) -> Form:
     return form
 
 
-def _adaptive_max(b: Builder, node: fx.Node, x: fx.Node, size: list[int]) -> Any:
+def adaptive_max(b: Builder, node: fx.Node, x: fx.Node, size: list[int]) -> Any:
     """Windows of one size become `max_pool`, others slices and `amax`. Kept if the positions of the maxima are used."""
     if any(user.args[1] == 1 and user.users for user in node.users):
         return unpacked(b, b.copy(node.target, (x, size), {}, node.meta["val"]))
@@ -79,9 +79,6 @@ def _adaptive_max(b: Builder, node: fx.Node, x: fx.Node, size: list[int]) -> Any
 
 
 TABLE = {
-    aten.adaptive_max_pool1d.default: OpSpec(form=_adaptive_max),
-    aten.adaptive_max_pool2d.default: OpSpec(form=_adaptive_max),
-    aten.adaptive_max_pool3d.default: OpSpec(form=_adaptive_max),
     aten.conv1d.default: OpSpec(form=_convolution(False)),
     aten.conv2d.default: OpSpec(form=_convolution(False)),
     aten.conv3d.default: OpSpec(form=_convolution(False)),

@@ -23,6 +23,7 @@ from ...ir import ops
 from ...ir.layout import Layout, Rows, per_rank
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
+from ..forms import windows as forms
 from ..partition import Op, Partitioner, SplitError
 
 aten = torch.ops.aten
@@ -149,10 +150,10 @@ def convolution(
     )
     if not transposed:
         return p.same(op, args, layout=Layout(dim, rows))
-    # keep the rows of this rank: others lack what the input rows of other ranks add
+    # take the rows of this rank: others lack what the input rows of other ranks add
     offsets = [lo * window.stride - window.padding for lo in first]
-    kept = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
-    return p.emit(ops.rows_of, (op.target, dim, kept, *args), shape=op.shape, dtype=op.dtype, layout=Layout(dim, rows))
+    mine = per_rank([r.shift(-o) for r, o in zip(rows, offsets, strict=True)])
+    return p.emit(ops.rows_of, (op.target, dim, mine, *args), shape=op.shape, dtype=op.dtype, layout=Layout(dim, rows))
 
 
 def _pool(
@@ -208,6 +209,10 @@ def avg_pool(
     )  # fmt: skip
 
 
+def adaptive_max(p: Partitioner, op: Op, *_: Any) -> fx.Node:
+    raise SplitError("the positions of the maxima are used")
+
+
 def _flops(out: Shape, x: Shape, weight: Shape, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
            *_: Any) -> int:  # fmt: skip
     positions = prod(x[2:]) * x[0] * x[1] if transposed else prod(out)
@@ -216,6 +221,9 @@ def _flops(out: Shape, x: Shape, weight: Shape, bias: Any, stride: Any, padding:
 
 TABLE = {
     aten.convolution.default: OpSpec(convolution, flops=_flops),
+    aten.adaptive_max_pool1d.default: OpSpec(adaptive_max, form=forms.adaptive_max),
+    aten.adaptive_max_pool2d.default: OpSpec(adaptive_max, form=forms.adaptive_max),
+    aten.adaptive_max_pool3d.default: OpSpec(adaptive_max, form=forms.adaptive_max),
     aten.max_pool1d.default: OpSpec(partial(max_pool, 1)),
     aten.max_pool2d.default: OpSpec(partial(max_pool, 2)),
     aten.max_pool3d.default: OpSpec(partial(max_pool, 3)),
