@@ -27,7 +27,7 @@ from .counts import aten, ops
 from .errors import CaptureError
 from .recorder import Recorder
 from .row_rules import Domain, Inverse, RefusedError, SelectedRows, aligned, shared
-from .row_writes import add_rows, flat_index, put_rows
+from .row_writes import flat_index
 
 
 def resolve(old: Recorder, results: list[fx.Node], empty: int | None = None) -> tuple[Recorder, list[fx.Node]]:
@@ -171,8 +171,10 @@ def _positions(r: _Resolver, node: fx.Node, mask: Tensor) -> SelectedRows:
     return SelectedRows(domain, torch.from_numpy(index))
 
 
-def _sort(r: _Resolver, node: fx.Node, key: Tensor, *_: Any, **__: Any) -> Any:
+def sort(r: _Resolver, node: fx.Node, key: Any, *_: Any, **__: Any) -> Any:
     """Sort the key by which rows are sliced into segments."""
+    if isinstance(key, SelectedRows):
+        raise RefusedError("it sorts selected rows")
     if key.ndim != 1:
         raise RefusedError("it sorts a tensor of several dims")
     order = r.identities[node.args[0]]  # type: ignore[index]
@@ -185,9 +187,9 @@ def _descending(args: Any, kwargs: Any) -> bool:
     return bool(args[2] if len(args) > 2 else kwargs.get("descending", False))
 
 
-def _argsort(r: _Resolver, node: fx.Node, key: Any, *rest: Any, **kwargs: Any) -> Any:
+def argsort(r: _Resolver, node: fx.Node, key: Any, *rest: Any, **kwargs: Any) -> Any:
     if not isinstance(key, SelectedRows):
-        return _sort(r, node, key)
+        return sort(r, node, key)
     index = key.constant if key.domain.mask is None and key.at is None else None
     in_order = index is not None and np.array_equal(index, np.arange(key.domain.size))
     if not in_order or _descending((key, *rest), kwargs):
@@ -227,7 +229,7 @@ def _joined(r: _Resolver, node: fx.Node, parts: Sequence[Any], dim: int, size: i
 # -- where rows are read ----------------------------------------------------------------------------------------
 
 
-def _index(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
+def index(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
     used = [d for d, i in enumerate(indices) if i is not None]
     given = [indices[d] for d in used]
     if len(given) == 1 and isinstance(given[0], Inverse):
@@ -255,6 +257,10 @@ def _index(r: _Resolver, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
     return SelectedRows(domain, base, dim, None if np.array_equal(at, np.arange(prod(sizes))) else at)
 
 
+def index_select(r: _Resolver, node: fx.Node, x: Any, dim: int, i: Any) -> Any:
+    return index(r, node, x, [*[None] * (dim % x.ndim), i])
+
+
 def _index_of_rows(r: _Resolver, x: SelectedRows, indices: Sequence[Any]) -> SelectedRows:
     """Look up along dims other than that of the rows."""
     if any(isinstance(i, (SelectedRows, Inverse)) for i in indices) or (
@@ -278,19 +284,10 @@ def _counts(r: _Resolver, node: fx.Node, key: Tensor, size: int, upto: bool) -> 
 _STARTS = {aten.argsort.default, aten.argsort.stable, aten.sort.default, aten.sort.stable}
 
 
+#: of the operators that stand for routing; those of ATen have theirs in their `OpSpec`
 RULES: dict[Any, Callable[..., Any]] = {
     ops.positions.default: _positions,
     ops.counts.default: _counts,
     ops.segment.default: _segment,
     ops.joined.default: _joined,
-    aten.argsort.default: _argsort,
-    aten.argsort.stable: _argsort,
-    aten.sort.default: _sort,
-    aten.sort.stable: _sort,
-    aten.index.Tensor: _index,
-    aten.index_select.default: lambda r, node, x, dim, i: _index(r, node, x, [*[None] * (dim % x.ndim), i]),
-    aten.index_add.default: add_rows,
-    aten.scatter_add.default: add_rows,
-    aten.scatter_reduce.two: add_rows,
-    aten.index_put.default: put_rows,
 }

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...capture import row_rules as rows
+from ...capture.rows import argsort, sort
 from ...ir import ops
 from ...ir.layout import Layout, Rows, even, per_rank
 from ...ir.merge import ReduceOp
@@ -60,10 +61,10 @@ def op_shape(op: Op) -> tuple[int, ...]:
 
 def exponentials(p: Partitioner, x: fx.Node, dims: list[int]) -> tuple[fx.Node, fx.Node]:
     """The maximum and the sum of exp(x - maximum) over `dims`, which include the split dim and stay as size 1."""
-    kept, dtype = tuple(1 if d in dims else s for d, s in enumerate(shape_of(x))), x.meta["dtype"]
-    part = p.emit(ops.exponentials, (p.owned(x), dims), shape=(2, *kept), dtype=dtype)
+    reduced, dtype = tuple(1 if d in dims else s for d, s in enumerate(shape_of(x))), x.meta["dtype"]
+    part = p.emit(ops.exponentials, (p.owned(x), dims), shape=(2, *reduced), dtype=dtype)
     merged = p.reduce(part, "exponentials", may_be_stale=True)
-    most, total = (p.emit(aten.select.int, (merged, 0, i), shape=kept, dtype=dtype) for i in (0, 1))
+    most, total = (p.emit(aten.select.int, (merged, 0, i), shape=reduced, dtype=dtype) for i in (0, 1))
     return most, total
 
 
@@ -156,11 +157,11 @@ def extreme(largest: bool, both: bool) -> Rule:
             if both:
                 return p.several(op, (x, dim, keepdim), None, [layout, layout])
             return p.same(op, (x, dim, keepdim), layout=layout)
-        kept = tuple(1 if d == dim else s for d, s in enumerate(shape))
+        reduced = tuple(1 if d == dim else s for d, s in enumerate(shape))
         name: ReduceOp = "amax" if largest else "amin"
         reduce = getattr(aten, name).default
         # never stale: the positions are found by comparing for equality
-        value = p.reduce(p.emit(reduce, (x, [dim], True), shape=kept, dtype=x.meta["dtype"]), name)
+        value = p.reduce(p.emit(reduce, (x, [dim], True), shape=reduced, dtype=x.meta["dtype"]), name)
 
         def compared(target: Any, *args: Any) -> fx.Node:
             return p.emit(target, args, shape=shape, dtype=torch.bool, layout=layout)
@@ -174,7 +175,7 @@ def extreme(largest: bool, both: bool) -> Rule:
             aten.where.ScalarOther, (found, p.take(place, dim, layout.rows), size), shape=shape, dtype=torch.int64,
             layout=layout,
         )  # fmt: skip
-        position = p.reduce(p.emit(aten.amin.default, (place, [dim], True), shape=kept, dtype=torch.int64), "amin")
+        position = p.reduce(p.emit(aten.amin.default, (place, [dim], True), shape=reduced, dtype=torch.int64), "amin")
         target = op_shape(op)
         results = [
             p.emit(aten.reshape.default, (r, list(target)), shape=target, dtype=r.meta["dtype"])
@@ -202,8 +203,10 @@ TABLE = {
     aten.max.dim: OpSpec(extreme(largest=True, both=True)),
     aten.min.dim: OpSpec(extreme(largest=False, both=True)),
     aten.glu.default: OpSpec(along(1, -1), row_wise=rows.along(0, -1)),
-    aten.sort.default: OpSpec(along(1, -1, outputs=2)),
-    aten.sort.stable: OpSpec(along(2, -1, outputs=2)),
+    aten.sort.default: OpSpec(along(1, -1, outputs=2), row_wise=sort),
+    aten.sort.stable: OpSpec(along(2, -1, outputs=2), row_wise=sort),
+    aten.argsort.default: OpSpec(row_wise=argsort),
+    aten.argsort.stable: OpSpec(row_wise=argsort),
     aten.topk.default: OpSpec(along(2, -1, outputs=2), row_wise=rows.along(1, -1)),
     aten.kthvalue.default: OpSpec(along(2, -1, outputs=2)),
     aten.median.dim: OpSpec(along(1, outputs=2)),

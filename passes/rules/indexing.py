@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from ...capture import row_rules
+from ...capture import row_rules, rows
 from ...ir.layout import Layout, Rows, even
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
@@ -70,8 +70,8 @@ def index(p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None]) -> 
             return result if rows is None else p.take(result, start, rows)
     elif layout.dim is not None:
         indices = [p.whole(i, "realign") if i is not None else None for i in indices]
-        kept = [d for d in range(len(shape_of(x))) if d not in used]
-        place = kept.index(layout.dim)
+        other_dims = [d for d in range(len(shape_of(x))) if d not in used]
+        place = other_dims.index(layout.dim)
         return p.same(op, (x, indices), layout=layout.at(place + (len(broadcast) if place >= start else 0)))
     cut, given = align(p, tuple(broadcast), given)
     supply = iter(given)
@@ -122,8 +122,8 @@ def _embedding_indices(x: fx.Node, wanted: Layout) -> Iterator[dict[fx.Node, Lay
 
 TABLE = {
     aten.embedding.default: OpSpec(embedding, pull_back=_embedding_indices),
-    aten.index_select.default: OpSpec(index_select),
-    aten.index.Tensor: OpSpec(index),
+    aten.index_select.default: OpSpec(index_select, row_wise=rows.index_select),
+    aten.index.Tensor: OpSpec(index, row_wise=rows.index),
     aten.gather.default: OpSpec(gather),
     aten.one_hot.default: OpSpec(one_hot),
     aten.new_zeros.default: OpSpec(made_from_shape, row_wise=row_rules.new),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...capture import row_writes
 from ...ir import ops
 from ...ir.layout import Layout, even, per_rank
 from ...ir.operators import OpSpec
@@ -69,10 +70,10 @@ def index_put(
     if layout.split and layout.dim not in used:
         broadcast = torch.broadcast_shapes(*(shape_of(i) for i in given))
         adjacent = used == list(range(used[0], used[-1] + 1))
-        kept = [d for d in range(len(op.shape)) if d not in used]
-        place, start = kept.index(layout.axis), used[0] if adjacent else 0
+        other_dims = [d for d in range(len(op.shape)) if d not in used]
+        place, start = other_dims.index(layout.axis), used[0] if adjacent else 0
         at = layout.at(place + (len(broadcast) if place >= start else 0))
-        values = broadcast_to(p, values, at, len(broadcast) + len(kept))
+        values = broadcast_to(p, values, at, len(broadcast) + len(other_dims))
         return p.same(op, (x, indices, values, accumulate), layout=layout)
     values = p.whole(values, "realign", ANY)
     dim = layout.dim if layout.split else next((d for d in used if op.shape[d] >= p.world), None)
@@ -89,10 +90,10 @@ TABLE = {
     aten.scatter.value: OpSpec(write(aligned=True)),
     aten.scatter.reduce: OpSpec(write(aligned=True)),
     aten.scatter.value_reduce: OpSpec(write(aligned=True)),
-    aten.scatter_add.default: OpSpec(write(aligned=True)),
-    aten.scatter_reduce.two: OpSpec(write(aligned=True)),
-    aten.index_add.default: OpSpec(write(aligned=False)),
+    aten.scatter_add.default: OpSpec(write(aligned=True), row_wise=row_writes.add_rows),
+    aten.scatter_reduce.two: OpSpec(write(aligned=True), row_wise=row_writes.add_rows),
+    aten.index_add.default: OpSpec(write(aligned=False), row_wise=row_writes.add_rows),
     aten.index_copy.default: OpSpec(write(aligned=False)),
     aten.index_fill.int_Scalar: OpSpec(write(aligned=False)),
-    aten.index_put.default: OpSpec(index_put, form=copies.index_put),
+    aten.index_put.default: OpSpec(index_put, form=copies.index_put, row_wise=row_writes.put_rows),
 }
