@@ -35,8 +35,10 @@ from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
 from .ir.strategy import Strategy
 from .passes import Build, build
-from .passes.cost import TARGETS, Target, flops
+from .passes.cost import flops
 from .passes.cuts import Tried
+from .passes.targets import Target, find
+from .predict.prediction import Prediction, predict
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -207,6 +209,22 @@ class Plan:
         """
         return to_networkx(self.snapshot(rank))
 
+    def predict(
+        self, target: str | Target | None = None, link: str | None = None, *, graphs: bool = False
+    ) -> Prediction:
+        """Simulate all ranks: the time of a step and of a generation, and the memory of a device.
+
+        Args:
+            target: a device, or a file that describes one; None: what the plan was made for.
+            link: the link between the ranks; None: the one that the device names.
+            graphs: kernels are launched together, as CUDA graphs do, and not one by one by the host.
+
+        Raises:
+            ValueError: there is no such target or link; the message suggests the nearest.
+        """
+        machine = self.target if target is None else target_of(target, self.program, link)
+        return predict(self.program, self.graph, self.world_size, self.strategy, machine, graphs=graphs)
+
     def diff(self, other: Plan) -> PlanDiff:
         """What differs from this plan to `other`: settings, cuts, exchanges, fallbacks. It prints as a list."""
         return compare(self.describe(), other.describe())
@@ -270,12 +288,18 @@ class Plan:
 
 
 def make_plan(
-    program: Program, world_size: int, strategy: Strategy, target: str | Target = "auto", *, strict: bool = False
+    program: Program,
+    world_size: int,
+    strategy: Strategy,
+    target: str | Target = "auto",
+    link: str | None = None,
+    *,
+    strict: bool = False,
 ) -> Plan:
     """Plan a captured program for `world_size` ranks. Raises as `plan` does."""
     check_world_size(world_size)
     started = time.perf_counter()
-    result: Build = build(program, world_size, target_of(target, program), strategy)
+    result: Build = build(program, world_size, target_of(target, program, link), strategy)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
@@ -303,19 +327,22 @@ def plan(
     world_size: int,
     strategy: str | Strategy = "sync",
     target: str | Target = "auto",
+    link: str | None = None,
     strict: bool = False,
     **kwargs: Any,
 ) -> Plan:
     """Plan `model(*args, **kwargs)` on `world_size` ranks without running it. Weight-free (fake) models work.
 
+    `target` names a device, or a file that describes one; `link` what joins the ranks (docs/targets.md lists both).
+
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if it cannot be split over
     so many ranks, and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (`Plan.gathered`).
     """
     check_world_size(world_size)
-    check_target(target)
+    check_target(target, link)
     chosen = Strategy.of(strategy)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
-    return make_plan(program, world_size, chosen, target, strict=strict)
+    return make_plan(program, world_size, chosen, target, link, strict=strict)
 
 
 def check_world_size(world_size: Any) -> int:
@@ -325,23 +352,29 @@ def check_world_size(world_size: Any) -> int:
     return world_size
 
 
-def check_target(target: Any) -> None:
-    """Raises `ValueError` unless `target` is a `Target` or the name of one."""
-    if not isinstance(target, Target) and target not in ("auto", *TARGETS):
-        raise ValueError(f"unknown target {target!r}; the targets are auto, {', '.join(TARGETS)}")
+def check_target(target: Any, link: str | None = None) -> None:
+    """Raises `ValueError` unless `target` is a `Target`, "auto", the name of a device or a file that describes one."""
+    if isinstance(target, Target) and link is None:
+        return
+    if not isinstance(target, str):
+        raise ValueError(f"target is a name, a file or (without link) a Target, not {target!r}")
+    find(target, link)
 
 
-def target_of(target: str | Target, program: Program) -> Target:
-    """The target with this name; "auto" follows the device of the program's tensors.
+def target_of(target: str | Target, program: Program, link: str | None = None) -> Target:
+    """The target of this name; "auto" follows the device of the program's tensors.
 
-    Raises `ValueError` for an unknown name.
+    Args:
+        link: the name of the link between ranks; None: the one that the device names.
+
+    Raises:
+        ValueError: there is no such target or link; the message suggests the nearest.
     """
-    check_target(target)
     if isinstance(target, Target):
         return target
     if target == "auto":
         devices: Sequence[str] = [
             n.meta["val"].device.type for n in program.graph.nodes if "val" in n.meta and "shape" in n.meta
         ]
-        return TARGETS["gpu" if "cuda" in devices else "cpu"]
-    return TARGETS[target]
+        target = "gpu" if "cuda" in devices else "cpu"
+    return find(target, link)

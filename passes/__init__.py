@@ -20,7 +20,6 @@ from ..ir.program import Program
 from ..ir.strategy import Strategy
 from ..ir.verify import Stage, verify
 from .bucket import bucket
-from .cost import Target
 from .cuts import Candidate, Tried, choose_cuts
 from .decompose import count_work
 from .displace import displace
@@ -29,6 +28,7 @@ from .normalize import normalize
 from .partition import partition
 from .rules import RULES
 from .schedule import schedule
+from .targets import Target
 from .trim import trim
 
 
@@ -111,7 +111,6 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-@collection_paused()
 def build(program: Program, world: int, target: Target, strategy: Strategy, *, after: str | None = None) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
@@ -121,13 +120,20 @@ def build(program: Program, world: int, target: Target, strategy: Strategy, *, a
     if after is not None and after not in names:
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
-    state = Build(program, world, target, strategy)
-    seconds = dict(program.seconds)
-    for each in PASSES:
+    return _run(Build(program, world, target, strategy), PASSES[: names.index(after) + 1 if after else None])
+
+
+def resume(state: Build, *, after: str) -> Build:
+    """Run the passes that come after the pass `after`, whose result `state` is."""
+    return _run(state, PASSES[[each.name for each in PASSES].index(after) + 1 :])
+
+
+@collection_paused()
+def _run(state: Build, passes: tuple[Pass, ...]) -> Build:
+    seconds = dict(state.program.seconds)
+    for each in passes:
         started = time.perf_counter()
         state = each.run(state)
-        verify(state.current, each.ensures, world)
+        verify(state.current, each.ensures, state.world)
         seconds[each.name] = time.perf_counter() - started
-        if each.name == after:
-            break
     return replace(state, program=replace(state.program, seconds=seconds))

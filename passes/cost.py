@@ -1,4 +1,7 @@
-"""Cost of a graph: floating-point operations, memory traffic and time per rank, under a simple machine model."""
+"""Cost of a graph, by which the search for cuts judges: floating-point operations, memory traffic and time per rank.
+
+The model is simple: all work at the rate of large operators, all exchanges in sequence. `fxpass.predict` simulates.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,7 @@ from torch import fx
 
 from ..ir.operators import spec_of
 from ..ir.program import calls, exchanges_of, layout_of
-
-
-@dataclass(frozen=True)
-class Target:
-    """A rough machine model, with which the search for cuts weighs computation against communication."""
-
-    name: str
-    flops: float  #: of matrix products, per second and rank
-    memory: float  #: bytes per second read and written by everything else
-    link: float  #: bytes per second received by a rank
-    latency: float  #: seconds per exchange, whatever its size
-
-
-TARGETS = {
-    "cpu": Target("cpu", flops=6e10, memory=8e9, link=2e9, latency=2e-4),
-    "gpu": Target("gpu", flops=3e14, memory=1.5e12, link=1e11, latency=2e-5),
-}
+from .targets import Target
 
 
 def _local(node: fx.Node, rank: int) -> Any:
@@ -77,7 +64,7 @@ def exchange_cost(graph: fx.Graph, world: int, target: Target) -> tuple[float, i
     seconds, totals = 0.0, [0] * world
     for _, declared in exchanges_of(graph):
         received = [sum(e.received(rank) for e in declared) for rank in range(world)]
-        seconds += target.latency + max(received) / target.link
+        seconds += target.message(max(received))
         totals = [total + count for total, count in zip(totals, received, strict=True)]
     return seconds, max(totals)
 
@@ -91,6 +78,6 @@ def cost(graph: fx.Graph, world: int, target: Target) -> Cost:
             added, written = each[0 if alike else rank]
             work[rank] += added
             traffic[rank] += written
-    compute = max(w / target.flops + 2 * t / target.memory for w, t in zip(work, traffic, strict=True))
+    compute = max(target.compute(w, t) for w, t in zip(work, traffic, strict=True))
     seconds, received = exchange_cost(graph, world, target)
     return Cost(compute, seconds, tuple(work), received)

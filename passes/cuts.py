@@ -22,9 +22,10 @@ from torch import fx
 from ..ir.exchange import Role
 from ..ir.layout import Layout, even
 from ..ir.program import calls, exchanges_of, layout_of, reached, shape_of
-from .cost import Cost, Target, cost, flops, node_flops
+from .cost import Cost, cost, flops, node_flops
 from .limits import WorldSizeError, refusal
 from .partition import Rule, partition
+from .targets import Target
 from .trim import trim
 
 Cuts = dict[str, Layout]  #: by name of input or value

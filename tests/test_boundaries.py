@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "passes": COMPILER,
     "runtime": COMPILER | {"runtime"},
     "inspect": COMPILER | {"runtime", "inspect"},
+    "predict": COMPILER | {"runtime", "inspect", "predict"},
     "models": COMPILER | {"models"},
-    "front": COMPILER | {"runtime", "inspect", "models", "front"},  # fxpass/*.py
-    "tools": COMPILER | {"runtime", "inspect", "models", "front", "tools"},
+    "front": COMPILER | {"runtime", "inspect", "predict", "models", "front"},  # fxpass/*.py
+    "tools": COMPILER | {"runtime", "inspect", "predict", "models", "front", "tools"},
 }
 FOLDERS = {
     "ir": "fxpass/ir",
@@ -25,6 +26,7 @@ FOLDERS = {
     "passes": "passes",
     "runtime": "runtime",
     "inspect": "fxpass/inspect",
+    "predict": "fxpass/predict",
     "models": "models",
     "front": "fxpass",
     "tools": "tools",
@@ -99,7 +101,7 @@ def test_the_folders_are_imported_under_the_package_name(part: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("part", ["front", "ir", "capture", "passes", "runtime", "inspect"])
+@pytest.mark.parametrize("part", ["front", "ir", "capture", "passes", "runtime", "inspect", "predict"])
 def test_no_model_is_named_outside_models(part: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)}: {match.group()} in `{line.strip()}`"

@@ -14,7 +14,16 @@ MODEL = "a catalog name (see `fxpass models`), small:NAME, a diffusers folder, o
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
 World = Annotated[int, typer.Option("--world-size", "-n", min=1, help="Ranks.")]
 StrategyName = Annotated[str, typer.Option("--strategy", help="How fresh the exchanges are.")]
-TargetName = Annotated[str, typer.Option("--target", help="The machine to plan for: auto, cpu or gpu.")]
+TargetName = Annotated[
+    str,
+    typer.Option("--target", help="What to plan for: auto, cpu, gpu, H100, …, or a file of `fxpass calibrate`."),
+]
+LinkName = Annotated[
+    str | None,
+    typer.Option("--link", metavar="NAME", help="What joins the ranks: nvlink4, pcie4, ….", show_default=False),
+]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps of a generation.")]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Launch kernels as CUDA graphs, not one by one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse models with operators that cannot be split.")]
 Height = Annotated[int | None, typer.Option(min=1, help="Pixels of the output (small:NAME: rows of the latent).")]
 Width = Annotated[int | None, typer.Option(min=1, help="Pixels of the output (small:NAME: columns of the latent).")]

@@ -12,7 +12,8 @@ from ..ir.exchange import Exchange
 from ..ir.fetch import Fetch
 from ..ir.layout import Layout
 from ..ir.program import Program, exchanges_of, fingerprint, layout_of, specialize
-from ..passes.cost import Target, node_bytes, node_flops
+from ..passes.cost import node_bytes, node_flops
+from ..passes.targets import Target
 from .exchanges import PlannedExchange, estimated_in, gathered_in, padding_of, planned_in, uncounted_in
 from .record import CutRecord, ExchangeRecord, Kind, MessageRecord, Node, Snapshot
 from .words import arguments_text, exchange_text, operator_text
@@ -82,7 +83,7 @@ def _by_node(graph: fx.Graph) -> dict[fx.Node, list[PlannedExchange]]:
 
 def _message_seconds(declared: tuple[Exchange, ...], world: int, target: Target) -> float:
     """Seconds of one message in an exact step, for the rank that receives most."""
-    return target.latency + max(sum(each.received(rank) for each in declared) for rank in range(world)) / target.link
+    return target.message(max(sum(each.received(rank) for each in declared) for rank in range(world)))
 
 
 def _node(
@@ -104,7 +105,7 @@ def _node(
         operands = operands[:1]
     described = "shape" in node.meta
     work, written = (node_flops(node, rank), node_bytes(node, rank)) if kind == "operator" else (0, 0)
-    took = work / target.flops + 2 * written / target.memory
+    took = target.compute(work, written)
     return Node(
         node.name,
         kind,

@@ -15,13 +15,13 @@ from fxpass.ir.layout import Layout
 from fxpass.ir.strategy import Strategy
 from fxpass.ir.verify import verify
 from fxpass.passes.bucket import bucket
-from fxpass.passes.cost import TARGETS
 from fxpass.passes.displace import displace
 from fxpass.passes.narrow import narrow
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
 from fxpass.passes.schedule import schedule
+from fxpass.passes.targets import find
 from fxpass.plan import Plan
 from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
@@ -59,7 +59,7 @@ def follow(
     verify(graph, "displaced", world)
     graph = schedule(bucket(narrow(graph, strategy.windows)))
     verify(graph, "scheduled", world)
-    plan = Plan(program, graph, world, strategy, TARGETS["cpu"], layouts, {})
+    plan = Plan(program, graph, world, strategy, find("cpu"), layouts, {})
     weights = WeightTable(module, list(program.weights.values())).tensors()
     rest, motion = (Call.of(module, tuple(map(refreshed, inputs)), {}).tensors for _ in range(2))
     loaded = LockstepExecutor(world, check=True).load(plan, weights, rest)

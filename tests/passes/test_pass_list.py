@@ -14,7 +14,7 @@ from fxpass.ir.program import fingerprint, layout_of
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case
 from fxpass.passes import PASSES, Build, build
-from fxpass.passes.cost import TARGETS
+from fxpass.passes.targets import find
 
 NAMES = [each.name for each in PASSES]
 
@@ -31,7 +31,7 @@ def initial(name: str, strategy: str) -> Build:
     chosen = case(name)
     model: Any = chosen.build()
     program = fxpass.capture(model, **chosen.inputs(rows=32, seed=0, module=model))
-    return Build(program, 2, TARGETS["cpu"], Strategy.of(strategy))
+    return Build(program, 2, find("cpu"), Strategy.of(strategy))
 
 
 @pytest.mark.parametrize("strategy", ["displaced", "pcpp"])

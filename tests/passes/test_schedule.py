@@ -19,8 +19,8 @@ from fxpass.ir.strategy import Strategy
 from fxpass.ir.verify import verify
 from fxpass.models.small import case
 from fxpass.passes import build
-from fxpass.passes.cost import TARGETS
 from fxpass.passes.schedule import AHEAD, schedule
+from fxpass.passes.targets import find
 
 aten = torch.ops.aten
 
@@ -58,7 +58,7 @@ def test_the_schedule_keeps_all_operators_and_waits_as_late_as_possible(name: st
     chosen = case(name)
     model: Any = chosen.build()
     program = fxpass.capture(model, **chosen.inputs(rows=32, seed=0, module=model))
-    before = build(program, 2, TARGETS["cpu"], Strategy.of("displaced"), after="bucket").current
+    before = build(program, 2, find("cpu"), Strategy.of("displaced"), after="bucket").current
     after = scheduled(before)
     verify(after, "scheduled", 2)
     assert operators(after) == operators(before)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..console import Commands
+from .calibrate import calibrate
 from .check import check
 from .dump import dump
 from .explain import explain
@@ -14,9 +15,10 @@ from .generate import generate
 from .models import models
 from .plan import plan
 from .study import study
+from .trace import trace
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (generate, plan, dump, explain, check, study, models):
+for command in (generate, plan, dump, explain, trace, calibrate, check, study, models):
     app.command()(command)
 
 

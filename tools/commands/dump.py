@@ -55,8 +55,9 @@ def dump(
     from ...inspect.draw import graphviz
     from ...ir.strategy import Strategy
     from ...models.resolve import Options, resolve
+    from ...plan import check_target
     from .. import output as out
-    from .plan import check_rank, check_target
+    from .plan import check_rank
 
     if diff is not None and after is not None:
         raise ValueError("--diff PASS says already after which pass; leave out --after")

@@ -8,13 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import Batch, Frames, Height, Model, StrategyName, Strict, TargetName, Width, World
+from ..console import (
+    Batch,
+    Frames,
+    Graphs,
+    Height,
+    LinkName,
+    Model,
+    Steps,
+    StrategyName,
+    Strict,
+    TargetName,
+    Width,
+    World,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
     from ...plan import Plan
+    from ...predict.compare import Impossible
+    from ...predict.prediction import Prediction
 
 
 def plan(
@@ -22,6 +37,12 @@ def plan(
     world_size: World = 2,
     strategy: StrategyName = "sync",
     target: TargetName = "auto",
+    link: LinkName = None,
+    steps: Steps = 50,
+    graphs: Graphs = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also predict 1, 2, 4 and 8 ranks, exact and displaced steps.")
+    ] = False,
     strict: Strict = False,
     height: Height = None,
     width: Width = None,
@@ -31,49 +52,66 @@ def plan(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the plan as JSON; '-' is standard output.")
     ] = None,
 ) -> None:
-    """Show how a model is split over ranks. Takes seconds and no memory for weights."""
+    """Show how a model is split over ranks. Takes seconds and no memory for weights.
+
+    With --target or --link, also predict how long a step and a generation take, and whether the memory suffices.
+    """
     from ...models.resolve import Options
-    from .. import output
+    from .. import output, predicted
     from ..console import console
 
     output.check(to)
-    made = make(model, world_size, strategy, target, Options(height, width, frames, batch), strict)
-    text = json.dumps(made.describe(), indent=2)
+    made = make(model, world_size, strategy, target, Options(height, width, frames, batch), strict, link)
     if to == Path("-"):
-        output.write(to, text)
+        output.write(to, json.dumps(made.describe(), indent=2))
         return
     out = console()
     show(out, model, made)
+    if target != "auto" or link is not None or compare:
+        others = alternatives(made, compare, graphs)
+        predicted.show(out, made.predict(graphs=graphs), others, steps)
     if to is not None:
-        output.write(to, text)
+        output.write(to, json.dumps(made.describe(), indent=2))
         out.print(f"\nwritten to {to}")
 
 
-def make(model: str, world_size: int, strategy: str, target: str, options: Any, strict: bool = False) -> Plan:
+def make(
+    model: str,
+    world_size: int,
+    strategy: str,
+    target: str,
+    options: Any,
+    strict: bool = False,
+    link: str | None = None,
+) -> Plan:
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
     from ...ir.strategy import Strategy
     from ...models.resolve import resolve
+    from ...plan import check_target
     from ...plan import plan as make_plan
 
     chosen = Strategy.of(strategy)
-    check_target(target)
+    check_target(target, link)
     resolved = resolve(model, options)
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
-    return make_plan(program, world_size=world_size, strategy=chosen, target=target, strict=strict)
+    return make_plan(program, world_size=world_size, strategy=chosen, target=target, link=link, strict=strict)
+
+
+def alternatives(plan: Plan, compare: bool, graphs: bool) -> list[Prediction | Impossible]:
+    """Predictions of one rank, and to compare also of other numbers of ranks, with exact and displaced steps."""
+    from ...ir.strategy import Strategy
+    from ...predict.compare import compared
+
+    strategies = [plan.strategy, *(Strategy.of(name) for name in ("sync", "displaced"))] if compare else [plan.strategy]
+    worlds = (1, 2, 4, 8) if compare else (1,)
+    return list(compared(plan.program, worlds, strategies, plan.target, graphs=graphs))
 
 
 def check_rank(rank: int, world_size: int) -> None:
     """Raises `ValueError` unless there is such a rank."""
     if rank >= world_size:
         raise ValueError(f"there is no rank {rank}: ranks are counted from 0 to {world_size - 1}")
-
-
-def check_target(target: str) -> None:
-    from ...passes.cost import TARGETS
-
-    if target not in ("auto", *TARGETS):
-        raise ValueError(f"no target is called {target!r}; the targets are auto, {', '.join(TARGETS)}")
 
 
 def show(out: Console, model: str, plan: Plan) -> None:
@@ -112,10 +150,10 @@ def _cuts(plan: Plan) -> RenderableType:
     from ...inspect.collect import cuts_of
     from ...inspect.text import cut_texts
 
-    table = _table("split", "layout", "cuts")
+    shown = table("split", "layout", "cuts")
     for cut in cuts_of(plan.program, plan.cuts):
-        table.add_row(cut.label, *cut_texts(cut))
-    return table if plan.cuts else "nothing is split"
+        shown.add_row(cut.label, *cut_texts(cut))
+    return shown if plan.cuts else "nothing is split"
 
 
 def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
@@ -125,35 +163,40 @@ def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
     from ...inspect.words import bytes_text, flops_text
 
     roles = sorted(plan.bytes_by_role, key=lambda role: -plan.bytes_by_role[role])
-    table = _table("rank", *(["work"] if exact else []), *roles, "received", right=True)
+    shown = table("rank", *(["work"] if exact else []), *roles, "received", right=True)
 
     def add(name: str, work: int, sizes: list[int]) -> None:
-        table.add_row(name, *([flops_text(work)] if exact else []), *map(bytes_text, sizes), bytes_text(sum(sizes)))
+        shown.add_row(name, *([flops_text(work)] if exact else []), *map(bytes_text, sizes), bytes_text(sum(sizes)))
 
     total: Counter[str] = Counter()
     for rank, work in enumerate(plan.flops_per_rank):
         received = plan.bytes_received(rank, exact=exact)
         total.update(received)
         add(str(rank), work, [received.get(role, 0) for role in roles])
-    table.add_section()
+    shown.add_section()
     add("all", sum(plan.flops_per_rank), [total[role] for role in roles])
     number = Counter(exchange.role for exchange in plan.exchanges if exact or exchange.declared.repeated)
     counts = [str(number[role]) for role in roles]
-    table.add_row("exchanges", *([""] if exact else []), *counts, str(sum(number.values())))
-    return table
+    shown.add_row("exchanges", *([""] if exact else []), *counts, str(sum(number.values())))
+    return shown
 
 
 def _fallbacks(plan: Plan) -> RenderableType:
     from ...inspect.words import bytes_text
 
-    table = _table("operator", "module", "operands", "bytes", "reason")
+    shown = table("operator", "module", "operands", "bytes", "reason")
     for each in plan.gathered:
         shapes = ", ".join("x".join(map(str, shape)) for shape in each.shapes)
-        table.add_row(each.node, each.path or "(the model itself)", shapes, bytes_text(each.bytes), each.reason)
-    return table
+        shown.add_row(each.node, each.path or "(the model itself)", shapes, bytes_text(each.bytes), each.reason)
+    return shown
 
 
-def _table(*headings: str, right: bool = False) -> Table:
+def table(*headings: str, right: bool = False) -> Table:
+    """An empty table without lines.
+
+    Args:
+        right: align all columns but the first to the right.
+    """
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")

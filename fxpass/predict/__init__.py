@@ -1,0 +1,1 @@
+"""What a plan is worth on a machine: a simulation of all ranks, and the memory of a device."""

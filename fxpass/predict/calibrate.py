@@ -1,0 +1,165 @@
+"""Measure a machine's own figures: a device as `Device`, and its file of the form of `targets.toml`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..passes.targets import Device, Link, packaged
+
+ROUNDS = 7  #: of each measurement; the median counts
+LARGE = {"cpu": 1536, "cuda": 8192}  #: rows of a large matrix
+STREAM = {"cpu": 1 << 26, "cuda": 1 << 30}  #: bytes of a large tensor
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
+TINY = 200  #: tiny operators that are timed together
+
+
+def device_of(name: str, device: torch.device, link: str) -> Device:
+    """Measure a device; takes some seconds.
+
+    Args:
+        name: what the file shall call it.
+        link: the name of the link that joins such devices.
+    """
+    timer = _Timer(device)
+    kind = device.type
+    matrix = {name: _products(timer, getattr(torch, name)) for name in DTYPES[kind]}
+    usual = DTYPES[kind][0]
+    reached = {
+        "product": 1.0,
+        "convolution": _convolutions(timer, getattr(torch, usual)) / matrix[usual],
+        "attention": _attention(timer, getattr(torch, usual)) / matrix[usual],
+    }
+    kernel, launch = _tiny(timer)
+    what = "measured by fxpass calibrate"
+    sources = dict.fromkeys(("matrix", "reached", "bandwidth", "kernel"), what)
+    more: dict[str, Any] = {}
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = packaged().devices["H100"]
+        more = {"units": properties.multi_processor_count, "tiles": gpu.tiles, "launch": launch}
+        sources |= {"units": "the driver", "tiles": gpu.sources["tiles"], "launch": what}
+    memory = properties.total_memory if kind == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sources["memory"] = "the driver" if kind == "cuda" else "the operating system"
+    described = properties.name if kind == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
+    return Device(
+        name, described, link, matrix, _stream(timer), reached, memory=memory, kernel=kernel, sources=sources, **more
+    )
+
+
+class _Timer:
+    """Times calls on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """The median time of a call."""
+        taken = []
+        for turn in range(ROUNDS + 2):
+            self.settle()
+            began = time.perf_counter()
+            call()
+            self.settle()
+            if turn >= 2:
+                taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device=self.device).to(dtype)
+
+
+def _products(timer: _Timer, dtype: torch.dtype) -> float:
+    n = LARGE[timer.device.type]
+    a, b = timer.random(n, n, dtype=dtype), timer.random(n, n, dtype=dtype)
+    return 2 * n**3 / timer.seconds(lambda: a @ b)
+
+
+def _convolutions(timer: _Timer, dtype: torch.dtype) -> float:
+    side, channels = (64, 256) if timer.device.type == "cpu" else (128, 640)
+    x, weight = timer.random(1, channels, side, side, dtype=dtype), timer.random(channels, channels, 3, 3, dtype=dtype)
+    return 2 * side**2 * channels**2 * 9 / timer.seconds(lambda: F.conv2d(x, weight, padding=1))
+
+
+def _attention(timer: _Timer, dtype: torch.dtype) -> float:
+    tokens, heads, width = (2048, 8, 64) if timer.device.type == "cpu" else (4096, 24, 128)
+    q, k, v = (timer.random(1, heads, tokens, width, dtype=dtype) for _ in range(3))
+    return 4 * heads * tokens**2 * width / timer.seconds(lambda: F.scaled_dot_product_attention(q, k, v))
+
+
+def _stream(timer: _Timer) -> float:
+    x = torch.ones(STREAM[timer.device.type] // 4, device=timer.device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / timer.seconds(lambda: torch.add(x, 1, out=y))
+
+
+def _tiny(timer: _Timer) -> tuple[float, float]:
+    """Seconds that a kernel takes beside its work, and in which the host launches one."""
+    x = torch.ones(16, device=timer.device)
+
+    def many() -> None:
+        for _ in range(TINY):
+            x.add(1)
+
+    if timer.device.type == "cpu":
+        return timer.seconds(many) / TINY, 0.0
+    many()
+    timer.settle()
+    began = time.perf_counter()
+    many()
+    launch = (time.perf_counter() - began) / TINY
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        many()
+    return timer.seconds(graph.replay) / TINY, launch
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def to_toml(device: Device, links: Mapping[str, Link]) -> str:
+    """A device and links in the form of `targets.toml`."""
+    return "\n".join(_table("devices", device) + [line for each in links.values() for line in _table("links", each)])
+
+
+def _table(kind: str, entry: Device | Link) -> list[str]:
+    lines = [f"[{kind}.{entry.name}]"]
+    for each in fields(entry):
+        value = getattr(entry, each.name)
+        if each.name not in ("name", "sources", "inside") and value != each.default:
+            lines.append(f"{each.name} = {_text(value)}")
+    lines.append(f"[{kind}.{entry.name}.sources]")
+    return [*lines, *(f"{key} = {_text(value)}" for key, value in entry.sources.items()), ""]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_text(each)}" for key, each in value.items()) + " }"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

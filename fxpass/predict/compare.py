@@ -1,0 +1,63 @@
+"""Compare numbers of ranks and strategies on a target, and say which would be faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..ir.program import Program
+from ..ir.strategy import Strategy
+from ..passes import build, resume
+from ..passes.limits import WorldSizeError
+from ..passes.targets import Target
+from .prediction import Prediction, predict
+
+CLEARLY = 1.03  #: another choice is recommended if it is so many times as fast
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """A number of ranks that cannot share the model."""
+
+    world: int
+    reason: str
+
+
+def compared(
+    program: Program, worlds: Sequence[int], strategies: Sequence[Strategy], target: Target, *, graphs: bool = False
+) -> Iterator[Prediction | Impossible]:
+    """Predict each number of ranks with each strategy; one rank once.
+
+    Args:
+        program: as captured, or normalized.
+    """
+    strategies = list(dict.fromkeys(strategies))
+    for world in worlds:
+        try:
+            cut = build(program, world, target, strategies[0], after="trim")
+        except WorldSizeError as error:
+            yield Impossible(world, str(error))
+            continue
+        for strategy in strategies[:1] if world == 1 else strategies:
+            made = resume(replace(cut, strategy=strategy), after="trim")
+            yield predict(made.program, made.current, world, strategy, target, graphs=graphs)
+
+
+def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str | None:
+    """What would be faster than `chosen`, in one sentence; None if nothing is, clearly.
+
+    Args:
+        steps: of the generation that is compared.
+    """
+    others = [each for each in others if each.fits is not False or chosen.fits is False]
+    best = min(others, key=lambda each: each.generation(steps), default=chosen)
+    mine, theirs = chosen.generation(steps), best.generation(steps)
+    if mine < theirs * CLEARLY:
+        return None
+    instead = f"{theirs:.3g} s instead of {mine:.3g} s for {steps} steps"
+    if best.world == 1:
+        ranks = f"{chosen.world} ranks over {chosen.target.link.name}"
+        return f"no split would be faster: {ranks} would be slower than 1, {instead}"
+    better = [f"{best.world} ranks"] if best.world != chosen.world else []
+    better += [f"strategy {best.strategy.name!r}"] if best.strategy != chosen.strategy else []
+    return f"{' with '.join(better)} would be faster: {instead}"

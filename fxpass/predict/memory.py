@@ -1,0 +1,89 @@
+"""The memory of a device: weights, what is kept between steps, and the activations that are alive at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from torch import fx
+
+from ..ir import comm
+from ..ir.program import Program
+from ..ir.step import StepProgram
+from .price import Figures, Prices
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device of one rank.
+
+    Attributes:
+        weights: parameters, buffers and constants of the model; every rank has all of them.
+        state: messages that the next step reads, and what forecasts, estimates and codes need of the steps before.
+        activations: inputs, results of operators and copies of messages, where most of them are alive at once.
+    """
+
+    weights: int
+    state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.activations
+
+
+def weights_of(program: Program) -> int:
+    """Bytes of the weights and constants of a program."""
+    held = {*program.weights, *program.constants}
+    return sum(_bytes(node) for node in program.graph.nodes if node.op == "placeholder" and node.name in held)
+
+
+def _bytes(node: fx.Node) -> int:
+    return prod(node.meta["shape"]) * node.meta["dtype"].itemsize if "shape" in node.meta else 0
+
+
+def activations(program: StepProgram, inputs: Sequence[str], prices: Prices) -> Figures:
+    """The largest number of bytes, on each rank, of values that are alive at once.
+
+    A view keeps alive what it is a view of. A value lives until its last use; outputs and new state until the end.
+
+    Args:
+        inputs: names of the placeholders that count as activations.
+    """
+    nodes = list(program.graph.nodes)
+    owner: dict[fx.Node, fx.Node] = {}  #: whose memory a value is in
+    size: dict[fx.Node, Figures] = {}
+    last: dict[fx.Node, int] = {}
+    for i, node in enumerate(nodes):
+        owner[node], size[node] = _owner(node, owner, prices, program, inputs)
+        for used in (node, *node.all_input_nodes):
+            last[owner[used]] = i
+    alive = peak = np.zeros(1)
+    ending: dict[int, list[fx.Node]] = {}
+    for node, i in last.items():
+        ending.setdefault(i, []).append(node)
+    for i, node in enumerate(nodes):
+        if owner[node] is node:
+            alive = alive + size[node]
+            peak = np.maximum(peak, alive)
+        for each in ending.get(i, ()):
+            alive = alive - size[each]
+    return peak
+
+
+def _owner(
+    node: fx.Node, owner: dict[fx.Node, fx.Node], prices: Prices, program: StepProgram, inputs: Sequence[str]
+) -> tuple[fx.Node, Figures]:
+    """The value in whose memory a node's value is, and the bytes that the node allocates on each rank."""
+    if node.op == "placeholder":
+        return node, np.array([float(_bytes(node))]) if node.target in inputs else np.zeros(1)
+    if node.target is comm.get:
+        exchanges = program.channels[node.args[0]].exchanges  # type: ignore[index]
+        return node, sum((prices.communication(comm.assemble, each).allocated for each in exchanges), np.zeros(1))
+    allocated = prices.of(node).allocated
+    if node.op == "call_function" and not allocated.any() and node.all_input_nodes:
+        source = node.args[1] if node.target is comm.unpack else node.all_input_nodes[0]
+        return owner[source], np.zeros(1)  # type: ignore[index]
+    return node, allocated

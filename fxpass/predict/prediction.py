@@ -1,0 +1,124 @@
+"""What a plan takes on a target: the time of its steps, the time of a generation, the memory of a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from ..ir.comm import kept_bytes
+from ..ir.program import Program, exchanges_of
+from ..ir.step import Mode
+from ..ir.strategy import Strategy
+from ..passes.lower_comm import StepPrograms
+from ..passes.targets import Target
+from .events import Step, step_of
+from .memory import Memory, activations, weights_of
+from .price import Figures, Prices
+from .simulate import Elapsed, Simulation
+
+SETTLED = 3  #: displaced steps after which each takes as long as the one before
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step, in seconds.
+
+    Attributes:
+        seconds: from its begin until the last rank has ended.
+        compute: the kernels of the rank that computes longest.
+        exposed: what the rank that waits longest waits for messages, or copies them itself.
+    """
+
+    seconds: float
+    compute: float
+    exposed: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan takes on a target.
+
+    Attributes:
+        graphs: whether kernels are launched together, as CUDA graphs do, and not one by one by the host.
+        exact: an exact step.
+        steady: a displaced step after displaced steps; None if all steps are exact.
+        exact_steps: the number of exact steps at the beginning and at the end of a generation; None if all are.
+        memory: of the rank that needs most.
+    """
+
+    target: Target
+    world: int
+    strategy: Strategy
+    graphs: bool
+    exact: StepTime
+    steady: StepTime | None
+    memory: Memory
+
+    @property
+    def exact_steps(self) -> tuple[int, int] | None:
+        if self.steady is None:
+            return None
+        return max(1, self.strategy.warmup_steps), self.strategy.cooldown_steps
+
+    def generation(self, steps: int) -> float:
+        """Seconds of a generation of so many steps, in which the model is called once a step."""
+        if self.steady is None or self.exact_steps is None:
+            return steps * self.exact.seconds
+        exact = min(steps, sum(self.exact_steps))
+        return exact * self.exact.seconds + (steps - exact) * self.steady.seconds
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has enough memory; None if its memory is not known."""
+        available = self.target.device.memory
+        return self.memory.total <= available if available else None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of all ranks, priced for a target."""
+
+    modes: dict[Mode, Step]
+    memory: Memory
+
+    @staticmethod
+    def of(program: Program, graph: fx.Graph, world: int, target: Target, *, graphs: bool = False) -> Steps:
+        """Price the step programs of a scheduled graph.
+
+        Args:
+            program: the program on whole tensors.
+            graphs: kernels are launched together, as CUDA graphs do.
+        """
+        prices = Prices(target.device, world)
+        programs = StepPrograms(graph, 0)
+        launch = 0.0 if graphs else target.device.launch
+        wanted: tuple[Mode, ...] = ("exact", "steady")
+        lowered = {mode: programs[mode] for mode in dict.fromkeys(map(programs.canonical, wanted))}
+        steps = {mode: step_of(each, graph, prices, target.link, launch) for mode, each in lowered.items()}
+        alive = [activations(each, program.inputs, prices) for each in lowered.values()]
+        state = np.array([sum(kept_bytes(e, rank) for _, e in exchanges_of(graph)) for rank in range(world)])
+        both: Figures = state + np.maximum.reduce([np.broadcast_to(each, world) for each in alive])
+        most = int(both.argmax())
+        return Steps(steps, Memory(weights_of(program), int(state[most]), int(both[most] - state[most])))
+
+
+def predict(
+    program: Program, graph: fx.Graph, world: int, strategy: Strategy, target: Target, *, graphs: bool = False
+) -> Prediction:
+    """Predict the steps of a plan on a target. Arguments as of `Steps.of`."""
+    steps = Steps.of(program, graph, world, target, graphs=graphs)
+    simulation = Simulation(world, target.link)
+    exact = _taken(simulation, steps.modes["exact"])
+    steady = None
+    if displaced := [step for mode, step in steps.modes.items() if mode != "exact"]:
+        for _ in range(SETTLED):
+            steady = _taken(simulation, displaced[0])
+    return Prediction(target, world, strategy, graphs, exact, steady, steps.memory)
+
+
+def _taken(simulation: Simulation, step: Step) -> StepTime:
+    began = simulation.stream.max()
+    elapsed: Elapsed = simulation.step(step)
+    return StepTime(float(elapsed.ended.max() - began), float(elapsed.busy.max()), float(elapsed.exposed.max()))

@@ -1,0 +1,213 @@
+"""The price of an operator of a step program on every rank: kernels, seconds on the device, bytes that it allocates.
+
+    seconds = kernels * Device.kernel + max(FLOPs at the rate that the shape allows, bytes / Device.bandwidth)
+
+All ranks run the same operators in the same order, so one program serves for all: figures are arrays over the ranks, of
+one element where the ranks are alike. Equal operators are priced once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import ceil, inf, prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..ir.exchange import Exchange
+from ..ir.fetch import Fetch
+from ..ir.operators import spec_of
+from ..ir.program import layout_of
+from ..passes.targets import Device, Work
+from .count import Counted, count, count_communication
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+Figures = np.ndarray  #: of each rank, or one element for all: float64
+
+#: operators that read as much of an operand as they write, not all of it
+READS_PART = {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
+BATCHED = {aten.bmm.default, aten.matmul.default, aten.baddbmm.default}  #: all dims but the last two are a batch
+
+
+@dataclass(frozen=True, eq=False)
+class Price:
+    """The figures of one operator on the ranks."""
+
+    kernels: float  #: the largest of all ranks
+    seconds: Figures  #: on the device
+    allocated: Figures  #: bytes; 0 for a view
+
+
+NOTHING = Price(0.0, np.zeros(1), np.zeros(1))
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """What the price of an operator depends on of an operand: its part on a rank."""
+
+    shape: Shape
+    dtype: torch.dtype | None
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize if self.dtype is not None else 0
+
+
+class Prices:
+    """The prices of operators on one device.
+
+    Args:
+        world: the number of ranks.
+    """
+
+    def __init__(self, device: Device, world: int) -> None:
+        self.device = device
+        self.world = world
+        self._known: dict[Any, Price] = {}
+        self._local: dict[Any, tuple[float, float, float]] = {}
+
+    def of(self, node: fx.Node) -> Price:
+        """The price of a node of a step program that neither puts nor gets."""
+        if node.op != "call_function" or node.target is operator.getitem or spec_of(node.target).free:
+            return NOTHING
+        declared = next((each for each in node.args if isinstance(each, Exchange)), None)
+        if declared is not None:
+            return self.communication(node.target, declared)  # type: ignore[arg-type]
+        if "dtype" not in node.meta:
+            return NOTHING
+        key = (node.target, fx.node.map_arg((node.args, node.kwargs), _described), _described(node))
+        if key not in self._known:
+            self._known[key] = self._operator(node)
+        return self._known[key]
+
+    def communication(self, target: Callable[..., Any], declared: Exchange) -> Price:
+        """The price of an operator of `fxpass.ir.comm` on an exchange."""
+        key = (target, declared)
+        if key not in self._known:
+            found: dict[Any, Counted] = {}
+            counted: list[Counted] = []
+            for rank in range(self.world):
+                kind = _kind_of_rank(declared, rank)
+                if kind not in found:
+                    found[kind] = count_communication(target, declared, rank)
+                counted.append(found[kind])
+            self._known[key] = Price(
+                max(each.kernels for each in counted),
+                np.array([self._memory_bound(each) for each in counted]),
+                np.array([float(each.allocated) for each in counted]),
+            )
+        return self._known[key]
+
+    def _memory_bound(self, counted: Counted) -> float:
+        return counted.kernels * self.device.kernel + counted.moved / self.device.bandwidth
+
+    def _operator(self, node: fx.Node) -> Price:
+        alike = all(layout_of(each).uniform for each in (node, *node.all_input_nodes))
+        figures = [self._on(node, rank) for rank in range(1 if alike else self.world)]
+        kernels, seconds, allocated = (np.array(each, dtype=float) for each in zip(*figures, strict=True))
+        return Price(float(kernels.max()), seconds, allocated)
+
+    def _on(self, node: fx.Node, rank: int) -> tuple[float, float, float]:
+        """Kernels, seconds and allocated bytes of an operator on one rank."""
+
+        def local(each: fx.Node) -> _Operand:
+            shape = each.meta.get("shape", ())
+            return _Operand(layout_of(each).local_shape(shape, rank), each.meta.get("dtype"))
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), local)
+        result = local(node)
+        key = (node.target, args, kwargs, result)
+        if key not in self._local:
+            self._local[key] = self._priced(node, args, kwargs, result)
+        return self._local[key]
+
+    def _priced(self, node: fx.Node, args: Any, kwargs: Any, result: _Operand) -> tuple[float, float, float]:
+        operands = _operands((args, kwargs))
+        if isinstance(node.target, torch._ops.OpOverload):
+            read = result.bytes if node.target in READS_PART else sum(each.bytes for each in operands)
+            counted = Counted(1, read + result.bytes, result.bytes)
+        else:
+            # the static arguments are those of the rank that the program is of: scale its count
+            own = fx.node.map_arg((node.args, node.kwargs), _own)
+            seen = count(node.target, *own)  # type: ignore[arg-type]
+            size = sum(each.bytes for each in _operands(own)) + _own(node).bytes
+            share = (sum(each.bytes for each in operands) + result.bytes) / max(size, 1)
+            counted = Counted(seen.kernels, seen.moved * share, result.bytes)
+        work = spec_of(node.target).flops
+        flops = node.meta.get("flops") or 0
+        if work is not None:
+            flops = work(
+                result.shape, *fx.node.map_aggregate(args, lambda a: a.shape if isinstance(a, _Operand) else a)
+            )
+        seconds = self._memory_bound(counted)
+        if flops:
+            dtype = next((each.dtype for each in operands if each.dtype is not None), result.dtype)
+            kind, rows, columns, batch = _result_of(node, result.shape)
+            rate = self.device.rate(str(dtype).removeprefix("torch."), kind)
+            slower = slowdown(self.device, kind, rows, columns, batch)
+            seconds = counted.kernels * self.device.kernel + max(
+                flops / rate * slower, counted.moved / self.device.bandwidth
+            )
+        return counted.kernels, seconds, counted.allocated
+
+
+@cache
+def _kind_of_rank(declared: Exchange, rank: int) -> Any:
+    """Ranks with an equal value do the same work in an exchange."""
+    ranks = range(declared.world)
+    received = tuple(declared.numel(src, rank) for src in ranks if src != rank)
+    sent = tuple(declared.numel(rank, dst) for dst in ranks if dst != rank)
+    if not isinstance(declared, Fetch):
+        return received, sent
+    own = len(declared.have[rank]), len(declared.want[rank])
+    return own, declared.framed(rank), tuple(filter(None, received)), tuple(filter(None, sent))
+
+
+def _described(node: fx.Node) -> Any:
+    return node.meta.get("shape"), layout_of(node), node.meta.get("dtype")
+
+
+def _own(node: fx.Node) -> _Operand:
+    """An operand on the rank that the program is of."""
+    return _Operand(tuple(node.meta.get("local_shape", node.meta.get("shape", ()))), node.meta.get("dtype"))
+
+
+def _operands(tree: Any) -> list[_Operand]:
+    found: list[_Operand] = []
+    fx.node.map_aggregate(tree, lambda each: found.append(each) if isinstance(each, _Operand) else None)
+    return found
+
+
+def _result_of(node: fx.Node, shape: Shape) -> tuple[Work, int, int, int]:
+    """The kind of work, and the rows, the columns and the batch of the result as a matrix."""
+    target = node.args[0] if callable(node.args[0]) else node.target  # `ops.rows_of` names its operator
+    name = str(target)
+    if "conv" in name:
+        return "convolution", prod(shape) // max(shape[1], 1), shape[1], 1
+    if "attention" in name:
+        return "attention", shape[-2], 0, prod(shape[:-2])
+    if target in BATCHED:
+        return "product", shape[-2], shape[-1], prod(shape[:-2])
+    return "product", prod(shape[:-1]), shape[-1] if shape else 1, 1
+
+
+@cache
+def slowdown(device: Device, kind: Work, rows: int, columns: int, batch: int) -> float:
+    """How much longer a result of this shape takes than its FLOPs at the full rate.
+
+    The result is computed in tiles, one per multiprocessor at a time: the last wave of tiles, and tiles that reach over
+    the edge, leave some of them idle. The best size of tiles counts. Attention tiles its queries only.
+    """
+    best = inf
+    for high, wide, speed in device.tiles:
+        across = ceil(columns / wide) if columns else 1
+        waves = ceil(batch * ceil(rows / high) * across / device.units)
+        useful = batch * rows * (columns / wide if columns else 1) / high
+        best = min(best, waves * device.units / max(useful, 1e-9) / speed)
+    return best

@@ -1,0 +1,138 @@
+"""Simulate all ranks through consecutive steps: each has a host, a stream of kernels, and messages on a link.
+
+The host launches kernels; the stream runs each after the one before and after its launch. A put hands a message to the
+link; a get lets the stream wait for it. Messages go in the order of their puts, unless the link lets what a step awaits
+overtake messages for the next step. All ranks run the same events in the same order, and a message concerns only the
+ranks that take part in it. So the events are simulated in this order, for all ranks at once, without a queue of events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..passes.targets import Link
+from .events import Event, Get, Message, Put, Step, Work
+from .price import Figures
+
+#: is called with (what, event, begin and end on each rank in seconds)
+Record = Callable[[str, Event, Figures, Figures], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Elapsed:
+    """One simulated step, in seconds of each rank."""
+
+    ended: Figures  #: since the first step began
+    busy: Figures  #: the stream ran kernels
+    exposed: Figures  #: the stream waited for messages, or the rank copied them
+
+
+class Simulation:
+    """The clocks of all ranks, and the messages on their way, from step to step."""
+
+    def __init__(self, world: int, link: Link, record: Record | None = None) -> None:
+        self.world = world
+        self.link = link
+        self.record = record
+        self.host = np.zeros(world)
+        self.stream = np.zeros(world)
+        self.arrival: dict[str, Figures] = {}  #: of the message that each channel holds
+        self.late: set[str] = set()  #: channels whose message may still be on its way
+        self.flights: dict[str, tuple[Put, Figures]] = {}  #: of each channel: the put, and when the message set out
+        #: when the messages put so far have gone: those that a step awaits where they overtake, and all others
+        self.free = {True: np.zeros(world), False: np.zeros(world)}
+
+    def step(self, step: Step) -> Elapsed:
+        """Simulate one step."""
+        self.busy, self.exposed = np.zeros(self.world), np.zeros(self.world)
+        for event in (step if self.record else step.merged).events:
+            if isinstance(event, Work):
+                self._work(event)
+            elif isinstance(event, Put):
+                self._put(event)
+            else:
+                self._get(event)
+        self.host = self.stream = np.maximum(self.host, self.stream)
+        return Elapsed(self.stream, self.busy, self.exposed)
+
+    def _work(self, work: Work, event: Event | None = None) -> None:
+        began = np.maximum(self.stream, self.host + work.lag - work.seconds)
+        self.stream = np.maximum(self.stream + work.seconds, self.host + work.lag)
+        self.host = self.host + work.host
+        self.busy += work.seconds
+        if self.record is not None:
+            self.record("work", event or work, began, self.stream)
+
+    def _put(self, put: Put) -> None:
+        message = put.message
+        self._work(put.writing, put)
+        ready = np.maximum(self.stream, self.host)
+        if self.link.medium == "memory":
+            self.exposed += put.writing.seconds
+            sources = np.where(message.bytes.T > 0, ready, -np.inf)  # [destination, source]
+            self.arrival[message.spec.name] = np.maximum(sources.max(1), 0) + self.link.latency
+            self.flights[message.spec.name] = put, ready
+            return
+        overtakes = self.link.overtake and not message.late
+        ready = np.maximum(ready, self.free[overtakes])
+        began = np.where(message.partners, ready, -np.inf).max(1)
+        lasts = transfer(message, self.link)
+        self.free[overtakes] = self.arrival[message.spec.name] = began + lasts
+        if overtakes:
+            self._delay(began, lasts)
+        elif message.late:
+            self.late.add(message.spec.name)
+        self.flights[message.spec.name] = put, began
+
+    def _delay(self, began: Figures, lasts: Figures) -> None:
+        """Let the messages for the next step wait while one that overtakes them is on its way."""
+        for name in list(self.late):
+            arrival = self.arrival[name]
+            waits = arrival > began
+            if waits.any():
+                self.arrival[name] = arrival + np.where(waits, lasts, 0)
+            else:
+                self.late.discard(name)
+        self.free[False] = self.free[False] + np.where(self.free[False] > began, lasts, 0)
+
+    def _get(self, get: Get) -> None:
+        now = np.maximum(self.stream, self.host)
+        arrival = self.arrival.get(get.message.spec.name, now)
+        waits = np.maximum(arrival - now, 0)
+        if self.record is not None:
+            self.record("wait", get, now, now + waits)
+            if flight := self.flights.pop(get.message.spec.name, None):
+                self.record("message", flight[0], flight[1], arrival)
+        self.exposed += waits
+        self.stream = np.maximum(self.stream, arrival)
+        if self.link.medium == "memory":
+            self.exposed += get.reading.seconds
+        self._work(get.reading, get)
+
+
+def transfer(message: Message, link: Link) -> Figures:
+    """Seconds of a message for each rank, when it has the link for itself."""
+    world = len(message.bytes)
+    if link.inside is not None and link.nodes > 1:
+        node = np.arange(world) * link.nodes // world
+        apart = node[:, None] != node[None, :]
+        within = _ports(np.where(apart, 0, message.bytes), link.inside)
+        across = np.where(apart, message.bytes, 0)
+        if message.broadcast:  # each part travels once to each other machine
+            across = across / np.maximum(1, np.bincount(node)[node])[None, :]
+        between = np.array(
+            [[across[node == a][:, node == b].sum() for b in range(link.nodes)] for a in range(link.nodes)]
+        )
+        return np.maximum(within, _ports(between, link)[node])
+    return _ports(message.bytes, link)
+
+
+def _ports(amounts: np.ndarray, link: Link) -> Figures:
+    """Seconds in which each end of a link has sent and received: [source, destination] in bytes."""
+    if link.medium == "bus":
+        return np.full(len(amounts), link.latency + amounts.sum() / link.bandwidth)
+    size = np.maximum(amounts.sum(0), amounts.sum(1))
+    return np.where(size > 0, link.latency + size / link.bandwidth, 0.0)

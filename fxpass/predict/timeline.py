@@ -1,0 +1,89 @@
+"""The predicted timeline of all ranks in Chrome's trace format, for https://ui.perfetto.dev."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from ..passes.targets import Link
+from .events import Event, Get, Put, Work
+from .prediction import Steps
+from .price import Figures
+from .simulate import Simulation
+
+COMPUTE, AWAITED, LATE = range(3)  #: threads of a rank
+THREADS = {COMPUTE: "compute", AWAITED: "messages that the step awaits", LATE: "messages for the next step"}
+
+
+def timeline(steps: Steps, world: int, link: Link) -> str:
+    """JSON: an exact step and, if there are displaced ones, two of these.
+
+    A rank is a process with three threads. Kernels have the names of the plan's nodes, messages the identifiers of
+    `fxpass dump` (`x3`), with the bytes that the rank receives of each exchange (`x3.0`) and from each rank.
+    """
+    recorder = _Recorder(world)
+    simulation = Simulation(world, link, recorder)
+    for mode, step in steps.modes.items():
+        for _ in range(1 if mode == "exact" else 2):
+            began = simulation.stream
+            simulation.step(step)
+            recorder.bars(
+                "exact step" if mode == "exact" else "displaced step", "step", COMPUTE, began, simulation.stream
+            )
+    return json.dumps({"traceEvents": recorder.events, "displayTimeUnit": "ms"}, separators=(",", ":"))
+
+
+class _Recorder:
+    """Turns what a simulation reports into events of the trace."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.events: list[dict[str, Any]] = []
+        self.carried = {thread: np.zeros(world) for thread in (AWAITED, LATE)}  #: the end of the thread's last message
+        for rank in range(world):
+            self._name("process_name", rank, f"rank {rank}")
+            for thread, name in THREADS.items():
+                self._name("thread_name", rank, name, tid=thread)
+
+    def _name(self, what: str, rank: int, name: str, **more: int) -> None:
+        self.events.append({"name": what, "ph": "M", "pid": rank, "args": {"name": name}, **more})
+
+    def __call__(self, what: str, event: Event, began: Figures, ended: Figures) -> None:
+        if what == "message" and isinstance(event, Put):
+            message = event.message
+            thread = LATE if message.late else AWAITED
+            began = np.maximum(began, self.carried[thread])  # bars of a thread do not overlap
+            self.carried[thread] = np.maximum(began, ended)
+            args = [
+                message.received_of(rank)
+                | {f"{src} > {rank}": int(size) for src, size in enumerate(message.bytes[:, rank]) if size}
+                for rank in range(self.world)
+            ]
+            role = message.spec.exchanges[0].role
+            self.bars(f"{message.id} {role}", "message", thread, began, ended, message.spec.path, args)
+        elif what == "wait" and isinstance(event, Get):
+            self.bars(f"wait {event.message.id}", "wait", COMPUTE, began, ended, event.message.spec.path)
+        elif isinstance(event, Work):
+            self.bars(event.name, "kernel", COMPUTE, began, ended, event.path)
+        else:
+            work = event.writing if isinstance(event, Put) else event.reading
+            self.bars(work.name, "exchange", COMPUTE, began, ended, work.path)
+
+    def bars(
+        self,
+        name: str,
+        category: str,
+        thread: int,
+        began: Figures,
+        ended: Figures,
+        path: str = "",
+        args: list[dict[str, int]] | None = None,
+    ) -> None:
+        """Add a bar to a thread of each rank, unless it has no length."""
+        for rank, (begin, end) in enumerate(zip((began * 1e6).tolist(), (ended * 1e6).tolist(), strict=True)):
+            if end > begin:
+                more = ({"module": path} if path else {}) | (args[rank] if args else {})
+                event = {"name": name, "cat": category, "ph": "X", "pid": rank, "tid": thread}
+                self.events.append(event | {"ts": round(begin, 3), "dur": round(end - begin, 3), "args": more})

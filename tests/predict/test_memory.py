@@ -1,0 +1,90 @@
+"""The predicted memory of a device, against what a step really allocates."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxpass.ir import comm
+from fxpass.ir.step import Mode, StepProgram
+from fxpass.passes.lower_comm import StepPrograms
+from fxpass.passes.targets import find
+from fxpass.predict.memory import activations, weights_of
+from fxpass.predict.price import Prices
+from fxpass.runtime.step_code import StepCode
+from tests.inspect.plans import planned, small
+
+META = torch.device("meta")
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of storages that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def add(self, tree: Any) -> None:
+        for each in pytree.tree_leaves(tree):
+            if isinstance(each, Tensor) and (key := each.untyped_storage()._cdata) not in self.known:
+                storage = each.untyped_storage()
+                self.known.add(key)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.end, key, storage.nbytes())
+        self.most = max(self.most, self.now)
+
+    def end(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.add(result)
+        return result
+
+
+def measured(program: StepProgram, inputs: tuple[str, ...]) -> int:
+    """The largest number of bytes alive in a step, beside weights and state."""
+    values: list[Tensor] = []
+    given = 0
+    for node in program.graph.find_nodes(op="placeholder"):
+        shape, dtype = node.meta["local_shape"], node.meta["dtype"]
+        values.append(torch.empty(shape, dtype=dtype, device=META))
+        given += values[-1].nbytes if node.target in inputs else 0
+    run = StepCode.of(program).run(values)
+    received = None
+    with torch.no_grad(), Alive() as alive:
+        try:
+            while True:
+                act, channel, _ = run.send(received)
+                received = None
+                if act == "get":
+                    exchanges = program.channels[channel].exchanges
+                    received = [comm.new_received(each, program.rank, META) for each in exchanges]
+                    alive.add(received)
+        except StopIteration:
+            return alive.most + given
+
+
+@pytest.mark.parametrize("mode", ["exact", "steady"])
+@pytest.mark.parametrize("make", [lambda: planned("displaced", 3), lambda: small("flux", 2, "displaced")])
+def test_predicted_activations_are_those_of_a_step(make: Any, mode: Mode) -> None:
+    made = make()
+    program = StepPrograms(made.graph, 0)[mode]
+    prices = Prices(find("cpu").device, made.world_size)
+    predicted = activations(program, made.program.inputs, prices)
+    assert float(predicted[0]) == pytest.approx(measured(program, made.program.inputs), rel=0.15)
+
+
+def test_weights_count_whole_on_every_rank() -> None:
+    made = small("unet_sd")
+    from fxpass.models.small import case
+
+    assert weights_of(made.program) >= sum(each.nbytes for each in case("unet_sd").build().parameters())
