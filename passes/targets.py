@@ -31,6 +31,8 @@ class Device:
         units: multiprocessors, each of which works on one tile of a result at a time; 1 if work divides at will.
         tiles: the sizes of tiles (rows, columns), and the speed with each, relative to the best.
         bandwidth: bytes per second that operators read and write in the device's memory.
+        cache: bytes of the last cache; a kernel that reads and writes no more finds its operands there.
+        cache_bandwidth: bytes per second that such kernels read and write.
         memory: bytes of memory; 0 if unknown.
         kernel: seconds that each kernel takes beside its work.
         launch: seconds in which the host launches a kernel; 0 if the host computes itself.
@@ -45,6 +47,8 @@ class Device:
     reached: Mapping[Work, float] = field(default_factory=dict)
     units: int = 1
     tiles: tuple[tuple[int, int, float], ...] = ((1, 1, 1.0),)
+    cache: float = 0
+    cache_bandwidth: float = 0.0
     memory: float = 0
     kernel: float = 0.0
     launch: float = 0.0
@@ -186,7 +190,8 @@ def _made(kind: type[Any], name: str, entry: Any, where: str) -> Any:
     return kind(name=name, **entry)
 
 
-NUMBERS = ("matrix", "reached", "bandwidth", "latency", "memory", "kernel", "launch", "units", "nodes")
+NUMBERS = {"matrix", "reached", "units", "bandwidth", "cache", "cache_bandwidth", "memory", "kernel", "launch"}
+NUMBERS |= {"latency", "nodes"}
 
 
 def find(target: str, link: str | None = None) -> Target:

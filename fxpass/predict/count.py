@@ -5,6 +5,7 @@ This is for the compiler's own operators (`fxpass.ir.ops`, `fxpass.ir.comm`), wh
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Counted:
     kernels: float  #: views and allocations are none
     moved: float  #: bytes read and written
     allocated: float  #: bytes of its results that are no views of its operands
+    most: float  #: bytes that it has allocated at once, its results among them
 
 
 def count(target: Callable[..., Any], args: Any, kwargs: Any) -> Counted:
@@ -50,7 +52,8 @@ def _run(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Counted:
     with torch.no_grad(), _Counting() as counting:
         result = target(*args, **kwargs)
     new = {_storage(each): _bytes(each) for each in pytree.tree_leaves(result) if isinstance(each, Tensor)}
-    return Counted(counting.kernels, counting.moved, sum(size for key, size in new.items() if key not in given))
+    made = sum(size for key, size in new.items() if key not in given)
+    return Counted(counting.kernels, counting.moved, made, max(made, counting.most))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -67,12 +70,27 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.kernels = 0
         self.moved = 0
+        self.alive = 0  #: bytes allocated here and not freed yet
+        self.most = 0
+
+    def _allocated(self, result: Any) -> None:
+        for each in pytree.tree_leaves(result):
+            if isinstance(each, Tensor):
+                storage = each.untyped_storage()
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.most = max(self.most, self.alive)
+
+    def _freed(self, size: int) -> None:
+        self.alive -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         returns = func._schema.returns
         view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         name = func._schema.name.rpartition("::")[2]
+        if not view and not any(r.alias_info is not None for r in returns):
+            self._allocated(result)
         if view or "empty" in name:
             return result
         read = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]

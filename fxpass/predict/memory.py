@@ -55,19 +55,20 @@ def activations(program: StepProgram, inputs: Sequence[str], prices: Prices) -> 
     nodes = list(program.graph.nodes)
     owner: dict[fx.Node, fx.Node] = {}  #: whose memory a value is in
     size: dict[fx.Node, Figures] = {}
+    most: dict[fx.Node, Figures] = {}  #: what a node allocates at once
     last: dict[fx.Node, int] = {}
     for i, node in enumerate(nodes):
-        owner[node], size[node] = _owner(node, owner, prices, program, inputs)
+        owner[node], size[node], most[node] = _owner(node, owner, prices, program, inputs)
         for used in (node, *node.all_input_nodes):
             last[owner[used]] = i
     alive = peak = np.zeros(1)
+    last |= {node: len(nodes) for node in nodes if node.op == "placeholder"}  # held by the caller
     ending: dict[int, list[fx.Node]] = {}
     for node, i in last.items():
         ending.setdefault(i, []).append(node)
     for i, node in enumerate(nodes):
-        if owner[node] is node:
-            alive = alive + size[node]
-            peak = np.maximum(peak, alive)
+        peak = np.maximum(peak, alive + most[node])
+        alive = alive + size[node]
         for each in ending.get(i, ()):
             alive = alive - size[each]
     return peak
@@ -75,15 +76,17 @@ def activations(program: StepProgram, inputs: Sequence[str], prices: Prices) -> 
 
 def _owner(
     node: fx.Node, owner: dict[fx.Node, fx.Node], prices: Prices, program: StepProgram, inputs: Sequence[str]
-) -> tuple[fx.Node, Figures]:
-    """The value in whose memory a node's value is, and the bytes that the node allocates on each rank."""
+) -> tuple[fx.Node, Figures, Figures]:
+    """The value in whose memory a node's value is; the bytes of the value, and those allocated at once to make it."""
     if node.op == "placeholder":
-        return node, np.array([float(_bytes(node))]) if node.target in inputs else np.zeros(1)
+        size = np.array([float(_bytes(node) if node.target in inputs else 0)])
+        return node, size, size
     if node.target is comm.get:
         exchanges = program.channels[node.args[0]].exchanges  # type: ignore[index]
-        return node, sum((prices.communication(comm.assemble, each).allocated for each in exchanges), np.zeros(1))
-    allocated = prices.of(node).allocated
-    if node.op == "call_function" and not allocated.any() and node.all_input_nodes:
+        size = sum((prices.communication(comm.assemble, each).allocated for each in exchanges), np.zeros(1))
+        return node, size, size
+    price = prices.of(node)
+    if node.op == "call_function" and not price.allocated.any() and node.all_input_nodes:
         source = node.args[1] if node.target is comm.unpack else node.all_input_nodes[0]
-        return owner[source], np.zeros(1)  # type: ignore[index]
-    return node, allocated
+        return owner[source], price.allocated, price.most  # type: ignore[index]
+    return node, price.allocated, price.most

@@ -1,6 +1,6 @@
 """The price of an operator of a step program on every rank: kernels, seconds on the device, bytes that it allocates.
 
-    seconds = kernels * Device.kernel + max(FLOPs at the rate that the shape allows, bytes / Device.bandwidth)
+    seconds = kernels * Device.kernel + max(FLOPs at the rate that the shape allows, bytes at the rate of the memory)
 
 All ranks run the same operators in the same order, so one program serves for all: figures are arrays over the ranks, of
 one element where the ranks are alike. Equal operators are priced once.
@@ -41,10 +41,11 @@ class Price:
 
     kernels: float  #: the largest of all ranks
     seconds: Figures  #: on the device
-    allocated: Figures  #: bytes; 0 for a view
+    allocated: Figures  #: bytes of the result; 0 for a view
+    most: Figures  #: bytes allocated at once, the result among them
 
 
-NOTHING = Price(0.0, np.zeros(1), np.zeros(1))
+NOTHING = Price(0.0, np.zeros(1), np.zeros(1), np.zeros(1))
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Prices:
         self.device = device
         self.world = world
         self._known: dict[Any, Price] = {}
-        self._local: dict[Any, tuple[float, float, float]] = {}
+        self._local: dict[Any, tuple[float, ...]] = {}
 
     def of(self, node: fx.Node) -> Price:
         """The price of a node of a step program that neither puts nor gets."""
@@ -101,20 +102,24 @@ class Prices:
                 max(each.kernels for each in counted),
                 np.array([self._memory_bound(each) for each in counted]),
                 np.array([float(each.allocated) for each in counted]),
+                np.array([float(each.most) for each in counted]),
             )
         return self._known[key]
 
     def _memory_bound(self, counted: Counted) -> float:
-        return counted.kernels * self.device.kernel + counted.moved / self.device.bandwidth
+        device = self.device
+        cached = counted.moved <= device.cache * counted.kernels
+        bandwidth = device.cache_bandwidth if cached and device.cache_bandwidth else device.bandwidth
+        return counted.kernels * device.kernel + counted.moved / bandwidth
 
     def _operator(self, node: fx.Node) -> Price:
         alike = all(layout_of(each).uniform for each in (node, *node.all_input_nodes))
         figures = [self._on(node, rank) for rank in range(1 if alike else self.world)]
-        kernels, seconds, allocated = (np.array(each, dtype=float) for each in zip(*figures, strict=True))
-        return Price(float(kernels.max()), seconds, allocated)
+        kernels, *others = (np.array(each, dtype=float) for each in zip(*figures, strict=True))
+        return Price(float(kernels.max()), *others)
 
-    def _on(self, node: fx.Node, rank: int) -> tuple[float, float, float]:
-        """Kernels, seconds and allocated bytes of an operator on one rank."""
+    def _on(self, node: fx.Node, rank: int) -> tuple[float, ...]:
+        """The figures of a `Price` on one rank."""
 
         def local(each: fx.Node) -> _Operand:
             shape = each.meta.get("shape", ())
@@ -127,18 +132,18 @@ class Prices:
             self._local[key] = self._priced(node, args, kwargs, result)
         return self._local[key]
 
-    def _priced(self, node: fx.Node, args: Any, kwargs: Any, result: _Operand) -> tuple[float, float, float]:
+    def _priced(self, node: fx.Node, args: Any, kwargs: Any, result: _Operand) -> tuple[float, ...]:
         operands = _operands((args, kwargs))
         if isinstance(node.target, torch._ops.OpOverload):
             read = result.bytes if node.target in READS_PART else sum(each.bytes for each in operands)
-            counted = Counted(1, read + result.bytes, result.bytes)
+            counted = Counted(1, read + result.bytes, result.bytes, result.bytes)
         else:
             # the static arguments are those of the rank that the program is of: scale its count
             own = fx.node.map_arg((node.args, node.kwargs), _own)
             seen = count(node.target, *own)  # type: ignore[arg-type]
             size = sum(each.bytes for each in _operands(own)) + _own(node).bytes
             share = (sum(each.bytes for each in operands) + result.bytes) / max(size, 1)
-            counted = Counted(seen.kernels, seen.moved * share, result.bytes)
+            counted = Counted(seen.kernels, seen.moved * share, result.bytes, seen.most * share)
         work = spec_of(node.target).flops
         flops = node.meta.get("flops") or 0
         if work is not None:
@@ -150,11 +155,11 @@ class Prices:
             dtype = next((each.dtype for each in operands if each.dtype is not None), result.dtype)
             kind, rows, columns, batch = _result_of(node, result.shape)
             rate = self.device.rate(str(dtype).removeprefix("torch."), kind)
-            slower = slowdown(self.device, kind, rows, columns, batch)
+            slower = slowdown(self.device.units, self.device.tiles, rows, columns, batch)
             seconds = counted.kernels * self.device.kernel + max(
                 flops / rate * slower, counted.moved / self.device.bandwidth
             )
-        return counted.kernels, seconds, counted.allocated
+        return counted.kernels, seconds, counted.allocated, counted.most
 
 
 @cache
@@ -198,16 +203,20 @@ def _result_of(node: fx.Node, shape: Shape) -> tuple[Work, int, int, int]:
 
 
 @cache
-def slowdown(device: Device, kind: Work, rows: int, columns: int, batch: int) -> float:
+def slowdown(units: int, tiles: tuple[tuple[int, int, float], ...], rows: int, columns: int, batch: int) -> float:
     """How much longer a result of this shape takes than its FLOPs at the full rate.
 
     The result is computed in tiles, one per multiprocessor at a time: the last wave of tiles, and tiles that reach over
     the edge, leave some of them idle. The best size of tiles counts. Attention tiles its queries only.
+
+    Args:
+        units, tiles: of the `Device`.
+        columns: 0 for attention.
     """
     best = inf
-    for high, wide, speed in device.tiles:
+    for high, wide, speed in tiles:
         across = ceil(columns / wide) if columns else 1
-        waves = ceil(batch * ceil(rows / high) * across / device.units)
+        waves = ceil(batch * ceil(rows / high) * across / units)
         useful = batch * rows * (columns / wide if columns else 1) / high
-        best = min(best, waves * device.units / max(useful, 1e-9) / speed)
+        best = min(best, waves * units / max(useful, 1e-9) / speed)
     return best

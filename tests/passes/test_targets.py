@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fxpass.passes.targets import Device, Link, find, packaged
+from fxpass.passes.targets import NUMBERS, Device, Link, find, packaged
 
-FIGURES = {"matrix", "reached", "units", "tiles", "bandwidth", "memory", "kernel", "launch", "latency"}
+FIGURES = {"tiles", *NUMBERS} - {"nodes"}
 FILE = """
 [devices.mine]
 description = "a machine"
@@ -77,7 +77,7 @@ def test_a_faulty_file_is_refused_with_its_place(tmp_path: Path, old: str, new: 
     ("names", "message"),
     [
         (("H10",), "no target is called 'H10'; did you mean H100?"),
-        (("tpu",), "no target is called 'tpu'; The targets are auto, cpu, gpu, "),
+        (("trainium",), "no target is called 'trainium'; The targets are auto, cpu, gpu, "),
         (("H100", "nvlink"), "no link is called 'nvlink'; did you mean nvlink"),
         (("none.toml",), "there is no file none.toml"),
     ],

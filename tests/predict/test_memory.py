@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxpass.ir import comm
 from fxpass.ir.step import Mode, StepProgram
@@ -23,11 +23,10 @@ from tests.inspect.plans import planned, small
 META = torch.device("meta")
 
 
-class Alive(TorchDispatchMode):
+class Alive:
     """Counts the bytes of storages that are alive."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.now = self.most = 0
         self.known: set[int] = set()
 
@@ -44,23 +43,32 @@ class Alive(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.add(result)
-        return result
+    def watched(self, operator: Any) -> Any:
+        """An operator whose results are counted."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = operator(*args, **kwargs)
+            self.add(result)
+            return result
+
+        return run if callable(operator) else operator
 
 
 def measured(program: StepProgram, inputs: tuple[str, ...]) -> int:
-    """The largest number of bytes alive in a step, beside weights and state."""
+    """The largest number of bytes alive between two operators of a step, beside weights and state."""
     values: list[Tensor] = []
     given = 0
     for node in program.graph.find_nodes(op="placeholder"):
         shape, dtype = node.meta["local_shape"], node.meta["dtype"]
         values.append(torch.empty(shape, dtype=dtype, device=META))
         given += values[-1].nbytes if node.target in inputs else 0
-    run = StepCode.of(program).run(values)
+    alive = Alive()
+    alive.known |= {each.untyped_storage()._cdata for each in values}
+    code = StepCode.of(program)
+    table = {name: alive.watched(each) if name.startswith("f") else each for name, each in code.table.items()}
+    run = replace(code, table=table).run(values)
     received = None
-    with torch.no_grad(), Alive() as alive:
+    with torch.no_grad():
         try:
             while True:
                 act, channel, _ = run.send(received)

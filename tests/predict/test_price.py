@@ -87,7 +87,7 @@ def test_ranks_that_do_the_same_in_an_exchange_have_the_same_price() -> None:
 
 def test_small_results_leave_multiprocessors_idle() -> None:
     gpu = find("H100").device
-    large, small_ = (slowdown(gpu, "product", rows, 3072, 1) for rows in (1 << 20, 64))
+    large, small_ = (slowdown(gpu.units, gpu.tiles, rows, 3072, 1) for rows in (1 << 20, 64))
     assert large == pytest.approx(1, abs=0.01)
     assert small_ > 4
-    assert slowdown(SLOW, "product", 64, 3072, 1) == 1
+    assert slowdown(SLOW.units, SLOW.tiles, 64, 3072, 1) == 1
