@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..passes.targets import Device, Link, packaged
+from ..passes.targets import Device, Link, Work, packaged
 
 ROUNDS = 7  #: of each measurement; the median counts
 LARGE = {"cpu": 1536, "cuda": 8192}  #: rows of a large matrix
@@ -34,14 +34,14 @@ def device_of(name: str, device: torch.device, link: str) -> Device:
     kind = device.type
     matrix = {name: _products(timer, getattr(torch, name)) for name in DTYPES[kind]}
     usual = DTYPES[kind][0]
-    reached = {
+    reached: dict[Work, float] = {
         "product": 1.0,
         "convolution": _convolutions(timer, getattr(torch, usual)) / matrix[usual],
         "attention": _attention(timer, getattr(torch, usual)) / matrix[usual],
     }
     kernel, launch = _tiny(timer)
     what = "measured by fxpass calibrate"
-    sources = dict.fromkeys(("matrix", "reached", "bandwidth", "kernel"), what)
+    sources: dict[str, str] = dict.fromkeys(("matrix", "reached", "bandwidth", "kernel"), what)
     more: dict[str, Any] = {}
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(device)

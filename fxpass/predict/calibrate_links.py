@@ -44,7 +44,7 @@ def _measured(variables: Mapping[str, str]) -> tuple[bool, tuple[float, float]]:
     """Whether the ranks share memory, and the seconds of messages of `SIZES`."""
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT))
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | variables
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables}
     command = [sys.executable, "-P", "-m", "fxpass.predict.link_rank", str(store.port)]
     ranks = [
         subprocess.Popen([*command, str(rank), str(WORLD)], stdout=subprocess.PIPE, env=environment, text=True)

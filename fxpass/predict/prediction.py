@@ -9,7 +9,7 @@ from torch import fx
 
 from ..ir.comm import kept_bytes
 from ..ir.program import Program, exchanges_of
-from ..ir.step import Mode
+from ..ir.step import Mode, StepProgram
 from ..ir.strategy import Strategy
 from ..passes.lower_comm import StepPrograms
 from ..passes.targets import Target
@@ -95,8 +95,10 @@ class Steps:
         programs = StepPrograms(graph, 0)
         launch = 0.0 if graphs else target.device.launch
         wanted: tuple[Mode, ...] = ("exact", "steady")
-        lowered = {mode: programs[mode] for mode in dict.fromkeys(map(programs.canonical, wanted))}
-        steps = {mode: step_of(each, graph, prices, target.link, launch) for mode, each in lowered.items()}
+        lowered: dict[Mode, StepProgram] = {programs.canonical(mode): programs[mode] for mode in wanted}
+        steps: dict[Mode, Step] = {}
+        for mode, each in lowered.items():
+            steps[mode] = step_of(each, graph, prices, target.link, launch)
         alive = [activations(each, program.inputs, prices) for each in lowered.values()]
         state = np.array([sum(kept_bytes(e, rank) for _, e in exchanges_of(graph)) for rank in range(world)])
         both: Figures = state + np.maximum.reduce([np.broadcast_to(each, world) for each in alive])

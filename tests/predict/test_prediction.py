@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fxpass.ir.step import Mode
 from fxpass.ir.strategy import Strategy
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.passes.targets import Target, find
@@ -50,7 +51,8 @@ def test_a_generation_has_exact_steps_at_its_ends() -> None:
 
 def test_a_step_receives_in_the_simulation_what_the_plan_says() -> None:
     made = planned("compressed", 3)
-    for mode, exact in (("exact", True), ("steady", False)):
+    modes: tuple[tuple[Mode, bool], ...] = (("exact", True), ("steady", False))
+    for mode, exact in modes:
         target = find("cpu")
         program = StepPrograms(made.graph, 0)[mode]
         step = step_of(program, made.graph, Prices(target.device, 3), target.link, 0.0)
@@ -80,7 +82,7 @@ def predicted(worlds: tuple[int, ...], target: Target, *strategies: str) -> list
 
 def test_a_comparison_has_every_number_of_ranks_and_strategy_and_says_what_is_impossible() -> None:
     rows = predicted((1, 2, 8, 100), over(latency=0.0), "sync", "displaced", "sync")
-    assert [(row.world, getattr(row, "strategy", None) and row.strategy.name) for row in rows[:3]] == [  # type: ignore[union-attr]
+    assert [(row.world, getattr(row, "strategy", None) and row.strategy.name) for row in rows[:3]] == [
         (1, "sync"), (2, "sync"), (2, "displaced")
     ]  # fmt: skip
     impossible = [row for row in rows if isinstance(row, Impossible)]
