@@ -70,8 +70,11 @@ class Context(Protocol):
         ...
 
 
-class Count:
-    """The sum of `times * atom` over `atoms`, and of a number. It has no value."""
+class Count(torch.SymInt):
+    """The sum of `times * atom` over `atoms`, and of a number. It has no value.
+
+    A `SymInt` only in that torch's argument parsers take it for a size, and leave it to the recorder.
+    """
 
     def __init__(self, atoms: dict[Atom, int], number: int, context: Context) -> None:
         self.atoms = atoms
@@ -144,5 +147,9 @@ class Count:
     def _refuse(self, *_: Any) -> Any:
         return self._context.refuse("a number")
 
-    __index__ = __int__ = __float__ = __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = _refuse
+    __float__ = _refuse
     __str__ = __repr__ = __format__ = _refuse  # a text could be turned into anything
+
+
+for _name in vars(torch.SymInt).keys() - vars(Count).keys() - {"__module__", "__dict__", "__weakref__", "__doc__"}:
+    setattr(Count, _name, Count._refuse)

@@ -94,8 +94,6 @@ def aligned(r: Resolver, rows: Sequence[SelectedRows]) -> tuple[list[Tensor], np
 def pointwise(r: Resolver, node: fx.Node, *args: Any, **kwargs: Any) -> SelectedRows:
     """Broadcast the operands. Operands that are no rows must not vary along the dim of the rows."""
     rows = [a for a in args if isinstance(a, SelectedRows)]
-    if len(rows) != sum(isinstance(v, SelectedRows) for v in torch.utils._pytree.tree_leaves((args, kwargs))):
-        raise RefusedError(f"{node.target} takes rows in lists")
     domain = shared(rows)
     ndim = max(
         a.base.ndim if isinstance(a, SelectedRows) else a.ndim for a in args if isinstance(a, (SelectedRows, Tensor))
@@ -141,8 +139,6 @@ def along(place: int, default: Any = None) -> Callable[..., Any]:
         dims = [dims] if isinstance(dims, int) else dims
         if not isinstance(x, SelectedRows) or not dims or x.dim in [d % x.base.ndim for d in dims]:
             raise RefusedError(f"{node.target} works along the selected rows")
-        if any(isinstance(a, SelectedRows) for a in args):
-            raise RefusedError(f"{node.target} takes several selections")
         result = r.emit(node.target, x.base, *args, **kwargs)
         first = result[0] if isinstance(result, (tuple, list)) else result
         dim = x.dim - (sum(d % x.base.ndim < x.dim for d in dims) if first.ndim < x.base.ndim else 0)

@@ -38,7 +38,7 @@ def _target(index: Any, dim: int, shape: Sequence[int]) -> np.ndarray:
     if values.ndim == 1:
         return values
     if index.dim != dim or values.shape != tuple(shape):
-        raise RefusedError("it adds rows along another dim")
+        raise RefusedError("it adds parts of rows")
     values = np.moveaxis(values, dim, 0)
     values = values[
         :, *(slice(1) if step == 0 else slice(None) for step in values.strides[1:])
@@ -53,8 +53,10 @@ def add_rows(r: Resolver, node: fx.Node, x: Any, dim: int, index: Any, source: A
     """`index_add`, `scatter_add` and `scatter_reduce`: unselected rows add zero."""
     if node.target is aten.scatter_reduce.two and (rest != ("sum",) or not kwargs.get("include_self", True)):
         raise RefusedError("it reduces rows by another function than a sum")
-    if isinstance(x, (SelectedRows, Inverse)) or not isinstance(source, SelectedRows) or source.dim != dim % x.ndim:
-        raise RefusedError("it adds selected rows to selected rows")
+    if isinstance(x, (SelectedRows, Inverse)):
+        raise RefusedError("it adds rows to selected rows")
+    if not isinstance(source, SelectedRows) or source.dim != dim % x.ndim:
+        raise RefusedError("it adds, at selected rows, values that are not of these rows")
     domain, dim = shared([index, source]), dim % x.ndim
     if domain.empty:
         return x
@@ -97,8 +99,10 @@ def put_rows(
             raise RefusedError("it writes selected rows by another selection")
         lead, domain = list(mask.shape), source.domain
     else:
-        if any(not isinstance(i, SelectedRows) or i.constant is None for i in indices) or isinstance(source, Tensor):
+        if any(not isinstance(i, SelectedRows) or i.constant is None for i in indices):
             raise RefusedError("it writes at computed positions")
+        if isinstance(source, Tensor):
+            raise RefusedError("it writes, to selected rows, values that are not of these rows")
         domain = shared([*indices, source])
         target = x.base if isinstance(x, SelectedRows) else x
         lead = list(target.shape[: len(indices)])

@@ -220,15 +220,10 @@ def _undo(view: fx.Node, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, .
 
 def _undo_part(view: fx.Node, index: int, before: Tensor, new: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The same for one of the views that `split` and `unbind` return."""
-    packet = view.target.overloadpacket
-    dim = view.args[2] if len(view.args) > 2 else view.kwargs.get("dim", 0)
-    if packet is aten.unbind:
-        dim = view.args[1] if len(view.args) > 1 else view.kwargs.get("dim", 0)
+    args = view.args[1:] if view.target.overloadpacket is aten.unbind else view.args[2:]
+    dim = args[0] if args else view.kwargs.get("dim", 0)
+    if view.target.overloadpacket is aten.unbind:
         return aten.select_scatter.default, (before, new, dim, index), {}
-    if packet in (aten.split, aten.split_with_sizes):
-        sizes = [part.shape[dim] for part in view.meta["val"]]
-        start = sum(sizes[:index])
-        return aten.slice_scatter.default, (before, new, dim, start, start + sizes[index]), {}
-    raise CaptureError(
-        f"a write at {view.meta['trace']} goes through {view.target}, which cannot be undone; copy first"
-    )
+    sizes = [part.shape[dim] for part in view.meta["val"]]
+    start = sum(sizes[:index])
+    return aten.slice_scatter.default, (before, new, dim, start, start + sizes[index]), {}
