@@ -104,10 +104,10 @@ class Count(torch.SymInt):
     def __rsub__(self, other: Any) -> Any:
         return (self - other) * -1
 
-    def __mul__(self, factor: Any) -> Any:
-        if not isinstance(factor, int):
+    def __mul__(self, other: Any) -> Any:
+        if not isinstance(other, int):
             return self._refuse()
-        return self._context.total({a: n * factor for a, n in self.atoms.items()}, self.number * factor)
+        return self._context.total({a: n * other for a, n in self.atoms.items()}, self.number * other)
 
     __rmul__ = __mul__
 

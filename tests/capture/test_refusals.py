@@ -14,6 +14,7 @@ import torch
 from accelerate import cpu_offload_with_hook
 from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxpass
 from fxpass.capture import CaptureError, capture
@@ -108,3 +109,29 @@ def test_hooks_that_move_weights_are_refused_before_anything_runs(switch: Any, w
 def test_weights_on_the_meta_device_are_refused_by_name() -> None:
     with pytest.raises(CaptureError, match=r"0\.weight is on the meta device"):
         capture(nn.Sequential(nn.Linear(2, 2, device="meta")), torch.ones(1, 2))
+
+
+def test_a_function_is_not_a_model() -> None:
+    function: Any = torch.relu
+    with pytest.raises(TypeError, match="put the function into one's forward"):
+        capture(function, torch.randn(2))
+
+
+class Sliced(Block):
+    def forward(self, x: Tensor, rows: Tensor) -> Any:
+        return super().forward(x)[: int(rows.item())]
+
+
+def test_a_value_that_is_read_of_a_fake_input_is_refused_by_name() -> None:
+    with FakeTensorMode():
+        model, x, rows = Sliced(lambda m, x: x).eval(), torch.randn(4, 6), torch.empty((), dtype=torch.int64)
+    with pytest.raises(CaptureError, match="needs the value of rows, which is fake; give a real tensor"):
+        capture(model, x, rows)
+
+
+def test_an_attribute_on_the_meta_device_is_refused_by_name() -> None:
+    with FakeTensorMode():
+        model, x = Block(lambda m, x: x + m.plain).eval(), torch.randn(4, 6)
+    model.plain = torch.empty(6, device="meta")
+    with pytest.raises(CaptureError, match="plain is on the meta device"):
+        capture(model, x)
