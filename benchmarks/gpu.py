@@ -34,6 +34,7 @@ import fxpass
 from benchmarks.displaced import STALE
 from benchmarks.harness import CEILING, DISPLACED, heading, without_exchanges
 from fxpass.capture import Call
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.program import Program
 from fxpass.ir.step import ChannelSpec
 from fxpass.models.catalog import get, load
@@ -41,10 +42,8 @@ from fxpass.models.small import output_tensors
 from fxpass.passes.cost import flops
 from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.messages import Route
 from fxpass.runtime.process_group import GroupChannel
 from fxpass.runtime.step_runner import StepRunner
-from fxpass.runtime.structure import WeightTable
 
 WARM = 2  #: untimed steps
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -163,8 +162,7 @@ class OneRank:
 
     def open(self, specs: Sequence[ChannelSpec]) -> list[GroupChannel]:
         """Channels that all lead through the loopback."""
-        routes = [Route(spec, self.board.rank, self.board.world) for spec in specs]
-        return [GroupChannel(route, self.loopback, self.device, False, self.board) for route in routes]
+        return [GroupChannel(spec, self.loopback, self.device, False, self.board) for spec in specs]
 
     def step(self, step: Step) -> list[Tensor]:
         return self.runner.run(self.weights, self.call.tensors, step.context, self.runner.mode(step), step.pace)

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 import fxpass
 from benchmarks.models import MODELS
 from fxpass.capture import Call
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.exchange import Payloads
 from fxpass.ir.inputs import moving
 from fxpass.runtime.channels import Channel
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.executor import EXACT, Step, device_of
-from fxpass.runtime.step_code import drive
-from fxpass.runtime.step_runner import StepRunner
-from fxpass.runtime.structure import WeightTable
+from fxpass.runtime.step_runner import StepRunner, as_tensor, drive
 
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 DRIFT = 0.02  #: change of the sample per step, in standard deviations
@@ -144,7 +143,8 @@ def without_exchanges(
     channels = [StaticChannel(channel) for channel in runner.channels(step.context)]
 
     def run(step: Step) -> list[Tensor]:
-        return drive(runner.start(weights, inputs(), step.context, runner.mode(step), step.pace), channels)[0]
+        pace = as_tensor(step.pace)
+        return drive(runner.start(weights, inputs(), step.context, runner.mode(step), pace), channels)[0]
 
     for each in (replace(step, exact=True), step, step):
         run(each)

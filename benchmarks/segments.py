@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import fxpass
 from fxpass.ir.step import Mode
 from fxpass.models.catalog import load
+from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
-from fxpass.runtime.step_code import StepCode
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Segments:
 
 def count(programs: StepPrograms, mode: Mode) -> Segments:
     """Count the segments of a mode."""
-    code = StepCode.of(programs[mode], segmented=True)
+    code = step_code(programs[mode], segmented=True)
     places = code.places.values()
     return Segments(len(places), len({(place.segment, place.inputs) for place in places}))
 

@@ -23,13 +23,13 @@ from torch import Tensor
 import fxpass
 from benchmarks.harness import DISPLACED, Stepper
 from fxpass.ir import comm
+from fxpass.ir.code import StepCode
 from fxpass.ir.exchange import Exchange, Payloads
 from fxpass.ir.step import ChannelSpec, Mode
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.channels import Channel
 from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.process_group import GroupChannel
-from fxpass.runtime.step_code import StepCode
 from fxpass.runtime.step_runner import StepRunner, coder, placeholders
 
 now = time.monotonic
@@ -268,4 +268,5 @@ def watched(plan: fxpass.Plan, channels: Sequence[Channel], rank: int, log: Log)
     ends = [WatchedChannel(*each, rank, log) for each in zip(channels, programs.channels, strict=True)]
     constants = list(plan.program.constants.values())
     names = placeholders(plan.program)
-    return StepRunner(names, constants, programs.state, code, lambda: ends, torch.device("cpu"), Counter())
+    cpu = torch.device("cpu")
+    return StepRunner(names, constants, programs.state, programs.channels, code, lambda _: ends, cpu, Counter())

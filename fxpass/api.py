@@ -18,7 +18,7 @@ from .ir.strategy import Strategy
 from .plan import Plan, check_target, check_world_size, make_plan
 from .runtime import distributed
 from .runtime.engine import Engine
-from .runtime.executor import Executor
+from .runtime.executor import COMPILERS, Compile, Executor
 from .runtime.lockstep import LockstepExecutor
 from .runtime.module import ParallelModule
 from .runtime.spawn import SpawnExecutor
@@ -34,7 +34,7 @@ def parallelize(
     strategy: Strategy | str = "sync",
     warmup_steps: int | None = None,
     executor: str = "auto",
-    compile: bool = False,  # noqa: A002 - the name that torch users expect
+    compile: Compile = False,  # noqa: A002 - the name that torch users expect
     target: str = "auto",
     strict: bool = False,
     timeout: float = 600.0,
@@ -55,8 +55,10 @@ def parallelize(
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers), "lockstep" (all ranks in this process, in turn), or "auto":
             distributed if there are several processes, else spawn.
-        compile: compile every rank's program with torch.compile's backend (Inductor). The first call takes long; later
-            calls and processes load the result from Inductor's cache. Not available with "lockstep".
+        compile: compile every rank's steps. "inductor": by torch.compile's backend; the first call takes long, later
+            calls and processes load the result from Inductor's cache. "graph": record them as CUDA graphs, where all
+            ranks are on GPUs of one machine that can map each other's memory. "inductor+graph": both. True: the last on
+            CUDA, the first on CPUs.
         target: name of the machine to plan for.
         strict: raise `FallbackError` at the first call if an operator cannot be split. Otherwise such operators run
             whole on every rank, and a warning names them.
@@ -70,8 +72,8 @@ def parallelize(
     chosen = Strategy.of(strategy)
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
-    if not isinstance(compile, bool):
-        raise ValueError(f"compile is True or False, not {compile!r}")
+    if not isinstance(compile, bool) and compile not in COMPILERS:
+        raise ValueError(f"compile is True, False, {', '.join(map(repr, COMPILERS))}, not {compile!r}")
     if executor not in EXECUTORS:
         near = difflib.get_close_matches(str(executor), EXECUTORS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(EXECUTORS)}"
@@ -103,14 +105,6 @@ def parallelize(
         running = [module for each in references if (module := each()) and not module._engine.ended]
         if not running:  # they were replaced: the scheduler tells their successors, too
             return
-        if not chosen.exact and len(timesteps) <= chosen.warmup_steps + chosen.cooldown_steps:
-            last = f" and the last {chosen.cooldown_steps} exact by {chosen.name!r}" if chosen.cooldown_steps else ""
-            warnings.warn(
-                f"{len(timesteps)} timesteps with warmup_steps={chosen.warmup_steps}{last}: all of them are exact, "
-                f"none is {chosen.name}; give parallelize a smaller warmup_steps",
-                FxpassWarning,
-                stacklevel=4,
-            )
         for module in running:
             module.reset(timesteps)
 
@@ -147,7 +141,7 @@ def _wrapped(
     strict: bool,
     timeout: float,
     group: Any,
-    compile: bool,  # noqa: A002
+    compile: Compile,  # noqa: A002
 ) -> ParallelModule:
     model = _unwrapped(model)
 
@@ -176,7 +170,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     raise ValueError("this module is parallel already; close it first: then parallelize replaces it")
 
 
-def _executor(name: str, world: int, timeout: float, group: Any, compile: bool) -> Executor:  # noqa: A002
+def _executor(name: str, world: int, timeout: float, group: Any, compile: Compile) -> Executor:  # noqa: A002
     if name == "auto":
         name = "distributed" if group is not None or distributed.inside() else "spawn" if world > 1 else "lockstep"
     if name == "distributed":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -38,10 +39,10 @@ class StepPrograms:
     def __init__(self, graph: fx.Graph, rank: int) -> None:
         self.rank = rank
         self._local = specialize(graph, rank)
-        self._sites = {
-            node: _site(node, rank, i)
-            for i, node in enumerate(self._local.find_nodes(op="call_function", target=ops.exchange))
-        }
+        launches = list(self._local.find_nodes(op="call_function", target=ops.exchange))
+        waits = list(self._local.find_nodes(op="call_function", target=ops.wait))
+        closing = [launches[-1]] if launches and waits[-1].args[0] is launches[-1] else []
+        self._sites = {node: _site(node, rank, i, node in closing) for i, node in enumerate(launches)}
         sites = self._sites.values()
         self.channels = tuple(channel for site in sites for channel in site.channels)
         self.state = tuple(spec for site in sites for spec in site.state)
@@ -94,12 +95,19 @@ class _Site:
         return self.exchanges[0].fresh != "sync"
 
 
-def _site(node: fx.Node, rank: int, index: int) -> _Site:
+def _site(node: fx.Node, rank: int, index: int, last: bool) -> _Site:
+    """The site of an exchange node.
+
+    Args:
+        index: its number, which makes names unique.
+        last: it is launched and awaited after all others.
+    """
     exchanges = node.args[1]
     wires = tuple(each.wire for each in exchanges)  # type: ignore[union-attr]
     one = wires == exchanges
     stale = exchanges[0].fresh != "sync" and exchanges[0].repeated  # type: ignore[union-attr]
-    now = _channel(node, exchanges, late=stale and one)  # type: ignore[arg-type]
+    closing = last and exchanges[0].fresh == "sync" and _reaches_all(exchanges)  # type: ignore[union-attr, arg-type]
+    now = _channel(node, exchanges, late=stale and one, closing=closing)  # type: ignore[arg-type]
     wire = now if one else _channel(node, wires, late=True, suffix=".displaced")
     state: list[StateSpec] = []
     names: list[dict[str, str]] = []
@@ -110,9 +118,17 @@ def _site(node: fx.Node, rank: int, index: int) -> _Site:
     return _Site(rank, exchanges, now, wire, tuple(state), tuple(names))  # type: ignore[arg-type]
 
 
-def _channel(node: fx.Node, exchanges: tuple[Exchange, ...], late: bool, suffix: str = "") -> ChannelSpec | None:
+def _channel(
+    node: fx.Node, exchanges: tuple[Exchange, ...], late: bool, *, suffix: str = "", closing: bool = False
+) -> ChannelSpec | None:
     silent = not any(each.messages for each in exchanges)
-    return None if silent else ChannelSpec(node.name + suffix, node.meta.get("path", ""), exchanges, late)
+    return None if silent else ChannelSpec(node.name + suffix, node.meta.get("path", ""), exchanges, late, closing)
+
+
+def _reaches_all(exchanges: tuple[Exchange, ...]) -> bool:
+    """Whether every rank sends something to every other."""
+    pairs = permutations(range(exchanges[0].world), 2)
+    return all(any(each.numel(src, dst) for each in exchanges) for src, dst in pairs)
 
 
 class _Lowering:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from torch.distributed import Store
 
+from . import processes
 from .errors import RankError
 
 T = TypeVar("T")
 POLL = 1.0  #: seconds between two reads of the board during a wait
 GRACE = 2.0  #: seconds that a rank which lost a peer waits for that peer's error message
+STOPPED = 3  #: looks, one every `POLL` seconds, at a stopped process before its rank counts as failed
 
 
 class Board:
@@ -28,6 +31,10 @@ class Board:
         self.timeout = timeout
         self.call = 0
         self.check_more: Callable[[], None] | None = None  #: called in each wait; raises if the wait is in vain
+        self._cards: dict[int, str] = {}  #: the processes of the other ranks, as far as they are known
+        self._looked = 0.0  #: when they were looked at
+        self._stopped: Counter[int] = Counter()  #: for how many looks in a row a rank's process has been stopped
+        store.set(f"process/{rank}", processes.card())
 
     def publish(self, error: BaseException) -> None:
         """Leave the error of this rank for the others; the first one in a call is kept."""
@@ -38,31 +45,58 @@ class Board:
             return
 
     def check(self) -> None:
-        """Raises `RankError` if another rank has failed in this call, and what `check_more` raises."""
+        """Called in each wait.
+
+        Raises:
+            RankError: another rank has failed in this call, or its process, on this machine, has ended or is stopped.
+        """
+        self._check_messages()
+        if time.monotonic() - self._looked >= 0.9 * POLL:  # callers come every POLL seconds, more or less
+            self._looked = time.monotonic()
+            self._look()
+
+    def _check_messages(self) -> None:
         if self.check_more:
             self.check_more()
         key = f"error/{self.call}"
-        if not self._has(key):
-            return
-        rank, _, message = self.store.get(key).decode().partition(" ")
-        if int(rank) != self.rank:
-            raise RankError(int(rank), message)
+        if self._has(key):
+            rank, _, message = self.store.get(key).decode().partition(" ")
+            if int(rank) != self.rank:
+                raise RankError(int(rank), message)
 
-    def lost(self, error: object) -> RankError:
-        """The exception for a collective that failed with `error`: another rank's error, if it left one."""
+    def _look(self) -> None:
+        """Raises `RankError` if the process of another rank on this machine has ended or stays stopped."""
+        for rank in range(self.world):
+            if rank == self.rank:
+                continue
+            if rank not in self._cards and self._has(f"process/{rank}"):
+                self._cards[rank] = self.store.get(f"process/{rank}").decode()
+            state = processes.state(self._cards.get(rank, ""))
+            self._stopped[rank] = self._stopped[rank] + 1 if state == "stopped" else 0
+            if state == "ended":
+                raise self.lost("its process has ended", rank)
+            if self._stopped[rank] >= STOPPED:
+                advice = "its process is stopped (by SIGSTOP?); kill it, or continue it sooner"
+                raise RankError(rank, advice, hangs=True)
+
+    def lost(self, error: object, rank: int | None = None) -> RankError:
+        """The exception for a connection to a rank that ended with `error`: a rank's own error, if one left it."""
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
             try:
-                self.check()
+                self._check_messages()
             except RankError as known:
                 return known
             time.sleep(0.05)
-        return RankError(None, f"rank {self.rank} lost its connection to another rank, which left no message ({error})")
+        which = "another rank" if rank is None else f"rank {rank}"
+        return RankError(rank, f"rank {self.rank} lost its connection to {which}, which left no message ({error})")
 
     def timed_out(self, what: str) -> RankError:
         """The exception for a wait that exceeded the timeout."""
         return RankError(
-            None, f"rank {self.rank} waited {self.timeout:g} s for {what}: another rank hangs or was never called"
+            None,
+            f"rank {self.rank} waited {self.timeout:g} s for {what}: another rank hangs or was never called",
+            hangs=True,
         )
 
     def read(self, key: str, what: str) -> bytes:
@@ -81,6 +115,15 @@ class Board:
             if now - began > self.timeout:
                 raise self.timed_out(what)
         return self.store.get(key)
+
+    def all_gather(self, key: str, text: str, what: str) -> list[str]:
+        """Set this rank's value of a key, and return those of all ranks.
+
+        Raises:
+            RankError: a rank failed or did not arrive.
+        """
+        self.store.set(f"{key}/{self.rank}", text)
+        return [self.read(f"{key}/{rank}", what).decode() for rank in range(self.world)]
 
     def watched(self, connect: Callable[[], T]) -> T:
         """Run what blocks until all ranks do the same, in a thread, and check the board meanwhile.

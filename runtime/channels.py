@@ -54,9 +54,21 @@ class Channel(Protocol):
 
 
 class InProcessChannel:
-    """A rank's end of a channel between ranks in one process. It checks that payloads are what the plan declares."""
+    """A rank's end of a channel between ranks in one process. It checks that payloads are what the plan declares.
 
-    def __init__(self, spec: ChannelSpec, rank: int, ends: list[InProcessChannel], device: torch.device) -> None:
+    Args:
+        tamper: changes payloads on their way.
+    """
+
+    def __init__(
+        self,
+        spec: ChannelSpec,
+        rank: int,
+        ends: list[InProcessChannel],
+        device: torch.device,
+        tamper: Tamper | None = None,
+    ) -> None:
+        self._tamper = tamper
         self.spec = spec
         self.rank = rank
         self.device = device
@@ -65,9 +77,11 @@ class InProcessChannel:
         self.inbox: dict[tuple[int, int], list[Tensor | None]] = {}  #: (source, number of the message) -> payloads
 
     @staticmethod
-    def of_all_ranks(spec: ChannelSpec, world: int, device: torch.device) -> list[InProcessChannel]:
+    def of_all_ranks(
+        spec: ChannelSpec, world: int, device: torch.device, tamper: Tamper | None = None
+    ) -> list[InProcessChannel]:
         ends: list[InProcessChannel] = []
-        ends += [InProcessChannel(spec, rank, ends, device) for rank in range(world)]
+        ends += [InProcessChannel(spec, rank, ends, device, tamper) for rank in range(world)]
         return ends
 
     def put(self, packed: Sequence[Payloads]) -> None:
@@ -78,7 +92,10 @@ class InProcessChannel:
             if dst == self.rank:
                 continue
             payloads = [payloads[dst] for payloads in packed]
-            for each, payload in zip(self.spec.exchanges, payloads, strict=True):
+            for i, each in enumerate(self.spec.exchanges):
+                payload = payloads[i]
+                if payload is not None and self._tamper:
+                    payloads[i] = payload = self._tamper(self.spec.name, each, self.rank, dst, payload)
                 self._check(each, dst, payload)
             if self.spec.late:  # it would keep alive the activation that it is a view of
                 payloads = [None if payload is None else payload.clone() for payload in payloads]
@@ -107,25 +124,6 @@ class InProcessChannel:
 
     def close(self) -> None:
         self.inbox.clear()
-
-
-class TamperedChannel:
-    """Another channel, but for payloads that are changed on their way: a corrupted exchange must change the output."""
-
-    def __init__(self, channel: InProcessChannel, tamper: Tamper) -> None:
-        self._tamper = tamper
-        self._spec, self._rank = channel.spec, channel.rank
-        self._put = channel.put
-        self.ready, self.get, self.close = channel.ready, channel.get, channel.close
-
-    def put(self, packed: Sequence[Payloads]) -> None:
-        name, rank = self._spec.name, self._rank
-        self._put(
-            [
-                [None if part is None else self._tamper(name, each, rank, dst, part) for dst, part in enumerate(parts)]
-                for each, parts in zip(self._spec.exchanges, packed, strict=True)
-            ]
-        )
 
 
 def assembled(

@@ -56,7 +56,8 @@ class Context:
     broken: bool = False  #: the last step failed
     stride: float = 0.0  #: by how much the timestep fell at its last call; 0 at the first
     fall: float = 0.0  #: the last stride that is not 0
-    final: list[float] = field(default_factory=list)  #: the last timesteps, which are exact
+    left: list[float] = field(default_factory=list)  #: the timesteps of its generation, rising; empty if not known
+    why: str = ""  #: why it began in the middle of a generation; empty if it did not
 
 
 @dataclass
@@ -68,12 +69,14 @@ class Clock:
         sample: the index of the sample among the inputs.
         warmup_steps: exact steps at the beginning of a generation, at least one.
         cooldown_steps: exact steps at its end.
+        names: of the inputs, for messages.
     """
 
     timestep: int | None
     sample: int
     warmup_steps: int
     cooldown_steps: int = 0
+    names: Sequence[str] = ()
     contexts: list[Context] = field(default_factory=list)
     calls: int = 0
 
@@ -83,7 +86,7 @@ class Clock:
         found = moving(program)
         if found is None:
             return Clock(None, 0, warmup_steps)
-        return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps)
+        return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps, program.input_paths)
 
     def step(self, tensors: Sequence[Tensor], generation: Generation) -> Step:
         """How to run a call of a generation with these inputs."""
@@ -97,7 +100,9 @@ class Clock:
         doubtful = False
         for context in self.contexts:
             if context.generation is generation and _equal(context.conditioning, conditioning):
-                continued = self._continues(context, time, sample)
+                broken = self._broken(context, time, sample)
+                continued = not broken
+                context.why = context.why if continued else broken
                 context.steps = context.steps + 1 if continued else 1
                 doubtful = context.doubtful
                 context.doubtful = not generation.announced and time == context.timestep
@@ -112,43 +117,45 @@ class Clock:
         self.contexts.append(context)  # the latest last
         context.timestep, context.sample, context.call = time, sample.clone(), self.calls
         if context.steps == 1:
-            context.final = self._final(time, generation.timesteps)
+            context.left = _timesteps(time, generation.timesteps)
         context.broken = False
-        final = any(_same(_mean(time), each) for each in context.final)
-        exact = context.steps <= self.warmup_steps or final or doubtful or context.doubtful
-        return Step(context.number, exact, pace)
+        why = ""
+        if any(_same(_mean(time), each) for each in context.left[: self.cooldown_steps]):
+            why = f"the last steps are exact (cooldown_steps is {self.cooldown_steps})"
+        if context.steps <= self.warmup_steps:
+            why = context.why or f"the first steps are exact (warmup_steps is {self.warmup_steps})"
+        elif doubtful or context.doubtful:
+            why = "a timestep came twice, and nobody said which calls belong together (`module.generation` does)"
+        generation.count(why, last=bool(context.left) and _same(_mean(time), context.left[0]))
+        return Step(context.number, bool(why), pace)
 
     def restart(self) -> None:
         """Read no earlier state: a step has failed."""
         for context in self.contexts:
             context.broken = True
 
-    def _final(self, time: list[float], timesteps: Sequence[float]) -> list[float]:
-        """The last timesteps, in the model's unit, of a generation that begins at `time`; empty if not known."""
-        if not time or not self.cooldown_steps or any(each != time[0] for each in time):
-            return []
-        found: list[float] = []
-        farthest = -1
-        for unit in UNITS:  # 1 may be the first timestep of 1 … 0 or the last of 1000 … 1: take it as the first
-            left = sorted({each * unit for each in timesteps})
-            place = next((i for i, each in enumerate(left) if _same(each, time[0])), -1)
-            if place > farthest:
-                found, farthest = left[: self.cooldown_steps], place
-        return found
-
-    def _continues(self, context: Context, time: list[float], sample: Tensor) -> bool:
-        if context.broken or context.generation.sure:
-            return not context.broken
-        falling = all(now <= then for now, then in zip(time, context.timestep, strict=True))
-        again = time == context.timestep and (context.repeated or context.steps == 1)
-        leap = context.fall and _mean(context.timestep) - _mean(time) > MAX_FALL * context.fall
-        if not falling or again or leap or self.calls - context.call > MAX_GAP:
-            return False
+    def _broken(self, context: Context, time: list[float], sample: Tensor) -> str:
+        """Why a call does not continue a context; empty if it does."""
+        if context.broken:
+            return "a step failed"
+        if context.generation.sure:
+            return ""
+        if not all(now <= then for now, then in zip(time, context.timestep, strict=True)):
+            return "the timestep rose"
+        if time == context.timestep and (context.repeated or context.steps == 1):
+            return "a timestep came again"
+        if context.fall and _mean(context.timestep) - _mean(time) > MAX_FALL * context.fall:
+            return "the timestep fell much further than before"
+        if self.calls - context.call > MAX_GAP:
+            return "many other calls came between"
         now, then = _centered(sample), _centered(context.sample)
-        return bool((now * then).sum() > MIN_CORRELATION * now.norm() * then.norm())
+        if (now * then).sum() > MIN_CORRELATION * now.norm() * then.norm():
+            return ""
+        return "the sample changed too much between two steps, as if another picture began"
 
     def _new(self, generation: Generation, time: list[float], conditioning: list[Tensor], sample: Tensor) -> Context:
         """A context for new conditioning; replaces one that is no longer used, or the oldest of `CONTEXTS`."""
+        why = self._changed(generation, time, conditioning)
         left = [c for c in self.contexts if c.generation.ended or self._left(c, time)]
         number = len(self.contexts)
         if left or number >= CONTEXTS:
@@ -156,13 +163,38 @@ class Clock:
             self.contexts.remove(oldest)
             number = oldest.number
         context = Context(number, generation, [tensor.clone() for tensor in conditioning], time, sample, self.calls)
+        context.why = why
         self.contexts.append(context)
         return context
+
+    def _changed(self, generation: Generation, time: list[float], conditioning: list[Tensor]) -> str:
+        """Why a context begins at a later step than others of its generation; empty if it does not."""
+        others = [c for c in self.contexts if c.generation is generation and _mean(c.timestep) > _mean(time)]
+        if not others or self.timestep is None:
+            return ""
+        names = [name for i, name in enumerate(self.names) if i not in (self.timestep, self.sample)]
+        pairs = zip(names, others[-1].conditioning, conditioning, strict=False)
+        changed = [name for name, before, now in pairs if not torch.equal(before, now)]
+        return f"other inputs than the sample and the timestep change from step to step ({', '.join(changed[:3])})"
 
     def _left(self, context: Context, time: list[float]) -> bool:
         """Whether a context does not look as if it was used once more."""
         once = context.steps == 1 and context.timestep != time and not context.generation.sure
         return once or self.calls - context.call > MAX_GAP
+
+
+def _timesteps(time: list[float], timesteps: Sequence[float]) -> list[float]:
+    """The timesteps, rising and in the model's unit, of a generation that begins at `time`; empty if not known."""
+    if not time or any(each != time[0] for each in time):
+        return []
+    found: list[float] = []
+    farthest = -1
+    for unit in UNITS:  # 1 may be the first timestep of 1 … 0 or the last of 1000 … 1: take it as the first
+        rising = sorted({each * unit for each in timesteps})
+        place = next((i for i, each in enumerate(rising) if _same(each, time[0])), -1)
+        if place > farthest:
+            found, farthest = rising, place
+    return found
 
 
 def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

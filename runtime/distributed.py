@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import Counter
@@ -16,10 +17,12 @@ from torch import Tensor
 from .agreement import CallCheck, agree
 from .board import Board
 from .errors import DisagreementError, RankError
-from .executor import PlanLike, Report, Step, device_of
+from .executor import Compile, PlanLike, Report, Step, compilers, device_of
+from .graphs import StepGraphs, cuda_recorder
 from .network import Network
 from .step_runner import StepRunner
 
+log = logging.getLogger("fxpass")
 #: executors made by this process, by their member ranks; all members make them in the same order
 _counts: Counter[tuple[int, ...]] = Counter()
 _counting = threading.Lock()
@@ -52,7 +55,7 @@ class DistributedExecutor:
         *,
         group: Any = None,
         timeout: float = 600.0,
-        compile: bool = False,  # noqa: A002
+        compile: Compile = False,  # noqa: A002
     ) -> None:
         if not inside():
             raise RuntimeError(
@@ -86,17 +89,26 @@ class DistributedExecutor:
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> DistributedPlan:
         """Load a plan; compare it with the other ranks first. The first plan connects the ranks."""
         device = device_of(inputs)
+        inductor, graph = compilers(self.compile, device)
         board = self._join(device)
         self._plans += 1
         agree(board, self._plans, plan, weights, inputs)
         if self._network is None:
-            self._network = Network(*self._connected(device, board), board)
+            self._network = Network(*self._connected(device, board), board, self._group or dist.group.WORLD)
         network = self._network
         watch = CallCheck(network, plan.program.input_paths, inputs, device, self.traffic)
         runner = StepRunner.of(
-            plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=self.compile
+            plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
         )
-        return DistributedPlan(self, runner, watch)
+        graphs = None
+        if graph and (not runner.specs or network.maps(runner.specs, device)):
+            graphs = StepGraphs([runner], device, cuda_recorder(device))
+        elif graph:
+            log.warning(
+                "steps run without CUDA graphs: not all GPUs of the ranks can map each other's memory (other machines, "
+                "no peer access, several ranks on one GPU)"
+            )
+        return DistributedPlan(self, runner, watch, network, graphs)
 
     def begin(self, device: torch.device) -> None:
         """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
@@ -114,6 +126,8 @@ class DistributedExecutor:
         """Refuse later calls: this one failed between its first and last exchange, with messages in flight."""
         lines = str(error).strip().splitlines() or [type(error).__name__]  # another rank's error has its traceback
         self.ended = f"{' … '.join([lines[0], lines[-1]] if len(lines) > 1 else lines)}; {advice}"
+        if self._network and isinstance(error, RankError):
+            self._network.abort(error)
 
     def close(self) -> None:
         self._network = None
@@ -166,10 +180,19 @@ class DistributedExecutor:
 class DistributedPlan:
     """A plan loaded on this rank."""
 
-    def __init__(self, executor: DistributedExecutor, runner: StepRunner, watch: CallCheck) -> None:
+    def __init__(
+        self,
+        executor: DistributedExecutor,
+        runner: StepRunner,
+        watch: CallCheck,
+        network: Network,
+        graphs: StepGraphs | None,
+    ) -> None:
         self.executor = executor
         self.runner = runner
         self.watch = watch
+        self.network = network
+        self.graphs = graphs
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The flat outputs, the same on every rank.
@@ -186,7 +209,10 @@ class DistributedPlan:
             self.executor.broke(error)
             raise
         try:
-            return self.runner.run(weights, inputs, step.context, self.runner.mode(step), step.pace)
+            given = weights, inputs, step.context, self.runner.mode(step), step.pace
+            outputs = self.graphs.run(*given)[0] if self.graphs else self.runner.run(*given)
+            self.network.settle(self.runner.device)
+            return outputs
         except BaseException as error:
             self.executor.broke(error)
             raise
@@ -196,6 +222,8 @@ class DistributedPlan:
         return self.runner.reports
 
     def release(self) -> None:
+        if self.graphs:
+            self.graphs.close()  # before what they read
         if self.executor.ended:
             return
         try:

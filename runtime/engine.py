@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..capture import Call, CaptureError, broken_guard, capture_call, check_memory, guard_error, outdated, returned
+from ..capture.structure import Structure, WeightTable
+from ..capture.unread import Unread
 from ..ir.advice import FxpassWarning
 from ..ir.program import Program
 from .clock import Clock
 from .executor import EXACT, Executor, Loaded, PlanLike, Report, device_of
 from .generation import Generation, Generations
-from .structure import Structure, WeightTable
-from .unread import Unread
 
 SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
 GUARDED = 4  #: programs kept of one signature that differ only in guarded values; more captures in a row are an error
@@ -59,6 +59,7 @@ class Engine:
         self._generations = Generations()
         self._evicted: set[int] = set()  # hashes of the keys whose programs were evicted
         self._hinted = False  # whether the warning about evictions was given
+        self._said_idle = False  # whether the warning about steps that are all exact was given
         self._in_a_row = 0  # captures since the last call that reused a program
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -90,6 +91,7 @@ class Engine:
                 generation = self._generations.current()
                 generation.calls += 1
                 step = entry.clock.step(call.tensors, generation) if entry.clock else EXACT
+                self._say_idle(generation)
                 call_number = generation.calls if generation.announced else 0
                 step = replace(step, generation=generation.number, call=call_number)
                 outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
@@ -150,6 +152,18 @@ class Engine:
                 yield
             finally:
                 self._holder = None
+
+    def _say_idle(self, generation: Generation) -> None:
+        """Warn once of a generation without displaced steps, when it ends."""
+        why = "" if self._said_idle else generation.idle()
+        if why:
+            self._said_idle = True
+            warnings.warn(
+                f"{type(self.model).__name__}: no step of this generation was displaced, so it was as fast as with "
+                f"strategy='sync' (the steps were exact because {why})",
+                FxpassWarning,
+                stacklevel=CALLER,
+            )
 
     def _device(self, *arguments: Any) -> torch.device:
         """The device of a call, from its tensors and the first parameter."""

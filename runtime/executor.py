@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, fx
 
 from ..ir.program import Program
+
+#: how steps are compiled: True is "inductor" on the CPU, and "inductor+graph" on CUDA
+Compile = bool | Literal["inductor", "graph", "inductor+graph"]
+COMPILERS: tuple[str, ...] = get_args(get_args(Compile)[1])
 
 
 @dataclass(frozen=True)
@@ -112,3 +116,16 @@ class Executor(Protocol):
 def device_of(tensors: Sequence[Tensor]) -> torch.device:
     """The device of a call: that of its first tensor that is not on the CPU, for numbers may be there."""
     return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+
+
+def compilers(compile: Compile, device: torch.device) -> tuple[bool, bool]:  # noqa: A002
+    """Whether Inductor compiles the segments of steps, and whether steps are recorded as CUDA graphs.
+
+    Raises:
+        ValueError: CUDA graphs were asked for, and the model is on another device.
+    """
+    if isinstance(compile, bool):
+        return compile, compile and device.type == "cuda"
+    if "graph" in compile and device.type != "cuda":
+        raise ValueError(f"compile={compile!r} records CUDA graphs, but the model is on {device}; use compile=True")
+    return "inductor" in compile, "graph" in compile

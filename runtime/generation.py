@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
+
+MANY = 20  #: steps after which a generation whose end is not known has shown that none is displaced
 
 
 class Generation:
@@ -20,6 +23,9 @@ class Generation:
         ended: another one has begun in its place.
         number: how many were made before.
         calls: how many calls it has had.
+        displaced: how many of them were displaced.
+        reasons: for how many of the others each reason held.
+        finished: the last of its timesteps was reached.
     """
 
     def __init__(
@@ -31,7 +37,30 @@ class Generation:
         self.ended = False
         self.number = owner.count()
         self.calls = 0
+        self.displaced = 0
+        self.reasons: Counter[str] = Counter()
+        self.finished = False
         self._owner = owner
+
+    def count(self, why: str, *, last: bool) -> None:
+        """Count a step.
+
+        Args:
+            why: the reason for which it is exact; empty if it is displaced.
+            last: whether it is at the last timestep.
+        """
+        self.finished = self.finished or last
+        if why:
+            self.reasons[why] += 1
+        else:
+            self.displaced += 1
+
+    def idle(self) -> str:
+        """Why none of its steps was displaced, if there were enough to tell; empty otherwise."""
+        steps = self.reasons.total()
+        if self.displaced or not steps or not (self.finished or steps > MANY):
+            return ""
+        return "; ".join(f"{reason}: {count} of {steps}" for reason, count in self.reasons.most_common(3))
 
     def __enter__(self) -> Generation:
         self._owner.entered().append(self)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..ir.step import ChannelSpec
-from .channels import Channel, InProcessChannel, Tamper, TamperedChannel
-from .executor import EXACT, PlanLike, Report, Step, device_of
-from .step_code import Run
-from .step_runner import StepRunner
+from .channels import Channel, InProcessChannel, Tamper
+from .executor import EXACT, Compile, PlanLike, Report, Step, compilers, device_of
+from .graphs import StepGraphs, cuda_recorder
+from .step_runner import StepRunner, as_tensor, run_in_turns
 
 
 class LockstepExecutor:
@@ -31,7 +31,7 @@ class LockstepExecutor:
         *,
         tamper: Tamper | None = None,
         check: bool = False,
-        compile: bool = False,  # noqa: A002
+        compile: Compile = False,  # noqa: A002
     ) -> None:
         self.compile = compile
         self.world_size = world_size
@@ -61,6 +61,7 @@ class LockstepPlan:
         self.device = device_of(inputs)
         self.world = plan.world_size
         self._ends: list[list[Channel]] = []  #: of the context that is opened
+        inductor, graph = compilers(executor.compile, self.device)
         others: Counter[str] = Counter()  # what all ranks but the first receive is not counted
         self.ranks = [
             StepRunner.of(
@@ -69,11 +70,14 @@ class LockstepPlan:
                 partial(self._open, rank),
                 self.device,
                 others if rank else executor.traffic,
-                compile=executor.compile,
+                compile=inductor,
                 check=executor.check,
             )
             for rank in range(plan.world_size)
         ]
+        self.graphs: StepGraphs | None = None
+        if graph and not self.ranks[0].specs:  # messages between ranks have no fixed places here
+            self.graphs = StepGraphs(self.ranks, self.device, cuda_recorder(self.device))
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """Rank 0's outputs."""
@@ -88,8 +92,11 @@ class LockstepPlan:
         try:
             modes = [rank.mode(step) for rank in self.ranks]
             assert len(set(modes)) == 1
+            if self.graphs:
+                return self.graphs.run(weights, inputs, step.context, modes[0], step.pace)
             channels = [rank.channels(step.context) for rank in self.ranks]
-            runs = [rank.start(weights, inputs, step.context, modes[0], step.pace) for rank in self.ranks]
+            pace = as_tensor(step.pace)
+            runs = [rank.start(weights, inputs, step.context, modes[0], pace) for rank in self.ranks]
             return [outputs for outputs, _ in run_in_turns(runs, channels)]
         except BaseException:
             self._forget()  # some ranks have put more messages than others
@@ -106,45 +113,13 @@ class LockstepPlan:
     def _open(self, rank: int, specs: Sequence[ChannelSpec]) -> list[Channel]:
         """Called for rank 0 first: it opens the ends of all ranks."""
         if rank == 0:
-            ends = [InProcessChannel.of_all_ranks(spec, self.world, self.device) for spec in specs]
-            self._ends = [[self._tampered(of_ranks[r]) for of_ranks in ends] for r in range(self.world)]
+            tamper = self.executor.tamper
+            ends = [InProcessChannel.of_all_ranks(spec, self.world, self.device, tamper) for spec in specs]
+            self._ends = [[of_ranks[r] for of_ranks in ends] for r in range(self.world)]
         return self._ends[rank]
 
-    def _tampered(self, channel: InProcessChannel) -> Channel:
-        return TamperedChannel(channel, self.executor.tamper) if self.executor.tamper else channel
-
     def _forget(self) -> None:
+        if self.graphs:
+            self.graphs.close()
         for rank in self.ranks:
             rank.close()
-
-
-def run_in_turns(runs: Sequence[Run], channels: Sequence[Sequence[Channel]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """One step of all ranks: each runs until it needs what another has not put yet. Returns (outputs, state) of each.
-
-    Raises:
-        AssertionError: every rank waits for another one.
-    """
-    results: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-    at: dict[int, int | None] = dict.fromkeys(range(len(runs)))  #: the channel at whose get a rank waits
-    while len(results) < len(runs):
-        moved = False
-        for rank, ends in enumerate(channels):
-            if rank in results:
-                continue
-            waiting = at[rank]
-            while waiting is None or ends[waiting].ready():
-                moved = True
-                received = None if waiting is None else ends[waiting].get()
-                try:
-                    act, channel, packed = runs[rank].send(received)
-                except StopIteration as stop:
-                    results[rank] = stop.value
-                    break
-                waiting = None
-                if act == "put":
-                    ends[channel].put(packed)
-                else:
-                    waiting = channel
-            at[rank] = waiting
-        assert moved, f"every rank waits for another one, at channels {sorted({*at.values()} - {None})}"
-    return [results[rank] for rank in range(len(runs))]

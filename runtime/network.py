@@ -1,18 +1,28 @@
-"""One rank's connection to the others: opens channels, by shared memory if all ranks see it, else by a group."""
+"""One rank's connection to the others: opens channels, through memory that all ranks map, else by a group."""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..ir.step import ChannelSpec
-from .board import Board
+from . import processes, symmetric_memory
+from .board import POLL, Board
 from .channels import Channel
-from .messages import Route
+from .errors import RankError
 from .process_group import GroupChannel
-from .shared_memory import open_channels
+from .shared_memory import DISABLE, OPENING, open_channels
+from .symmetric_memory import SymmetricChannel, SymmetricMemory
+
+SPIN = 2e-4  #: seconds for which the end of a step on the device is polled without a pause
+PAUSE = 5e-5  #: seconds between two looks after that
+OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  #: environment variable of torch: several ranks on one GPU
 
 
 class Network:
@@ -23,14 +33,19 @@ class Network:
         urgent: another one, for what a step awaits. A group works off its messages in turn: in one group, the output of
             a step would wait for all that only the next step needs.
         blocking: the groups move host memory and their `wait` blocks the host (gloo).
+        registered: a process group that `torch.distributed` knows, of the same ranks, if there is one: GPUs of one
+            machine map each other's memory through it.
     """
 
-    def __init__(self, group: Any, urgent: Any, blocking: bool, board: Board) -> None:
+    def __init__(self, group: Any, urgent: Any, blocking: bool, board: Board, registered: Any = None) -> None:
         self.group = group
         self.urgent = urgent
         self.blocking = blocking
         self.board = board
+        self._registered = registered
         self._opened = 0
+        self._maps: bool | None = None  #: whether all GPUs can map each other's memory; None if nobody has looked
+        self._memories: list[SymmetricMemory] = []
 
     def open(self, specs: Sequence[ChannelSpec], device: torch.device) -> Sequence[Channel]:
         """Open channels for values on `device`. All ranks call it, for the same channels in the same order.
@@ -44,9 +59,73 @@ class Network:
             shared = open_channels(specs, self.board, self._opened)
             if shared is not None:
                 return shared
-        routes = [Route(spec, self.board.rank, self.board.world) for spec in specs]
-        return [GroupChannel(route, self._group_of(route.spec), device, self.blocking, self.board) for route in routes]
+        if self.maps(specs, device):
+            memory = symmetric_memory.allocated(specs, self._registered, self.board.rank, device, self.board.timeout)
+            self._memories.append(memory)
+            return [SymmetricChannel(memory, i, spec) for i, spec in enumerate(specs)]
+        return [GroupChannel(spec, self._group_of(spec), device, self.blocking, self.board) for spec in specs]
+
+    def maps(self, specs: Sequence[ChannelSpec], device: torch.device) -> bool:
+        """Whether these channels go through memory that all GPUs map. All ranks call it in the same order."""
+        if device.type != "cuda" or self._registered is None or not any(spec.closing for spec in specs):
+            return False
+        if self._maps is None:
+            card = json.dumps([processes.card().partition("|")[0], device.index or 0])
+            cards = [json.loads(each) for each in self.board.all_gather("gpus/card", card, OPENING)]
+            votes = self.board.all_gather("gpus/vote", json.dumps(_can_map(cards, device)), OPENING)
+            self._maps = all(map(json.loads, votes))
+        return self._maps
+
+    def settle(self, device: torch.device) -> None:
+        """Wait until the device has done all that it was given, and look at the board meanwhile.
+
+        Raises:
+            RankError: another rank failed, or the device waited too long for one.
+        """
+        if device.type != "cuda":
+            return
+        ended = torch.cuda.Event()
+        ended.record(torch.cuda.current_stream(device))
+        began = looked = time.monotonic()
+        while not ended.query():
+            now = time.monotonic()
+            if now - began > SPIN:
+                time.sleep(PAUSE)
+            if now - looked > POLL:
+                looked = now
+                try:
+                    self.board.check()
+                except RankError as error:
+                    self.abort(error)
+                    raise
+        for memory in self._memories:
+            memory.check()
+
+    def abort(self, error: RankError) -> None:
+        """End all waits for other ranks. Gloo cannot: its groups are never released if a rank hangs, for that waits."""
+        for memory in self._memories:
+            memory.abort()
+        for group in {self.group, self.urgent}:
+            if not self.blocking:
+                group.abort()
+            elif error.hangs:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
     def _group_of(self, spec: ChannelSpec) -> Any:
         """The group of a channel: the urgent one for what is never stale, so that displaced steps use it as well."""
         return self.urgent if spec.exchanges[0].fresh == "sync" else self.group
+
+
+def _can_map(cards: Sequence[tuple[str, int]], device: torch.device) -> bool:
+    """Whether this rank's GPU can map the memory of all others.
+
+    Args:
+        cards: of each rank: the machine, empty if it is not known, and the number of its GPU.
+    """
+    machines, devices = zip(*cards, strict=True)
+    if os.environ.get(DISABLE, "0") != "0" or not machines[0] or len(set(machines)) > 1:
+        return False
+    if len(set(devices)) < len(devices):
+        return os.environ.get(OVERLAP) == "1"
+    own = device.index or 0
+    return all(torch.cuda.can_device_access_peer(own, other) for other in devices if other != own)

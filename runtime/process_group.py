@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..ir.exchange import Exchange, Payloads
+from ..ir.step import ChannelSpec
 from .board import POLL, Board
 from .channels import assembled, no_message
-from .messages import Buffer, Message, Route
+from .messages import Message
 
 SMALL = 1 << 16  #: bytes; up to here gloo (not NCCL) is faster at an all-to-all than at an all-gather (0.6 and 1.0 ms)
 
@@ -45,18 +46,21 @@ class GroupChannel:
             can be checked.
     """
 
-    def __init__(self, route: Route, group: Any, device: torch.device, blocking: bool, board: Board) -> None:
-        self.route = route
+    def __init__(self, spec: ChannelSpec, group: Any, device: torch.device, blocking: bool, board: Board) -> None:
+        self.spec = spec
         self.group = group
         self.device = device
         self.host = torch.device("cpu") if blocking else device
         self.blocking = blocking
         self.board = board
-        rank, world = route.rank, route.world
-        self.blob = gathered(route.spec.exchanges, world)
+        rank, world = board.rank, board.world
+        self.blob = gathered(spec.exchanges, world)
         self.gather = self.blob > (SMALL if blocking else 0)
-        self.sends = [route.outgoing[r].size if r != rank else 0 for r in range(world)]
-        self.receives = [route.incoming[r].size if r != rank else 0 for r in range(world)]
+        others = [r for r in range(world) if r != rank]
+        self.outgoing = {dst: Message(spec.exchanges, rank, dst) for dst in others}
+        self.incoming = {src: Message(spec.exchanges, src, rank) for src in others}
+        self.sends = [self.outgoing[r].size if r != rank else 0 for r in range(world)]
+        self.receives = [self.incoming[r].size if r != rank else 0 for r in range(world)]
         # where each rank's message begins in the receive buffer
         self.starts = [self.blob * r for r in range(world)] if self.gather else [*accumulate([0, *self.receives[:-1]])]
         self._work: Any = None  #: of the message in flight
@@ -64,19 +68,18 @@ class GroupChannel:
 
     def put(self, packed: Sequence[Payloads]) -> None:
         self.close()
-        rank, world = self.route.rank, self.route.world
+        rank, world = self.board.rank, self.board.world
         if self.gather:
             other = (rank + 1) % world
             send = torch.empty(self.blob, dtype=torch.uint8, device=self.device)
-            self.route.outgoing[other].write([payloads[other] for payloads in packed], Buffer(send), 0)
+            self.outgoing[other].write([payloads[other] for payloads in packed], send, 0)
             receive = torch.empty(self.blob * world, dtype=torch.uint8, device=self.host)
             self._work = self.group._allgather_base(receive, send.to(self.host))
         else:
             send = torch.empty(sum(self.sends), dtype=torch.uint8, device=self.device)
-            buffer = Buffer(send)
             for dst, start in enumerate(accumulate(self.sends[:-1], initial=0)):
                 if dst != rank:
-                    self.route.outgoing[dst].write([payloads[dst] for payloads in packed], buffer, start)
+                    self.outgoing[dst].write([payloads[dst] for payloads in packed], send, start)
             receive = torch.empty(sum(self.receives), dtype=torch.uint8, device=self.host)
             self._work = self.group.alltoall_base(receive, send.to(self.host), self.receives, self.sends)
         self._arriving = receive
@@ -85,19 +88,18 @@ class GroupChannel:
         return self._work is None or self._work.is_completed()
 
     def get(self) -> list[Tensor]:
-        route = self.route
+        spec, rank = self.spec, self.board.rank
         if self._arriving is None:
-            return no_message(route.spec, route.rank, self.device)
+            return no_message(spec, rank, self.device)
         self.close()
-        buffer = Buffer(self._arriving.to(self.device))
-        if not route.spec.late:
+        buffer = self._arriving.to(self.device)
+        if not spec.late:
             self._arriving = None
-        nothing: Payloads = [None] * len(route.spec.exchanges)
+        nothing: Payloads = [None] * len(spec.exchanges)
         arrived = [
-            nothing if src == route.rank else route.incoming[src].read(buffer, start)
-            for src, start in enumerate(self.starts)
+            nothing if src == rank else self.incoming[src].read(buffer, start) for src, start in enumerate(self.starts)
         ]
-        return assembled(route.spec, route.rank, arrived, self.device)
+        return assembled(spec, rank, arrived, self.device)
 
     def close(self) -> None:
         """Wait for the message in flight."""
@@ -118,4 +120,4 @@ class GroupChannel:
                     raise self.board.lost(error) from error
             self.board.check()
             if time.monotonic() > deadline:
-                raise self.board.timed_out(str(self.route.spec))
+                raise self.board.timed_out(str(self.spec))

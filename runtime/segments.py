@@ -23,9 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ..ir.code import Segment, StepCode
 from ..ir.ops import Table, index_tensor, index_tensors_from
 from .executor import Report
-from .step_code import Segment, StepCode
 
 log = logging.getLogger("fxpass")
 _compiling = threading.Lock()  # torch traces in one thread at a time

@@ -34,7 +34,7 @@ from ..ir.step import ChannelSpec
 from .board import POLL, Board
 from .channels import assembled
 from .memory import check_available
-from .messages import Buffer, Message, Route
+from .messages import Message
 
 CPU = torch.device("cpu")
 TOKEN = 16  #: random bytes that identify a file: another container may have a process and a file of the same numbers
@@ -43,28 +43,36 @@ SPINS = 200  #: reads of a flag before a wait yields the processor
 YIELDING = 2e-3  #: seconds of yielding before a wait sleeps
 SLEEP = 1e-4  #: seconds between two reads of a flag by a wait that sleeps
 DISABLE = "FXPASS_SHM_DISABLE"  #: environment variable; set to 1 to use gloo between processes of one machine, too
+OPENING = "the other ranks to open the same plan"  #: what a rank waits for
 
 
-class FileLayout:
-    """The layout of a rank's file, which every rank computes for every other."""
+#: where a message lies in its sender's file, in both buffers: bytes from the beginning
+Offsets = tuple[int, int]
 
-    def __init__(self, specs: Sequence[ChannelSpec], rank: int, world: int) -> None:
-        self.places: list[dict[int, tuple[Message, tuple[int, int]]]] = []  #: by channel and reader: message, 2 offsets
-        self.size = TOKEN + FLAG * (2 * len(specs) + 1)
-        self.size += -self.size % FLAG
-        for spec in specs:
-            readers = [r for r in range(world) if r != rank]
-            place: dict[int, tuple[Message, tuple[int, int]]] = {}
-            if readers and all(exchange.broadcast for exchange in spec.exchanges):
-                place = dict.fromkeys(readers, self._room(Message(spec.exchanges, rank, readers[0])))
-            else:
-                place = {r: self._room(Message(spec.exchanges, rank, r)) for r in readers}
-            self.places.append(place)
 
-    def _room(self, message: Message) -> tuple[Message, tuple[int, int]]:
-        step = message.size + -message.size % FLAG
-        start, self.size = self.size, self.size + 2 * step
-        return message, (start, start + step)
+def file_layout(specs: Sequence[ChannelSpec], rank: int, world: int) -> tuple[int, list[dict[int, Offsets]]]:
+    """The size of a rank's file in bytes, and by channel and reader where its messages lie. Every rank computes it.
+
+    A message that is the same for all readers lies there once.
+    """
+    size = TOKEN + FLAG * (2 * len(specs) + 1)
+    size += -size % FLAG
+    places: list[dict[int, Offsets]] = []
+    for spec in specs:
+        place: dict[int, Offsets] = {}
+        broadcast = all(exchange.broadcast for exchange in spec.exchanges)
+        for reader in range(world):
+            if reader == rank:
+                continue
+            if place and broadcast:
+                place[reader] = next(iter(place.values()))
+                continue
+            step = Message(spec.exchanges, rank, reader).size
+            step += -step % FLAG
+            place[reader] = size, size + step
+            size += 2 * step
+        places.append(place)
+    return size, places
 
 
 class MappedFile:
@@ -75,7 +83,7 @@ class MappedFile:
         self.file = file
         self.memory = mmap.mmap(file.fileno(), size)
         self.flags = memoryview(self.memory).cast("q")
-        self.buffer = Buffer(torch.frombuffer(self.memory, dtype=torch.uint8))
+        self.buffer = torch.frombuffer(self.memory, dtype=torch.uint8)
 
     def ended(self) -> bool:
         """Whether its owner, another process, has ended. (Shared locks conflict with the owner's only.)"""
@@ -95,21 +103,34 @@ def read_flag(channel: int) -> int:
 
 
 class MemoryChannel:
-    """A channel through shared memory."""
+    """A channel through shared memory.
+
+    Args:
+        index: its number among the channels of the files.
+        files: of all ranks.
+        places: where the messages of each rank lie in its file, by reader.
+    """
 
     def __init__(
-        self, index: int, route: Route, files: Sequence[MappedFile], layouts: Sequence[FileLayout], board: Board
+        self,
+        spec: ChannelSpec,
+        index: int,
+        files: Sequence[MappedFile],
+        places: Sequence[dict[int, Offsets]],
+        board: Board,
     ) -> None:
-        self.route = route
+        self.spec = spec
         self.board = board
         self.number = 0  #: of the message put last
-        self.mine = files[route.rank]
+        rank, world = board.rank, board.world
+        self.mine = files[rank]
         self.sent, self.read = sent_flag(index), read_flag(index)
-        self.readers = [files[dst] for dst, message in route.outgoing.items() if message.size]
-        self.writers = [files[src] for src, message in route.incoming.items() if message.size]
-        places = layouts[route.rank].places[index]
-        once = {offsets: dst for dst, (_, offsets) in places.items()}  # a broadcast is written once
-        nothing: Payloads = [None] * len(route.spec.exchanges)
+        outgoing = {dst: Message(spec.exchanges, rank, dst) for dst in places[rank]}
+        incoming = {src: Message(spec.exchanges, src, rank) for src in range(world) if src != rank}
+        self.readers = [files[dst] for dst, message in outgoing.items() if message.size]
+        self.writers = [files[src] for src, message in incoming.items() if message.size]
+        once = {offsets: dst for dst, offsets in places[rank].items()}  # a broadcast is written once
+        nothing: Payloads = [None] * len(spec.exchanges)
         self.outgoing: list[list[tuple[Tensor, int, int]]] = []  #: by buffer: (where to, exchange, destination)
         self.incoming: list[list[Payloads]] = []  #: by buffer and source
         for turn in (0, 1):
@@ -117,14 +138,13 @@ class MemoryChannel:
                 [
                     (view, i, dst)
                     for offsets, dst in once.items()
-                    for i, view in enumerate(places[dst][0].read(self.mine.buffer, offsets[turn]))
+                    for i, view in enumerate(outgoing[dst].read(self.mine.buffer, offsets[turn]))
                     if view is not None
                 ]
             )
-            self.incoming.append([nothing] * route.world)
-            for src in route.incoming:
-                message, offsets = layouts[src].places[index][route.rank]
-                self.incoming[turn][src] = message.read(files[src].buffer, offsets[turn])
+            self.incoming.append([nothing] * world)
+            for src, message in incoming.items():
+                self.incoming[turn][src] = message.read(files[src].buffer, places[src][rank][turn])
 
     def put(self, packed: Sequence[Payloads]) -> None:
         self.mine.flags[self.read] = self.number  # the last message is not read after this
@@ -143,7 +163,7 @@ class MemoryChannel:
     def get(self) -> list[Tensor]:
         for writer in self.writers:
             self._wait(writer, self.sent, self.number)
-        return assembled(self.route.spec, self.route.rank, self.incoming[self.number % 2], CPU)
+        return assembled(self.spec, self.board.rank, self.incoming[self.number % 2], CPU)
 
     def close(self) -> None:
         pass
@@ -168,7 +188,7 @@ class MemoryChannel:
                 if other.ended() and flags[flag] < count:
                     raise self.board.lost(f"the process of rank {other.rank} has ended")
                 if now - began > self.board.timeout:
-                    raise self.board.timed_out(str(self.route.spec))
+                    raise self.board.timed_out(str(self.spec))
 
 
 def open_channels(specs: Sequence[ChannelSpec], board: Board, number: int) -> list[MemoryChannel] | None:
@@ -181,32 +201,27 @@ def open_channels(specs: Sequence[ChannelSpec], board: Board, number: int) -> li
         OSError: the machine has not enough memory left for the files of all ranks.
         RankError: a rank failed or did not arrive.
     """
-    layouts = [FileLayout(specs, rank, board.world) for rank in range(board.world)]
+    sizes, places = zip(*(file_layout(specs, rank, board.world) for rank in range(board.world)), strict=True)
     check_available(
-        sum(layout.size for layout in layouts),
+        sum(sizes),
         f"a call (its context is number {number}) with two buffers for each message of {board.world} ranks",
         "run fewer ranks, smaller inputs or fewer guidance branches",
     )
     token = secrets.token_bytes(TOKEN)
-    own = _or_none(lambda: _create(board.rank, layouts[board.rank].size, token))
+    own = _or_none(lambda: _create(board.rank, sizes[board.rank], token))
     card = {"process": os.getpid(), "file": own.file.fileno(), "token": token.hex()} if own else None
-    cards = _all_gather(board, f"memory/{number}/card", json.dumps(card))
-    files = [own if rank == board.rank else _map(rank, layouts[rank].size, card) for rank, card in enumerate(cards)]
+    cards = board.all_gather(f"memory/{number}/card", json.dumps(card), OPENING)
+    files = [own if rank == board.rank else _map(rank, sizes[rank], card) for rank, card in enumerate(cards)]
     files = [file for file in files if file is not None]
-    seen = _all_gather(board, f"memory/{number}/seen", json.dumps(len(files) == board.world))
+    seen = board.all_gather(f"memory/{number}/seen", json.dumps(len(files) == board.world), OPENING)
     board.store.delete_key(f"memory/{number}/card/{board.rank}")  # all ranks have read it
     if not all(map(json.loads, seen)):
         return None
     with torch.inference_mode(False):  # later calls write to the views, also outside inference mode
-        routes = [Route(spec, board.rank, board.world) for spec in specs]
-        return [MemoryChannel(index, route, files, layouts, board) for index, route in enumerate(routes)]
-
-
-def _all_gather(board: Board, key: str, text: str) -> list[str]:
-    """Set this rank's value of a key, and return those of all ranks."""
-    board.store.set(f"{key}/{board.rank}", text)
-    what = "the other ranks to open the same plan"
-    return [board.read(f"{key}/{rank}", what).decode() for rank in range(board.world)]
+        return [
+            MemoryChannel(spec, index, files, [of_channel[index] for of_channel in places], board)
+            for index, spec in enumerate(specs)
+        ]
 
 
 def _create(rank: int, size: int, token: bytes) -> MappedFile | None:

@@ -37,13 +37,14 @@ from ..ir.step import Mode
 from ..passes.lower_comm import StepPrograms
 from .board import GRACE, POLL, Board
 from .errors import RankError
-from .executor import PlanLike, Report, Step
+from .executor import Compile, PlanLike, Report, Step, compilers
 from .local import HOST, connect
 from .memory import check_shm
 from .network import Network
 from .operators import refuse_script
+from .processes import is_stopped
 from .step_runner import LoadedPlan, StepRunner, coder, placeholders
-from .wire import ClosedError, Connection, raise_file_limit
+from .wire import Connection, raise_file_limit
 
 CPU = torch.device("cpu")
 START = 300.0  #: seconds allowed for starting a worker or loading a plan, which import torch and users' modules
@@ -58,10 +59,11 @@ class SpawnExecutor:
         timeout: seconds that a rank waits for another.
     """
 
-    def __init__(self, world_size: int, *, timeout: float = 600.0, compile: bool = False) -> None:  # noqa: A002
+    def __init__(self, world_size: int, *, timeout: float = 600.0, compile: Compile = False) -> None:  # noqa: A002
         self.world_size = world_size
         self.timeout = timeout
         self.compile = compile
+        self.inductor, _ = compilers(compile, CPU)
         self.threads = _threads(world_size)
         self.processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -106,11 +108,13 @@ class SpawnExecutor:
         for rank, connection in enumerate(self._connections, 1):
             steps = StepPrograms(plan.graph, rank)
             loaded = LoadedPlan(
-                placeholders(plan.program), names, constants, shared, steps.channels, steps.state, self.compile
+                placeholders(plan.program), names, constants, shared, steps.channels, steps.state, self.inductor
             )
             connection.send(("load", self._numbers, loaded))
         self._answers(START)
-        runner = StepRunner.of(plan, 0, lambda specs: network.open(specs, CPU), CPU, self.traffic, compile=self.compile)
+        runner = StepRunner.of(
+            plan, 0, lambda specs: network.open(specs, CPU), CPU, self.traffic, compile=self.inductor
+        )
         self._plans[self._numbers] = found = SpawnPlan(self, self._numbers, plan, runner, shared)
         return found
 
@@ -156,7 +160,7 @@ class SpawnExecutor:
         if mode in plan.sent:
             return
         for rank, connection in enumerate(self._connections, 1):
-            code = coder(StepPrograms(plan.plan.graph, rank), compile=self.compile)(mode)
+            code = coder(StepPrograms(plan.plan.graph, rank), compile=self.inductor)(mode)
             connection.send(("code", plan.number, mode, code))
         self._answers(START)
         plan.sent.add(mode)
@@ -173,7 +177,7 @@ class SpawnExecutor:
             for connection in self._connections:
                 connection.send(("release", plan.number, unused))
             plan.runner.close()
-        except (ClosedError, RankError):  # the next call raises, with the reason
+        except (ConnectionError, RankError):  # the next call raises, with the reason
             return
 
     def _started(self) -> Network:
@@ -223,12 +227,15 @@ class SpawnExecutor:
 
         Raises:
             RankError: a worker failed, or did not answer in time.
-            ClosedError: one has ended.
+            ConnectionError: one has ended.
         """
         waiting = dict(zip(self._connections, range(1, self.world_size), strict=True))
         deadline = time.monotonic() + seconds
         while waiting:
-            for connection in select.select(list(waiting), [], [], POLL)[0]:
+            ready = select.select(list(waiting), [], [], POLL)[0]
+            if not ready and self._network:
+                self._network.board.check()
+            for connection in ready:
                 rank = waiting.pop(connection)
                 message = connection.receive()
                 if message[0] == "error":
@@ -248,7 +255,7 @@ class SpawnExecutor:
         try:
             yield
         except BaseException as error:
-            cause = self._cause(error) if isinstance(error, RankError | ClosedError) else error
+            cause = self._cause(error) if isinstance(error, RankError | ConnectionError) else error
             self.ended = f"{when}: {str(cause).partition(chr(10))[0] or type(cause).__name__}"  # Ctrl-C has no text
             self.close()
             if cause is error:
@@ -267,7 +274,7 @@ class SpawnExecutor:
                         return RankError(rank, message[2])
                     if message[0] == "error":
                         followers.append(RankError(rank, message[2]))
-            except ClosedError:
+            except ConnectionError:
                 process.wait(GRACE)
         for rank, process in enumerate(self.processes, 1):
             code = process.poll()
@@ -336,6 +343,8 @@ def _stop(creator: int, processes: list[subprocess.Popen[bytes]], connections: l
     for connection in connections:
         connection.close()
     for process in processes:
+        if is_stopped(process.pid):
+            process.kill()
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ir.code import Run, StepCode
 from ..ir.program import Program
 from ..ir.step import PACE, ChannelSpec, Mode, StateSpec
+from ..passes.codegen import step_code
 from ..passes.lower_comm import StepPrograms
 from .channels import Channel
 from .executor import PlanLike, Report, Step
-from .step_code import Run, StepCode, drive
 
 if TYPE_CHECKING:
     from .segments import Compiler
@@ -34,12 +35,14 @@ class LoadedPlan:
     compile: bool
 
 
-class History:
-    """What a context has run so far: it tells the mode of the next step."""
+class ContextState:
+    """What one rank keeps in one context: channels, state, and where the context stands."""
 
     def __init__(self) -> None:
-        self.steps = 0
-        self.exact = False  #: whether the last step was
+        self.channels: Sequence[Channel] | None = None  #: None until its first step starts
+        self.state: list[Tensor] = []
+        self.steps = 0  #: begun so far; counted on rank 0, which tells the others the mode
+        self.exact = False  #: whether the last one was
 
     def next(self, step: Step) -> Mode:
         """The mode of a step that follows the last one; it counts as run from now on."""
@@ -53,13 +56,21 @@ class History:
             return "exact"
         return displaced if paced else f"{displaced} unpaced"  # type: ignore[return-value]
 
+    def overwrite(self, values: Sequence[Tensor]) -> None:
+        """Take these values as the new state, at the addresses of the old one."""
+        held = {value.untyped_storage().data_ptr() for value in self.state}
+        moved = [
+            value.clone() if value is not old and value.untyped_storage().data_ptr() in held else value
+            for old, value in zip(self.state, values, strict=True)  # what moves to another place is copied first
+        ]
+        for old, value in zip(self.state, moved, strict=True):
+            if old is not value:
+                old.copy_(value)
 
-class ContextState:
-    """One rank's channels and state in one context."""
 
-    def __init__(self, channels: Sequence[Channel], state: Sequence[StateSpec], device: torch.device) -> None:
-        self.channels = channels
-        self.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in state]
+def as_tensor(pace: float) -> Tensor:
+    """The pace of a step, as programs take it."""
+    return torch.tensor(pace, dtype=torch.float64)
 
 
 class StepRunner:
@@ -69,19 +80,26 @@ class StepRunner:
         names: the placeholders of weights, constants and inputs, in this order.
         constants: those of the program, on `device`.
         state: what a context keeps.
+        specs: its channels.
         code: gives the code of a mode.
         open_channels: opens the channels of a context. All ranks open the same contexts in the same order.
         traffic: counts the bytes that this rank receives, by role.
         compiler: compiles the segments of the codes, which must have some.
+
+    Attributes:
+        fixed: keep the state at the same addresses, so that a step can be recorded as a graph.
     """
+
+    fixed = False
 
     def __init__(
         self,
         names: Sequence[str],
         constants: Sequence[Tensor],
         state: Sequence[StateSpec],
+        specs: Sequence[ChannelSpec],
         code: Callable[[Mode], StepCode],
-        open_channels: Callable[[], Sequence[Channel]],
+        open_channels: Callable[[Sequence[ChannelSpec]], Sequence[Channel]],
         device: torch.device,
         traffic: Counter[str],
         compiler: Compiler | None = None,
@@ -91,12 +109,12 @@ class StepRunner:
         self._state = state
         self._code = code
         self._open = open_channels
-        self._device = device
+        self.specs = specs
+        self.device = device
         self._traffic = traffic
         self._place = {name: i for i, name in enumerate([*names, PACE, *(spec.name for spec in state)])}
         self._orders: dict[StepCode, list[int]] = {}
-        self._contexts: dict[int, ContextState] = {}
-        self._histories: dict[int, History] = {}
+        self._contexts: defaultdict[int, ContextState] = defaultdict(ContextState)
 
     @staticmethod
     def of(
@@ -115,8 +133,9 @@ class StepRunner:
             placeholders(plan.program),
             [constant.to(device) for constant in plan.program.constants.values()],
             programs.state,
+            programs.channels,
             coder(programs, compile=compile, check=check),
-            lambda: open_channels(programs.channels),
+            open_channels,
             device,
             traffic,
             new_compiler(rank) if compile else None,
@@ -129,23 +148,28 @@ class StepRunner:
 
     def mode(self, step: Step) -> Mode:
         """The mode of a step, which counts as run from now on."""
-        return self._histories.setdefault(step.context, History()).next(step)
+        return self._contexts[step.context].next(step)
 
-    def start(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: float) -> Run:
+    def start(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: Tensor) -> Run:
         """A step, to be driven; it returns (outputs, new state).
 
         Args:
             weights, inputs: in the order of the program.
+            pace: 0-dim float64.
         """
-        here = self._context(context)
+        here = self._opened(context)
         code = self._code(mode)
         if code not in self._orders:
             self._orders[code] = [self._place[name] for name in code.placeholders]
-        pool = [*weights, *self._constants, *inputs, torch.tensor(pace, dtype=torch.float64), *here.state]
+        pool = [*weights, *self._constants, *inputs, pace, *here.state]
         values = [pool[i] for i in self._orders[code]]
         del pool
         compiled = self._compiler.segments(code) if self._compiler else None
-        outputs, here.state = yield from code.run(values, compiled)
+        outputs, state = yield from code.run(values, compiled)
+        if self.fixed:
+            here.overwrite(state)
+        else:
+            here.state = state
         self._traffic.update(code.received)
         return outputs, here.state
 
@@ -158,11 +182,13 @@ class StepRunner:
             RankError: another rank failed, left, or did not answer in time.
         """
         channels = self.channels(context)
-        return drive(self.start(weights, inputs, context, mode, pace), channels)[0]
+        return drive(self.start(weights, inputs, context, mode, as_tensor(pace)), channels)[0]
 
     def channels(self, context: int) -> Sequence[Channel]:
         """Those of a context, which is opened if it is new."""
-        return self._context(context).channels
+        channels = self._opened(context).channels
+        assert channels is not None
+        return channels
 
     def kept(self) -> list[Tensor]:
         """The state of all contexts."""
@@ -171,15 +197,64 @@ class StepRunner:
     def close(self) -> None:
         """Receive what is in flight, and forget all contexts. All ranks call it."""
         for context in self._contexts.values():
-            for channel in context.channels:
+            for channel in context.channels or ():
                 channel.close()
         self._contexts.clear()
-        self._histories.clear()
 
-    def _context(self, number: int) -> ContextState:
-        if number not in self._contexts:
-            self._contexts[number] = ContextState(self._open(), self._state, self._device)
-        return self._contexts[number]
+    def _opened(self, number: int) -> ContextState:
+        context = self._contexts[number]
+        if context.channels is None:
+            context.channels = self._open(self.specs)
+            context.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self._state]
+        return context
+
+
+def drive(run: Run, channels: Sequence[Channel]) -> tuple[list[Tensor], list[Tensor]]:
+    """Run one rank's step to its end; returns (outputs, new state)."""
+    received: list[Tensor] | None = None
+    try:
+        while True:
+            act, channel, packed = run.send(received)
+            received = None
+            if act == "put":
+                channels[channel].put(packed)
+            else:
+                received = channels[channel].get()
+            packed = None
+    except StopIteration as stop:
+        return stop.value
+
+
+def run_in_turns(runs: Sequence[Run], channels: Sequence[Sequence[Channel]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """One step of all ranks: each runs until it needs what another has not put yet. Returns (outputs, state) of each.
+
+    Raises:
+        AssertionError: every rank waits for another one.
+    """
+    results: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    at: dict[int, int | None] = dict.fromkeys(range(len(runs)))  #: the channel at whose get a rank waits
+    while len(results) < len(runs):
+        moved = False
+        for rank, ends in enumerate(channels):
+            if rank in results:
+                continue
+            waiting = at[rank]
+            while waiting is None or ends[waiting].ready():
+                moved = True
+                received = None if waiting is None else ends[waiting].get()
+                try:
+                    act, channel, packed = runs[rank].send(received)
+                except StopIteration as stop:
+                    results[rank] = stop.value
+                    break
+                waiting = None
+                if act == "put":
+                    ends[channel].put(packed)
+                else:
+                    waiting = channel
+            at[rank] = waiting
+        assert moved, f"every rank waits for another one, at channels {sorted({*at.values()} - {None})}"
+    return [results[rank] for rank in range(len(runs))]
 
 
 def new_compiler(rank: int) -> Compiler:
@@ -201,7 +276,7 @@ def coder(programs: StepPrograms, *, compile: bool = False, check: bool = False)
     def code(mode: Mode) -> StepCode:
         mode = programs.canonical(mode)
         if mode not in written:
-            written[mode] = StepCode.of(programs[mode], check=check, segmented=compile)
+            written[mode] = step_code(programs[mode], check=check, segmented=compile)
         return written[mode]
 
     return code

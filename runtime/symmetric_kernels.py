@@ -9,32 +9,31 @@ from triton.language.extra.cuda import globaltimer
 
 
 @triton.jit
-def signal(flags, channel, step):
-    """Write the number of this step into the own flag of `channel` on every rank: one program a rank.
+def signal(flags, step):
+    """Write the number of this step into flags of other ranks: one program each.
 
     Args:
-        flags: the address of the own row of flags on each rank [ranks], int64.
-        channel: the flag in that row.
+        flags: the addresses of the flags, int64 [readers].
         step: the number of this step, 0-dim int32.
     """
-    flag = tl.load(flags + tl.program_id(0)).to(tl.pointer_type(tl.int32)) + channel
+    flag = tl.load(flags + tl.program_id(0)).to(tl.pointer_type(tl.int32))
     tl.atomic_xchg(flag, tl.load(step), sem="release", scope="sys")
 
 
 @triton.jit
-def wait(flags, channel, channels, step, age, stopped, abort, timed_out, limit):
-    """Spin until each rank's flag of `channel` has reached the number of this step less `age`: one program a rank.
+def wait(flags, step, age, stopped, abort, timed_out, limit):
+    """Spin until each flag has reached the number of this step less `age`: one program each.
 
     Ends as well when the host sets `abort`, after `limit` nanoseconds, and at once if an earlier wait ended so; then it
     sets `stopped`, and `timed_out` if the limit was the reason.
 
     Args:
-        flags: the flags that other ranks write here [ranks, channels], int32.
+        flags: the addresses of the own flags of the senders, int64 [senders].
         step: the number of this step, 0-dim int32.
         stopped: 0-dim int32 on the device.
         abort, timed_out: addresses of int32 words in pinned memory of the host.
     """
-    flag = flags + tl.program_id(0) * channels + channel
+    flag = tl.load(flags + tl.program_id(0)).to(tl.pointer_type(tl.int32))
     abort_word = abort.to(tl.pointer_type(tl.int32))
     wanted = tl.load(step) - age
     began = globaltimer()

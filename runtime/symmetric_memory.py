@@ -1,17 +1,17 @@
 """Messages between the GPUs of one machine: each rank writes into memory of the others, also within CUDA graphs.
 
-Every rank holds one allocation that all ranks map (`torch.distributed._symmetric_memory`)::
+Every rank holds one allocation per context, which all ranks map (`torch.distributed._symmetric_memory`)::
 
     flags     int32 [ranks, channels]    the number of the last step whose message has come, by sender and channel
     messages  [channels, 2, ranks]       bytes, by channel, parity of the step, and sender
 
-A step counts itself on the device. It puts one message on each of its channels; the message lies in the buffer of the
-step's parity. `get` waits for the message of this step (exact) or of the step before (displaced) and returns it in
-place. Nothing is ever in flight that a later step would have to receive: a message that nobody reads is overwritten two
-steps later.
+A step counts itself on the device. It puts at most one message on each of its channels; the message lies in the buffer
+of the step's parity. `get` waits for the message of this step or of the step before. Nothing is ever in flight that a
+later step would have to receive: a message that nobody reads is overwritten two steps later.
 
-Two buffers are enough if each step ends with a channel that every rank puts and gets (the outputs). A rank that begins
-step t + 1 has then seen all others end step t, so that none of them still reads what it sent in step t - 1.
+Two buffers are enough because each step ends with the closing channel (`ChannelSpec.closing`). A rank that begins step
+t + 1 has then seen all others put their closing message of step t. So none of them still reads what it sent in step
+t - 1: displaced steps read such messages before they put their last one.
 """
 
 from __future__ import annotations
@@ -22,97 +22,104 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.exchange import Payloads
+from ..ir.step import ChannelSpec
+from .channels import assembled
 from .errors import RankError
+from .messages import Message
 
 ALIGNMENT = 256  #: bytes
 PARITIES = 2
 
 
+def message_places(specs: Sequence[ChannelSpec], world: int) -> tuple[int, list[list[list[int]]]]:
+    """The size of a rank's memory, and where its messages begin, by channel, parity and sender: bytes.
+
+    Every rank lays out its memory for the largest receiver, so that the places are the same everywhere.
+    """
+    total = _aligned(4 * world * len(specs))
+    places: list[list[list[int]]] = []
+    for spec in specs:
+        others = [[dst for dst in range(world) if dst != src] for src in range(world)]
+        sizes = [max(_aligned(Message(spec.exchanges, src, dst).size) for dst in others[src]) for src in range(world)]
+        places.append([])
+        for _ in range(PARITIES):
+            places[-1].append([total + sum(sizes[:src]) for src in range(world)])
+            total += sum(sizes)
+    return total, places
+
+
 class SymmetricMemory:
-    """One rank's end of all channels.
+    """One rank's view of the memory of all ranks, and the number of the step.
 
     Args:
-        sizes: for each channel, the bytes that rank `src` sends to rank `dst`: `sizes[channel][dst][src]`.
-        group: the name of a process group, or the group; used to exchange the addresses.
+        specs: the channels, one of them closing.
+        peers: the memory of each rank, bytes (uint8), zeros at first.
         timeout: seconds that a wait may take on the device.
 
-    All methods but the constructor, `check`, `abort` and `close` can be captured in a CUDA graph.
+    `signal`, `wait` and `advance` can be captured in a CUDA graph.
     """
 
-    def __init__(
-        self, sizes: Sequence[Sequence[Sequence[int]]], group: Any, rank: int, device: torch.device, timeout: float
-    ) -> None:
-        import torch.distributed._symmetric_memory as symmetric
+    def __init__(self, specs: Sequence[ChannelSpec], peers: Sequence[Tensor], rank: int, timeout: float) -> None:
+        self.rank = rank
+        self.world = len(peers)
+        self.peers = peers
+        self.timeout = timeout
+        self.device = peers[rank].device
+        _, self.places = message_places(specs, self.world)
+        self.handle: Any = None  #: keeps the mappings
+        self.number = 1  #: of the step, as the host counts; `step` is what the device counts
+        self.sent: set[int] = set()  #: the channels that have a message of this step
+        self.step = torch.ones((), dtype=torch.int32, device=self.device)
+        flags = [peer[: 4 * self.world * len(specs)].view(torch.int32).view(self.world, -1) for peer in peers]
+        self.flags = flags[rank]
+        self._prepare(specs, flags)
 
+    def _prepare(self, specs: Sequence[ChannelSpec], flags: Sequence[Tensor]) -> None:
+        """What the kernels need: the addresses of flags, and words by which the host and the device talk."""
         from . import symmetric_kernels
 
-        self.rank = rank
-        self.world = len(sizes[0]) if sizes else 1
-        self.timeout = timeout
-        self._sizes = sizes
         self._kernels: Any = symmetric_kernels
-        flags = self.world * len(sizes) * 4
-        starts, total = [], _aligned(flags)
-        for channel in sizes:  # every rank lays out its own memory for the largest receiver, so that offsets agree
-            largest = [_aligned(max(row[src] for row in channel)) for src in range(self.world)]
-            offsets = [[total + p * sum(largest) + sum(largest[:src]) for src in range(self.world)] for p in (0, 1)]
-            starts.append(offsets)
-            total += PARITIES * sum(largest)
-        self._starts: list[list[list[int]]] = starts
-        self.bytes = total  #: that each rank allocates
-        self._own = symmetric.empty(total, dtype=torch.uint8, device=device)
-        self._own.zero_()
-        torch.cuda.synchronize(device)
-        self._handle = symmetric.rendezvous(self._own, group)
-        self._peers = [self._handle.get_buffer(dst, (total,), torch.uint8) for dst in range(self.world)]
-        self._flags = self._own[:flags].view(torch.int32)
-        row = rank * len(sizes) * 4
-        addresses = [peer.data_ptr() + row for peer in self._peers]
-        self._rows = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self.step = torch.zeros((), dtype=torch.int32, device=device)
-        self._stopped = torch.zeros((), dtype=torch.int32, device=device)
+        self._theirs, self._mine = [], []  # by channel: this rank's flags at its readers; its senders' flags here
+        for index, spec in enumerate(specs):
+            others = [r for r in range(self.world) if r != self.rank]
+            readers = [dst for dst in others if Message(spec.exchanges, self.rank, dst).size]
+            senders = [src for src in others if Message(spec.exchanges, src, self.rank).size]
+            theirs = [flags[dst][self.rank, index].data_ptr() for dst in readers]
+            mine = [self.flags[src, index].data_ptr() for src in senders]
+            self._theirs.append(torch.tensor(theirs, dtype=torch.int64, device=self.device))
+            self._mine.append(torch.tensor(mine, dtype=torch.int64, device=self.device))
+        self._stopped = torch.zeros((), dtype=torch.int32, device=self.device)
         self._words = torch.zeros(2, dtype=torch.int32, pin_memory=True)  #: abort, timed out
-        self._handle.barrier()  # nobody writes before all have cleared their memory
 
-    def begin(self) -> None:
-        """Begin the next step."""
+    def signal(self, channel: int) -> None:
+        """Tell the readers of a channel that this step's message has come."""
+        flags = self._theirs[channel]
+        if len(flags):
+            self._kernels.signal[(len(flags),)](flags, self.step, num_warps=1)
+
+    def wait(self, channel: int, age: int) -> None:
+        """Wait for the messages of this step (`age` 0) or of the step before (1)."""
+        flags = self._mine[channel]
+        if len(flags):
+            abort, timed_out = (self._words.data_ptr() + 4 * i for i in range(2))
+            limit = int(self.timeout * 1e9)
+            arguments = (flags, self.step, age, self._stopped, abort, timed_out, limit)
+            self._kernels.wait[(len(flags),)](*arguments, num_warps=1)
+
+    def advance(self) -> None:
+        """The step has ended: the next one begins."""
         self.step += 1
+        self.begin(self.number + 1)
 
-    def put(self, channel: int, parity: int, messages: Sequence[Tensor | None]) -> None:
-        """Send this step's message to each rank: bytes (uint8), by destination; None where there is nothing to send.
+    def begin(self, number: int) -> None:
+        """Let a step have this number on the host. Where a graph is replayed, the device counts by itself."""
+        self.number = number
+        self.sent.clear()
 
-        Args:
-            parity: of the number of this step.
-        """
-        start = self._starts[channel][parity][self.rank]
-        for dst, message in enumerate(messages):
-            if message is not None and dst != self.rank:
-                self._peers[dst][start : start + message.numel()].copy_(message)
-        self._kernels.signal[(self.world,)](self._rows, channel, self.step, num_warps=1)
-
-    def get(self, channel: int, parity: int, age: int = 0) -> list[Tensor | None]:
-        """Wait for the messages of this step (`age` 0) or of the step before (1): bytes, by sender, in place.
-
-        They stay as they are until this rank has ended the step after the one that they belong to.
-        """
-        abort, timed_out = (self._words.data_ptr() + 4 * i for i in range(2))
-        self._kernels.wait[(self.world,)](
-            self._flags,
-            channel,
-            len(self._sizes),
-            self.step,
-            age,
-            self._stopped,
-            abort,
-            timed_out,
-            int(self.timeout * 1e9),
-            num_warps=1,
-        )
-        sizes, starts = self._sizes[channel][self.rank], self._starts[channel][(parity + age) % PARITIES]
-        return [
-            self._own[starts[src] : starts[src] + sizes[src]] if src != self.rank and sizes[src] else None
-            for src in range(self.world)
-        ]
+    def arrived(self, channel: int, age: int) -> bool:
+        """Whether `wait` would return at once. The host does not know: the device waits."""
+        return True
 
     def abort(self) -> None:
         """End all waits on the device, now and later; may be called from any thread."""
@@ -131,9 +138,89 @@ class SymmetricMemory:
         if self._words[0]:
             raise RankError(None, f"rank {self.rank} was told to stop waiting")
 
+
+class SymmetricChannel:
+    """A channel through symmetric memory."""
+
+    def __init__(self, memory: SymmetricMemory, index: int, spec: ChannelSpec) -> None:
+        self.memory = memory
+        self.index = index
+        self.spec = spec
+        rank, world, places = memory.rank, memory.world, memory.places[index]
+        nothing: Payloads = [None] * len(spec.exchanges)
+        self._outgoing: list[list[tuple[int, int, Tensor]]] = []  #: by parity: (exchange, destination, where to)
+        self._incoming: list[list[Payloads]] = []  #: by parity and source
+        for starts in places:
+            self._outgoing.append(
+                [
+                    (i, dst, view)
+                    for dst in range(world)
+                    if dst != rank
+                    for i, view in enumerate(Message(spec.exchanges, rank, dst).read(memory.peers[dst], starts[rank]))
+                    if view is not None
+                ]
+            )
+            own = memory.peers[rank]
+            self._incoming.append(
+                [
+                    nothing if src == rank else Message(spec.exchanges, src, rank).read(own, starts[src])
+                    for src in range(world)
+                ]
+            )
+
+    def put(self, packed: Sequence[Payloads]) -> None:
+        memory = self.memory
+        memory.sent.add(self.index)
+        outgoing = self._outgoing[memory.number % PARITIES]
+        if outgoing:
+            payloads = [packed[i][dst] for i, dst, _ in outgoing]
+            torch._foreach_copy_([view for _, _, view in outgoing], payloads)  # type: ignore[arg-type]
+        memory.signal(self.index)
+
+    def ready(self) -> bool:
+        return self.memory.arrived(self.index, self._age())
+
+    def get(self) -> list[Tensor]:
+        memory, age = self.memory, self._age()
+        memory.wait(self.index, age)
+        incoming = self._incoming[(memory.number - age) % PARITIES]
+        received = assembled(self.spec, memory.rank, incoming, memory.device)
+        if self.spec.closing:
+            memory.advance()
+        return received
+
+    def _age(self) -> int:
+        """How many steps ago the message that a `get` returns was put."""
+        return 0 if self.index in self.memory.sent else 1
+
     def close(self) -> None:
-        """Give the memory back. CUDA graphs that use it must be gone."""
-        self._peers, self._handle = [], None
+        pass
+
+
+def shared_memory(
+    specs: Sequence[ChannelSpec], group: Any, rank: int, device: torch.device, timeout: float
+) -> SymmetricMemory:
+    """Allocate the memory of all ranks, which all call it.
+
+    Args:
+        group: a registered process group, or its name; used to exchange the addresses.
+
+    Raises:
+        RuntimeError: a rank cannot map the memory of another.
+    """
+    import torch.distributed._symmetric_memory as symmetric
+
+    world = specs[0].exchanges[0].world
+    size, _ = message_places(specs, world)
+    own = symmetric.empty(size, dtype=torch.uint8, device=device)
+    own.zero_()
+    torch.cuda.synchronize(device)
+    handle = symmetric.rendezvous(own, group)
+    peers = [own if dst == rank else handle.get_buffer(dst, (size,), torch.uint8) for dst in range(world)]
+    memory = SymmetricMemory(specs, peers, rank, timeout)
+    handle.barrier()  # nobody writes before all have cleared their memory
+    memory.handle = handle
+    return memory
 
 
 def _aligned(size: int) -> int:

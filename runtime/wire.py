@@ -14,7 +14,9 @@ import resource
 import select
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +26,6 @@ from .operators import reference, resolve
 
 _HEADER = struct.Struct("<QQ")  # bytes of the message, file descriptors that come before it
 _PER_CALL = 200  # file descriptors per system call; Linux takes 253
-
-
-class ClosedError(EOFError):
-    """The other side has closed the connection or has ended."""
 
 
 class Connection:
@@ -40,7 +38,7 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, message: Any) -> None:
-        """Send a message. Raises `ClosedError` if the other side has ended."""
+        """Send a message. Raises `ConnectionError` if the other side has ended."""
         buffer = io.BytesIO()
         pickler = _Pickler(buffer)
         pickler.dump(message)
@@ -52,14 +50,14 @@ class Connection:
                 socket.send_fds(self._socket, [b"."], descriptors[i : i + _PER_CALL])
             self._socket.sendall(payload)
         except OSError as error:
-            raise ClosedError(str(error)) from None
+            raise ConnectionError(str(error)) from None
 
     def receive(self) -> Any:
-        """The next message; waits for it. Raises `ClosedError` at the end."""
-        return self.packet().open()
+        """The next message; waits for it. Raises `ConnectionError` at the end."""
+        return self.packet()()
 
-    def packet(self) -> Packet:
-        """The next message, still packed; waits for it. Raises `ClosedError` at the end."""
+    def packet(self) -> Callable[[], Any]:
+        """The next message, as a function that unpickles it, to be called once. Raises `ConnectionError` at the end."""
         size, count = _HEADER.unpack(self._exactly(_HEADER.size))
         descriptors: list[int] = []
         while len(descriptors) < count:
@@ -67,13 +65,13 @@ class Connection:
             try:
                 data, some, _, _ = socket.recv_fds(self._socket, 1, expected)
             except OSError as error:
-                raise ClosedError(str(error)) from None
+                raise ConnectionError(str(error)) from None
             if not data:
-                raise ClosedError("the connection ended in the middle of a message")
+                raise ConnectionError("the connection ended in the middle of a message")
             if len(some) != expected:
                 raise OSError("file descriptors were lost in transfer: the limit of open files is too low (ulimit -n)")
             descriptors += some
-        return Packet(self._exactly(size), descriptors)
+        return partial(_unpickled, self._exactly(size), descriptors)
 
     def ready(self, seconds: float) -> bool:
         """Whether a message (or the end) arrives within the time."""
@@ -89,27 +87,20 @@ class Connection:
             try:
                 count = self._socket.recv_into(view)
             except OSError as error:
-                raise ClosedError(str(error)) from None
+                raise ConnectionError(str(error)) from None
             if not count:
-                raise ClosedError("the connection ended")
+                raise ConnectionError("the connection ended")
             view = view[count:]
         return data
 
 
-class Packet:
-    """A received message, not yet unpickled."""
-
-    def __init__(self, data: bytearray, descriptors: list[int]) -> None:
-        self._data = data
-        self._descriptors = descriptors
-
-    def open(self) -> Any:
-        """Unpickle the message; call it once. Imports the modules that register its operators."""
-        try:
-            return _Unpickler(io.BytesIO(self._data), self._descriptors).load()
-        finally:
-            for descriptor in self._descriptors:
-                os.close(descriptor)
+def _unpickled(data: bytearray, descriptors: list[int]) -> Any:
+    """Unpickle a message; imports the modules that register its operators."""
+    try:
+        return _Unpickler(io.BytesIO(data), descriptors).load()
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def raise_file_limit(count: int) -> None:

@@ -21,61 +21,61 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
+from ..ir.code import StepCode
 from ..ir.step import Mode
 from .board import Board
 from .errors import RankError
 from .local import HOST, connect
 from .network import Network
-from .step_code import StepCode
 from .step_runner import LoadedPlan, StepRunner, new_compiler
-from .wire import ClosedError, Connection
+from .wire import Connection
 
 CPU = torch.device("cpu")
 
 
-class Plan:
-    """A loaded plan: the codes that the driving process has sent so far, and what they are called with."""
-
-    def __init__(self, network: Network, loaded: LoadedPlan) -> None:
-        self.weights = loaded.weights
-        self.inputs = loaded.inputs
-        self.codes: dict[Mode, StepCode] = {}
-        self.runner = StepRunner(
-            loaded.names,
-            loaded.constants,
-            loaded.state,
-            self.codes.__getitem__,
-            lambda: network.open(loaded.channels, CPU),
-            CPU,
-            Counter(),
-            new_compiler(network.board.rank) if loaded.compile else None,
-        )
-
-
 class Worker:
-    """Loaded plans by number, and the weights that they share."""
+    """Loaded plans by number, with the codes that the driving process has sent so far, and the weights they share."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.weights: dict[str, Tensor] = {}
-        self.plans: dict[int, Plan] = {}
+        self.plans: dict[int, LoadedPlan] = {}
+        self.codes: dict[int, dict[Mode, StepCode]] = {}
+        self.runners: dict[int, StepRunner] = {}
 
     def handle(self, message: tuple[Any, ...]) -> None:
         match message:
             case ("weights", tensors):
                 self.weights |= tensors
-            case ("load", number, loaded):
-                self.plans[number] = Plan(self.network, loaded)
+            case ("load", number, plan):
+                self.plans[number] = plan
+                self.codes[number] = {}
+                self.runners[number] = self.runner(plan, self.codes[number])
             case ("code", number, mode, code):
-                self.plans[number].codes[mode] = code
+                self.codes[number][mode] = code
             case ("release", number, unused):
-                self.plans.pop(number).runner.close()
+                self.runners.pop(number).close()
+                del self.plans[number], self.codes[number]
                 for name in unused:
                     del self.weights[name]
             case ("run", number, call, context, mode, pace):
                 self.network.board.call = call
                 plan = self.plans[number]
-                plan.runner.run([self.weights[name] for name in plan.weights], plan.inputs, context, mode, pace)
+                weights = [self.weights[name] for name in plan.weights]
+                self.runners[number].run(weights, plan.inputs, context, mode, pace)
+
+    def runner(self, plan: LoadedPlan, codes: dict[Mode, StepCode]) -> StepRunner:
+        return StepRunner(
+            plan.names,
+            plan.constants,
+            plan.state,
+            plan.channels,
+            codes.__getitem__,
+            lambda specs: self.network.open(specs, CPU),
+            CPU,
+            Counter(),
+            new_compiler(self.network.board.rank) if plan.compile else None,
+        )
 
 
 def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int) -> None:
@@ -93,7 +93,7 @@ def main(descriptor: int, rank: int, world: int, port: int, timeout: float, thre
             try:
                 if isinstance(message, BaseException):
                     raise message
-                message = message.open()
+                message = message()
                 worker.handle(message)
             except BaseException as error:
                 if not isinstance(error, RankError):
@@ -111,9 +111,9 @@ def _read(connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
         while True:
             while not connection.ready(2.0):
                 if os.getppid() != parent:
-                    raise ClosedError
+                    raise ConnectionError
             inbox.put(connection.packet())
-    except ClosedError:
+    except ConnectionError:
         os._exit(0)
     except BaseException as error:
         inbox.put(error)

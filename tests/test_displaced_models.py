@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fxpass
 from fxpass.capture import Call
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.inputs import moving
 from fxpass.ir.program import exchanges_of
@@ -27,7 +28,6 @@ from fxpass.runtime.executor import EXACT as EXACT_STEP
 from fxpass.runtime.executor import Step
 from fxpass.runtime.generation import Generations
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.structure import WeightTable
 from tests.test_exact import EXACT, captured, error
 
 PRESETS = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn")

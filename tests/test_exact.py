@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fxpass.capture import Call, capture
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.program import Program, exchanges_of
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import Case, case, cases, output_tensors
 from fxpass.plan import Plan, make_plan
 from fxpass.runtime.lockstep import LockstepExecutor, Tamper
-from fxpass.runtime.structure import WeightTable
 
 EXACT = 1e-5
 OVERHEAD = ("realign", "small", "rebalance")

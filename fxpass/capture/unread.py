@@ -1,18 +1,22 @@
-"""Stand-ins for arguments that a model seems not to read, for example the id of a prompt.
+"""Arguments that a model does not read, for example the id of a prompt: calls that differ in these share programs.
 
-A stand-in replaces such an argument in a recording, and raises at every use. So a recording that ends normally does not
-depend on the argument. Two uses cannot raise, `is` and `type()`. Therefore stand-ins replace only values that programs
-compare by `==`, and objects that are copied for the model anyway.
+That an argument is not read is a guess, which the next capture tests: a stand-in replaces the argument in a recording,
+and raises at every use. So a recording that ends normally does not depend on the argument. Two uses cannot raise, `is`
+and `type()`. Therefore stand-ins replace only values that programs compare by `==`, and objects that are copied for the
+model anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CaptureError
 from .objects import PLAIN, is_open
+
+if TYPE_CHECKING:
+    from .call import Call
 
 
 @dataclass(eq=False)
@@ -84,3 +88,40 @@ def may_be_unread(leaf: Any) -> bool:
     if isinstance(leaf, PLAIN):
         return type(leaf) in (str, bytes, int)  # not members of an `Enum`, which are compared by `is`
     return (is_open(leaf) and bool(vars(leaf))) or type(leaf).__eq__ is not object.__eq__
+
+
+class Unread:
+    """What is known of a model's arguments, by the keys of calls without those that are not read.
+
+    That an argument is not read is a guess when two calls differ in it alone. The next capture tests the guess: it
+    raises `CaptureError` if the model reads the argument.
+    """
+
+    def __init__(self) -> None:
+        self._unread: dict[Any, frozenset[int]] = {}  #: key without these leaves -> the leaves
+        self._read: set[Any] = set()  #: keys for which the guess was wrong
+
+    def reduced(self, call: Call, known: Iterable[Any]) -> Call:
+        """The call without what is not read, as far as known or guessed.
+
+        Args:
+            known: the keys of the programs that are kept, the least recently used first.
+        """
+        known = list(known)
+        if call.key in known:
+            return call
+        for unread in {*self._unread.values()}:
+            if (reduced := call.without(unread)).key in self._unread:
+                return reduced
+        for key in reversed(known):
+            unread = call.differs(key)
+            if unread and (reduced := call.without(unread)).key not in self._read:
+                self._unread[reduced.key] = unread
+                return reduced
+        return call
+
+    def refute(self, call: Call) -> Call:
+        """The same call with all its arguments: the guess was wrong."""
+        self._unread.pop(call.key, None)
+        self._read.add(call.key)
+        return call.without(frozenset())

@@ -53,6 +53,9 @@ class ChannelSpec:
     path: str  #: the module that it belongs to
     exchanges: tuple[Exchange, ...]  #: what travels together
     late: bool  #: whether the message of one step is read in the next
+    #: whether it ends every step: each rank sends each other rank something, after all other puts, and gets it after
+    #: all other gets
+    closing: bool = False
 
     def __str__(self) -> str:
         where = f" in {self.path}" if self.path else ""
@@ -83,19 +86,22 @@ def verify_step(program: StepProgram) -> None:
 
     Raises:
         AssertionError: the new state has other entries than the old one; a message of this step is awaited before it is
-            put, or one of the last step after that; a channel is used twice in one way.
+            put, or one of the last step after that; a channel is used twice in one way, or after the closing one.
     """
     (output,) = program.graph.find_nodes(op="output")
     _, after = output.args[0]
     assert len(after) == len(program.state), f"{len(after)} values for {len(program.state)} entries of the state"
     put_already: set[int] = set()
     got: set[tuple[int, bool]] = set()
+    closing = {i for i, spec in enumerate(program.channels) if spec.closing}
     for node in calls(program.graph):
         if node.target not in (put, get):
             continue
         channel: int = node.args[1] if node.target is put else node.args[0]  # type: ignore[assignment]
         spec = program.channels[channel]
         where = f"{program.mode} step of rank {program.rank}, {spec.name}"
+        ended = got if node.target is get else put_already
+        assert not closing & {each if isinstance(each, int) else each[0] for each in ended}, f"{where}: after the end"
         if node.target is put:
             assert channel not in put_already, f"{where}: put twice"
             put_already.add(channel)

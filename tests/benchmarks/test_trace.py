@@ -9,12 +9,13 @@ import fxpass
 from benchmarks.harness import DISPLACED
 from benchmarks.trace import Flight, Log, Span, Trace, watched
 from fxpass.capture import Call
+from fxpass.capture.structure import WeightTable
 from fxpass.models.small import case
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.channels import InProcessChannel
 from fxpass.runtime.executor import EXACT
-from fxpass.runtime.lockstep import LockstepExecutor, run_in_turns
-from fxpass.runtime.structure import WeightTable
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.step_runner import as_tensor, run_in_turns
 
 
 def log(lead: float) -> Log:
@@ -61,7 +62,7 @@ def test_a_watched_step_gives_the_same_output_and_records_every_message_and_oper
     ranks = [watched(plan, [of_ranks[rank] for of_ranks in ends], rank, (log, Log())[rank]) for rank in (0, 1)]
     for step in (EXACT, DISPLACED, DISPLACED):
         log.clear()
-        runs = [rank.start(weights, inputs, 0, rank.mode(step), step.pace) for rank in ranks]
+        runs = [rank.start(weights, inputs, 0, rank.mode(step), as_tensor(step.pace)) for rank in ranks]
         found = run_in_turns(runs, [rank.channels(0) for rank in ranks])
         assert torch.equal(found[0][0][0], plain.run(weights, inputs, step)[0])
     acts = [span.name.split()[0] for span in log.exchanges]

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fxpass.capture import Call, CaptureError, capture
 from fxpass.capture.evaluate import evaluate
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.strategy import Strategy
 from fxpass.plan import make_plan
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.structure import WeightTable
 
 TOKENS, HEADS, WIDTH = 12, 4, 16
 DOCUMENTS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2])

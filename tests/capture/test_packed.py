@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fxpass.capture import Call, broken_guard, capture
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.strategy import Strategy
 from fxpass.plan import make_plan
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.structure import WeightTable
 
 LENGTHS, OTHERS = torch.tensor([5, 3, 8]), torch.tensor([4, 6, 6])
 TOKENS, WIDTH = 16, 8

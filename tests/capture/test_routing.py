@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from fxpass.capture import Call, capture
 from fxpass.capture.evaluate import evaluate
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.program import calls
 from fxpass.ir.strategy import Strategy
 from fxpass.plan import make_plan
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.structure import WeightTable
 
 EXPERTS, CHOSEN, WIDTH = 4, 2, 6
 

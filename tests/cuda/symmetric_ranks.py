@@ -1,7 +1,6 @@
 """What each rank of test_symmetric_memory.py runs: `python -m tests.cuda.symmetric_ranks RANK WORLD FOLDER SCENARIO`.
 
-A toy step with many exchanges in a row: its exact form waits for what the others put in this step, its steady form uses
-what they put in the step before. `reference` computes the same on one rank after the other.
+A scenario is a strategy, whose steps in CUDA graphs are compared with lockstep, or what goes wrong in one.
 """
 
 from __future__ import annotations
@@ -9,184 +8,140 @@ from __future__ import annotations
 import os
 import random
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import fxpass
+from fxpass.capture import Call
+from fxpass.capture.structure import WeightTable
+from fxpass.ir.step import ChannelSpec
+from fxpass.models.small import case
 from fxpass.runtime.errors import RankError
-from fxpass.runtime.symmetric_memory import SymmetricMemory
+from fxpass.runtime.executor import EXACT, Step
+from fxpass.runtime.graphs import StepGraphs, cuda_recorder
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.step_runner import StepRunner
+from fxpass.runtime.symmetric_memory import SymmetricChannel, SymmetricMemory, allocated
+from tests.cuda.ranks import on, plain
 
-LAYERS, SIZE, STEPS = 12, 4096, 200
+STEPS = 200
 DEVICE = torch.device("cuda:0")
+LIMIT = {"killed": 4.0, "aborted": 60.0}  #: seconds that a wait may take on the device
 
 
-def modes(count: int) -> list[bool]:
-    """Whether each step is exact: the first, and some others."""
+def steps(count: int) -> list[Step]:
+    """The first step is exact, and some others are."""
     chance = random.Random(1)
-    return [k == 0 or chance.random() < 0.2 for k in range(count)]
+    return [
+        EXACT if k == 0 or chance.random() < 0.2 else Step(0, False, chance.uniform(0.5, 1.5)) for k in range(count)
+    ]
 
 
-def start(rank: int) -> Tensor:
-    return torch.randn(SIZE, generator=torch.Generator().manual_seed(rank)).to(DEVICE)
+class Rank:
+    """One rank of a small model, its steps in graphs; and all ranks in lockstep."""
+
+    def __init__(self, rank: int, world: int, strategy: str, timeout: float) -> None:
+        self.rank = rank
+        self.timeout = timeout
+        self.model: Any = case("unet_sdxl").build().to(DEVICE)
+        self.given = on(str(DEVICE), case("unet_sdxl").inputs(rows=32, seed=3, module=self.model))
+        self.drift = torch.randn(self.given["sample"].shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+        plan = fxpass.plan(fxpass.capture(self.model, **self.given), world_size=world, strategy=strategy)
+        self.stale = plan.exact_steps is not None
+        self.table = WeightTable(self.model, list(plan.program.weights.values()))
+        self.memory: SymmetricMemory
+        self.runner = StepRunner.of(plan, rank, self.open, DEVICE, Counter())
+        self.graphs = StepGraphs([self.runner], DEVICE, cuda_recorder(DEVICE))
+        self.lockstep = LockstepExecutor(world).load(plan, self.table.tensors(), self.call(0).tensors)
+
+    def open(self, specs: Sequence[ChannelSpec]) -> list[SymmetricChannel]:
+        self.memory = allocated(specs, dist.group.WORLD, self.rank, DEVICE, self.timeout)
+        return [SymmetricChannel(self.memory, i, spec) for i, spec in enumerate(specs)]
+
+    def call(self, k: int) -> Call:
+        return Call.of(self.model, (), self.given | {"sample": self.given["sample"] + 0.1 * k * self.drift})
+
+    def step(self, k: int, step: Step) -> list[Tensor]:
+        step = step if self.stale else EXACT
+        mode = self.runner.mode(step)
+        return self.graphs.run(self.table.tensors(), self.call(k).tensors, 0, mode, step.pace)[0]
+
+    def expected(self, k: int, step: Step) -> list[Tensor]:
+        step = step if self.stale else EXACT
+        return self.lockstep.run_all(self.table.tensors(), self.call(k).tensors, step)[self.rank]
 
 
-def drifted(x: Tensor, step: int) -> Tensor:
-    return x + 0.01 * step
-
-
-def layer(x: Tensor, others: list[Tensor]) -> Tensor:
-    """One rank's next value, from its own and the others' in rank order."""
-    return torch.tanh(1.3 * x - 0.7 * torch.stack(others).mean(0)).roll(1)
-
-
-def reference(world: int, exact: list[bool]) -> list[Tensor]:
-    """The outputs of each step [world, SIZE]."""
-    sent = [[torch.zeros(SIZE, device=DEVICE)] * LAYERS for _ in range(world)]
-    outputs = []
-    for step, now in enumerate(exact):
-        values = [drifted(start(rank), step) for rank in range(world)]
-        for k in range(LAYERS):
-            own = [values[rank].clone() for rank in range(world)]
-            there = own if now else [sent[rank][k] for rank in range(world)]
-            values = [layer(values[r], [there[src] for src in range(world) if src != r]) for r in range(world)]
-            for rank in range(world):
-                sent[rank][k] = own[rank]
-        outputs.append(torch.stack(values))
-    return outputs
-
-
-class Program:
-    """A rank's step over symmetric memory, captured once for each mode and parity."""
-
-    def __init__(self, memory: SymmetricMemory, rank: int, world: int) -> None:
-        self.memory, self.rank, self.world = memory, rank, world
-        self.input = start(rank)
-        self.outputs = torch.zeros(world, SIZE, device=DEVICE)
-        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
-        self.number = 0
-
-    def step(self, exact: bool, parity: int) -> None:
-        memory, x = self.memory, self.input
-        memory.begin()
-        for k in range(LAYERS):
-            if exact:
-                self._put(k, parity, x)
-            received = self._get(k, parity, 0 if exact else 1)
-            y = layer(x, [part for part in received if part is not None])
-            if not exact:
-                self._put(k, parity, x)
-            x = y
-        self._put(LAYERS, parity, x)
-        for src, part in enumerate(self._get(LAYERS, parity, 0)):
-            self.outputs[src].copy_(x if part is None else part)
-
-    def _put(self, channel: int, parity: int, x: Tensor) -> None:
-        message = x.view(torch.uint8)
-        self.memory.put(channel, parity, [None if dst == self.rank else message for dst in range(self.world)])
-
-    def _get(self, channel: int, parity: int, age: int) -> list[Tensor | None]:
-        return [m if m is None else m.view(torch.float32) for m in self.memory.get(channel, parity, age)]
-
-    def capture(self) -> None:
-        """Warm every kernel up, then record all four graphs; only then may a step run."""
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for parity in (1, 0):  # two whole steps, so that kernels are compiled
-                self.step(True, parity)
-                self.number += 1
+def compare(rank: Rank) -> None:
+    """All modes in turn equal lockstep, bit for bit, also after a weight changed in place; then how long each takes."""
+    for k, step in enumerate(steps(STEPS)):
+        if k == STEPS // 2:
+            next(rank.model.parameters()).data.mul_(1.1)
+        found, expected = rank.step(k, step), rank.expected(k, step)
         torch.cuda.synchronize()
-        pool = torch.cuda.graph_pool_handle()
-        for exact in (True, False):
-            for parity in (0, 1):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    self.step(exact, parity)
-                self.graphs[exact, parity] = graph
-        torch.cuda.synchronize()
-
-    def run(self, exact: bool) -> None:
-        self.number += 1
-        self.graphs[exact, self.number % 2].replay()
-
-
-def compare(program: Program, rank: int, world: int) -> None:
-    """All modes in turn, against the reference, bit for bit; then how long each takes."""
-    exact = modes(STEPS)
-    base, wrong = program.input.clone(), 0
-    found = []
-    for step, now in enumerate(exact):
-        program.input.copy_(drifted(base, step))
-        program.run(now)
-        found.append(program.outputs.clone())
-    torch.cuda.synchronize()
-    program.memory.check()
-    for step, (one, other) in enumerate(zip(found, reference(world, exact), strict=True)):
-        if not torch.equal(one, other):
-            wrong += 1
-            if wrong == 1:
-                print(f"rank {rank}: step {step} ({exact[step]}) differs by {(one - other).abs().max().item()}")
-    assert wrong == 0, f"rank {rank}: {wrong} of {STEPS} steps differ"
-    for name, mode in (("exact", True), ("steady", False)):
+        rank.memory.check()
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other), f"step {k} ({step}) differs by {(one - other).abs().max().item()}"
+    (context,) = rank.graphs._contexts.values()
+    print(f"rank {rank.rank}: graphs {sorted(context.graphs)}, {sum(p.numel() for p in rank.memory.peers)} bytes")
+    for name, step in (("exact", EXACT), ("displaced", Step(0, False, 1.0))):
+        for k in range(3):
+            rank.step(k, step)
         torch.cuda.synchronize()
         dist.barrier()
         began = time.perf_counter()
-        for _ in range(50):
-            program.run(mode)
+        for k in range(50):
+            rank.step(k, step)
         torch.cuda.synchronize()
-        if rank == 0:
-            print(f"{world} ranks, {name}: {(time.perf_counter() - began) * 20:.3f} ms a step of {LAYERS} exchanges")
-    program.memory.check()
+        if rank.rank == 0:
+            print(f"{name}: {(time.perf_counter() - began) * 20:.3f} ms a step")
 
 
-def lose(program: Program, rank: int, world: int, stop: Callable[[], None]) -> None:
+def lose(rank: Rank, last: bool) -> None:
     """The last rank is gone after a few steps; the others hear it, and their GPU still works."""
-    for step in range(10):
-        program.run(step == 0)
+    for k in range(8):
+        rank.step(k, EXACT if k < 3 else Step(0, False, 1.0))
     torch.cuda.synchronize()
     dist.barrier()
-    if rank == world - 1:
-        stop()
+    if last:
+        os._exit(0)
     began = time.perf_counter()
-    for _ in range(3):
-        program.run(False)
+    for k in range(3):
+        rank.step(k, Step(0, False, 1.0))
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     try:
-        program.memory.check()
+        rank.memory.check()
     except RankError as error:
         assert torch.arange(10, device=DEVICE).sum().item() == 45
-        print(f"rank {rank} was told after {seconds:.2f} s: {error}")
+        print(f"rank {rank.rank} raised after {seconds:.2f} s: {error}")
         return
     raise AssertionError("nobody noticed that a rank was gone")
 
 
+@torch.no_grad()
 def main() -> None:
-    rank, world, folder, scenario = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    torch.cuda.set_device(DEVICE)
+    number, world, folder, scenario = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    plain(str(DEVICE))
     store = dist.FileStore(str(folder / f"store-{scenario}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    message = 4 * SIZE
-    sizes = [[[0 if s == d else message for s in range(world)] for d in range(world)] for _ in range(LAYERS + 1)]
-    memory = SymmetricMemory(sizes, dist.group.WORLD, rank, DEVICE, timeout=30.0 if scenario == "compare" else 4.0)
-    program = Program(memory, rank, world)
-    began = time.perf_counter()
-    program.capture()
-    print(f"rank {rank}: captured in {time.perf_counter() - began:.2f} s, {memory.bytes} bytes of symmetric memory")
-    dist.barrier()
-    if scenario == "compare":
-        compare(program, rank, world)
-    elif scenario == "killed":
-        lose(program, rank, world, lambda: os._exit(0))
-    elif scenario == "aborted":
-        import threading
-
-        threading.Timer(1.0, memory.abort).start()
-        lose(program, rank, world, lambda: os._exit(0))
-    (folder / f"{scenario}-{rank}").write_text("done")
+    dist.init_process_group("gloo", store=store, rank=number, world_size=world)
+    fails = scenario in LIMIT
+    rank = Rank(number, world, "displaced" if fails else scenario, LIMIT.get(scenario, 30.0))
+    if not fails:
+        compare(rank)
+    else:
+        if scenario == "aborted":
+            rank.step(0, EXACT)  # opens the memory
+            threading.Timer(15.0, rank.memory.abort).start()
+        lose(rank, last=number == world - 1)
+    (folder / f"{scenario}-{number}").write_text("done")
     sys.stdout.flush()
     os._exit(0)  # a lost peer leaves the process group nothing to close
 

@@ -38,10 +38,12 @@ def _ranks(world: int, folder: Path, scenario: str) -> list[str]:
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("world", [2, 3])
-def test_exact_and_steady_steps_in_graphs_equal_a_sequential_reference_bit_for_bit(world: int, tmp_path: Path) -> None:
-    _ranks(world, tmp_path, "compare")
-    assert all((tmp_path / f"compare-{rank}").exists() for rank in range(world))
+@pytest.mark.parametrize(
+    ("world", "strategy"), [(2, "sync"), (2, "displaced"), (3, "displaced"), (2, "compressed"), (2, "pcpp")]
+)
+def test_steps_in_graphs_equal_lockstep_bit_for_bit(world: int, strategy: str, tmp_path: Path) -> None:
+    _ranks(world, tmp_path, strategy)
+    assert all((tmp_path / f"{strategy}-{rank}").exists() for rank in range(world))
 
 
 @pytest.mark.timeout(150)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpass.capture import Call, capture
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout
 from fxpass.ir.strategy import Strategy
@@ -25,7 +26,6 @@ from fxpass.passes.targets import find
 from fxpass.plan import Plan
 from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.structure import WeightTable
 from tests.passes.harness import Function, assert_equal, overlap, refreshed, same_bits, with_rounding
 
 PRESETS = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "pcpp")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxpass
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.comm import kept_bytes
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.merge import Moments
@@ -20,7 +21,6 @@ from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case, output_tensors
 from fxpass.runtime.executor import Step
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.structure import WeightTable
 from tests.runtime.plans import Block, block, parallel, steps, whole
 
 NAMES = ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp")

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from fxpass.ir import comm
 from fxpass.ir.step import Mode, StepProgram
+from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.passes.targets import find
 from fxpass.predict.memory import activations, weights_of
 from fxpass.predict.price import Prices
-from fxpass.runtime.step_code import StepCode
 from tests.inspect.plans import planned, small
 
 META = torch.device("meta")
@@ -64,7 +64,7 @@ def measured(program: StepProgram, inputs: tuple[str, ...]) -> int:
         given += values[-1].nbytes if node.target in inputs else 0
     alive = Alive()
     alive.known |= {each.untyped_storage()._cdata for each in values}
-    code = StepCode.of(program)
+    code = step_code(program)
     table = {name: alive.watched(each) if name.startswith("f") else each for name, each in code.table.items()}
     run = replace(code, table=table).run(values)
     received = None

@@ -42,13 +42,13 @@ STRATEGIES = [
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def attempt(action: Callable[[], Any]) -> str:
-    """The error that an action raises, and how long it took."""
+def attempt(action: Callable[[], Any], limit: int = 30) -> str:
+    """The error that an action raises, and whether it took less than `limit` seconds."""
     start = time.monotonic()
     try:
         action()
     except Exception as error:
-        return f"{type(error).__name__} after {'<30 s' if time.monotonic() - start < 30 else 'long'}: {error}"
+        return f"{type(error).__name__} after {f'<{limit} s' if time.monotonic() - start < limit else 'long'}: {error}"
     return "nothing"
 
 
@@ -240,6 +240,14 @@ def killed() -> dict[str, Any]:
     return {"error": attempt(lambda: module(*inputs()))}
 
 
+def stopped() -> dict[str, Any]:
+    module = parallel(block(), DistributedExecutor(WORLD, timeout=600))
+    module(*inputs())
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return {"error": attempt(lambda: module(*inputs()), limit=10)}
+
+
 def uneven() -> dict[str, Any]:
     """Ranks 0 and 1, and ranks 1 and 2, each run a model of their own: rank 1 has one executor more than the others."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -266,14 +274,14 @@ def first_call_fails() -> dict[str, Any]:
     return {"error": attempt(lambda: module(*inputs()))}
 
 
-SCENARIOS = [everything, killed, uneven, alone, first_call_fails]
+SCENARIOS = [everything, killed, stopped, uneven, alone, first_call_fails]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     result = {each.__name__: each for each in SCENARIOS}[sys.argv[1]]()
     Path(sys.argv[2], f"{RANK}.json").write_text(json.dumps(result))
     # rank 0 keeps the store
-    if sys.argv[1] == "killed":
+    if sys.argv[1] in ("killed", "stopped"):
         survivors = [rank for rank in range(WORLD) if rank != 1]
         until = time.monotonic() + 60
         while not all(Path(sys.argv[2], f"{rank}.json").exists() for rank in survivors) and time.monotonic() < until:

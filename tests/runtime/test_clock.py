@@ -34,7 +34,7 @@ SAMPLERS = {
 
 
 def clock(warmup: int = 2) -> Clock:
-    return Clock(timestep=1, sample=0, warmup_steps=warmup)
+    return Clock(timestep=1, sample=0, warmup_steps=warmup, names=("sample", "timestep", "prompt"))
 
 
 def trajectory(name: str, count: int, seed: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -310,6 +310,54 @@ def test_no_step_is_taken_for_the_last_where_the_timesteps_are_not_known(known: 
     else:
         other = [(sample, time + 17.3) for sample, time in calls] if known == "of another generation" else []
         assert cooled(calls, other, 1) == [True] * 2 + [False] * 18
+
+
+def times(calls: list[tuple[Tensor, Tensor]]) -> list[float]:
+    return [float(time) for _, time in calls]
+
+
+def test_a_generation_with_displaced_steps_is_not_idle() -> None:
+    calls = trajectory("ddim", 10, 0)
+    generation = announced(times(calls))
+    exact(clock(), calls, generation=generation)
+    assert (generation.finished, generation.displaced, generation.idle()) == (True, 8, "")
+
+
+def test_a_generation_of_warm_up_steps_alone_says_so_at_its_last_timestep() -> None:
+    calls = trajectory("ddim", 4, 0)
+    generation, watch = announced(times(calls)), clock(warmup=4)
+    exact(watch, calls[:-1], generation=generation)
+    assert generation.idle() == ""
+    exact(watch, calls[-1:], generation=generation)
+    assert generation.idle() == "the first steps are exact (warmup_steps is 4): 4 of 4"
+
+
+def test_img2img_with_few_timesteps_left_says_so() -> None:
+    generation = announced(times(trajectory("ddim", 20, 0)))
+    exact(clock(), trajectory("ddim", 20, 0, start=18), generation=generation)
+    assert "the first steps are exact (warmup_steps is 2): 2 of 2" in generation.idle()
+
+
+def test_inputs_that_change_from_step_to_step_are_named() -> None:
+    calls = trajectory("ddim", 6, 0)
+    generation, watch = announced(times(calls)), clock()
+    for k, (sample, time) in enumerate(calls):
+        watch.step([sample, time, PROMPT + k], generation)
+    assert "change from step to step (prompt): 5 of 6" in generation.idle()
+
+
+def test_samples_that_hardly_correlate_are_named() -> None:
+    calls = [(torch.randn(1, 4, 16, 16), torch.tensor(9.0 - k)) for k in range(8)]
+    generation = announced(times(calls))
+    exact(clock(), calls, generation=generation)
+    assert "the sample changed too much between two steps" in generation.idle()
+
+
+def test_timesteps_that_repeat_in_a_generation_that_nobody_announced_are_named() -> None:
+    calls = [each for each in trajectory("ddim", 15, 0) for _ in range(2)]
+    generation = Generation(Generations())
+    exact(clock(warmup=1), calls, generation=generation)
+    assert "module.generation" in generation.idle()
 
 
 def test_without_a_timestep_all_steps_are_exact() -> None:

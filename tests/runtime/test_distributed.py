@@ -158,17 +158,23 @@ def test_an_error_on_one_rank_in_the_first_call_is_raised_on_the_others(tmp_path
     assert all("mat1 and mat2" in rank["error"] for rank in seen)
 
 
+@pytest.mark.parametrize("what", ["killed", "stopped"])
 @pytest.mark.parametrize(("transport", "world"), [("memory", 3), ("gloo", 2)])
-def test_a_killed_rank_is_reported_on_all_others(transport: str, world: int, tmp_path: Path) -> None:
+def test_a_killed_or_stopped_rank_is_reported_on_all_others(
+    what: str, transport: str, world: int, tmp_path: Path
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = ENVIRONMENT | TRANSPORTS[transport]
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    command = [sys.executable, "-m", "tests.runtime.ranks", "killed", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.runtime.ranks", what, str(tmp_path)]
     ranks = [subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank)}) for rank in range(world)]
-    assert [rank.wait(120) for rank in ranks] == [0, -signal.SIGKILL, 0][:world]
-    for rank in (0, 2)[: world - 1]:
+    survivors = [rank for rank in range(world) if rank != 1]
+    assert [ranks[rank].wait(120) for rank in survivors] == [0] * len(survivors)
+    ranks[1].kill()
+    assert ranks[1].wait(10) == -signal.SIGKILL
+    for rank in survivors:
         error = json.loads((tmp_path / f"{rank}.json").read_text())["error"]
-        assert error.startswith("RankError after <30 s: rank")
-        assert "lost its connection to another rank" in error
+        assert error.startswith(f"RankError after <{30 if what == 'killed' else 10} s: rank"), error
+        assert ("lost its connection to" if what == "killed" else "its process is stopped") in error

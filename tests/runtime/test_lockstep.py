@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fxpass.capture import capture
+from fxpass.capture.structure import WeightTable
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.program import exchanges_of
 from fxpass.ir.step import StepProgram
+from fxpass.passes.codegen import step_code
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.step_code import StepCode, drive
-from fxpass.runtime.structure import WeightTable
+from fxpass.runtime.step_runner import drive
 from tests.runtime.plans import CutPlan, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 
 
@@ -90,7 +91,7 @@ def test_values_are_freed_after_their_last_use() -> None:
         x = graph.call_function(torch.ops.aten.add.Tensor, (x, 1.0))
     x.meta["path"] = "mid.block"
     graph.output(([x], []))
-    code = StepCode.of(StepProgram(0, "exact", graph, (), ()))
+    code = step_code(StepProgram(0, "exact", graph, (), ()))
     assert len(re.findall(r"del v\d", code.source)) == 5  # all but what is returned
     assert "mid.block" in code.lines[-4]
     (outputs, _) = drive(code.run([torch.zeros(2)]), [])

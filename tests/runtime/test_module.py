@@ -439,3 +439,16 @@ def test_loops_in_two_threads_never_read_each_others_state() -> None:
     for i, found in enumerate(results):
         alone = parallel(block(), LockstepExecutor(2), strategy)
         assert all(torch.equal(a, alone(*call)["sample"]) for a, call in zip(found, calls[i], strict=True))
+
+
+def test_a_generation_in_which_no_step_can_be_displaced_warns_once_at_its_end() -> None:
+    module = parallel(block(), LockstepExecutor(2), replace(Strategy.of("displaced"), warmup_steps=4))
+    calls = steps(3, seed=3)
+    with module.generation([float(time) for _, time in calls]):
+        for call in calls[:2]:
+            module(*call)
+        with pytest.warns(fxpass.FxpassWarning, match=r"no step of this generation was displaced.*warmup_steps is 4"):
+            module(*calls[2])
+    with module.generation([float(time) for _, time in calls]):
+        for call in calls:
+            module(*call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, full
 from fxpass.ir.merge import Reduce
 from fxpass.ir.step import ChannelSpec
-from fxpass.runtime.messages import Route
 from fxpass.runtime.process_group import GroupChannel, padding
 from tests.passes.harness import rows
 from tests.properties import given
@@ -61,6 +61,11 @@ class Mailbox:
         self.deliver()
 
 
+def board(rank: int, world: int) -> Any:
+    """A board without other ranks."""
+    return SimpleNamespace(rank=rank, world=world)
+
+
 def through_channels(
     exchanges: Sequence[Exchange], values: list[list[Tensor]]
 ) -> tuple[list[list[Tensor]], list[bool]]:
@@ -68,8 +73,7 @@ def through_channels(
     world = len(values)
     spec = ChannelSpec("exchange", "", tuple(exchanges), late=False)
     ends: list[Mailbox] = []
-    nobody: Any = None
-    channels = [GroupChannel(Route(spec, rank, world), Mailbox(ends), CPU, False, nobody) for rank in range(world)]
+    channels = [GroupChannel(spec, Mailbox(ends), CPU, False, board(rank, world)) for rank in range(world)]
     for rank, channel in enumerate(channels):
         channel.put([each.pack(rank, x) for each, x in zip(exchanges, values[rank], strict=True)])
     received = [channel.get() for channel in channels]

@@ -17,10 +17,10 @@ from torch import Tensor
 import fxpass
 from fxpass.capture import capture
 from fxpass.ir.strategy import Strategy
+from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.executor import EXACT
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.step_code import StepCode
 from tests.runtime.plans import block, broken_on_rank_1, cut_plan, inputs, parallel, steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def test_blocks_that_repeat_share_their_segments() -> None:
     for depth in (2, 4):
         model = torch.nn.Sequential(*(Layer() for _ in range(depth))).eval()
         plan = cut_plan(capture(model, torch.randn(1, 32, 8)), 2)
-        code = StepCode.of(StepPrograms(plan.graph, 0)["exact"], segmented=True)
+        code = step_code(StepPrograms(plan.graph, 0)["exact"], segmented=True)
         calls = code.source.count("compiled[")
         counts.append((calls, len(code.segments)))
     (few, distinct), (many, same) = counts

@@ -185,16 +185,42 @@ def test_a_worker_that_raises_ends_the_call_with_its_traceback() -> None:
 
 def test_a_worker_that_is_killed_or_hangs_ends_the_call() -> None:
     model = block()
-    for kill, words in ((True, "killed by SIGKILL"), (False, "waited 3 s for exchange")):
-        module = parallel(model, SpawnExecutor(2, timeout=60 if kill else 3))
+    cases = (
+        (60, True, "killed by SIGKILL"),
+        (1.5, False, "waited 1.5 s for exchange"),
+        (600, False, "process is stopped"),
+    )
+    for timeout, kill, words in cases:
+        module = parallel(model, SpawnExecutor(2, timeout=timeout))
         module(*inputs())
         (child,) = pids(module)
         os.kill(child, signal.SIGSTOP)
         if kill:
             threading.Timer(0.5, os.kill, (child, signal.SIGKILL)).start()
+        began = time.monotonic()
         with pytest.raises(RankError, match=words):
             module(*inputs())
+        assert time.monotonic() - began < 10
         assert gone([child], 0.1)
+
+
+def test_a_worker_that_is_stopped_after_its_last_exchange_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = SpawnExecutor(2, timeout=600)
+    module = parallel(block(), executor)
+    module(*inputs())
+    (child,) = executor.processes
+    answers = executor._answers
+
+    def wait_for_stopped(seconds: float) -> None:
+        os.kill(child.pid, signal.SIGSTOP)
+        executor._connections[0].receive()  # its answer, if it was sent: none comes after it
+        answers(seconds)
+
+    monkeypatch.setattr(executor, "_answers", wait_for_stopped)
+    began = time.monotonic()
+    with pytest.raises(RankError, match="process is stopped"):
+        module(*inputs())
+    assert time.monotonic() - began < 10
 
 
 def test_a_worker_that_ends_before_its_first_exchange_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

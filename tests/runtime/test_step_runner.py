@@ -11,17 +11,17 @@ from torch import Tensor, fx, nn
 
 import fxpass
 from fxpass.capture import Call
+from fxpass.capture.structure import WeightTable
 from fxpass.ir import comm
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.step import MODES, StepProgram, verify_step
 from fxpass.models.small import case
+from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.channels import InProcessChannel, Tamper
 from fxpass.runtime.executor import EXACT, Step
-from fxpass.runtime.lockstep import LockstepExecutor, run_in_turns
-from fxpass.runtime.step_code import StepCode
-from fxpass.runtime.step_runner import History
-from fxpass.runtime.structure import WeightTable
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.step_runner import ContextState, run_in_turns
 from tests.runtime.plans import block, inputs
 
 WORLD = 3
@@ -31,14 +31,14 @@ STEPS = [("E", 0.0), ("E", 0.0), ("D", 0.8), ("D", 1.3), ("D", 0.7), ("E", 0.0),
 
 
 @cache
-def planned(name: str, strategy: str) -> tuple[nn.Module, dict[str, Any], fxpass.Plan]:
+def planned(name: str, strategy: str, rows: int = 32) -> tuple[nn.Module, dict[str, Any], fxpass.Plan]:
     if name == "block":
         model: nn.Module = block()
         sample, timestep = inputs()
         given: dict[str, Any] = {"sample": sample, "timestep": timestep}
     else:
         model = case(name).build()
-        given = case(name).inputs(rows=32, seed=3, module=model)
+        given = case(name).inputs(rows=rows, seed=3, module=model)
     return model, given, fxpass.plan(fxpass.capture(model, **given), world_size=WORLD, strategy=strategy)
 
 
@@ -105,7 +105,7 @@ def test_modes_share_a_program_where_nothing_tells_them_apart() -> None:
 
 
 def test_the_mode_of_a_step_follows_from_the_steps_before() -> None:
-    history = History()
+    history = ContextState()
     with pytest.raises(ValueError, match="first step of a context is exact"):
         history.next(Step(0, exact=False))
     given = [("E", 0.0), ("D", 1.0), ("D", 1.0), ("D", 0.0), ("E", 1.0), ("D", 1.0), ("E", 0.0), ("D", 0.0)]
@@ -173,7 +173,7 @@ def test_ranks_that_wait_for_each_other_are_an_error() -> None:
     programs = [StepPrograms(plan.graph, rank)["exact"] for rank in range(WORLD)]
     programs[0] = _edited(programs[0], lambda graph: graph.erase_node(_uses(graph, comm.put)[0]))
     ends = [InProcessChannel.of_all_ranks(spec, WORLD, CPU) for spec in programs[0].channels]
-    codes = [StepCode.of(program) for program in programs]
+    codes = [step_code(program) for program in programs]
     runs = [code.run([values[name] for name in code.placeholders]) for code in codes]
     # the others wait for what rank 0 never puts, and rank 0 for what they put later
     with (

@@ -119,9 +119,7 @@ def channels() -> list[GroupChannel]:
 
 def under_way(late: bool = True) -> int:
     """On how many channels a message is; those that compare the calls' inputs always have one between calls."""
-    return sum(
-        each._work is not None for each in channels() if each.route.spec.exchanges[0].fresh != "sync" or not late
-    )
+    return sum(each._work is not None for each in channels() if each.spec.exchanges[0].fresh != "sync" or not late)
 
 
 def threads() -> int:

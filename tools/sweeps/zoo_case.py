@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...capture import Call, CaptureError, GuardError, capture, unsplit
 from ...capture.guards import broken_guard
+from ...capture.structure import WeightTable
 from ...ir.exchange import DISPLACED, Exchange
 from ...ir.program import Program, calls
 from ...ir.strategy import Strategy
@@ -25,7 +26,6 @@ from ...passes.cuts import WorldSizeError
 from ...plan import Plan, make_plan
 from ...runtime.executor import EXACT, Step
 from ...runtime.lockstep import LockstepExecutor, Tamper
-from ...runtime.structure import WeightTable
 
 RANKS = (2, 3, 4, 8)
 ROWS, COLS = 32, 16

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..capture.reach import classes_of
-from ..capture.reads import ignored_by
-from ..capture.watch import DEPTH, Snapshot
 from ..ir.program import Change
+from .reach import classes_of
+from .reads import ignored_by
+from .watch import DEPTH, Snapshot
 
 
 class Structure:

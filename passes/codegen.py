@@ -1,123 +1,35 @@
-"""Compile a step program to a Python generator function that yields at each put and get.
-
-    v811 = f3(v810, v4, None, (1, 1))  # conv2d_7 (mid.resnets.0.conv1)
-    v812 = f5(v811, k9, 0)  # pack of exchange_2
-    box = yield "get", 2, None  # the message of the last step
-    v813 = tuple(box); box.clear()
-    yield "put", 2, (v812,)
-    del v812
-    v814 = f7(v811, v813, k9, 0)  # unpack of exchange_2
+"""Write the source of step programs (`ir/code.py`).
 
 Straight-line code has no overhead per node beyond the call, frees each value after its last use, and gives tracebacks
-that name the node. A `StepCode` is plain data and can be sent to another process.
+that name the node.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
 from ..ir import comm
+from ..ir.code import Place, Segment, StepCode
 from ..ir.operators import spec_of
-from ..ir.step import Mode, StepProgram
-from .channels import Channel
-
-SEGMENT = "<fxpass segment>"  #: the file name of a segment's source, in tracebacks
-Act = Literal["put", "get"]
-#: Yields (act, channel, what is put: of each exchange, by destination), is sent the receive buffers at a get, and
-#: returns (outputs, new state). It empties the list of buffers, so that nobody keeps alive what it has used.
-Run = Generator[tuple[Act, int, Any], Any, tuple[list[Tensor], list[Tensor]]]
+from ..ir.step import StepProgram
+from .repeats import cut_at_repeats
 
 
-@dataclass(frozen=True)
-class Place:
-    """A call of a segment."""
+def step_code(program: StepProgram, *, check: bool = False, segmented: bool = False) -> StepCode:
+    """The source of a step program.
 
-    segment: str
-    nodes: tuple[str, ...]  #: of each of the segment's operators: its name and module
-    inputs: tuple[Any, ...]  #: (shape, dtype) of each input
+    Args:
+        check: also compare the shape of each value with `meta["local_shape"]` (for tests).
+        segmented: make a function of what lies between puts and gets, for a compiler.
 
-
-@dataclass(frozen=True, eq=False)
-class StepCode:
-    """One rank's step of one mode. It is called with one value per placeholder of the graph."""
-
-    rank: int
-    mode: Mode
-    placeholders: tuple[str, ...]
-    source: str
-    table: dict[str, Any]  #: the globals of the source: operators, exchanges, other static arguments
-    lines: tuple[str, ...]  #: the node of each line of the source
-    received: dict[str, int]  #: bytes that the rank receives, by role
-    segments: dict[str, Segment]  #: by the name that the source calls it by
-    places: dict[int, Place]  #: by the line that calls a segment
-
-    @staticmethod
-    def of(program: StepProgram, *, check: bool = False, segmented: bool = False) -> StepCode:
-        """Compile a step program.
-
-        Args:
-            check: also compare the shape of each value with `meta["local_shape"]` (for tests).
-            segmented: make a function of what lies between puts and gets, for a compiler.
-
-        Raises:
-            ValueError: the graph has a node that is neither placeholder, function call nor output.
-        """
-        return (_SegmentWriter(program) if segmented else _Writer(program, check)).code()
-
-    def run(self, values: Sequence[Tensor], compiled: Mapping[str, Callable[..., Any]] | None = None) -> Run:
-        """Run on one value per placeholder.
-
-        An operator's exception gets a note with the node, module and rank.
-
-        Args:
-            compiled: what the segments have become, by name.
-        """
-        try:
-            return (yield from self._function(compiled or {}, values))
-        except Exception as error:
-            error.add_note(f"in fxpass rank {self.rank}, {self._where(error)}")
-            raise
-
-    @cached_property
-    def _function(self) -> Callable[[Mapping[str, Callable[..., Any]], Sequence[Tensor]], Run]:
-        filename = f"<fxpass rank {self.rank} {id(self):x}>"
-        namespace = dict(self.table)
-        exec(compile(self.source, filename, "exec"), namespace)
-        return namespace["run"]
-
-    def _where(self, error: Exception) -> str:
-        code = self._function.__code__
-        trace = error.__traceback__
-        found, inside = "outside its graph", Place("", (), ())
-        while trace is not None:
-            if trace.tb_frame.f_code is code:
-                found, inside = f"at {self.lines[trace.tb_lineno - 1]}", self.places.get(trace.tb_lineno, inside)
-            elif trace.tb_frame.f_code.co_filename == SEGMENT and trace.tb_lineno - 3 < len(inside.nodes):
-                return f"at {inside.nodes[trace.tb_lineno - 3]}"
-            trace = trace.tb_next
-        return found
-
-
-def drive(run: Run, channels: Sequence[Channel]) -> tuple[list[Tensor], list[Tensor]]:
-    """Run one rank's step to its end; returns (outputs, new state)."""
-    received: list[Tensor] | None = None
-    try:
-        while True:
-            act, channel, packed = run.send(received)
-            received = None
-            if act == "put":
-                channels[channel].put(packed)
-            else:
-                received = channels[channel].get()
-            packed = None
-    except StopIteration as stop:
-        return stop.value
+    Raises:
+        ValueError: the graph has a node that is neither placeholder, function call nor output.
+    """
+    return (_SegmentWriter(program) if segmented else _Writer(program, check)).code()
 
 
 class _Text:
@@ -274,56 +186,59 @@ class _SegmentWriter(_Writer):
 
     def flush(self, node: fx.Node) -> None:
         nodes, self.waiting = self.waiting, []
+        for piece in cut_at_repeats(nodes, _form):
+            self.write(piece)
+
+    def write(self, nodes: Sequence[fx.Node]) -> None:
+        """Write the call of a segment."""
         if all(each.target is comm.pack or spec_of(each.target).free for each in nodes):  # views: nothing to compile
             for each in nodes:
                 super().call(each, self.name(each), f"{each.name} ({each.meta.get('path', '')})")
             return
-        inside = set(nodes)
-        inputs = list(dict.fromkeys(used for each in nodes for used in each.all_input_nodes if used not in inside))
-        outputs = [each for each in nodes if any(user not in inside for user in each.users)]
-        segment = Segment.of(nodes, inputs, outputs)
+        inputs, outputs = _ends(nodes)
+        segment = _segment(nodes, inputs, outputs)
         name = self.segments.setdefault(segment, f"s{len(self.segments)}")
         label = f"{name}, from {nodes[0].name} ({nodes[0].meta.get('path', '')}) to {nodes[-1].name}"
         self.line(f"    box = [{', '.join(f'v{self.number[each]}' for each in inputs)}]", label)
         dead = [each for last in nodes for each in self.dying.get(last, ())]
+        inside = set(nodes)
         self.free([each for each in dead if each not in inside], label)
         results = "".join(f"v{self.number[each]}, " for each in outputs)
         self.line(f"    {results or '_'} = compiled[{name!r}](box)", label)
         self.places[len(self.lines)] = Place(
-            name,
-            tuple(f"{each.name} ({each.meta.get('path', '')})" for each in nodes),
-            tuple((each.meta.get("local_shape"), each.meta.get("dtype")) for each in inputs),
+            name, tuple(f"{each.name} ({each.meta.get('path', '')})" for each in nodes), _shapes(inputs)
         )
 
 
-@dataclass(frozen=True)
-class Segment:
-    """What a step does between two puts or gets, in a form that equal ones share.
+def _ends(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The values that a run of operators reads from outside, and those that are read outside of it."""
+    inside = set(nodes)
+    inputs = dict.fromkeys(used for each in nodes for used in each.all_input_nodes if used not in inside)
+    return list(inputs), [each for each in nodes if any(user not in inside for user in each.users)]
 
-    Its source defines `segment(inputs)`, which returns a tuple of tensors and (of a pack) lists of tensors and None.
-    """
 
-    source: str
-    objects: tuple[Any, ...]  #: the globals c0, c1, … of the source
+def _shapes(inputs: Sequence[fx.Node]) -> tuple[Any, ...]:
+    return tuple((each.meta.get("local_shape"), each.meta.get("dtype")) for each in inputs)
 
-    @staticmethod
-    def of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Segment:
-        writer = _Local({node: f"x{i}" for i, node in enumerate(inputs)})
-        lines = ["def segment(inputs):"]  # one line for the inputs, then one for each node
-        lines.append(f"    {''.join(f'{name}, ' for name in writer.names.values())}= inputs" if inputs else "    pass")
-        for node in nodes:
-            arguments = [writer.text(a) for a in node.args]
-            arguments += [f"{key}={writer.text(value)}" for key, value in node.kwargs.items()]
-            called = f"{writer.refer(node.target, 'c')}({', '.join(arguments)})"
-            writer.names[node] = f"y{len(writer.names)}"
-            lines.append(f"    {writer.names[node]} = {called}")
-        lines.append(f"    return {writer.text(tuple(outputs))}")
-        return Segment("\n".join(lines) + "\n", tuple(writer.table.values()))
 
-    def function(self) -> Callable[[Sequence[Tensor]], tuple[Any, ...]]:
-        namespace = {f"c{i}": value for i, value in enumerate(self.objects)}
-        exec(compile(self.source, SEGMENT, "exec"), namespace)
-        return namespace["segment"]
+def _form(nodes: Sequence[fx.Node]) -> tuple[Segment, tuple[Any, ...]]:
+    """Equal for runs of operators that can share a compiled segment."""
+    inputs, outputs = _ends(nodes)
+    return _segment(nodes, inputs, outputs), _shapes(inputs)
+
+
+def _segment(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Segment:
+    writer = _Local({node: f"x{i}" for i, node in enumerate(inputs)})
+    lines = ["def segment(inputs):"]  # one line for the inputs, then one for each node
+    lines.append(f"    {''.join(f'{name}, ' for name in writer.names.values())}= inputs" if inputs else "    pass")
+    for node in nodes:
+        arguments = [writer.text(a) for a in node.args]
+        arguments += [f"{key}={writer.text(value)}" for key, value in node.kwargs.items()]
+        called = f"{writer.refer(node.target, 'c')}({', '.join(arguments)})"
+        writer.names[node] = f"y{len(writer.names)}"
+        lines.append(f"    {writer.names[node]} = {called}")
+    lines.append(f"    return {writer.text(tuple(outputs))}")
+    return Segment("\n".join(lines) + "\n", tuple(writer.table.values()))
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -1,0 +1,160 @@
+"""Steps that are recorded once and replayed equal those that run operator by operator, bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxpass
+from fxpass.capture import Call
+from fxpass.capture.structure import WeightTable
+from fxpass.ir.step import ChannelSpec, Mode
+from fxpass.models.small import cases
+from fxpass.runtime.executor import EXACT, Step
+from fxpass.runtime.graphs import Outputs, StepGraphs
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.step_runner import StepRunner
+from tests.runtime.tape import symmetric_channels, tape
+from tests.runtime.test_step_runner import STEPS, WORLD, planned
+
+CPU = torch.device("cpu")
+
+
+class Ranks:
+    """All ranks of a plan over symmetric memory, their steps on a tape; and lockstep."""
+
+    def __init__(self, name: str, strategy: str, record: Callable[..., Any] = tape, rows: int = 32) -> None:
+        self.model, self.given, self.plan = planned(name, strategy, rows)
+        self.ends: dict[int, list[Any]] = {}
+        self.runners = [
+            StepRunner.of(self.plan, rank, lambda specs, r=rank: self.open(r, specs), CPU, Counter())
+            for rank in range(WORLD)
+        ]
+        self.graphs = StepGraphs(self.runners, CPU, record)
+        self.lockstep: Any = None
+        self.turn = 0
+
+    def open(self, rank: int, specs: Sequence[ChannelSpec]) -> list[Any]:
+        context = len(self.runners[rank]._contexts) if hasattr(self, "runners") else 0
+        if context not in self.ends:
+            self.ends[context] = symmetric_channels(specs, WORLD)
+        return self.ends[context][rank]
+
+    def step(self, kind: str, pace: float, context: int = 0) -> tuple[Outputs, Outputs]:
+        """The outputs of each rank: of recorded steps, and of lockstep."""
+        key = next(name for name, x in self.given.items() if x.is_floating_point() and x.ndim > 2)
+        drift = torch.randn(self.given[key].shape, generator=torch.Generator().manual_seed(4))
+        self.turn += 1
+        tensors = Call.of(self.model, (), self.given | {key: self.given[key] + 0.1 * self.turn * drift}).tensors
+        weights = WeightTable(self.model, list(self.plan.program.weights.values())).tensors()
+        self.lockstep = self.lockstep or LockstepExecutor(WORLD).load(self.plan, weights, tensors)
+        step = EXACT if kind == "E" or self.plan.exact_steps is None else Step(0, False, pace)
+        step = Step(context, step.exact, step.pace)
+        with torch.no_grad():
+            modes: list[Mode] = [runner.mode(step) for runner in self.runners]
+            found = self.graphs.run(weights, tensors, context, modes[0], step.pace)
+            return found, self.lockstep.run_all(weights, tensors, step)
+
+    @property
+    def replayed(self) -> set[tuple[str, int]]:
+        """Mode and parity of the graphs that there are."""
+        return {key for context in self.graphs._contexts.values() for key in context.graphs}
+
+
+def same(pair: tuple[Outputs, Outputs]) -> bool:
+    ours, theirs = pair
+    return all(torch.equal(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["sync", "displaced", "compressed", "pcpp", "stale_gn", "no_sync"])
+@pytest.mark.parametrize("name", ["block", "flux"])
+def test_recorded_steps_of_every_mode_equal_lockstep_bit_for_bit(name: str, strategy: str) -> None:
+    ranks = Ranks(name, strategy)
+    assert all(same(ranks.step(*each)) for each in STEPS * 3)
+    modes = {"exact"} if strategy == "sync" else {"exact", "first", "steady", "first unpaced", "steady unpaced"}
+    assert {mode for mode, _ in ranks.replayed} <= modes
+    assert {("exact", 0), ("exact", 1)} <= ranks.replayed
+    assert strategy == "sync" or {("steady", 0), ("steady", 1)} <= ranks.replayed
+
+
+SLICE = ("unet_sdxl", "wan", "vae")  #: of the small models, in every run
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each.name, marks=[] if each.name in SLICE else pytest.mark.slow) for each in cases]
+)
+def test_steps_of_every_small_model_can_be_recorded(name: str) -> None:
+    ranks = Ranks(name, "displaced", rows=16)
+    # one graph of each kind: a tape keeps every value of a step
+    assert all(same(ranks.step(*each)) for each in [("E", 0.0), ("E", 0.0), ("D", 1.0), ("D", 1.0), ("D", 1.0)])
+    assert len(ranks.replayed) >= 2
+
+
+def test_contexts_that_take_turns_have_graphs_and_messages_of_their_own() -> None:
+    ranks = Ranks("block", "displaced")
+    for each in STEPS * 2:
+        assert same(ranks.step(*each, context=0))
+        assert same(ranks.step(*each, context=1))
+    assert [len(context.graphs) >= 2 for context in ranks.graphs._contexts.values()] == [True, True]
+
+
+def test_weights_that_change_in_place_are_seen_and_weights_that_move_are_recorded_again() -> None:
+    ranks = Ranks("block", "displaced")
+    for each in STEPS[:6] * 2:
+        ranks.step(*each)
+    before = set(ranks.replayed)
+    assert len(before) >= 4
+    weight: Any = ranks.model.get_parameter("conv_in.weight")
+    state: Tensor = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(1.1)
+        assert same(ranks.step("D", 1.0))
+        assert ranks.replayed >= before
+        weight.data = weight.data.clone()
+        assert same(ranks.step("D", 1.0))
+        assert len(ranks.replayed) <= 1
+        assert all(same(ranks.step(*each)) for each in STEPS)
+    finally:
+        weight.data = state
+
+
+def test_a_step_that_cannot_be_recorded_runs_on_without_a_graph_and_says_so_once() -> None:
+    def fails(function: Callable[[], Outputs]) -> Any:
+        function()
+        error = RuntimeError("operation not permitted when stream is capturing")
+        error.add_note("in fxpass rank 0, at item_3 (blocks.0)")
+        raise error
+
+    ranks = Ranks("block", "sync", fails)
+    assert same(ranks.step("E", 0.0))
+    with pytest.warns(fxpass.FxpassWarning, match=r"cannot be recorded.*at item_3 \(blocks.0\)"):
+        ranks.step("E", 0.0)
+
+
+@pytest.mark.parametrize("what", ["reads", "makes"])
+def test_the_tape_refuses_what_a_graph_would_bake_in(what: str) -> None:
+    x = torch.ones(3)
+    with pytest.raises(AssertionError, match="on the host" if what == "reads" else "Python numbers"):
+        tape(lambda: [[x * x.sum().item()]] if what == "reads" else [[x * torch.tensor([1.0, 2.0, 3.0])]])
+
+
+def test_a_tape_does_again_what_it_recorded() -> None:
+    x, total = torch.ones(3), torch.zeros(())
+
+    def step() -> Outputs:
+        total.add_(x.sum())
+        return [[x.view(3, 1) * 2]]
+
+    outputs, replay = tape(step)
+    assert total.item() == 0  # recording does not count
+    x.fill_(5)
+    for _ in range(2):
+        replay()
+    assert total.item() == 30
+    assert outputs[0][0].flatten().tolist() == [10, 10, 10]
