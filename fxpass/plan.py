@@ -35,7 +35,7 @@ from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
 from .ir.strategy import Strategy
 from .passes import Build, build
-from .passes.cost import flops
+from .passes.cost import flops, node_flops, totals
 from .passes.cuts import Tried
 from .passes.targets import Target, find
 from .predict.prediction import Prediction, predict
@@ -103,7 +103,7 @@ class Plan:
     @cached_property
     def flops_per_rank(self) -> tuple[int, ...]:
         """Floating-point operations of each rank, replicated work included."""
-        return tuple(flops(self.graph, rank) for rank in range(self.world_size))
+        return totals(self.graph, self.world_size, node_flops)[0]
 
     @cached_property
     def estimated(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ The model is simple: all work at the rate of large operators, all exchanges in s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -40,9 +41,31 @@ def node_bytes(node: fx.Node, rank: int = 0) -> int:
     return prod(_local(node, rank)) * node.meta["dtype"].itemsize
 
 
+def alike(nodes: Iterable[fx.Node], world: int) -> list[int]:
+    """For each rank, the first rank that has as many rows of each of these values."""
+    sizes = [layout.sizes for layout in dict.fromkeys(map(layout_of, nodes)) if layout.dim is not None]
+    if not sizes:
+        return [0] * world
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(rows, rank) for rank, rows in enumerate(zip(*sizes, strict=True))]
+
+
 def flops(graph: fx.Graph, rank: int = 0) -> int:
     """Floating-point operations of one rank; of the whole model if the graph is not partitioned."""
     return sum(node_flops(node, rank) for node in calls(graph))
+
+
+def totals(graph: fx.Graph, world: int, *figures: Callable[[fx.Node, int], int]) -> list[tuple[int, ...]]:
+    """The sums of some figures of nodes (`node_flops`, `node_bytes`) over a graph, each for every rank."""
+    sums = [[0] * world for _ in figures]
+    for node in calls(graph):
+        found: dict[int, list[int]] = {}
+        for rank, first in enumerate(alike((node, *node.all_input_nodes), world)):
+            if first not in found:
+                found[first] = [figure(node, first) for figure in figures]
+            for total, count in zip(sums, found[first], strict=True):
+                total[rank] += count
+    return list(map(tuple, sums))
 
 
 @dataclass(frozen=True)
@@ -70,14 +93,7 @@ def exchange_cost(graph: fx.Graph, world: int, target: Target) -> tuple[float, i
 
 
 def cost(graph: fx.Graph, world: int, target: Target) -> Cost:
-    work, traffic = [0] * world, [0] * world
-    for node in calls(graph):
-        alike = all(layout_of(n).uniform for n in (node, *node.all_input_nodes))
-        each = [(node_flops(node, rank), node_bytes(node, rank)) for rank in range(1 if alike else world)]
-        for rank in range(world):
-            added, written = each[0 if alike else rank]
-            work[rank] += added
-            traffic[rank] += written
+    work, traffic = totals(graph, world, node_flops, node_bytes)
     compute = max(target.compute(w, t) for w, t in zip(work, traffic, strict=True))
     seconds, received = exchange_cost(graph, world, target)
-    return Cost(compute, seconds, tuple(work), received)
+    return Cost(compute, seconds, work, received)

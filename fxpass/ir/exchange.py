@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from typing import Literal
 
 import torch
@@ -134,18 +133,13 @@ class Exchange:
         """Whether an exact step gives every rank the same bits, even if the ranks' copies of a row differ."""
         raise NotImplementedError
 
-    @cached_property
-    def _numels(self) -> tuple[tuple[int, ...], ...]:
-        ranks = range(self.world)
-        return tuple(tuple(0 if src == dst else prod(self.payload_shape(src, dst)) for src in ranks) for dst in ranks)
-
     def numel(self, src: int, dst: int) -> int:
         """Elements sent from `src` to `dst`."""
-        return self._numels[dst][src]
+        raise NotImplementedError
 
     def received(self, rank: int) -> int:
         """Bytes that `rank` receives."""
-        return sum(self._numels[rank]) * self.dtype.itemsize
+        raise NotImplementedError
 
     @property
     def bytes(self) -> int:
@@ -155,7 +149,7 @@ class Exchange:
     @property
     def messages(self) -> int:
         """Number of ordered pairs of ranks with a payload."""
-        return sum(n > 0 for row in self._numels for n in row)
+        return sum(self.numel(src, dst) > 0 for src in range(self.world) for dst in range(self.world))
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:

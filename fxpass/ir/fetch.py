@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
+from math import prod
 from operator import or_
 
 import torch
@@ -108,6 +109,22 @@ class Fetch(Exchange):
         """The part of the own value that displaced steps send to any other rank."""
         return take(x, self.dim, self.have[rank].locate(self._sent[rank]))
 
+    @cached_property
+    def _row(self) -> int:
+        """Elements of a row."""
+        return prod(self.shape[: self.dim]) * prod(self.shape[self.dim + 1 :])
+
+    def numel(self, src: int, dst: int) -> int:
+        return 0 if src == dst else len(self.table[dst][src]) * self._row
+
+    @cached_property
+    def _arriving(self) -> tuple[int, ...]:
+        """Rows that each rank gets from others."""
+        return arriving(self.owners or self.have, self.want)
+
+    def received(self, rank: int) -> int:
+        return self._arriving[rank] * self._row * self.dtype.itemsize
+
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         return (*self.shape[: self.dim], len(self.table[dst][src]), *self.shape[self.dim + 1 :])
 
@@ -199,6 +216,13 @@ class Fetch(Exchange):
         coded = f", then changes in {self.bits} bits" if self.bits else ""
         moved = f"{_sizes(have)} -> {_sizes(want)}{window}{coded}"
         return f"{self.role}(dim {self.dim}: {moved} of {self.shape[self.dim]} rows{frame})"
+
+
+@lru_cache(maxsize=4096)
+def arriving(have: tuple[Rows, ...], want: tuple[Rows, ...]) -> tuple[int, ...]:
+    """Rows that each rank gets from others."""
+    table = routes(have, want)
+    return tuple(sum(len(part) for src, part in enumerate(row) if src != dst) for dst, row in enumerate(table))
 
 
 @lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 import torch
@@ -22,6 +23,12 @@ class Merged(Exchange):
 
     def payload_shape(self, src: int, dst: int) -> tuple[int, ...]:
         return self.shape
+
+    def numel(self, src: int, dst: int) -> int:
+        return 0 if src == dst else prod(self.shape)
+
+    def received(self, rank: int) -> int:
+        return (self.world - 1) * prod(self.shape) * self.dtype.itemsize
 
     @cached_property
     def broadcast(self) -> bool:

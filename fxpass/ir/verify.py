@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 from torch import fx
@@ -15,7 +16,7 @@ from torch._ops import OpOverload
 from . import ops
 from .exchange import DISPLACED
 from .fetch import Fetch
-from .layout import PerRank, Rows, owned
+from .layout import Layout, PerRank, Rows, owned
 from .merge import Moments
 from .operators import spec_of
 from .program import calls, exchanges_of, fetched, layout_of, shape_of
@@ -86,10 +87,15 @@ def _covered(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
         layout = layout_of(node)
         if not layout.split:
             continue
-        size = shape_of(node)[layout.axis]
-        inside = all(rows <= Rows.interval(0, size) for rows in layout.rows)
-        if len(layout.rows) != world or not inside or not ("holes" in node.meta or layout.covers(size)):
+        if not _lawful(layout, shape_of(node)[layout.axis], world, "holes" in node.meta):
             yield node
+
+
+@lru_cache(maxsize=4096)
+def _lawful(layout: Layout, size: int, world: int, holes: bool) -> bool:
+    """Whether a split layout has a set of rows per rank, inside a dim of `size`, which they cover."""
+    inside = all(rows <= Rows.interval(0, size) for rows in layout.rows)
+    return len(layout.rows) == world and inside and (holes or layout.covers(size))
 
 
 def _complete(graph: fx.Graph, world: int) -> Iterator[fx.Node]:

@@ -23,6 +23,7 @@ from ..ir.exchange import Exchange
 from ..ir.fetch import Fetch
 from ..ir.operators import spec_of
 from ..ir.program import layout_of
+from ..passes.cost import alike
 from ..passes.targets import Device, Work
 from .count import Counted, count, count_communication
 
@@ -113,8 +114,9 @@ class Prices:
         return counted.kernels * device.kernel + counted.moved / bandwidth
 
     def _operator(self, node: fx.Node) -> Price:
-        alike = all(layout_of(each).uniform for each in (node, *node.all_input_nodes))
-        figures = [self._on(node, rank) for rank in range(1 if alike else self.world)]
+        first = alike((node, *node.all_input_nodes), self.world)
+        found = {rank: self._on(node, rank) for rank in sorted(set(first))}
+        figures = [found[rank] for rank in first] if len(found) > 1 else list(found.values())
         kernels, *others = (np.array(each, dtype=float) for each in zip(*figures, strict=True))
         return Price(float(kernels.max()), *others)
 
