@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -41,13 +42,18 @@ def node_bytes(node: fx.Node, rank: int = 0) -> int:
     return prod(_local(node, rank)) * node.meta["dtype"].itemsize
 
 
-def alike(nodes: Iterable[fx.Node], world: int) -> list[int]:
+def alike(nodes: Iterable[fx.Node], world: int) -> tuple[int, ...]:
     """For each rank, the first rank that has as many rows of each of these values."""
-    sizes = [layout.sizes for layout in dict.fromkeys(map(layout_of, nodes)) if layout.dim is not None]
+    layouts = dict.fromkeys(map(layout_of, nodes))
+    return _alike(tuple(layout.sizes for layout in layouts if layout.dim is not None), world)
+
+
+@lru_cache(maxsize=4096)
+def _alike(sizes: tuple[tuple[int, ...], ...], world: int) -> tuple[int, ...]:
     if not sizes:
-        return [0] * world
+        return (0,) * world
     first: dict[tuple[int, ...], int] = {}
-    return [first.setdefault(rows, rank) for rank, rows in enumerate(zip(*sizes, strict=True))]
+    return tuple(first.setdefault(rows, rank) for rank, rows in enumerate(zip(*sizes, strict=True)))
 
 
 def flops(graph: fx.Graph, rank: int = 0) -> int:
@@ -57,15 +63,16 @@ def flops(graph: fx.Graph, rank: int = 0) -> int:
 
 def totals(graph: fx.Graph, world: int, *figures: Callable[[fx.Node, int], int]) -> list[tuple[int, ...]]:
     """The sums of some figures of nodes (`node_flops`, `node_bytes`) over a graph, each for every rank."""
-    sums = [[0] * world for _ in figures]
+    groups: dict[tuple[int, ...], dict[int, list[int]]] = {}  #: ranks alike -> of the first of each kind: the sums
     for node in calls(graph):
-        found: dict[int, list[int]] = {}
-        for rank, first in enumerate(alike((node, *node.all_input_nodes), world)):
-            if first not in found:
-                found[first] = [figure(node, first) for figure in figures]
-            for total, count in zip(sums, found[first], strict=True):
-                total[rank] += count
-    return list(map(tuple, sums))
+        first = alike((node, *node.all_input_nodes), world)
+        if first not in groups:
+            groups[first] = {rank: [0] * len(figures) for rank in first}
+        for rank, sums in groups[first].items():
+            for i, figure in enumerate(figures):
+                sums[i] += figure(node, rank)
+    each = [[found[first[rank]] for first, found in groups.items()] for rank in range(world)]
+    return [tuple(sum(sums[i] for sums in own) for own in each) for i in range(len(figures))]
 
 
 @dataclass(frozen=True)

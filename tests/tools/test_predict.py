@@ -1,0 +1,69 @@
+"""`fxpass plan --target`, `fxpass trace` and `fxpass calibrate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from fxpass.passes.targets import find
+from tests.tools.command import fxpass
+
+GOOD = "tests.tools.models:good"
+
+
+def test_a_plan_for_a_target_predicts_steps_a_generation_and_memory() -> None:
+    text = fxpass("plan", GOOD, "--target", "H100", "--link", "pcie4", "--strategy", "displaced", "--steps", 20).stdout
+    _, _, predicted = text.partition("predicted on H100 over pcie4, kernels launched one by one\n")
+    assert re.search(r"^an exact step +\S+ [mu]s", predicted, re.MULTILINE)
+    assert re.search(r"^a displaced step +\S+ [mu]s", predicted, re.MULTILINE)
+    assert re.search(r"^20 steps +\S+ m?s", predicted, re.MULTILINE)
+    assert re.search(
+        r"^memory of a device: \S+ kB of 80\.0 GB, fits \(weights .*, state .*, activations .*\)$", predicted, re.M
+    )
+    assert "no split would be faster: 2 ranks over pcie4 would be slower than 1" in predicted  # it is tiny
+
+
+def test_a_plan_without_a_target_predicts_nothing() -> None:
+    assert "predicted" not in fxpass("plan", GOOD).stdout
+
+
+def test_comparing_shows_numbers_of_ranks_and_strategies() -> None:
+    text = fxpass("plan", GOOD, "--target", "H100", "--graphs", "--compare").stdout
+    assert "kernels launched as CUDA graphs" in text
+    rows = re.findall(r"^(\d) +(sync|displaced)? +\d.* +\d", text.partition("speed")[2], re.MULTILINE)
+    assert rows[0] == ("1", "")
+    assert {("2", "sync"), ("2", "displaced"), ("4", "sync"), ("4", "displaced")} <= set(rows)
+    assert len(rows) == len(set(rows))
+
+
+def test_a_trace_goes_to_a_file_or_to_standard_output(tmp_path: Path) -> None:
+    fxpass("trace", GOOD, "-n", 3, "--target", "H100", "-o", tmp_path / "trace.json")
+    written = (tmp_path / "trace.json").read_text()
+    assert {each["pid"] for each in json.loads(written)["traceEvents"]} == {0, 1, 2}
+    assert fxpass("trace", GOOD, "-n", 3, "--target", "H100", "-o", "-").stdout == written
+
+
+def test_calibrate_writes_a_target_for_plans(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    fxpass("calibrate", "-o", path, "--name", "mine")
+    target = find(str(path))
+    assert target.name == "mine"
+    assert target.device.matrix["float32"] > target.device.bandwidth > target.link.bandwidth / 10 > 0
+    assert 0 < target.device.kernel < target.link.latency < 1
+    assert target.device.memory > 1e9
+    assert find(str(path), "gloo").link.medium == "bus"
+    text = fxpass("plan", GOOD, "--target", path, "--link", "gloo").stdout
+    assert "predicted on mine over gloo\n" in text or "predicted on mine\n" in text
+
+
+def test_calibrate_refuses_what_it_cannot_measure_or_write() -> None:
+    for arguments, message in (
+        (("-o", "mine"), "does not end in .toml"),
+        (("-o", "mine.toml", "--device", "tpu"), "there is no device 'tpu'"),
+        (("-o", "mine.toml", "--link", "nvlink9"), "no link is called 'nvlink9'; did you mean nvlink"),
+    ):
+        result = fxpass("calibrate", *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
