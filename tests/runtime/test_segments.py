@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fxpass
 from fxpass.capture import capture
@@ -21,13 +22,26 @@ from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.executor import EXACT
 from fxpass.runtime.lockstep import LockstepExecutor
-from tests.runtime.plans import block, broken_on_rank_1, cut_plan, inputs, parallel, steps
+from tests.runtime.plans import broken_on_rank_1, cut_plan, inputs, parallel, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class Small(nn.Module):
+    """Every kind of exchange, in few segments: each takes a second or two to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.qkv = nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.Linear(8, 24)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+        h = self.norm(self.conv(sample) + timestep.view(-1, 1, 1, 1))
+        q, k, v = self.qkv(h.flatten(2).transpose(1, 2)).chunk(3, -1)
+        return {"sample": nn.functional.scaled_dot_product_attention(q, k, v)}
+
+
 def test_compiled_segments_equal_interpreted_ones_at_exact_and_displaced_steps() -> None:
-    model = block()
+    model = Small().eval()
     strategy = replace(Strategy.of("displaced"), warmup_steps=2)
     compiled, eager = (parallel(model, LockstepExecutor(2, compile=c), strategy) for c in (True, False))
     for call in steps(5):
@@ -37,7 +51,7 @@ def test_compiled_segments_equal_interpreted_ones_at_exact_and_displaced_steps()
 def test_blocks_that_repeat_share_their_segments() -> None:
     counts = []
     for depth in (2, 4):
-        model = torch.nn.Sequential(*(Layer() for _ in range(depth))).eval()
+        model = nn.Sequential(*(Layer() for _ in range(depth))).eval()
         plan = cut_plan(capture(model, torch.randn(1, 32, 8)), 2)
         code = step_code(StepPrograms(plan.graph, 0)["exact"], segmented=True)
         calls = code.source.count("compiled[")
@@ -49,21 +63,22 @@ def test_blocks_that_repeat_share_their_segments() -> None:
     assert operators > 3 * len(code.segments)  # views alone are not compiled
 
 
-class Layer(torch.nn.Module):
+class Layer(nn.Module):
     """A block of a transformer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.qkv = torch.nn.LayerNorm(8), torch.nn.Linear(8, 24)
+        self.norm, self.qkv = nn.LayerNorm(8), nn.Linear(8, 24)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        return x + torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 def test_an_error_in_a_segment_names_its_nodes() -> None:
-    plan = broken_on_rank_1(cut_plan(capture(block(), *inputs()), 2))
-    weights = [block().get_parameter(name).detach() for name in plan.program.weights.values()]
+    model = Small().eval()
+    plan = broken_on_rank_1(cut_plan(capture(model, *inputs()), 2))
+    weights = [model.get_parameter(name).detach() for name in plan.program.weights.values()]
     loaded = LockstepExecutor(2, compile=True).load(plan, weights, inputs())
     with torch.no_grad(), pytest.raises(Exception) as error:  # noqa: PT011
         loaded.run(weights, inputs(), EXACT)
@@ -71,25 +86,36 @@ def test_an_error_in_a_segment_names_its_nodes() -> None:
 
 
 PROGRAM = """
-import json, torch, fxpass
+import json, sys, torch, fxpass
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(4, 4, 3, padding=1))
+number = float(sys.argv[1])
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = (torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return self.last((self.first(x) * number).sin())
+
+model = Model().eval()
 x = torch.randn(1, 4, 16, 8)
-with fxpass.parallelize(model.eval(), 2, executor="spawn", compile=True, timeout=300) as compiled, torch.no_grad():
+with fxpass.parallelize(model, 2, executor="spawn", compile=True, timeout=300) as compiled, torch.no_grad():
     off = max((compiled(x) - model(x)).abs().max().item() for _ in range(2))
     reports = [(r.segments, r.seconds, r.cached) for r in compiled.compile_reports]
 print(json.dumps({"off": off, "reports": reports}))
 """
 
 
-def test_processes_are_compiled_and_a_second_start_finds_it_in_the_cache(tmp_path: Path) -> None:
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+def test_processes_are_compiled_and_a_second_start_finds_it_in_the_cache() -> None:
+    number = str(1 + time.time_ns() % 10**9 / 10**9)  # in the code that is compiled: no earlier test run has made it
     runs = []
     for _ in range(2):
         result = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+            [sys.executable, "-c", PROGRAM, number],
+            check=False, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=400,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         runs.append(json.loads(result.stdout.splitlines()[-1]))
@@ -99,7 +125,7 @@ def test_processes_are_compiled_and_a_second_start_finds_it_in_the_cache(tmp_pat
 
 
 def test_one_rank_is_one_segment() -> None:
-    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.SiLU()).eval()
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()).eval()
     x = torch.randn(1, 4, 16, 8)
     module: Any = fxpass.parallelize(model, 1, compile=True)
     with torch.no_grad():
@@ -108,7 +134,7 @@ def test_one_rank_is_one_segment() -> None:
 
 
 def test_a_compiled_program_follows_a_weight_of_other_strides() -> None:
-    model: Any = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()).eval()
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.SiLU()).eval()
     x = torch.randn(1, 16, 8)
     module: Any = fxpass.parallelize(model, 1, compile=True)
     with torch.no_grad():
