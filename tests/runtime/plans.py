@@ -87,10 +87,10 @@ class Pipeline(SimpleNamespace):
     """What `parallelize` needs of a pipeline: a denoiser and a scheduler."""
 
 
-def block(seed: int = 0) -> Block:
+def block(seed: int = 0, channels: int = 16) -> Block:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Block().eval()
+        return Block(channels).eval()
 
 
 def inputs(rows: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,9 @@ def held() -> dict[str, int]:
     """What a rank really holds between displaced steps, and what its plan says."""
     gc.collect()
     before = shared_memory()
-    with parallel(block(), DistributedExecutor(WORLD, timeout=60), Strategy.of("stale_gn")) as module:
-        for call in steps(8, rows=4096):
+    wide = block(channels=64)  # large messages, little work
+    with parallel(wide, DistributedExecutor(WORLD, timeout=60), Strategy.of("stale_gn")) as module:
+        for call in steps(8, rows=512):
             module(*call)
         (entry,) = module._engine._all()
         declared = [each for _, some in exchanges_of(entry.plan.graph) for each in some]
