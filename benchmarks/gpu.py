@@ -36,11 +36,10 @@ from benchmarks.harness import CEILING, DISPLACED, heading, without_exchanges
 from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.program import Program
-from fxpass.ir.step import ChannelSpec
+from fxpass.ir.step import EXACT, ChannelSpec, Step
 from fxpass.models.catalog import get, load
 from fxpass.models.small import output_tensors
 from fxpass.passes.cost import flops
-from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.process_group import GroupChannel
 from fxpass.runtime.step_runner import StepRunner

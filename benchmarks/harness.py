@@ -22,9 +22,10 @@ from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.exchange import Payloads
 from fxpass.ir.inputs import moving
+from fxpass.ir.step import EXACT, Step
 from fxpass.runtime.channels import Channel
 from fxpass.runtime.distributed import DistributedExecutor
-from fxpass.runtime.executor import EXACT, Step, device_of
+from fxpass.runtime.executor import Question, device_of
 from fxpass.runtime.step_runner import StepRunner, as_tensor, drive
 
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -84,10 +85,15 @@ class Stepper:
         return self._tensors
 
     def exact(self) -> list[Tensor]:
-        return self.loaded.run(self.weights, self.tensors(), EXACT)
+        return self.step(EXACT)
 
     def displaced(self) -> list[Tensor]:
-        return self.loaded.run(self.weights, self.tensors(), DISPLACED)
+        return self.step(DISPLACED)
+
+    def step(self, step: Step) -> list[Tensor]:
+        """Run a step as a parallel module does: the ranks compare their inputs first."""
+        tensors = self.tensors()
+        return self.loaded.run(self.weights, tensors, self.loaded.decide(tensors, Question((), lambda _: step)))
 
     def without_exchanges(self, step: Step) -> Callable[[], list[Tensor]]:
         """This rank's program without exchanges, in the mode of `step`; see `without_exchanges` below."""

@@ -26,8 +26,8 @@ from torch import nn
 import fxpass
 from benchmarks.harness import Stepper, heading, on_two_processes, spread
 from benchmarks.models import MODELS
+from fxpass.ir.step import EXACT
 from fxpass.runtime.distributed import DistributedExecutor
-from fxpass.runtime.executor import EXACT
 
 NAMES = ("plain", "captured", "split", "ceiling")
 

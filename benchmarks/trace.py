@@ -25,10 +25,9 @@ from benchmarks.harness import DISPLACED, Stepper
 from fxpass.ir import comm
 from fxpass.ir.code import StepCode
 from fxpass.ir.exchange import Exchange, Payloads
-from fxpass.ir.step import ChannelSpec, Mode
+from fxpass.ir.step import EXACT, ChannelSpec, Mode, Step
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.channels import Channel
-from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.process_group import GroupChannel
 from fxpass.runtime.step_runner import StepRunner, coder, placeholders
 

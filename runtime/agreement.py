@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
 from ..ir.merge import Merged
-from ..ir.step import ChannelSpec
+from ..ir.step import ChannelSpec, Step
 from .board import Board
+from .channels import Channel
 from .errors import DisagreementError
-from .executor import EXACT, PlanLike, Step
+from .executor import PlanLike, Question
 from .network import Network
 
 WEIGHT_SAMPLES = 4096  #: elements compared per weight
@@ -60,82 +60,96 @@ def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], 
 
 
 class CallCheck:
-    """Compares each call of a plan before any of its exchanges, and tells all ranks how rank 0 runs it (law 7).
+    """Compares each call of a plan before any of its exchanges, and lets rank 0 decide how it runs (law 7).
 
     Ranks that diverge (a sampler with other seeds, a rank that left a picture early) would make a wrong picture. Every
-    rank raises before anything is sent, so that the next call can succeed. On CUDA the host waits until the device has
-    made the samples.
+    rank raises before anything is sent, so that the next call can succeed. On CUDA the host waits once, for what all
+    ranks know of the call.
 
     Args:
         paths: the names of the inputs.
-        inputs: those of one call; all calls have these shapes.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        paths: Sequence[str],
-        inputs: Sequence[Tensor],
-        device: torch.device,
-        traffic: Counter[str],
-    ) -> None:
+    def __init__(self, network: Network, paths: Sequence[str], device: torch.device, traffic: Counter[str]) -> None:
+        self._network = network
+        self._paths = paths
         self._device = device
-        self._watched = [i for i, tensor in enumerate(inputs) if tensor.numel()]
-        self._paths = [paths[i] for i in self._watched]
-        self._counts = [len(_sample(inputs[i], INPUT_SAMPLES)) for i in self._watched]
-        message = Merged("inputs", (len(astuple(EXACT)) + sum(self._counts),), torch.float64, network.board.world)
-        spec = ChannelSpec("inputs", "", (message,), late=False)
-        self._channel = network.open([spec], device)[0]
-        self._rank = network.board.rank
-        self._world = network.board.world
-        self._received = message.received(self._rank)
         self._traffic = traffic
+        self._channel: Channel | None = None
+        self._received = 0  #: bytes of a message
         self._numbers: dict[int, list[int]] = {}  #: of rank 0's generations: their numbers on all ranks
 
-    def call(self, inputs: Sequence[Tensor], step: Step) -> Step:
-        """Compare this call on all ranks; returns rank 0's step.
+    def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
+        """Compare a call on all ranks; returns the step that rank 0 decides.
+
+        Args:
+            inputs: as many elements in all calls.
 
         Raises:
             DisagreementError: on every rank, if some rank has other inputs or is in another generation.
             RankError: a rank failed, ended, or did not answer in time.
         """
-        samples = [x for i in self._watched for x in _sample(inputs[i], INPUT_SAMPLES)]
-        mine = torch.tensor([*map(float, astuple(step)), *samples], dtype=torch.float64)
-        payload = mine.to(self._device)
-        self._channel.put([[None if dst == self._rank else payload for dst in range(self._world)]])
-        self._traffic["inputs"] += self._received
-        (received,) = self._channel.get()
-        received[self._rank] = mine
-        calls = [self._read(row) for row in received.cpu()]
-        first, values = calls[0]
-        if first.call == 1:  # ranks number generations alike until one of them leaves a picture early
-            self._numbers[first.generation] = [other.generation for other, _ in calls]
-            if len(self._numbers) > REMEMBERED:
-                del self._numbers[next(iter(self._numbers))]
-        for rank, (other, theirs) in enumerate(calls):
-            numbers = self._numbers.get(first.generation)
-            if other.call != first.call or (numbers and numbers[rank] != other.generation):
-                raise DisagreementError(
-                    f"rank {rank} is at call {other.call} of a generation, rank 0 at call {first.call}: a rank left "
-                    "a picture early (an exception in a callback?), or calls this module more often; begin the next "
-                    "picture on all ranks"
-                )
-            for path, one, another in zip(self._paths, values, theirs, strict=True):
+        watched = {path: _strided(x, INPUT_SAMPLES) for path, x in zip(self._paths, inputs, strict=True) if x.numel()}
+        samples = [(torch.view_as_real(x).flatten() if x.is_complex() else x).double() for x in watched.values()]
+        head = torch.tensor([question.generation, question.call], dtype=torch.float64)
+        calls = self._gathered([head, *question.facts, *samples])
+        numbers = [tuple(map(int, call[: len(head)].tolist())) for call in calls]
+        self._check_generation(numbers)
+        count = len(head) + sum(part.numel() for part in question.facts)
+        parts = [call[count:].split([part.numel() for part in samples]) for call in calls]
+        for rank, theirs in enumerate(parts):
+            for path, one, another in zip(watched, parts[0], theirs, strict=True):
                 if not _all_close(one.tolist(), another.tolist()):
                     raise DisagreementError(
                         f"rank {rank} was called with another value of `{path}` than rank 0 at this call; every rank "
                         "must be given the same whole inputs (does each seed its generator alike?)"
                     )
-        return first
+        return question.decide(calls[0][len(head) : count].tolist())
 
-    def _read(self, row: Tensor) -> tuple[Step, Sequence[Tensor]]:
-        head, *samples = row.split([len(astuple(EXACT)), *self._counts])
-        context, exact, pace, generation, call = head.tolist()
-        return Step(int(context), bool(exact), pace, int(generation), int(call)), samples
+    def _gathered(self, parts: Sequence[Tensor]) -> Tensor:
+        """The numbers in some tensors [n], of all ranks, on the host."""
+        board = self._network.board
+        mine = torch.cat([_moved(part, self._device) for part in parts])
+        if self._channel is None:
+            message = Merged("inputs", (len(mine),), torch.float64, board.world)
+            self._received = message.received(board.rank)
+            spec = ChannelSpec("inputs", "", (message,), late=False)
+            self._channel = self._network.open([spec], self._device)[0]
+        self._channel.put([[None if dst == board.rank else mine for dst in range(board.world)]])
+        self._traffic["inputs"] += self._received
+        (received,) = self._channel.get()
+        received[board.rank] = mine
+        return received.cpu()
+
+    def _check_generation(self, numbers: Sequence[tuple[int, ...]]) -> None:
+        """Raises `DisagreementError` unless all ranks are at the same call of the same generation."""
+        generation, first = numbers[0]
+        if first == 1:  # ranks number generations alike until one of them leaves a picture early
+            self._numbers[generation] = [number for number, _ in numbers]
+            if len(self._numbers) > REMEMBERED:
+                del self._numbers[next(iter(self._numbers))]
+        known = self._numbers.get(generation)
+        for rank, (number, call) in enumerate(numbers):
+            if call != first or (known and known[rank] != number):
+                raise DisagreementError(
+                    f"rank {rank} is at call {call} of a generation, rank 0 at call {first}: a rank left a picture "
+                    "early (an exception in a callback?), or calls this module more often; begin the next picture on "
+                    "all ranks"
+                )
 
     def close(self) -> None:
         """Wait for the message in flight."""
-        self._channel.close()
+        if self._channel:
+            self._channel.close()
+
+
+def _moved(part: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on a device; the host does not wait for the device."""
+    if part.device == device:
+        return part
+    return (part.pin_memory() if device.type == "cuda" and part.device.type == "cpu" else part).to(
+        device, non_blocking=True
+    )
 
 
 def _version() -> str:
@@ -169,7 +183,7 @@ def _first_difference(rank: int, ours: dict[str, str], theirs: dict[str, str]) -
 
 def checksum(tensor: Tensor) -> str:
     """A hash of up to 4096 elements spread over a tensor: cheap for any size, but one changed element can escape it."""
-    flat = _strided(tensor, WEIGHT_SAMPLES)
+    flat = _strided(tensor, WEIGHT_SAMPLES).cpu()
     if flat.is_complex():
         flat = torch.view_as_real(flat)
     return hashlib.sha256(flat.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
@@ -178,7 +192,7 @@ def checksum(tensor: Tensor) -> str:
 def _strided(tensor: Tensor, count: int) -> Tensor:
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // count)
-    return flat[::step].cpu()
+    return flat[::step]
 
 
 def _sample(tensor: Tensor, count: int) -> list[float]:

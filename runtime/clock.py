@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ..ir.inputs import moving
 from ..ir.program import Program
-from .executor import EXACT, Step
+from ..ir.step import EXACT, Step
+from .executor import on_host
 from .generation import Generation
 
 CONTEXTS = 4  #: kept at once; guidance has two or three branches
@@ -88,19 +89,39 @@ class Clock:
             return Clock(None, 0, warmup_steps)
         return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps, program.input_paths)
 
-    def step(self, tensors: Sequence[Tensor], generation: Generation) -> Step:
-        """How to run a call of a generation with these inputs."""
+    def facts(self, tensors: Sequence[Tensor], generation: Generation) -> list[Tensor]:
+        """What `step` reads of a call's inputs, without a wait for their device: float64 [n] each.
+
+        First the timestep; then of each context, by its number: whether the conditioning is equal, and whether the
+        sample correlates.
+        """
+        if self.timestep is None:
+            return []
+        sample = tensors[self.sample].detach()
+        conditioning = self._conditioning(tensors)
+        seen = {c.number: c for c in self.contexts if c.generation is generation}
+        signs = [_signs(seen.get(number), conditioning, sample) for number in range(CONTEXTS)]
+        return [tensors[self.timestep].detach().double().flatten(), torch.stack(signs).flatten()]
+
+    def step(self, tensors: Sequence[Tensor], generation: Generation, values: Sequence[float] | None = None) -> Step:
+        """How to run a call of a generation with these inputs.
+
+        Args:
+            values: the numbers in `facts`; None to read them.
+        """
         self.calls += 1
         if self.timestep is None:
             return EXACT
-        time = tensors[self.timestep].detach().double().flatten().tolist()
+        if values is None:
+            values = on_host(self.facts(tensors, generation))
+        count = tensors[self.timestep].numel()
+        time, signs = list(values[:count]), values[count:]
         sample = tensors[self.sample].detach()
-        moving = (self.timestep, self.sample)
-        conditioning = [tensor for i, tensor in enumerate(tensors) if i not in moving]
+        conditioning = self._conditioning(tensors)
         doubtful = False
         for context in self.contexts:
-            if context.generation is generation and _equal(context.conditioning, conditioning):
-                broken = self._broken(context, time, sample)
+            if context.generation is generation and signs[2 * context.number]:
+                broken = self._broken(context, time, bool(signs[2 * context.number + 1]))
                 continued = not broken
                 context.why = context.why if continued else broken
                 context.steps = context.steps + 1 if continued else 1
@@ -134,8 +155,16 @@ class Clock:
         for context in self.contexts:
             context.broken = True
 
-    def _broken(self, context: Context, time: list[float], sample: Tensor) -> str:
-        """Why a call does not continue a context; empty if it does."""
+    def _conditioning(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs beside sample and timestep."""
+        return [tensor for i, tensor in enumerate(tensors) if i not in (self.timestep, self.sample)]
+
+    def _broken(self, context: Context, time: list[float], correlates: bool) -> str:
+        """Why a call does not continue a context; empty if it does.
+
+        Args:
+            correlates: whether its sample does with the last one.
+        """
         if context.broken:
             return "a step failed"
         if context.generation.sure:
@@ -148,10 +177,7 @@ class Clock:
             return "the timestep fell much further than before"
         if self.calls - context.call > MAX_GAP:
             return "many other calls came between"
-        now, then = _centered(sample), _centered(context.sample)
-        if (now * then).sum() > MIN_CORRELATION * now.norm() * then.norm():
-            return ""
-        return "the sample changed too much between two steps, as if another picture began"
+        return "" if correlates else "the sample changed too much between two steps, as if another picture began"
 
     def _new(self, generation: Generation, time: list[float], conditioning: list[Tensor], sample: Tensor) -> Context:
         """A context for new conditioning; replaces one that is no longer used, or the oldest of `CONTEXTS`."""
@@ -197,8 +223,17 @@ def _timesteps(time: list[float], timesteps: Sequence[float]) -> list[float]:
     return found
 
 
-def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def _signs(context: Context | None, conditioning: Sequence[Tensor], sample: Tensor) -> Tensor:
+    """Whether a call has a context's conditioning, and whether its sample correlates with the last one: float64 [2]."""
+    if context is None:
+        return torch.zeros(2, dtype=torch.float64, device=sample.device)
+    pairs = list(zip(context.conditioning, conditioning, strict=True))
+    near = [(a == b).all() for a, b in pairs if b.device == sample.device]
+    apart = all(torch.equal(a, b) for a, b in pairs if b.device != sample.device)  # numbers, which callers keep at hand
+    equal = torch.stack(near).all() if near else torch.ones((), dtype=torch.bool, device=sample.device)
+    now, then = _centered(sample), _centered(context.sample)
+    correlates = (now * then).sum() > MIN_CORRELATION * now.norm() * then.norm()
+    return torch.stack([equal & apart, correlates]).double()
 
 
 def _same(a: float, b: float) -> bool:

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ir.step import Step
 from .agreement import CallCheck, agree
 from .board import Board
 from .errors import DisagreementError, RankError
-from .executor import Compile, PlanLike, Report, Step, compilers, device_of
+from .executor import Compile, PlanLike, Question, Report, compilers, device_of
 from .graphs import StepGraphs, cuda_recorder
 from .network import Network
 from .step_runner import StepRunner
@@ -96,7 +97,7 @@ class DistributedExecutor:
         if self._network is None:
             self._network = Network(*self._connected(device, board), board, self._group or dist.group.WORLD)
         network = self._network
-        watch = CallCheck(network, plan.program.input_paths, inputs, device, self.traffic)
+        check = CallCheck(network, plan.program.input_paths, device, self.traffic)
         runner = StepRunner.of(
             plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
         )
@@ -108,7 +109,7 @@ class DistributedExecutor:
                 "steps run without CUDA graphs: not all GPUs of the ranks can map each other's memory (other machines, "
                 "no peer access, several ranks on one GPU)"
             )
-        return DistributedPlan(self, runner, watch, network, graphs)
+        return DistributedPlan(self, runner, check, network, graphs)
 
     def begin(self, device: torch.device) -> None:
         """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
@@ -184,30 +185,31 @@ class DistributedPlan:
         self,
         executor: DistributedExecutor,
         runner: StepRunner,
-        watch: CallCheck,
+        check: CallCheck,
         network: Network,
         graphs: StepGraphs | None,
     ) -> None:
         self.executor = executor
         self.runner = runner
-        self.watch = watch
+        self.check = check
         self.network = network
         self.graphs = graphs
+
+    def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
+        try:
+            return self.check.decide(inputs, question)
+        except DisagreementError:  # on every rank, before any exchange
+            raise
+        except BaseException as error:
+            self.executor.broke(error)
+            raise
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The flat outputs, the same on every rank.
 
         Raises:
             RankError: another rank failed, ended, or did not answer in time.
-            DisagreementError: the ranks were given different inputs, or are in different generations.
         """
-        try:
-            step = self.watch.call(inputs, step)
-        except DisagreementError:  # on every rank, before any exchange
-            raise
-        except BaseException as error:
-            self.executor.broke(error)
-            raise
         try:
             given = weights, inputs, step.context, self.runner.mode(step), step.pace
             outputs = self.graphs.run(*given)[0] if self.graphs else self.runner.run(*given)
@@ -227,7 +229,7 @@ class DistributedPlan:
         if self.executor.ended:
             return
         try:
-            self.watch.close()
+            self.check.close()
             self.runner.close()
         except RankError as error:
             self.executor.broke(error)

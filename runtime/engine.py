@@ -7,7 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from ..capture.structure import Structure, WeightTable
 from ..capture.unread import Unread
 from ..ir.advice import FxpassWarning
 from ..ir.program import Program
+from ..ir.step import EXACT
 from .clock import Clock
-from .executor import EXACT, Executor, Loaded, PlanLike, Report, device_of
+from .executor import Executor, Loaded, PlanLike, Question, Report, device_of
 from .generation import Generation, Generations
 
 SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
@@ -90,10 +91,8 @@ class Engine:
                 self.plan = entry.plan
                 generation = self._generations.current()
                 generation.calls += 1
-                step = entry.clock.step(call.tensors, generation) if entry.clock else EXACT
+                step = entry.loaded.decide(call.tensors, _question(entry.clock, call.tensors, generation))
                 self._say_idle(generation)
-                call_number = generation.calls if generation.announced else 0
-                step = replace(step, generation=generation.number, call=call_number)
                 outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
             except BaseException as error:
                 for each in self._all():  # some exchanges may already have sent this step's values
@@ -259,3 +258,13 @@ class Engine:
         self._entries.clear()
         self._evicted.clear()
         self._structure = None
+
+
+def _question(clock: Clock | None, tensors: Sequence[Tensor], generation: Generation) -> Question:
+    """How to run a call: what a clock decides, or an exact step."""
+    number, call = generation.number, generation.calls if generation.announced else 0
+    if clock is None:
+        return Question((), lambda _: EXACT, number, call)
+    return Question(
+        clock.facts(tensors, generation), lambda values: clock.step(tensors, generation, values), number, call
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.program import Program
+from ..ir.step import Step
 
 #: how steps are compiled: True is "inductor" on the CPU, and "inductor+graph" on CUDA
 Compile = bool | Literal["inductor", "graph", "inductor+graph"]
@@ -27,17 +28,20 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Step:
-    """How to run a call; the same on all ranks."""
+class Question:
+    """How to run a call, which rank 0 decides from what it knows of its inputs (law 7).
 
-    context: int = 0  #: which stale state it reads and writes: one number per guidance branch
-    exact: bool = True  #: use what the other ranks send in this step, also in exchanges declared stale
-    pace: float = 0.0  #: timesteps of this step over those of the last; 0 if either is unknown
-    generation: int = 0  #: the number of the generation in this module
-    call: int = 0  #: the number of this call in the generation, from 1; 0 if nobody announced it
+    Attributes:
+        facts: of this rank, float64 [n] each, on any device; of one size in all calls of a program.
+        decide: makes a step of the numbers in `facts`. All ranks call it, with those of rank 0.
+        generation: the number of the generation in this module.
+        call: the number of this call in the generation, from 1; 0 if nobody announced it.
+    """
 
-
-EXACT = Step()
+    facts: Sequence[Tensor]
+    decide: Callable[[Sequence[float]], Step]
+    generation: int = 0
+    call: int = 0
 
 
 class PlanLike(Protocol):
@@ -57,6 +61,15 @@ class PlanLike(Protocol):
 
 class Loaded(Protocol):
     """A plan loaded by an executor."""
+
+    def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
+        """How to run a call with these inputs, the same on all ranks.
+
+        Raises:
+            RankError: another rank failed, ended, or did not answer in time.
+            DisagreementError: on every rank, if the ranks have other inputs or are in other generations.
+        """
+        ...
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """The flat outputs; gradients must be off.
@@ -129,3 +142,14 @@ def compilers(compile: Compile, device: torch.device) -> tuple[bool, bool]:  # n
     if "graph" in compile and device.type != "cuda":
         raise ValueError(f"compile={compile!r} records CUDA graphs, but the model is on {device}; use compile=True")
     return "inductor" in compile, "graph" in compile
+
+
+def on_host(parts: Sequence[Tensor]) -> list[float]:
+    """The numbers in some tensors [n], in order. The host waits once for each device."""
+    found: dict[int, list[float]] = {}
+    for device in {part.device for part in parts}:
+        here = [i for i, part in enumerate(parts) if part.device == device]
+        numbers = torch.cat([parts[i] for i in here]).tolist()
+        for i in here:
+            found[i], numbers = numbers[: parts[i].numel()], numbers[parts[i].numel() :]
+    return [number for i in range(len(parts)) for number in found[i]]

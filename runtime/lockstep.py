@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ir.step import ChannelSpec
+from ..ir.step import EXACT, ChannelSpec, Step
 from .channels import Channel, InProcessChannel, Tamper
-from .executor import EXACT, Compile, PlanLike, Report, Step, compilers, device_of
+from .executor import Compile, PlanLike, Question, Report, compilers, device_of, on_host
 from .graphs import StepGraphs, cuda_recorder
 from .step_runner import StepRunner, as_tensor, run_in_turns
 
@@ -78,6 +78,9 @@ class LockstepPlan:
         self.graphs: StepGraphs | None = None
         if graph and not self.ranks[0].specs:  # messages between ranks have no fixed places here
             self.graphs = StepGraphs(self.ranks, self.device, cuda_recorder(self.device))
+
+    def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
+        return question.decide(on_host(question.facts))
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """Rank 0's outputs."""

@@ -33,11 +33,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed import PrefixStore, TCPStore
 
-from ..ir.step import Mode
+from ..ir.step import Mode, Step
 from ..passes.lower_comm import StepPrograms
 from .board import GRACE, POLL, Board
 from .errors import RankError
-from .executor import Compile, PlanLike, Report, Step, compilers
+from .executor import Compile, PlanLike, Question, Report, compilers, on_host
 from .local import HOST, connect
 from .memory import check_shm
 from .network import Network
@@ -299,6 +299,9 @@ class SpawnPlan:
         self.names = list(plan.program.weights.values())
         self.shared = shared  #: shared buffers for the inputs of a call
         self.sent: set[Mode] = set()  #: modes whose code the workers have
+
+    def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
+        return question.decide(on_host(question.facts))
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         return self.executor.run(self, weights, inputs, step)

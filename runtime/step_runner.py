@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..ir.code import Run, StepCode
 from ..ir.program import Program
-from ..ir.step import PACE, ChannelSpec, Mode, StateSpec
+from ..ir.step import PACE, ChannelSpec, Mode, StateSpec, Step
 from ..passes.codegen import step_code
 from ..passes.lower_comm import StepPrograms
 from .channels import Channel
-from .executor import PlanLike, Report, Step
+from .executor import PlanLike, Report
 
 if TYPE_CHECKING:
     from .segments import Compiler

@@ -20,12 +20,12 @@ from fxpass.capture.structure import WeightTable
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.inputs import moving
 from fxpass.ir.program import exchanges_of
+from fxpass.ir.step import EXACT as EXACT_STEP
+from fxpass.ir.step import Step
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case, cases, output_tensors
 from fxpass.plan import Plan, make_plan
 from fxpass.runtime.clock import Clock
-from fxpass.runtime.executor import EXACT as EXACT_STEP
-from fxpass.runtime.executor import Step
 from fxpass.runtime.generation import Generations
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.test_exact import EXACT, captured, error

@@ -33,6 +33,18 @@ MODES: tuple[Mode, ...] = ("exact", "first", "steady", "first unpaced", "steady 
 
 
 @dataclass(frozen=True)
+class Step:
+    """How to run a call; the same on all ranks."""
+
+    context: int = 0  #: which stale state it reads and writes: one number per guidance branch
+    exact: bool = True  #: use what the other ranks send in this step, also in exchanges declared stale
+    pace: float = 0.0  #: timesteps of this step over those of the last; 0 if either is unknown
+
+
+EXACT = Step()
+
+
+@dataclass(frozen=True)
 class StateSpec:
     """A tensor that a rank keeps from one step to the next; zeros before the first step."""
 

@@ -12,8 +12,8 @@ import fxpass
 from benchmarks.gpu import LINKS, Link, Loopback, OneRank, main
 from benchmarks.harness import DISPLACED
 from fxpass.capture import Call
+from fxpass.ir.step import EXACT
 from fxpass.models.small import case
-from fxpass.runtime.executor import EXACT
 
 
 @pytest.mark.parametrize("rank", [0, 2])

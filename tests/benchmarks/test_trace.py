@@ -10,10 +10,10 @@ from benchmarks.harness import DISPLACED
 from benchmarks.trace import Flight, Log, Span, Trace, watched
 from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
+from fxpass.ir.step import EXACT
 from fxpass.models.small import case
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.channels import InProcessChannel
-from fxpass.runtime.executor import EXACT
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import as_tensor, run_in_turns
 

@@ -22,10 +22,9 @@ from torch import Tensor
 import fxpass
 from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
-from fxpass.ir.step import ChannelSpec
+from fxpass.ir.step import EXACT, ChannelSpec, Step
 from fxpass.models.small import case
 from fxpass.runtime.errors import RankError
-from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.graphs import StepGraphs, cuda_recorder
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import StepRunner

@@ -13,6 +13,7 @@ from fxpass.capture import Call, capture
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout
+from fxpass.ir.step import EXACT, Step
 from fxpass.ir.strategy import Strategy
 from fxpass.ir.verify import verify
 from fxpass.passes.bucket import bucket
@@ -24,7 +25,6 @@ from fxpass.passes.rules import RULES
 from fxpass.passes.schedule import schedule
 from fxpass.passes.targets import find
 from fxpass.plan import Plan
-from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.passes.harness import Function, assert_equal, overlap, refreshed, same_bits, with_rounding
 

@@ -17,9 +17,9 @@ from fxpass.ir.comm import kept_bytes
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.merge import Moments
 from fxpass.ir.program import exchanges_of
+from fxpass.ir.step import Step
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case, output_tensors
-from fxpass.runtime.executor import Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.runtime.plans import Block, block, parallel, steps, whole
 

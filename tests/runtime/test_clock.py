@@ -17,9 +17,11 @@ from diffusers import (
     PNDMScheduler,
 )
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fxpass.ir.inputs import TIMESTEP
 from fxpass.runtime.clock import CONTEXTS, MAX_GAP, Clock
+from fxpass.runtime.executor import on_host
 from fxpass.runtime.generation import Generation, Generations
 
 PROMPT, OTHER = torch.ones(1, 3), torch.zeros(1, 3)
@@ -310,6 +312,26 @@ def test_no_step_is_taken_for_the_last_where_the_timesteps_are_not_known(known: 
     else:
         other = [(sample, time + 17.3) for sample, time in calls] if known == "of another generation" else []
         assert cooled(calls, other, 1) == [True] * 2 + [False] * 18
+
+
+class NoReads(TorchFunctionMode):
+    """Refuses what makes the host wait for a value on a device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        assert name not in ("item", "tolist", "__bool__", "__float__", "__int__", "equal", "cpu", "numpy"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_facts_are_gathered_without_a_wait_for_the_device() -> None:
+    watch, calls = clock(), trajectory("ddim", 6, 0)
+    for sample, time in calls:
+        with NoReads():
+            facts = watch.facts([sample, time, PROMPT], ANNOUNCED)
+        values = on_host(facts)
+        assert len(values) == 1 + 2 * CONTEXTS
+        watch.step([sample, time, PROMPT], ANNOUNCED, values)
+    assert values[:3] == [float(calls[-1][1]), 1, 1]
 
 
 def times(calls: list[tuple[Tensor, Tensor]]) -> list[float]:

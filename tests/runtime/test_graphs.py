@@ -13,9 +13,8 @@ from torch import Tensor
 import fxpass
 from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
-from fxpass.ir.step import ChannelSpec, Mode
+from fxpass.ir.step import EXACT, ChannelSpec, Mode, Step
 from fxpass.models.small import cases
-from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.graphs import Outputs, StepGraphs
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import StepRunner

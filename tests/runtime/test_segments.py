@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import fxpass
 from fxpass.capture import capture
+from fxpass.ir.step import EXACT
 from fxpass.ir.strategy import Strategy
 from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
-from fxpass.runtime.executor import EXACT
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.runtime.plans import broken_on_rank_1, cut_plan, inputs, parallel, steps
 

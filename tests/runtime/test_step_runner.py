@@ -14,12 +14,11 @@ from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
 from fxpass.ir import comm
 from fxpass.ir.exchange import Exchange
-from fxpass.ir.step import MODES, StepProgram, verify_step
+from fxpass.ir.step import EXACT, MODES, Step, StepProgram, verify_step
 from fxpass.models.small import case
 from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.channels import InProcessChannel, Tamper
-from fxpass.runtime.executor import EXACT, Step
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import ContextState, run_in_turns
 from tests.runtime.plans import block, inputs

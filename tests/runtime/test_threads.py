@@ -12,7 +12,7 @@ from torch import Tensor
 from fxpass.capture import capture
 from fxpass.ir.layout import Rows
 from fxpass.ir.ops import index_tensor, index_tensors_from
-from fxpass.runtime.executor import EXACT
+from fxpass.ir.step import EXACT
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.runtime.plans import cut_plan
 

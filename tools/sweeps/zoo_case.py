@@ -19,12 +19,12 @@ from ...capture.guards import broken_guard
 from ...capture.structure import WeightTable
 from ...ir.exchange import DISPLACED, Exchange
 from ...ir.program import Program, calls
+from ...ir.step import EXACT, Step
 from ...ir.strategy import Strategy
 from ...models.case import Case
 from ...models.zoo import kind_of, zoo_case
 from ...passes.cuts import WorldSizeError
 from ...plan import Plan, make_plan
-from ...runtime.executor import EXACT, Step
 from ...runtime.lockstep import LockstepExecutor, Tamper
 
 RANKS = (2, 3, 4, 8)
