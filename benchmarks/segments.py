@@ -41,7 +41,7 @@ def main() -> None:
         plan = fxpass.plan(model, world_size=options.ranks, strategy=options.strategy, **inputs)
         state = max(plan.state_bytes_per_rank) / 1e9
         print(f"{name}, {options.ranks} ranks, {options.strategy}: state of a rank up to {state:.2f} GB")
-        for rank in (0, options.ranks // 2):
+        for rank in sorted({0, options.ranks // 2}):
             programs = StepPrograms(plan.graph, rank)
             asked: tuple[Mode, ...] = ("exact", "first", "steady")
             modes: dict[Mode, None] = dict.fromkeys(programs.canonical(mode) for mode in asked)

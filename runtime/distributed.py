@@ -19,7 +19,7 @@ from .agreement import CallCheck, agree
 from .board import Board
 from .errors import DisagreementError, RankError
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of
-from .graphs import StepGraphs, cuda_recorder
+from .graphs import Recorder, StepGraphs, cuda_recorder
 from .network import Network
 from .step_runner import StepRunner
 
@@ -101,15 +101,15 @@ class DistributedExecutor:
         runner = StepRunner.of(
             plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
         )
-        graphs = None
+        record = None
         if graph and (not runner.specs or network.maps(runner.specs, device)):
-            graphs = StepGraphs([runner], device, cuda_recorder(device))
+            record = cuda_recorder(device)
         elif graph:
             log.warning(
                 "steps run without CUDA graphs: not all GPUs of the ranks can map each other's memory (other machines, "
                 "no peer access, several ranks on one GPU)"
             )
-        return DistributedPlan(self, runner, check, network, graphs)
+        return DistributedPlan(self, runner, check, network, record)
 
     def begin(self, device: torch.device) -> None:
         """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
@@ -187,13 +187,14 @@ class DistributedPlan:
         runner: StepRunner,
         check: CallCheck,
         network: Network,
-        graphs: StepGraphs | None,
+        record: Recorder | None,
     ) -> None:
         self.executor = executor
         self.runner = runner
         self.check = check
         self.network = network
-        self.graphs = graphs
+        self._record = record
+        self._graphs: dict[int, StepGraphs] = {}  #: by context
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
         try:
@@ -211,8 +212,14 @@ class DistributedPlan:
             RankError: another rank failed, ended, or did not answer in time.
         """
         try:
-            given = weights, inputs, step.context, self.runner.mode(step), step.pace
-            outputs = self.graphs.run(*given)[0] if self.graphs else self.runner.run(*given)
+            mode = self.runner.mode(step)
+            if self._record:
+                if step.context not in self._graphs:
+                    runner = self.runner
+                    self._graphs[step.context] = StepGraphs([runner], step.context, runner.device, self._record)
+                (outputs,) = self._graphs[step.context].run(weights, inputs, mode, step.pace)
+            else:
+                outputs = self.runner.run(weights, inputs, step.context, mode, step.pace)
             self.network.settle(self.runner.device)
             return outputs
         except BaseException as error:
@@ -224,8 +231,7 @@ class DistributedPlan:
         return self.runner.reports
 
     def release(self) -> None:
-        if self.graphs:
-            self.graphs.close()  # before what they read
+        self._graphs.clear()  # before what they read
         if self.executor.ended:
             return
         try:

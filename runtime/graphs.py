@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,98 +26,84 @@ Outputs = list[list[Tensor]]  #: of each rank
 Recorder = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
 
 
-@dataclass
-class FixedContext:
-    """What the graphs of a context have in common."""
-
-    inputs: list[Tensor]
-    pace: Tensor
-    ran: set[Mode] = field(default_factory=set)  #: modes that ran unrecorded
-    weights: Any = None  #: where those of the graphs lie
-    graphs: dict[tuple[Mode, int], tuple[Outputs, Callable[[], None]]] = field(default_factory=dict)
-
-
 class StepGraphs:
-    """Runs steps of the ranks in this process as graphs.
+    """Runs the steps of one context as graphs, for the ranks in this process.
 
     Args:
         runners: of these ranks: one, but for tests. Their channels are those of symmetric memory, if there are any.
+        context: its number.
     """
 
-    def __init__(self, runners: Sequence[StepRunner], device: torch.device, record: Recorder) -> None:
+    def __init__(self, runners: Sequence[StepRunner], context: int, device: torch.device, record: Recorder) -> None:
+        self.graphs: dict[tuple[Mode, int], tuple[Outputs, Callable[[], None]]] = {}  #: by mode and parity
         self._runners = runners
+        self._context = context
         self._device = device
         self._record: Recorder | None = record
-        self._contexts: dict[int, FixedContext] = {}
+        self._inputs: list[Tensor] = []
+        self._pace = torch.zeros((), dtype=torch.float64, device=device)
+        self._ran: set[Mode] = set()  #: modes that ran unrecorded
+        self._weights: Any = None  #: where those of the graphs lie
         self._tables: dict[tuple[Table, torch.device], Tensor] = {}
         for runner in runners:
             runner.fixed = True
 
-    def run(
-        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: float
-    ) -> Outputs:
+    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], mode: Mode, pace: float) -> Outputs:
         """The flat outputs of a step, of each rank."""
-        here = self._contexts.get(context)
-        if here is None:
-            pace_here = torch.zeros((), dtype=torch.float64, device=self._device)
-            here = self._contexts[context] = FixedContext([self._fixed(x) for x in inputs], pace_here)
-        for buffer, x in zip(here.inputs, inputs, strict=True):
+        self._inputs = self._inputs or [torch.empty_like(x, device=self._device) for x in inputs]
+        for buffer, x in zip(self._inputs, inputs, strict=True):
             fill(buffer, x)
-        here.pace.fill_(pace)
+        self._pace.fill_(pace)
         places = [self._place(weight) for weight in weights]
-        if places != here.weights:
-            here.graphs.clear()
-            here.weights = places
-        memories = self._memories(context)
+        if places != self._weights:
+            self.graphs.clear()
+            self._weights = places
+        memories = self._memories()
         key = mode, memories[0].number % 2 if memories else 0
-
-        def step() -> Outputs:
-            with index_tensors_from(self._table):
-                runs = [each.start(weights, here.inputs, context, mode, here.pace) for each in self._runners]
-                channels = [each.channels(context) for each in self._runners]
-                return [outputs for outputs, _ in run_in_turns(runs, channels)]
-
-        if key not in here.graphs and mode in here.ran and self._record:
-            numbers = [memory.number for memory in memories]
-            try:
-                here.graphs[key] = self._record(step)
-            except Exception as error:
-                self._record = None
-                notes = "; ".join(getattr(error, "__notes__", []))
-                warnings.warn(
-                    f"a step cannot be recorded as a graph, so all run without: {error} ({notes})",
-                    FxpassWarning,
-                    stacklevel=2,
-                )
-            for memory, number in zip(memories, numbers, strict=True):  # recording does not run the step
-                memory.begin(number)
-        if key not in here.graphs:
-            here.ran.add(mode)
-            return [copies(outputs) for outputs in step()]
-        outputs, replay = here.graphs[key]
+        if key not in self.graphs and mode in self._ran and self._record:
+            self._recorded(weights, key, memories)
+        if key not in self.graphs:
+            self._ran.add(mode)
+            return [copies(outputs) for outputs in self._step(weights, mode)]
+        outputs, replay = self.graphs[key]
         replay()
         for memory in memories:
             memory.begin(memory.number + 1)
         return [copies(each) for each in outputs]
 
-    def close(self) -> None:
-        """Drop the graphs. Memory that they read may be freed only after that."""
-        self._contexts.clear()
-        self._tables.clear()
+    def _step(self, weights: Sequence[Tensor], mode: Mode) -> Outputs:
+        with index_tensors_from(self._table):
+            context = self._context
+            runs = [each.start(weights, self._inputs, context, mode, self._pace) for each in self._runners]
+            results = run_in_turns(runs, [each.channels(context) for each in self._runners])
+            return [outputs for outputs, _ in results]
 
-    def _memories(self, context: int) -> list[SymmetricMemory]:
+    def _recorded(self, weights: Sequence[Tensor], key: tuple[Mode, int], memories: Sequence[SymmetricMemory]) -> None:
+        """Record a step, which does not run it; if that fails, warn and record no other."""
+        numbers = [memory.number for memory in memories]
+        assert self._record is not None
+        try:
+            self.graphs[key] = self._record(lambda: self._step(weights, key[0]))
+        except Exception as error:
+            self._record = None
+            notes = "; ".join(getattr(error, "__notes__", []))
+            warnings.warn(
+                f"a step cannot be recorded as a graph, so all run without: {error} ({notes})",
+                FxpassWarning,
+                stacklevel=2,
+            )
+        for memory, number in zip(memories, numbers, strict=True):
+            memory.begin(number)
+
+    def _memories(self) -> list[SymmetricMemory]:
         """The symmetric memory of each rank, if there are channels."""
-        channels = [each.channels(context) for each in self._runners]
+        channels = [each.channels(self._context) for each in self._runners]
         return [ends[0].memory for ends in channels if ends and isinstance(ends[0], SymmetricChannel)]
 
     def _table(self, index: Table, device: torch.device) -> Tensor:
         if (index, device) not in self._tables:
             self._tables[index, device] = torch.from_numpy(index.array.copy()).to(device)
         return self._tables[index, device]
-
-    def _fixed(self, x: Tensor) -> Tensor:
-        """A place for an input; on the device also for numbers, which callers keep on the CPU: graphs bake those in."""
-        return torch.empty_like(x, device=self._device)
 
     def _place(self, weight: Tensor) -> Any:
         """Where a weight lies; its value if a graph would bake it in."""
@@ -128,7 +113,10 @@ class StepGraphs:
 
 
 def fill(buffer: Tensor, x: Tensor) -> None:
-    """Copy an input to its place. A number from the CPU becomes an argument of a kernel, for which nothing waits."""
+    """Copy an input to its place on the device, also a number from the CPU: a graph would bake that in.
+
+    Such a number becomes an argument of a kernel, for which nothing waits.
+    """
     if x.ndim == 0 and x.device != buffer.device:
         buffer.fill_(x.item())
     else:

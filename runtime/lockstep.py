@@ -75,9 +75,9 @@ class LockstepPlan:
             )
             for rank in range(plan.world_size)
         ]
-        self.graphs: StepGraphs | None = None
-        if graph and not self.ranks[0].specs:  # messages between ranks have no fixed places here
-            self.graphs = StepGraphs(self.ranks, self.device, cuda_recorder(self.device))
+        recorded = graph and not self.ranks[0].specs  # messages between ranks have no fixed places here
+        self._record = cuda_recorder(self.device) if recorded else None
+        self._graphs: dict[int, StepGraphs] = {}  #: by context
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
         return question.decide(on_host(question.facts))
@@ -95,8 +95,10 @@ class LockstepPlan:
         try:
             modes = [rank.mode(step) for rank in self.ranks]
             assert len(set(modes)) == 1
-            if self.graphs:
-                return self.graphs.run(weights, inputs, step.context, modes[0], step.pace)
+            if self._record:
+                if step.context not in self._graphs:
+                    self._graphs[step.context] = StepGraphs(self.ranks, step.context, self.device, self._record)
+                return self._graphs[step.context].run(weights, inputs, modes[0], step.pace)
             channels = [rank.channels(step.context) for rank in self.ranks]
             pace = as_tensor(step.pace)
             runs = [rank.start(weights, inputs, step.context, modes[0], pace) for rank in self.ranks]
@@ -122,7 +124,6 @@ class LockstepPlan:
         return self._ends[rank]
 
     def _forget(self) -> None:
-        if self.graphs:
-            self.graphs.close()
+        self._graphs.clear()  # before what they read
         for rank in self.ranks:
             rank.close()

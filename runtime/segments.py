@@ -28,7 +28,11 @@ from ..ir.ops import Table, index_tensor, index_tensors_from
 from .executor import Report
 
 log = logging.getLogger("fxpass")
+FORMS = 8  #: of the inputs of a segment, which are kept: weights whose strides keep changing would make ever more
 _compiling = threading.Lock()  # torch traces in one thread at a time
+
+
+Compiled = Callable[[list[Tensor]], Sequence[Any]]  #: takes the list of its inputs, which it empties
 
 
 class Compiler:
@@ -37,81 +41,80 @@ class Compiler:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.report: Report | None = None  #: what has been compiled so far
-        self._compiled: dict[tuple[Segment, Any], CompiledSegment] = {}
-        self._of: dict[StepCode, dict[str, Callable[[list[Tensor]], Sequence[Any]]]] = {}
+        self._compiled: dict[Segment, dict[Any, Compiled]] = {}  #: by the form of the inputs, the oldest first
+        self._of: dict[StepCode, dict[str, Compiled]] = {}
 
-    def segments(self, code: StepCode) -> dict[str, Callable[[list[Tensor]], Sequence[Any]]]:
-        """The segments of a code, by name. Each takes the list of its inputs, which it empties."""
+    def segments(self, code: StepCode) -> dict[str, Compiled]:
+        """The segments of a code, by name."""
         if code not in self._of:
             self._of[code] = {name: self._runner(segment) for name, segment in code.segments.items()}
         return self._of[code]
 
-    def _runner(self, segment: Segment) -> Callable[[list[Tensor]], Sequence[Any]]:
-        forms: dict[Any, CompiledSegment] = {}
+    def _runner(self, segment: Segment) -> Compiled:
+        forms = self._compiled.setdefault(segment, {})
 
         def run(inputs: list[Tensor]) -> Sequence[Any]:
             form = tuple([(x.shape, x.stride(), x.dtype, x.device) for x in inputs])
             if form not in forms:
-                forms[form] = self._get(segment, form, inputs)
-            return forms[form].run(inputs)
+                if len(forms) >= FORMS:
+                    del forms[next(iter(forms))]
+                forms[form] = self._compile(segment, inputs)
+            return forms[form](inputs)
 
         return run
 
-    def _get(self, segment: Segment, form: Any, inputs: list[Tensor]) -> CompiledSegment:
-        if (segment, form) not in self._compiled:
-            started, missed = time.perf_counter(), _missed()
-            with _compiling:
-                self._compiled[segment, form] = CompiledSegment(segment, inputs)
-            cached = _missed() == missed
-            before = self.report or Report(self.rank, 0, 0.0, True)
-            seconds = time.perf_counter() - started
-            log.debug("compiled a segment of rank %d in %.1f s%s", self.rank, seconds, ", from the cache" * cached)
-            self.report = Report(self.rank, before.segments + 1, before.seconds + seconds, before.cached and cached)
-        return self._compiled[segment, form]
+    def _compile(self, segment: Segment, inputs: list[Tensor]) -> Compiled:
+        started, missed = time.perf_counter(), _missed()
+        with _compiling:
+            compiled = compiled_segment(segment, inputs)
+        cached = _missed() == missed
+        before = self.report or Report(self.rank, 0, 0.0, True)
+        seconds = time.perf_counter() - started
+        log.debug("compiled a segment of rank %d in %.1f s%s", self.rank, seconds, ", from the cache" * cached)
+        self.report = Report(self.rank, before.segments + 1, before.seconds + seconds, before.cached and cached)
+        return compiled
 
 
-class CompiledSegment:
-    """A segment, compiled for inputs of the shapes, strides and dtypes of `inputs`."""
+def compiled_segment(segment: Segment, inputs: Sequence[Tensor]) -> Compiled:
+    """Compile a segment for inputs of the shapes, strides and dtypes of `inputs`."""
+    function = segment.function()
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with torch.no_grad():
+        fake = [mode.from_tensor(x, static_shapes=True) for x in inputs]
+    indices: dict[tuple[Table, torch.device], int] = {}
 
-    def __init__(self, segment: Segment, inputs: Sequence[Tensor]) -> None:
-        function = segment.function()
-        mode = FakeTensorMode(shape_env=ShapeEnv())
-        with torch.no_grad():
-            fake = [mode.from_tensor(x, static_shapes=True) for x in inputs]
-        indices: dict[tuple[Table, torch.device], int] = {}
+    def noted(index: Table, device: torch.device) -> Tensor:
+        indices.setdefault((index, device), len(indices))
+        return torch.from_numpy(index.array.copy()).to(device)
 
-        def noted(index: Table, device: torch.device) -> Tensor:
-            indices.setdefault((index, device), len(indices))
-            return torch.from_numpy(index.array.copy()).to(device)
+    with mode, torch.no_grad(), index_tensors_from(noted):
+        results = function(fake)
+    places = _places(results)
+    tables = [index_tensor(index, device) for index, device in indices]
+    with torch.no_grad():
+        fake_tables = [mode.from_tensor(table, static_shapes=True) for table in tables]
 
-        with mode, torch.no_grad(), index_tensors_from(noted):
-            results = function(fake)
-        #: for each result the number of the output, or of a list those of its items
-        self._places = _places(results)
-        self._tables = [index_tensor(index, device) for index, device in indices]
-        with torch.no_grad():
-            fake_tables = [mode.from_tensor(table, static_shapes=True) for table in self._tables]
+    def flat(*given: Tensor) -> list[Tensor]:
+        traced = given[len(fake) :]
+        with index_tensors_from(lambda index, device: traced[indices[index, device]]):
+            return _flat(function(given[: len(fake)]))
 
-        def flat(*given: Tensor) -> list[Tensor]:
-            tables = given[len(fake) :]
-            with index_tensors_from(lambda index, device: tables[indices[index, device]]):
-                return _flat(function(given[: len(fake)]))
+    with mode, torch.no_grad():
+        graph = make_fx(flat, tracing_mode="real")(*fake, *fake_tables)
+    with torch.no_grad(), tracing(TracingContext(mode)):
+        compiled: Any = compile_fx(graph, [*fake, *fake_tables])
 
-        with mode, torch.no_grad():
-            graph = make_fx(flat, tracing_mode="real")(*fake, *fake_tables)
-        with torch.no_grad(), tracing(TracingContext(mode)):
-            self._compiled: Any = compile_fx(graph, [*fake, *fake_tables])
-
-    def run(self, inputs: list[Tensor]) -> list[Any]:
-        """The results; empties the list."""
-        given = [*inputs, *self._tables]
+    def run(inputs: list[Tensor]) -> list[Any]:
+        given = [*inputs, *tables]
         inputs.clear()
-        outputs = self._compiled(*given)
+        outputs = compiled(*given)
         del given
         return [
             [None if i is None else outputs[i] for i in place] if isinstance(place, list) else outputs[place]
-            for place in self._places
+            for place in places
         ]
+
+    return run
 
 
 def _missed() -> int:
@@ -125,6 +128,7 @@ def _flat(results: Sequence[Any]) -> list[Tensor]:
 
 
 def _places(results: Sequence[Any]) -> list[int | list[int | None]]:
+    """For each result the number of the output, or of a list those of its items."""
     count = 0
 
     def place(item: Any) -> int | None:

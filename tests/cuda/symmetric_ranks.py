@@ -58,7 +58,7 @@ class Rank:
         self.table = WeightTable(self.model, list(plan.program.weights.values()))
         self.memory: SymmetricMemory
         self.runner = StepRunner.of(plan, rank, self.open, DEVICE, Counter())
-        self.graphs = StepGraphs([self.runner], DEVICE, cuda_recorder(DEVICE))
+        self.graphs = StepGraphs([self.runner], 0, DEVICE, cuda_recorder(DEVICE))
         self.lockstep = LockstepExecutor(world).load(plan, self.table.tensors(), self.call(0).tensors)
 
     def open(self, specs: Sequence[ChannelSpec]) -> list[SymmetricChannel]:
@@ -71,7 +71,7 @@ class Rank:
     def step(self, k: int, step: Step) -> list[Tensor]:
         step = step if self.stale else EXACT
         mode = self.runner.mode(step)
-        return self.graphs.run(self.table.tensors(), self.call(k).tensors, 0, mode, step.pace)[0]
+        return self.graphs.run(self.table.tensors(), self.call(k).tensors, mode, step.pace)[0]
 
     def expected(self, k: int, step: Step) -> list[Tensor]:
         step = step if self.stale else EXACT
@@ -88,8 +88,7 @@ def compare(rank: Rank) -> None:
         rank.memory.check()
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other), f"step {k} ({step}) differs by {(one - other).abs().max().item()}"
-    (context,) = rank.graphs._contexts.values()
-    print(f"rank {rank.rank}: graphs {sorted(context.graphs)}, {sum(p.numel() for p in rank.memory.peers)} bytes")
+    print(f"rank {rank.rank}: graphs {sorted(rank.graphs.graphs)}, {sum(p.numel() for p in rank.memory.peers)} bytes")
     for name, step in (("exact", EXACT), ("displaced", Step(0, False, 1.0))):
         for k in range(3):
             rank.step(k, step)

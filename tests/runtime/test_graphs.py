@@ -34,7 +34,7 @@ class Ranks:
             StepRunner.of(self.plan, rank, lambda specs, r=rank: self.open(r, specs), CPU, Counter())
             for rank in range(WORLD)
         ]
-        self.graphs = StepGraphs(self.runners, CPU, record)
+        self.graphs = {context: StepGraphs(self.runners, context, CPU, record) for context in (0, 1)}
         self.lockstep: Any = None
         self.turn = 0
 
@@ -56,13 +56,13 @@ class Ranks:
         step = Step(context, step.exact, step.pace)
         with torch.no_grad():
             modes: list[Mode] = [runner.mode(step) for runner in self.runners]
-            found = self.graphs.run(weights, tensors, context, modes[0], step.pace)
+            found = self.graphs[context].run(weights, tensors, modes[0], step.pace)
             return found, self.lockstep.run_all(weights, tensors, step)
 
     @property
     def replayed(self) -> set[tuple[str, int]]:
         """Mode and parity of the graphs that there are."""
-        return {key for context in self.graphs._contexts.values() for key in context.graphs}
+        return {key for each in self.graphs.values() for key in each.graphs}
 
 
 def same(pair: tuple[Outputs, Outputs]) -> bool:
@@ -99,7 +99,7 @@ def test_contexts_that_take_turns_have_graphs_and_messages_of_their_own() -> Non
     for each in STEPS * 2:
         assert same(ranks.step(*each, context=0))
         assert same(ranks.step(*each, context=1))
-    assert [len(context.graphs) >= 2 for context in ranks.graphs._contexts.values()] == [True, True]
+    assert [len(each.graphs) >= 2 for each in ranks.graphs.values()] == [True, True]
 
 
 def test_weights_that_change_in_place_are_seen_and_weights_that_move_are_recorded_again() -> None:
