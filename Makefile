@@ -17,7 +17,7 @@ JOBS    ?= 2
 N       ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz mutants study-tests slow zoo balance bench bench-displaced bench-link lint format train-demo clean
+.PHONY: help demo test fuzz mutants study-tests slow zoo balance bench bench-displaced bench-link gpu gpu-tests lint format train-demo clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -67,6 +67,15 @@ bench-displaced: .venv/.stamp  ## displaced steps against steps that exchange no
 
 bench-link: .venv/.stamp  ## the share of their speed that steps keep over a slow link (needs root, ip and tc)
 	$(PY) -m benchmarks.link
+
+# the sizes in turn, at most about five minutes each; an interrupted run goes on where it was
+gpu: .venv/.stamp  ## one rank's steps on a CUDA device, for sdxl and flux-dev: out/gpu
+	$(PY) -m benchmarks.gpu --models sdxl flux-dev
+	$(PY) -m benchmarks.gpu --models sdxl --size 2048
+	$(PY) -m benchmarks.gpu --models sdxl --size 3840 --ranks 8
+
+gpu-tests: .venv/.stamp  ## the tests that need a CUDA device
+	$(PY) -m pytest tests/cuda tests/benchmarks/test_gpu.py
 
 lint: .venv/.stamp  ## ruff and pyright
 	$(PY) -m ruff check .

@@ -16,7 +16,8 @@ t - 1: displaced steps read such messages before they put their last one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,8 +90,27 @@ class SymmetricMemory:
             mine = [self.flags[src, index].data_ptr() for src in senders]
             self._theirs.append(torch.tensor(theirs, dtype=torch.int64, device=self.device))
             self._mine.append(torch.tensor(mine, dtype=torch.int64, device=self.device))
+        self._stream = torch.cuda.Stream(self.device, priority=-1)  #: carries messages beside the computation
+        self._held: list[Any] = []  #: what is being sent
         self._stopped = torch.zeros((), dtype=torch.int32, device=self.device)
         self._words = torch.zeros(2, dtype=torch.int32, pin_memory=True)  #: abort, timed out
+
+    @contextmanager
+    def sending(self, packed: Sequence[Payloads], *, last: bool) -> Iterator[None]:
+        """The body sends payloads: on a stream of its own, unless it is the last message of the step.
+
+        That one waits for all others, so that nothing is under way on this rank when the step ends.
+        """
+        here = torch.cuda.current_stream(self.device)
+        if last:
+            here.wait_stream(self._stream)
+            self._held.clear()
+            yield
+            return
+        self._held.append(packed)  # else its memory would be used again, for the allocator sees one stream only
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            yield
 
     def signal(self, channel: int) -> None:
         """Tell the readers of a channel that this step's message has come."""
@@ -172,10 +192,11 @@ class SymmetricChannel:
         memory = self.memory
         memory.sent.add(self.index)
         outgoing = self._outgoing[memory.number % PARITIES]
-        if outgoing:
-            payloads = [packed[i][dst] for i, dst, _ in outgoing]
-            torch._foreach_copy_([view for _, _, view in outgoing], payloads)  # type: ignore[arg-type]
-        memory.signal(self.index)
+        with memory.sending(packed, last=self.spec.closing):
+            if outgoing:
+                payloads = [packed[i][dst] for i, dst, _ in outgoing]
+                torch._foreach_copy_([view for _, _, view in outgoing], payloads)  # type: ignore[arg-type]
+            memory.signal(self.index)
 
     def ready(self) -> bool:
         return self.memory.arrived(self.index, self._age())

@@ -2,59 +2,69 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fxpass
-from benchmarks.gpu import LINKS, Link, Loopback, OneRank, main
+from benchmarks import gpu
+from benchmarks.gpu import main
 from benchmarks.harness import DISPLACED
+from benchmarks.loopback import LINKS, Link, Loopback, OneRank
 from fxpass.capture import Call
 from fxpass.ir.step import EXACT
 from fxpass.models.small import case
 
 
+def one_rank(rank: int, link: Link | None) -> tuple[OneRank, torch.Size]:
+    model: Any = case("unet_sd").build()
+    given = case("unet_sd").inputs(rows=32, module=model)
+    plan = fxpass.plan(fxpass.capture(model, **given), world_size=3, strategy="displaced")
+    return OneRank(plan, rank, model, Call.of(model, (), given), link), given["sample"].shape
+
+
+@pytest.mark.parametrize("link", [LINKS["nvlink"], None], ids=["link", "no link"])
 @pytest.mark.parametrize("rank", [0, 2])
 @torch.no_grad()
-def test_a_rank_runs_alone(rank: int) -> None:
-    model: Any = case("unet_sd").build()
-    given = case("unet_sd").inputs(rows=32, module=model)
-    plan = fxpass.plan(fxpass.capture(model, **given), world_size=3, strategy="displaced")
-    one = OneRank(plan, rank, model, Call.of(model, (), given), compiled=False)
-    one.over(LINKS["nvlink"])
-    shapes = [output.shape for output in one.step(EXACT)]
-    assert shapes == [given["sample"].shape]
-    assert [output.shape for output in one.step(DISPLACED)] == shapes
+def test_a_rank_runs_alone(rank: int, link: Link | None) -> None:
+    one, shape = one_rank(rank, link)
+    for step in (EXACT, DISPLACED, DISPLACED, EXACT):
+        assert [output.shape for output in one.step(step)] == [shape]
 
 
 @torch.no_grad()
-def test_the_ceiling_sends_nothing() -> None:
-    model: Any = case("unet_sd").build()
-    given = case("unet_sd").inputs(rows=32, module=model)
-    plan = fxpass.plan(fxpass.capture(model, **given), world_size=3, strategy="displaced")
-    one = OneRank(plan, 1, model, Call.of(model, (), given), compiled=False)
-    ceiling = one.without_exchanges()
-    sent = one.loopback.free
-    assert [output.shape for output in ceiling()] == [given["sample"].shape]
-    assert one.loopback.free == sent
+def test_a_step_takes_as_long_as_the_link_but_no_longer_where_messages_travel_meanwhile() -> None:
+    one, _ = one_rank(1, Link(bandwidth=1e12, latency=0.02))
     one.step(EXACT)
-    assert one.loopback.free > sent
-
-
-def test_messages_queue_on_the_link() -> None:
-    loopback = Loopback(torch.device("cpu"), Link(bandwidth=1e5, latency=0.01))
+    (memory,) = {channel.memory for channel in one.runner.channels(0)}
+    assert isinstance(memory, Loopback)
+    channels = len(one.runner.specs)
     began = time.perf_counter()
-    messages = []
-    for sent, received in ((0, 1000), (4000, 1000), (500, 2000)):
-        receive = torch.ones(received, dtype=torch.uint8)
-        messages.append(loopback.alltoall_base(receive, torch.full((sent,), 7, dtype=torch.uint8), [], []))
-        assert receive.tolist() == [7] * min(sent, received) + [0] * max(0, received - sent)
-    assert not messages[-1].is_completed()
-    messages[-1].wait()
-    assert time.perf_counter() - began >= 0.07
-    assert all(message.is_completed() for message in messages)
+    one.step(EXACT)
+    assert time.perf_counter() - began >= 0.02 * (channels - 1)
+    assert set(memory._arrived) == set(range(channels))
+
+
+def test_results_are_kept_and_written_as_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = case("unet_sd").build()
+    monkeypatch.setattr(gpu, "published", lambda *_: (model, case("unet_sd").inputs(rows=32, module=model)))
+    options = ["--models", "sdxl", "--ranks", "2", "--links", "nvlink", "--steps", "1", "--exact"]
+    monkeypatch.setattr("sys.argv", ["gpu", *options, "--out", str(tmp_path)])
+    main()
+    rows = json.loads((tmp_path / "sdxl-1024.json").read_text())
+    assert list(rows) == ["whole, eager", "1 ranks, no link, eager", "2 ranks, nvlink, eager"]
+    assert all(rows["2 ranks, nvlink, eager"][column] > 0 for column in ("exact", "steady", "ceiling", "state GB"))
+    assert "all ranks alike: True" in capsys.readouterr().out
+    assert len((tmp_path / "sdxl-1024.md").read_text().splitlines()) == 5
+    monkeypatch.setattr(gpu, "milliseconds", lambda *_: 1 / 0)  # nothing is measured again
+    main()
+    assert json.loads((tmp_path / "sdxl-1024.json").read_text()) == rows
 
 
 @pytest.mark.parametrize(
