@@ -108,8 +108,38 @@ def held() -> dict[str, int]:
     }
 
 
+def resources() -> dict[str, int]:
+    """What this process holds: tensors and their bytes, open files, threads, collectives that nobody awaited."""
+    gc.collect()
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+        for each in gc.get_objects()
+        if type(each) is torch.Tensor and each.device.type == "cpu"
+    }
+    return {
+        "storages": len(storages),
+        "bytes": sum(storages.values()),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "collectives": torch._C._distributed_c10d._get_work_registry_size(),
+    }
+
+
+def endures() -> dict[str, dict[str, int]]:
+    """What a rank holds after ten displaced steps, and after a thousand."""
+    found = {}
+    with parallel(block(), DistributedExecutor(WORLD, timeout=60), Strategy.of("displaced")) as module:
+        ((sample, timestep),) = steps(1)
+        with module.generation():
+            for k in range(1004):
+                module(sample + 1e-4 * k, timestep - 1e-5 * k)
+                if k in (13, 1003):
+                    found[str(k - 3)] = resources()
+    return found
+
+
 def everything() -> dict[str, Any]:
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {"endures": endures()}
     seen["other world"] = attempt(lambda: fxpass.parallelize(block(), WORLD + 1))
 
     model = block()

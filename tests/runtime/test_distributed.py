@@ -78,6 +78,12 @@ def test_ranks_that_take_turns_being_late_never_read_messages_of_another_step(se
     assert all(rank["unsteady"] for rank in seen)
 
 
+def test_a_thousand_displaced_steps_hold_as_much_as_ten(seen: list[dict[str, Any]]) -> None:
+    for held in [rank["endures"] for rank in seen]:
+        assert held["10"]["storages"] > 10
+        assert all(held["1000"][what] <= held["10"][what] for what in held["10"]), held
+
+
 def test_messages_in_flight_do_not_alias_memory_of_the_model(seen: list[dict[str, Any]]) -> None:
     """So a compiled program may reuse the memory of a value as soon as it is launched."""
     assert all(rank["copied"] for rank in seen)
