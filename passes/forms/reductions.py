@@ -41,7 +41,7 @@ def correction(dim: Any = None, *, correction: float | None = None, keepdim: boo
     return dim, 1 if correction is None else correction, keepdim
 
 
-def _batch_norm(
+def batch_norm(
     b: Builder, node: fx.Node, x: fx.Node, weight: Any, bias: Any, mean: Any, variance: Any, training: bool,
     momentum: float, eps: float,
 ) -> Any:  # fmt: skip
@@ -79,6 +79,5 @@ TABLE = {
     aten.std_mean.correction: OpSpec(form=variance(correction, root=True, mean=True)),
     aten.max.default: OpSpec(form=_extreme(aten.amax.default)),
     aten.min.default: OpSpec(form=_extreme(aten.amin.default)),
-    aten.native_batch_norm.default: OpSpec(form=_batch_norm),
     aten.instance_norm.default: OpSpec(form=_instance_norm),
 }

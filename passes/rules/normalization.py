@@ -15,9 +15,11 @@ from ...ir import ops
 from ...ir.layout import Layout, owned
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
+from ..forms import reductions as forms
 from ..partition import Op, Partitioner, Rule, SplitError
 
 aten = torch.ops.aten
+OWN_STATISTICS = "it computes batch statistics"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -129,13 +131,18 @@ def batch_norm(
 ) -> fx.Node:
     layout = layout_of(x)
     if training:
-        raise SplitError("it computes batch statistics")
+        raise SplitError(OWN_STATISTICS)
     if layout.dim == 1:
         raise SplitError("the channels are split")
     return p.same(op, (x, weight, bias, mean, variance, training, *rest), layout=layout)
 
 
+def own_statistics(p: Partitioner, op: Op, *_: object) -> fx.Node:
+    raise SplitError(OWN_STATISTICS)
+
+
 TABLE = {
+    aten.native_batch_norm.default: OpSpec(own_statistics, form=forms.batch_norm),
     aten.group_norm.default: OpSpec(group_norm),
     aten.layer_norm.default: OpSpec(layer_norm, row_wise=rows.norm),
     aten.rms_norm.default: OpSpec(rms_norm, row_wise=rows.norm),

@@ -1,6 +1,7 @@
-"""A refused capture changes nothing: every tensor of the model is the object, and holds the values, that it was.
+"""What a graph cannot hold is refused with the line or the name, and a refused capture changes nothing.
 
-The fixture in `conftest.py` checks the same of every refusal that another test in this folder provokes.
+Every tensor of the model is the same object with the same values; the fixture in `conftest.py` checks each refusal
+that a test in this folder provokes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import cpu_offload_with_hook
 from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor, nn
@@ -19,14 +21,88 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fxpass
 from fxpass.capture import CaptureError, capture
 from tests.capture.test_soundness import Block
-from tests.capture.unchanged import unchanged_if_refused
+from tests.capture.unchanged import refused
 
 
-def refused(model: nn.Module, *args: Any, run: Callable[..., Any] = capture, **kwargs: Any) -> str:
-    """The message."""
-    with pytest.raises(CaptureError) as caught, unchanged_if_refused(model):
-        run(model, *args, **kwargs)
-    return str(caught.value)
+def carry(m: Block, x: Tensor) -> Tensor:
+    y = x + m.plain
+    m.plain = y[0].detach()
+    return y
+
+
+def hoard(m: Block, x: Tensor) -> Tensor:
+    m.kept.append(x.detach())
+    return x + m.kept[0]
+
+
+def step(m: Block, x: Tensor) -> Tensor:
+    m.steps = getattr(m, "steps", 0) + 1  # pyright: ignore[reportArgumentType]
+    return x * m.steps
+
+
+SPARSE = torch.eye(6).to_sparse()
+
+
+@torch.library.custom_op("fxpass_test::fill", mutates_args={"x"})
+def fill(x: Tensor) -> None:
+    x.fill_(1)
+
+
+@torch.library.custom_op("fxpass_test::relu_", mutates_args={"self"})
+def named_like_relu(self: Tensor) -> None:
+    self.fill_(1)
+
+
+def written_by_a_namesake(m: Block, x: Tensor) -> Tensor:
+    y = x.clone()
+    named_like_relu(y)
+    return y
+
+
+def several_written(m: Block, x: Tensor) -> Tensor:
+    y, z = x.clone(), x.clone()
+    torch._foreach_add_([y, z], 1)
+    return y + z
+
+
+def two_outputs(m: Block, x: Tensor) -> Tensor:
+    values, places = torch.empty(6), torch.empty(6, dtype=torch.int64)
+    torch.max(x, 0, out=(values, places))
+    return x + values
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "buffer": (lambda m, x: m.count.add_(x[0]), "its own state in place: count"),
+    "reassigned": (lambda m, x: (setattr(m, "count", m.count + 1), x + m.count)[1], "own state while it runs: count"),
+    "carried": (carry, "plain is read, then replaced"),
+    "kept": (hoard, "from call to call in kept"),
+    "counted": (step, "counts from call to call: steps (1 before, 2 after)"),
+    "branch": (lambda m, x: x if x.sum() > 0 else -x, "needs the value of an activation"),
+    "mask": (lambda m, x: x[x > 0], "needs the value of an activation"),
+    "random": (lambda m, x: x + torch.randn(6), "draws random numbers"),
+    "dropout": (lambda m, x: F.dropout(x, 0.5, training=True), "training mode"),
+    "attention dropout": (
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+        "attention with dropout",
+    ),
+    "batch norm": (lambda m, x: F.batch_norm(x, m.count, m.table, training=True), "training mode"),
+    "strides": (lambda m, x: x.as_strided((3, 2), x.stride()), "depends on the order in memory"),
+    "layout": (lambda m, x: torch.sparse.mm(SPARSE, x.T).T, "a tensor with layout torch.sparse_coo"),
+    "resized": (lambda m, x: x.clone().unsqueeze_(0), "changes a tensor's shape in place"),
+    "custom write": (lambda m, x: (fill(y := x.clone()), y)[1], "writes in place and has no functional form"),
+    "write by a namesake": (written_by_a_namesake, "writes in place and has no functional form"),
+    "several written": (several_written, "writes to several tensors at once"),
+    "two outputs": (two_outputs, "writes to several tensors at once"),
+    "windows": (lambda m, x: (y := x.clone(), y.unfold(1, 2, 2).mul_(2))[0], "which cannot be undone"),
+    "other": (lambda m, x: x.undefined_attribute if torch.compiler.is_compiling() else x, "AttributeError"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), REFUSED.values(), ids=REFUSED)
+def test_operations_that_a_graph_cannot_hold_are_refused_with_the_line_of_the_model(body: Any, message: str) -> None:
+    text = refused(Block(body), torch.randn(4, 6))
+    assert message in text
+    assert "call" in text or "is read" in text or "test_refusals.py:" in text
 
 
 def weights_in_place(m: Block, x: Tensor) -> Tensor:

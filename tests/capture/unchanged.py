@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fxpass.capture import CaptureError, capture
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -55,6 +58,13 @@ def unchanged_if_refused(model: nn.Module) -> Iterator[None]:
             assert (tensor.device, tensor.dtype) == (device, dtype), name
             assert value is None or torch.equal(tensor, value), name
         raise
+
+
+def refused(model: nn.Module, *args: Any, run: Callable[..., Any] = capture, **kwargs: Any) -> str:
+    """The message of the refusal of a call, which leaves the model as it was."""
+    with pytest.raises(CaptureError) as caught, unchanged_if_refused(model):
+        run(model, *args, **kwargs)
+    return str(caught.value)
 
 
 def _has_values(tensor: Tensor) -> bool:
