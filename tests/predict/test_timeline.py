@@ -51,7 +51,7 @@ def test_steps_last_as_long_as_predicted() -> None:
     longest = max(each["dur"] for each in steps if each["name"] == "exact step")
     assert longest == pytest.approx(predicted * 1e6, abs=2e-3)
     ends = max(each["ts"] + each["dur"] for each in steps)
-    assert all(each["ts"] + each["dur"] <= ends for each in bars(found, "kernel"))
+    assert all(each["ts"] + each["dur"] <= ends + 2e-3 for each in bars(found, "kernel"))  # rounded
 
 
 def test_kernels_have_the_names_of_the_plans_nodes() -> None:
