@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,7 +15,9 @@ from torch import nn
 from .ir.advice import FxpassWarning
 from .ir.program import Program
 from .ir.strategy import Strategy
-from .plan import Plan, check_target, check_world_size, make_plan
+from .passes.targets import Target
+from .plan import Plan, check_target, check_world_size, make_plan, strategy_of
+from .predict.compare import slower_than_one
 from .runtime import distributed
 from .runtime.engine import Engine
 from .runtime.executor import COMPILERS, Compile, Executor
@@ -36,6 +38,7 @@ def parallelize(
     executor: str = "auto",
     compile: Compile = False,  # noqa: A002 - the name that torch users expect
     target: str = "auto",
+    link: str | None = None,
     strict: bool = False,
     timeout: float = 600.0,
     group: Any = None,
@@ -50,7 +53,8 @@ def parallelize(
     Args:
         model_or_pipeline: a model in eval mode, or a pipeline.
         world_size: number of ranks; default: the size of the process group, else the number of CUDA devices.
-        strategy: a `Strategy` or the name of a preset: "sync" (exact), "displaced" (stale, see `Strategy`), …
+        strategy: a `Strategy` or the name of a preset: "sync" (exact), "displaced" (stale, see `Strategy`), … "auto" is
+            "displaced" where it is predicted to be faster on `target` and `link`, else "sync".
         warmup_steps: number of exact steps before the first stale one; default: the strategy's.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers), "lockstep" (all ranks in this process, in turn), or "auto":
@@ -59,7 +63,8 @@ def parallelize(
             calls and processes load the result from Inductor's cache. "graph": record them as CUDA graphs, where all
             ranks are on GPUs of one machine that can map each other's memory. "inductor+graph": both. True: the last on
             CUDA, the first on CPUs.
-        target: name of the machine to plan for.
+        target: the device to plan for, or a file of `fxpass calibrate` (docs/targets.md).
+        link: what joins the ranks. If it or a target is given, a warning says if one rank would be faster.
         strict: raise `FallbackError` at the first call if an operator cannot be split. Otherwise such operators run
             whole on every rank, and a warning names them.
         timeout: seconds to wait for another rank before raising an error.
@@ -69,21 +74,22 @@ def parallelize(
         ValueError: an argument is invalid; the message lists the valid values.
         TypeError: the first argument is neither a module nor a pipeline with a denoiser.
     """
-    chosen = Strategy.of(strategy)
-    if warmup_steps is not None:
-        chosen = _with_warmup(chosen, warmup_steps)
+    check_target(target, link)
     if not isinstance(compile, bool) and compile not in COMPILERS:
         raise ValueError(f"compile is True, False, {', '.join(map(repr, COMPILERS))}, not {compile!r}")
     if executor not in EXECUTORS:
         near = difflib.get_close_matches(str(executor), EXECUTORS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(EXECUTORS)}"
         raise ValueError(f"unknown executor {executor!r}; {hint}")
-    check_target(target)
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(world_size, executor, group)
+    chosen = strategy_of(strategy, world)
+    if warmup_steps is not None:
+        chosen = _with_warmup(chosen, warmup_steps)
+    machine = (target, link)
     if isinstance(model_or_pipeline, nn.Module):
-        return _wrapped(model_or_pipeline, world, chosen, executor, target, strict, timeout, group, compile)
+        return _wrapped(model_or_pipeline, world, chosen, executor, machine, strict, timeout, group, compile)
 
     from .models.pipelines import Announcer, denoisers
 
@@ -95,7 +101,7 @@ def parallelize(
         )
     models = {name: _unwrapped(getattr(model_or_pipeline, name)) for name in names}  # before anything is replaced
     modules = {
-        n: _wrapped(m, world, chosen, executor, target, strict, timeout, group, compile) for n, m in models.items()
+        n: _wrapped(m, world, chosen, executor, machine, strict, timeout, group, compile) for n, m in models.items()
     }
     for name, module in modules.items():
         setattr(model_or_pipeline, name, module)
@@ -114,7 +120,9 @@ def parallelize(
     return model_or_pipeline
 
 
-def _with_warmup(strategy: Strategy, warmup_steps: int) -> Strategy:
+def _with_warmup(strategy: Any, warmup_steps: int) -> Strategy:
+    if not isinstance(strategy, Strategy):
+        raise ValueError("warmup_steps is for a strategy that is named, not for strategy='auto'")
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
         raise ValueError(f"warmup_steps is a number of steps, not {warmup_steps!r}")
     if strategy.exact and warmup_steps:
@@ -135,18 +143,23 @@ def _world_size(world_size: int | None, executor: str, group: Any) -> int:
 def _wrapped(
     model: nn.Module,
     world: int,
-    strategy: Strategy,
+    strategy: Strategy | Callable[[Program, Target], Strategy],
     executor: str,
-    target: str,
+    machine: tuple[str, str | None],
     strict: bool,
     timeout: float,
     group: Any,
     compile: Compile,  # noqa: A002
 ) -> ParallelModule:
     model = _unwrapped(model)
+    given = machine != ("auto", None)
 
     def planned(program: Program) -> Plan:
-        plan = make_plan(program, world, strategy, target, strict=strict)
+        nonlocal given
+        plan = make_plan(program, world, strategy, *machine, strict=strict)
+        if given and (hint := slower_than_one(plan.program, plan.predict())):
+            warnings.warn(hint, FxpassWarning, stacklevel=2)
+        given = False  # once
         if plan.gathered:
             warnings.warn(
                 f"{len(plan.gathered)} operators cannot be split and run whole on every rank (strict=True refuses them)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from .passes import Build, build
 from .passes.cost import flops, node_flops, totals
 from .passes.cuts import Tried
 from .passes.targets import Target, find
+from .predict.compare import choose
 from .predict.prediction import Prediction, predict
 
 if TYPE_CHECKING:
@@ -290,16 +291,23 @@ class Plan:
 def make_plan(
     program: Program,
     world_size: int,
-    strategy: Strategy,
+    strategy: Strategy | Callable[[Program, Target], Strategy],
     target: str | Target = "auto",
     link: str | None = None,
     *,
     strict: bool = False,
 ) -> Plan:
-    """Plan a captured program for `world_size` ranks. Raises as `plan` does."""
+    """Plan a captured program for `world_size` ranks. Raises as `plan` does.
+
+    Args:
+        strategy: or what chooses one for the program and the target.
+    """
     check_world_size(world_size)
     started = time.perf_counter()
-    result: Build = build(program, world_size, target_of(target, program, link), strategy)
+    machine = target_of(target, program, link)
+    if not isinstance(strategy, Strategy):
+        strategy = strategy(program, machine)
+    result: Build = build(program, world_size, machine, strategy)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
@@ -334,15 +342,23 @@ def plan(
     """Plan `model(*args, **kwargs)` on `world_size` ranks without running it. Weight-free (fake) models work.
 
     `target` names a device, or a file that describes one; `link` what joins the ranks (docs/targets.md lists both).
+    `strategy="auto"` is "displaced" if it is predicted to be faster there, else "sync"; planning takes twice as long.
 
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if it cannot be split over
     so many ranks, and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (`Plan.gathered`).
     """
     check_world_size(world_size)
     check_target(target, link)
-    chosen = Strategy.of(strategy)
+    chosen = strategy_of(strategy, world_size)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
     return make_plan(program, world_size, chosen, target, link, strict=strict)
+
+
+def strategy_of(strategy: str | Strategy, world_size: int) -> Strategy | Callable[[Program, Target], Strategy]:
+    """The strategy of that name; for "auto", what chooses one. Raises `ValueError` for an unknown name."""
+    if strategy == "auto":
+        return lambda program, target: choose(program, world_size, target)
+    return Strategy.of(strategy)
 
 
 def check_world_size(world_size: Any) -> int:

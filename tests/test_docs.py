@@ -11,6 +11,7 @@ import typer
 import typer.main
 
 from fxpass.tools.commands.app import app
+from tests.tools.command import fxpass
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ("balance", "coverage", "traffic")  #: pages that the sweeps write
@@ -86,6 +87,20 @@ def test_commands_of_fxpass_have_the_options_that_are_written(document: str) -> 
                 assert command is not None, line
                 if arguments:
                     command.make_context(name, shlex.split(arguments), parent=parent)  # parses, and runs nothing
+
+
+def outputs(document: str) -> list[tuple[str, list[str]]]:
+    """The commands of a document that are shown with what they print, and the lines of that."""
+    found = re.findall(r"^ {4}\$ (fxpass .+)\n((?: {4}.*\n)+)", text_of(document), re.MULTILINE)
+    return [(command, [line.strip() for line in lines.splitlines()]) for command, lines in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "lines"), outputs("docs/targets.md"), ids=lambda value: str(value)[:70])
+def test_the_page_on_targets_shows_what_its_commands_print(command: str, lines: list[str]) -> None:
+    printed = [line.strip() for line in fxpass(*shlex.split(command)[1:]).stdout.splitlines()]
+    assert lines[0] == "…"
+    assert printed[-len(lines) + 1 :] == lines[1:]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

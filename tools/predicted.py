@@ -27,15 +27,18 @@ def show(out: Console, chosen: Prediction, others: Sequence[Prediction | Impossi
     launched = "as CUDA graphs" if chosen.graphs else "one by one"
     device = chosen.target.device
     out.print(f"\npredicted on {chosen.target.name}" + (f", kernels launched {launched}" if device.launch else ""))
-    times = table("", "takes", "computing", "waiting for messages", right=True)
+    by_host = bool(device.launch) and not chosen.graphs
+    columns = ("takes", *(["launching"] if by_host else []), "computing", "waiting for messages")
+    times = table("", *columns, right=True)
 
     def step(name: str, each: StepTime) -> None:
-        times.add_row(name, *map(seconds_text, (each.seconds, each.compute, each.exposed)))
+        parts = (each.seconds, *([each.launching] if by_host else []), each.compute, each.exposed)
+        times.add_row(name, *map(seconds_text, parts))
 
     step("an exact step", chosen.exact)
     if chosen.steady is not None:
         step("a displaced step", chosen.steady)
-    times.add_row(f"{steps} steps", seconds_text(chosen.generation(steps)), "", "")
+    times.add_row(f"{steps} steps", seconds_text(chosen.generation(steps)))
     out.print(times)
     memory = chosen.memory
     parts = zip(("weights", "state", "activations"), (memory.weights, memory.state, memory.activations), strict=True)

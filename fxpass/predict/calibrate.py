@@ -50,7 +50,9 @@ def device_of(name: str, device: torch.device, link: str) -> Device:
         sources |= {"units": "the driver", "tiles": gpu.sources["tiles"], "launch": what}
     memory = properties.total_memory if kind == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sources["memory"] = "the driver" if kind == "cuda" else "the operating system"
-    described = properties.name if kind == "cuda" else f"{_processor()}, threads of a process: {torch.get_num_threads()}"
+    described = (
+        properties.name if kind == "cuda" else f"{_processor()}, threads of a process: {torch.get_num_threads()}"
+    )
     return Device(
         name, described, link, matrix, _stream(timer), reached, memory=memory, kernel=kernel, sources=sources, **more
     )

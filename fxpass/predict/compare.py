@@ -13,6 +13,7 @@ from ..passes.targets import Target
 from .prediction import Prediction, predict
 
 CLEARLY = 1.03  #: another choice is recommended if it is so many times as fast
+USUAL = 50  #: steps of a generation, where nothing else is known
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,21 @@ def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str 
     better = [f"{best.world} ranks"] if best.world != chosen.world else []
     better += [f"strategy {best.strategy.name!r}"] if best.strategy != chosen.strategy else []
     return f"{' with '.join(better)} would be faster: {instead}"
+
+
+def choose(program: Program, world: int, target: Target) -> Strategy:
+    """`displaced` if its generations are predicted to be faster than exact ones; else `sync`.
+
+    Args:
+        program: as captured, or normalized.
+    """
+    exact, displaced = Strategy.of("sync"), Strategy.of("displaced")
+    found = [each for each in compared(program, (world,), (exact, displaced), target) if isinstance(each, Prediction)]
+    faster = len(found) == 2 and found[1].generation(USUAL) * CLEARLY < found[0].generation(USUAL)
+    return displaced if faster else exact
+
+
+def slower_than_one(program: Program, predicted: Prediction) -> str | None:
+    """A sentence if one rank is predicted to be faster; None if it is not."""
+    (one,) = compared(program, (1,), (Strategy.of("sync"),), predicted.target, graphs=predicted.graphs)
+    return advice(predicted, [one], USUAL) if isinstance(one, Prediction) and predicted.world > 1 else None

@@ -27,11 +27,13 @@ class StepTime:
 
     Attributes:
         seconds: from its begin until the last rank has ended.
+        launching: in which the host of each rank launches kernels.
         compute: the kernels of the rank that computes longest.
         exposed: what the rank that waits longest waits for messages, or copies them itself.
     """
 
     seconds: float
+    launching: float
     compute: float
     exposed: float
 
@@ -123,4 +125,5 @@ def predict(
 def _taken(simulation: Simulation, step: Step) -> StepTime:
     began = simulation.stream.max()
     elapsed: Elapsed = simulation.step(step)
-    return StepTime(float(elapsed.ended.max() - began), float(elapsed.busy.max()), float(elapsed.exposed.max()))
+    longest = (float(each.max()) for each in (elapsed.busy, elapsed.exposed))
+    return StepTime(float(elapsed.ended.max() - began), elapsed.launching, *longest)

@@ -11,11 +11,13 @@ from fxpass.ir.step import Mode
 from fxpass.ir.strategy import Strategy
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.passes.targets import Target, find
-from fxpass.predict.compare import Impossible, advice, compared
+from fxpass.plan import plan
+from fxpass.predict.compare import Impossible, advice, choose, compared, slower_than_one
 from fxpass.predict.events import step_of
 from fxpass.predict.prediction import Prediction, predict
 from fxpass.predict.price import Prices
 from tests.inspect.plans import planned, small
+from tests.runtime.plans import block, inputs
 
 #: computing takes long, so that a split is worth it
 SLOW = Target(replace(find("cpu").device, matrix={"float32": 1e6}), find("cpu").link)
@@ -113,3 +115,22 @@ def test_advice_does_not_name_what_does_not_fit() -> None:
     room = Target(replace(SLOW.device, memory=two.memory.total), two.target.link)
     assert one.memory.total > two.memory.total
     assert advice(replace(two, target=room), [replace(one, target=room)], 50) is None
+
+
+def test_the_strategy_auto_is_displaced_where_messages_take_long_and_else_exact() -> None:
+    program = planned().program
+    assert choose(program, 2, over(latency=1e-2)).name == "displaced"
+    assert choose(program, 2, over(latency=0.0, bandwidth=1e15)).name == "sync"
+    assert choose(program, 1, over(latency=1e-2)).name == "sync"
+    assert choose(program, 100, SLOW).name == "sync"  # so many ranks are refused when they are planned
+    assert (
+        plan(block(), *inputs(), world_size=2, strategy="auto", target=over(latency=1e-2)).strategy.name == "displaced"
+    )
+
+
+def test_a_split_that_is_slower_than_one_rank_is_noticed() -> None:
+    made = planned()
+    assert "slower than 1" in str(slower_than_one(made.program, made.predict(over(latency=1.0))))
+    assert slower_than_one(made.program, made.predict(over(latency=0.0))) is None
+    one = planned(world=1)
+    assert slower_than_one(one.program, one.predict(SLOW)) is None

@@ -70,6 +70,7 @@ def test_kernels_run_one_after_the_other() -> None:
 
 def test_short_kernels_wait_for_the_host_that_launches_them() -> None:
     short = [work(0.1, host=1.0)] * 3
+    assert Simulation(1, link()).step(Step((*short,))).launching == 3
     assert ends(1, link(), (*short,)) == [[pytest.approx(3.1)]]
     assert ends(1, link(), (work(10.0, host=1.0), *short)) == [[pytest.approx(11.3)]]  # launched meanwhile
 

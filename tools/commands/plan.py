@@ -86,16 +86,15 @@ def make(
 ) -> Plan:
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
-    from ...ir.strategy import Strategy
     from ...models.resolve import resolve
-    from ...plan import check_target
+    from ...plan import check_target, strategy_of
     from ...plan import plan as make_plan
 
-    chosen = Strategy.of(strategy)
+    strategy_of(strategy, world_size)
     check_target(target, link)
     resolved = resolve(model, options)
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
-    return make_plan(program, world_size=world_size, strategy=chosen, target=target, link=link, strict=strict)
+    return make_plan(program, world_size=world_size, strategy=strategy, target=target, link=link, strict=strict)
 
 
 def alternatives(plan: Plan, compare: bool, graphs: bool) -> list[Prediction | Impossible]:
