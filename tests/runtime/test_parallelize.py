@@ -229,11 +229,12 @@ def errors(pipeline: Any, whole: torch.nn.Module, steps: int, announced: bool = 
 
 
 def test_a_split_that_is_slower_than_one_rank_is_warned_of_once_if_the_link_is_given() -> None:
-    for options in ({"link": "cpu"}, {"target": "cpu"}):
-        with fxpass.parallelize(block(), 2, executor="lockstep", **options) as split:
-            with pytest.warns(fxpass.FxpassWarning, match="2 ranks over cpu would be slower than 1") as warned:
-                split(*inputs())
-            assert len(warned) == 1
-            split(*inputs(rows=24))  # another plan
-    with fxpass.parallelize(block(), 2, executor="lockstep") as split:
-        split(*inputs())
+    given: list[dict[str, Any]] = [{"link": "cpu"}, {"target": "cpu"}]
+    for options in given:
+        split: Any = fxpass.parallelize(block(), 2, executor="lockstep", **options)
+        with pytest.warns(fxpass.FxpassWarning, match="2 ranks over cpu would be slower than 1") as warned:
+            split(*inputs())
+        assert len(warned) == 1
+        split(*inputs(rows=24))  # another plan
+    plain: Any = fxpass.parallelize(block(), 2, executor="lockstep")
+    plain(*inputs())
