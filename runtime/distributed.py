@@ -20,7 +20,7 @@ from .board import Board
 from .errors import DisagreementError, RankError
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of
 from .graphs import Recorder, StepGraphs, cuda_recorder
-from .network import Network
+from .network import Network, gpu_cards, one_gpu_for_two
 from .step_runner import StepRunner
 
 log = logging.getLogger("fxpass")
@@ -166,6 +166,9 @@ class DistributedExecutor:
         timeout = timedelta(seconds=self.timeout)
         stores = [dist.PrefixStore(name, board.store) for name in ("group", "urgent")]
         if device.type == "cuda" and "nccl" in str(dist.get_backend_config(self._group)):
+            shared = one_gpu_for_two(gpu_cards(board, device))
+            if shared:
+                raise RuntimeError(shared)
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             # one group only: kernels of two communicators can deadlock if ranks launch them in different orders

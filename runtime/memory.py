@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 
 def check_shm(size: int, what: str) -> None:
     """Raises `OSError` if /dev/shm has not `size` bytes left for `what`."""
@@ -22,6 +24,14 @@ def check_available(size: int, what: str, advice: str) -> None:
     free = available()
     if free is not None and size > free:
         raise OSError(f"{what} needs {_mib(size)} of memory, {_mib(free)} are available; {advice}")
+
+
+def check_gpu(size: int, device: torch.device, what: str, advice: str) -> None:
+    """Raises `OSError` if a GPU has not `size` bytes of memory left for `what`."""
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch's cache can give
+    if size > free + reserved:
+        raise OSError(f"{what} needs {_mib(size)} of memory on {device}, {_mib(free + reserved)} are left; {advice}")
 
 
 def available(root: Path = Path("/")) -> int | None:

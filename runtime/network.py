@@ -70,8 +70,7 @@ class Network:
         if device.type != "cuda" or self._registered is None or not any(spec.closing for spec in specs):
             return False
         if self._maps is None:
-            card = json.dumps([processes.card().partition("|")[0], device.index or 0])
-            cards = [json.loads(each) for each in self.board.all_gather("gpus/card", card, OPENING)]
+            cards = gpu_cards(self.board, device)
             votes = self.board.all_gather("gpus/vote", json.dumps(_can_map(cards, device)), OPENING)
             self._maps = all(map(json.loads, votes))
         return self._maps
@@ -114,6 +113,25 @@ class Network:
     def _group_of(self, spec: ChannelSpec) -> Any:
         """The group of a channel: the urgent one for what is never stale, so that displaced steps use it as well."""
         return self.urgent if spec.exchanges[0].fresh == "sync" else self.group
+
+
+def gpu_cards(board: Board, device: torch.device) -> list[tuple[str, int]]:
+    """Of each rank: its machine, empty if it is not known, and the number of its GPU. All ranks call it."""
+    card = json.dumps([processes.card().partition("|")[0], device.index or 0])
+    return [tuple(json.loads(each)) for each in board.all_gather("gpus/card", card, OPENING)]
+
+
+def one_gpu_for_two(cards: Sequence[tuple[str, int]]) -> str:
+    """Which ranks share a GPU, and what to do; empty if none do."""
+    first: dict[tuple[str, int], int] = {}
+    for rank, card in enumerate(cards):
+        other = first.setdefault(card, rank)
+        if other != rank and card[0]:
+            return (
+                f"ranks {other} and {rank} both have their model on cuda:{card[1]}; give each process a GPU of its own "
+                'before the model is made: torch.cuda.set_device(int(os.environ["LOCAL_RANK"])), then .to("cuda")'
+            )
+    return ""
 
 
 def _can_map(cards: Sequence[tuple[str, int]], device: torch.device) -> bool:

@@ -27,6 +27,7 @@ from ..ir.exchange import Payloads
 from ..ir.step import ChannelSpec
 from .channels import assembled
 from .errors import RankError
+from .memory import check_gpu
 from .messages import Message
 
 ALIGNMENT = 256  #: bytes
@@ -227,12 +228,15 @@ def shared_memory(
         group: a registered process group, or its name; used to exchange the addresses.
 
     Raises:
+        OSError: this GPU has too little memory left.
         RuntimeError: a rank cannot map the memory of another.
     """
     import torch.distributed._symmetric_memory as symmetric
 
     world = specs[0].exchanges[0].world
     size, _ = message_places(specs, world)
+    advice = "run smaller inputs, more ranks or fewer guidance branches"
+    check_gpu(size, device, f"a context's messages of {world} ranks, with two places for each", advice)
     own = symmetric.empty(size, dtype=torch.uint8, device=device)
     own.zero_()
     torch.cuda.synchronize(device)

@@ -64,7 +64,8 @@ def test_low_precision_is_as_near_to_float32_as_unsplit(name: str, dtype: torch.
 def _torchrun(world: int, folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     command = [*torchrun, "-m", "tests.cuda.ranks", str(folder)]
-    run = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=270, check=False)
+    environment = dict(os.environ) | {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=270, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
 
 

@@ -164,6 +164,18 @@ def test_an_empty_batch_is_run_by_every_rank(shape: tuple[int, ...]) -> None:
     assert module(torch.randn(shape)).shape == model(torch.randn(shape)).shape
 
 
+@pytest.mark.parametrize("compile", ["cudagraphs", 1.5, None])
+def test_an_unknown_way_to_compile_is_refused_with_those_there_are(compile: Any) -> None:  # noqa: A002
+    with pytest.raises(ValueError, match="compile is True, False, 'inductor', 'graph', 'inductor\\+graph', not"):
+        fxpass.parallelize(block(), 2, executor="lockstep", compile=compile)
+
+
+@pytest.mark.parametrize("executor", ["lockstep", "spawn"])
+def test_graphs_of_a_model_on_the_cpu_are_refused(executor: str) -> None:
+    with pytest.raises(ValueError, match="records CUDA graphs, but the model is on cpu; use compile=True"):
+        fxpass.parallelize(block(), 2, executor=executor, compile="graph")(*inputs())
+
+
 def test_a_model_that_computes_nothing_gives_its_input_back() -> None:
     x = torch.randn(1, 4, 8)
     assert fxpass.parallelize(nn.Identity().eval(), 2, executor="lockstep")(x) is x
