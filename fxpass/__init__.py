@@ -4,6 +4,7 @@ from .api import parallelize
 from .capture import CaptureError, capture
 from .ir.advice import FxpassWarning
 from .ir.strategy import Strategy
+from .logs import start as _start_logs
 from .plan import FallbackError, Plan, plan
 from .runtime.errors import DisagreementError, RankError
 
@@ -19,3 +20,5 @@ __all__ = [
     "parallelize",
     "plan",
 ]
+
+_start_logs()

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +16,7 @@ from torch import nn
 from .ir.advice import FxpassWarning
 from .ir.program import Program
 from .ir.strategy import Strategy
-from .passes.targets import Target
-from .plan import Plan, check_target, check_world_size, make_plan, strategy_of
+from .plan import Plan, check_target, check_world_size, make_plan, strategy_of, target_of
 from .predict.compare import slower_than_one
 from .runtime import distributed
 from .runtime.engine import Engine
@@ -24,6 +24,7 @@ from .runtime.executor import COMPILERS, Compile, Executor
 from .runtime.lockstep import LockstepExecutor
 from .runtime.module import ParallelModule
 from .runtime.spawn import SpawnExecutor
+from .saved import SavedPlan, load, plan_again
 
 T = TypeVar("T")
 EXECUTORS = ("auto", "distributed", "spawn", "lockstep")
@@ -33,13 +34,14 @@ def parallelize(
     model_or_pipeline: T,
     world_size: int | None = None,
     *,
-    strategy: Strategy | str = "sync",
+    strategy: Strategy | str | None = None,
     warmup_steps: int | None = None,
     executor: str = "auto",
     compile: Compile = False,  # noqa: A002 - the name that torch users expect
     target: str = "auto",
     link: str | None = None,
     strict: bool = False,
+    plan: str | Path | None = None,
     timeout: float = 600.0,
     group: Any = None,
 ) -> T:
@@ -54,7 +56,8 @@ def parallelize(
         model_or_pipeline: a model in eval mode, or a pipeline.
         world_size: number of ranks; default: the size of the process group, else the number of CUDA devices.
         strategy: a `Strategy` or the name of a preset: "sync" (exact), "displaced" (stale, see `Strategy`), … "auto" is
-            "displaced" where it is predicted to be faster on `target` and `link`, else "sync".
+            "displaced" where it is predicted to be faster on `target` and `link`, else "sync". Default: that of `plan`,
+            else "sync".
         warmup_steps: number of exact steps before the first stale one; default: the strategy's.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers), "lockstep" (all ranks in this process, in turn), or "auto":
@@ -67,6 +70,8 @@ def parallelize(
         link: what joins the ranks. If it or a target is given, a warning says if one rank would be faster.
         strict: raise `FallbackError` at the first call if an operator cannot be split. Otherwise such operators run
             whole on every rank, and a warning names them.
+        plan: a file of plans (`Plan.save`): its cuts, world size and strategy are used, and nothing is searched. A call
+            that none of them fits is an error.
         timeout: seconds to wait for another rank before raising an error.
         group: the process group to use; default: all processes.
 
@@ -75,6 +80,9 @@ def parallelize(
         TypeError: the first argument is neither a module nor a pipeline with a denoiser.
     """
     check_target(target, link)
+    saved = None if plan is None else _selected(plan, world_size, strategy)
+    if saved and warmup_steps is not None:
+        raise ValueError("warmup_steps is part of the saved plan's strategy; leave it out, or make another plan")
     if not isinstance(compile, bool) and compile not in COMPILERS:
         raise ValueError(f"compile is True, False, {', '.join(map(repr, COMPILERS))}, not {compile!r}")
     if executor not in EXECUTORS:
@@ -83,13 +91,23 @@ def parallelize(
         raise ValueError(f"unknown executor {executor!r}; {hint}")
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
-    world = _world_size(world_size, executor, group)
-    chosen = strategy_of(strategy, world)
+    world = _world_size(saved[0].world_size if saved else world_size, executor, group)
+    chosen = saved[0].strategy if saved else strategy_of("sync" if strategy is None else strategy, world)
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
-    machine = (target, link)
+
+    def planned(program: Program) -> Plan:
+        if saved:
+            return plan_again(program, saved, target_of(target, program, link))
+        return make_plan(program, world, chosen, target, link, strict=strict)
+
+    def wrapped(model: nn.Module) -> ParallelModule:
+        model = _unwrapped(model)
+        planner = _warning(planned, slow=(target, link) != ("auto", None))
+        return ParallelModule(model, Engine(model, planner, _executor(executor, world, timeout, group, compile)))
+
     if isinstance(model_or_pipeline, nn.Module):
-        return _wrapped(model_or_pipeline, world, chosen, executor, machine, strict, timeout, group, compile)
+        return wrapped(model_or_pipeline)
 
     from .models.pipelines import Announcer, denoisers
 
@@ -100,9 +118,7 @@ def parallelize(
             "give parallelize the model itself"
         )
     models = {name: _unwrapped(getattr(model_or_pipeline, name)) for name in names}  # before anything is replaced
-    modules = {
-        n: _wrapped(m, world, chosen, executor, machine, strict, timeout, group, compile) for n, m in models.items()
-    }
+    modules = {name: wrapped(model) for name, model in models.items()}
     for name, module in modules.items():
         setattr(model_or_pipeline, name, module)
     references = [weakref.ref(module) for module in modules.values()]  # so that a scheduler keeps no workers alive
@@ -140,26 +156,32 @@ def _world_size(world_size: int | None, executor: str, group: Any) -> int:
     return check_world_size(world_size)
 
 
-def _wrapped(
-    model: nn.Module,
-    world: int,
-    strategy: Strategy | Callable[[Program, Target], Strategy],
-    executor: str,
-    machine: tuple[str, str | None],
-    strict: bool,
-    timeout: float,
-    group: Any,
-    compile: Compile,  # noqa: A002
-) -> ParallelModule:
-    model = _unwrapped(model)
-    given = machine != ("auto", None)
+def _selected(path: str | Path, world_size: int | None, strategy: Strategy | str | None) -> tuple[SavedPlan, ...]:
+    """The plans in a file for this world size and strategy, all of one kind.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or holds none of these or several kinds.
+    """
+    saved = load(path)
+    wanted = None if strategy is None else Strategy.of(strategy)
+    found = [s for s in saved if world_size in (None, s.world_size) and wanted in (None, s.strategy)]
+    kinds = {(each.world_size, each.strategy) for each in found}
+    if len(kinds) == 1:
+        return tuple(found)
+    known = ", ".join(sorted({f"world_size={s.world_size}, strategy={s.strategy.name!r}" for s in saved})) or "none"
+    what = "several kinds of plans; say which by world_size and strategy" if kinds else "no plan of this kind"
+    raise ValueError(f"{path} has {what}: it has {known}")
+
+
+def _warning(planner: Callable[[Program], Plan], *, slow: bool) -> Callable[[Program], Plan]:
+    """A planner that warns of operators that cannot be split, and, once and if `slow`, of a split that slows down."""
 
     def planned(program: Program) -> Plan:
-        nonlocal given
-        plan = make_plan(program, world, strategy, *machine, strict=strict)
-        if given and (hint := slower_than_one(plan.program, plan.predict())):
+        nonlocal slow
+        plan = planner(program)
+        if slow and (hint := slower_than_one(plan.program, plan.predict())):
             warnings.warn(hint, FxpassWarning, stacklevel=2)
-        given = False  # once
+        slow = False
         if plan.gathered:
             warnings.warn(
                 f"{len(plan.gathered)} operators cannot be split and run whole on every rank (strict=True refuses them)"
@@ -169,8 +191,7 @@ def _wrapped(
             )
         return plan
 
-    runner = _executor(executor, world, timeout, group, compile)
-    return ParallelModule(model, Engine(model, planned, runner))
+    return planned
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

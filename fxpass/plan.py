@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -66,6 +67,17 @@ class Plan:
     def fingerprint(self) -> str:
         """A hash of everything that the ranks must agree on."""
         return fingerprint(self.graph)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file, for `parallelize(…, plan=path)`; the file's plans of other calls stay.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: the file is there and holds no plans.
+        """
+        from .saved import save
+
+        save(self, path)
 
     @property
     def attempts(self) -> int:

@@ -7,7 +7,9 @@ two follow law 4 (docs/design.md).
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +18,7 @@ from torch import fx
 from ..ir.garbage import collection_paused
 from ..ir.inputs import moving_names
 from ..ir.layout import Layout
-from ..ir.program import Program
+from ..ir.program import Program, exchanges_of
 from ..ir.strategy import Strategy
 from ..ir.verify import Stage, verify
 from .bucket import bucket
@@ -30,6 +32,8 @@ from .rules import RULES
 from .schedule import schedule
 from .targets import Target
 from .trim import trim
+
+log = logging.getLogger("fxpass")
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,18 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def build(program: Program, world: int, target: Target, strategy: Strategy, *, after: str | None = None) -> Build:
+def build(
+    program: Program,
+    world: int,
+    target: Target,
+    strategy: Strategy,
+    *,
+    after: str | None = None,
+    cuts: Mapping[str, Layout] | None = None,
+) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
+
+    With `cuts`, which are known from an earlier search, all passes run but that search.
 
     Raises `ValueError` if no pass has the name `after`, `WorldSizeError` if so many ranks cannot share the model.
     """
@@ -120,7 +134,11 @@ def build(program: Program, world: int, target: Target, strategy: Strategy, *, a
     if after is not None and after not in names:
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
-    return _run(Build(program, world, target, strategy), PASSES[: names.index(after) + 1 if after else None])
+    start = Build(program, world, target, strategy)
+    if cuts is not None:
+        found = _run(start, PASSES[: names.index("cuts")])
+        return resume(replace(found, cuts=cuts), after="cuts")
+    return _run(start, PASSES[: names.index(after) + 1 if after else None])
 
 
 def resume(state: Build, *, after: str) -> Build:
@@ -136,4 +154,11 @@ def _run(state: Build, passes: tuple[Pass, ...]) -> Build:
         state = each.run(state)
         verify(state.current, each.ensures, state.world)
         seconds[each.name] = time.perf_counter() - started
+        if log.isEnabledFor(logging.DEBUG):
+            counts = Counter(node.op for node in state.current.nodes)
+            exchanges = sum(1 for _ in exchanges_of(state.current))
+            operators = counts["call_function"]
+            log.debug(
+                "pass %-9s %6d operators, %4d exchanges, %.2f s", each.name, operators, exchanges, seconds[each.name]
+            )
     return replace(state, program=replace(state.program, seconds=seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +35,8 @@ from .rows import resolve
 from .survivors import refuse_survivors, release_survivors
 from .unread import Watch, refuse_stand_ins
 from .writes import functionalize
+
+log = logging.getLogger("fxpass")
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
@@ -84,6 +87,7 @@ def capture_call(model: nn.Module, call: Call) -> Program:
         "capture": recorded - warm,
         "compare": time.perf_counter() - recorded,
     }
+    log.debug("captured %s in %.2f s: %s", type(model).__name__, time.perf_counter() - started, program)
     return program
 
 

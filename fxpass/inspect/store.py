@@ -40,7 +40,7 @@ def to_json(snapshot: Snapshot) -> str:
             lines[each.name] = _listed(json.dumps(item) for item in records)
         else:
             lines[each.name] = json.dumps(value)
-    lines["layouts"] = _listed(json.dumps(_from_layout(layout)) for layout in layouts)
+    lines["layouts"] = _listed(json.dumps(from_layout(layout)) for layout in layouts)
     return "{\n" + ",\n".join(f'"{name}": {value}' for name, value in lines.items()) + "\n}"
 
 
@@ -64,7 +64,7 @@ def from_json(text: str) -> Snapshot:
     if data.get("version") != VERSION:
         raise ValueError(f"this dump has version {data.get('version')} of the schema; this fxpass reads {VERSION}")
     try:
-        layouts = [_to_layout(each) for each in data["layouts"]]
+        layouts = [to_layout(each) for each in data["layouts"]]
         values: dict[str, Any] = {
             each.name: tuple(_record(RECORDS[each.name], item, layouts) for item in data[each.name])
             if each.name in RECORDS
@@ -87,10 +87,12 @@ def _value(value: Any) -> Any:
     return tuple(map(_value, value)) if isinstance(value, list) else value
 
 
-def _from_layout(layout: Layout) -> dict[str, Any]:
+def from_layout(layout: Layout) -> dict[str, Any]:
+    """A layout as JSON: its dim, and of each rank the runs (start, length, stride, count) of its rows."""
     rows = [[[run.start, run.length, run.stride, run.count] for run in part.runs] for part in layout.rows]
     return {"dim": layout.dim, "rows": rows}
 
 
-def _to_layout(data: Mapping[str, Any]) -> Layout:
+def to_layout(data: Mapping[str, Any]) -> Layout:
+    """The layout that `from_layout` wrote."""
     return Layout(data["dim"], tuple(Rows(tuple(Run(*run) for run in part)) for part in data["rows"]))

@@ -28,7 +28,7 @@ from tests.runtime.plans import Block, Pipeline, block, inputs, parallel
         ({"world_size": 2, "strategy": "ulysses"}, ValueError, "choose one of sync, displaced"),
         ({"world_size": 2, "executor": "spwan"}, ValueError, "did you mean 'spawn'"),
         ({"world_size": 2, "executor": "distributed"}, RuntimeError, "torchrun"),
-        ({"world_size": 2, "strategy": None}, ValueError, "not None"),
+        ({"world_size": 2, "strategy": 7}, ValueError, "not 7"),
         ({"world_size": 2, "executor": None}, ValueError, "choose one of"),
         ({"world_size": 2, "target": "tpu"}, ValueError, "targets are"),
         ({"world_size": 2, "timeout": 0}, ValueError, "above 0"),

@@ -1,0 +1,167 @@
+"""Plans in files, so that a later start captures and partitions a model without a search for cuts.
+
+A file is JSON. It has one entry for each signature (shapes and options of a call), world size and strategy::
+
+    {"schema": "fxpass.plans", "version": 1, "plans": [
+      {"fxpass": "0.2.0", "torch": "2.13.0", "inputs": ["sample (1, 4, 64, 64) torch.float32", ...],
+       "program": fingerprint of the whole program, "world_size": 4, "strategy": {fields of Strategy},
+       "cuts": {value: {"dim": 2, "rows": [runs of each rank]}}, "plan": fingerprint of the plan}]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .inspect.store import from_layout, to_layout
+from .ir.layout import Layout
+from .ir.program import Program, fingerprint
+from .ir.strategy import Strategy
+from .passes import build
+from .passes.normalize import normalize
+from .passes.targets import Target
+from .plan import Plan
+
+SCHEMA = "fxpass.plans"
+VERSION = 1  #: of the schema
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """An entry of a file; the module's docstring says what its fields are."""
+
+    fxpass: str
+    torch: str
+    inputs: tuple[str, ...]
+    program: str
+    world_size: int
+    strategy: Strategy
+    cuts: dict[str, Layout]
+    plan: str
+
+    @staticmethod
+    def of(plan: Plan) -> SavedPlan:
+        whole = plan.program
+        inputs, cuts = tuple(_inputs(whole)), dict(plan.cuts)
+        versions = _version(), str(torch.__version__)
+        return SavedPlan(
+            *versions, inputs, fingerprint(whole.graph), plan.world_size, plan.strategy, cuts, plan.fingerprint
+        )
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells entries of one file apart."""
+        return self.program, self.world_size, self.strategy
+
+
+def save(plan: Plan, path: str | Path) -> None:
+    """Write a plan to a file; entries of other signatures, world sizes and strategies stay."""
+    path = Path(path)
+    new = SavedPlan.of(plan)
+    kept = [each for each in load(path) if each.key != new.key] if path.exists() else []
+    text = json.dumps(
+        {"schema": SCHEMA, "version": VERSION, "plans": [_to_json(each) for each in [*kept, new]]}, indent=1
+    )
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a write that is interrupted leaves the old file
+    part.write_text(text + "\n")
+    part.replace(path)
+
+
+def load(path: str | Path) -> tuple[SavedPlan, ...]:
+    """The plans in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no plans, or those of another version of the schema.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} holds no plans of fxpass: {error}") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f'{path} holds no plans of fxpass: "schema" is not "{SCHEMA}"')
+    if data.get("version") != VERSION:
+        raise ValueError(f"{path} has version {data.get('version')} of the schema; this fxpass reads {VERSION}")
+    try:
+        return tuple(map(_from_json, data["plans"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> Plan:
+    """The plan of a captured program by the entry that fits it, without a search.
+
+    Raises:
+        ValueError: no entry was made for this program by these versions, or it gives another plan now.
+    """
+    started = time.perf_counter()
+    whole, here = fingerprint(normalize(program).graph), (_version(), str(torch.__version__))
+    fitting = [each for each in plans if each.program == whole and (each.fxpass, each.torch) == here]
+    if not fitting:
+        raise ValueError(_misfit(program, plans, here))
+    saved = fitting[0]
+    result = build(program, saved.world_size, target, saved.strategy, cuts=saved.cuts)
+    assert result.graph is not None
+    seconds = result.program.seconds | {"plan": time.perf_counter() - started}
+    plan = Plan(result.program, result.graph, saved.world_size, saved.strategy, target, dict(saved.cuts), seconds)
+    if plan.fingerprint != saved.plan:
+        raise ValueError("these cuts give another plan than when they were saved; make it anew (Plan.save)")
+    return plan
+
+
+def _misfit(program: Program, plans: Sequence[SavedPlan], here: tuple[str, str]) -> str:
+    """Why no entry fits a program."""
+    inputs = tuple(_inputs(program))
+    alike = [each for each in plans if each.inputs == inputs]
+    if not alike:
+        known = "; ".join(", ".join(each.inputs) for each in plans)
+        return f"no saved plan is for inputs {', '.join(inputs)}; there are plans for: {known}"
+    made = [(each.fxpass, each.torch) for each in alike]
+    if here in made:
+        return "the saved plan is of another model, or of one with other layers, adapters or options; make it anew"
+    fx, torch_ = made[0]
+    return (
+        f"this plan was made by fxpass {fx} and torch {torch_}, here are {here[0]} and {here[1]}; make it anew "
+        "(Plan.save)"
+    )
+
+
+def _inputs(program: Program) -> list[str]:
+    """The inputs as text, each with name, shape and dtype."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    metas = [nodes[name].meta for name in program.inputs]
+    return [f"{p} {tuple(m['shape'])} {m['dtype']}" for p, m in zip(program.input_paths, metas, strict=True)]
+
+
+def _to_json(saved: SavedPlan) -> dict[str, Any]:
+    cuts = {name: from_layout(layout) for name, layout in saved.cuts.items()}
+    return {each.name: getattr(saved, each.name) for each in fields(saved)} | {
+        "strategy": asdict(saved.strategy),
+        "cuts": cuts,
+    }
+
+
+def _from_json(data: dict[str, Any]) -> SavedPlan:
+    strategy = data["strategy"]
+    if isinstance(strategy["window"], list):
+        strategy["window"] = tuple(strategy["window"])
+    values = {each.name: data[each.name] for each in fields(SavedPlan)}
+    values["inputs"] = tuple(values["inputs"])
+    values["strategy"] = Strategy(**strategy)
+    values["cuts"] = {name: to_layout(layout) for name, layout in data["cuts"].items()}
+    return SavedPlan(**values)
+
+
+def _version() -> str:
+    try:
+        return version("fxpass")
+    except PackageNotFoundError:
+        return "not installed"  # Python runs it from a checkout

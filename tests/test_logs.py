@@ -1,0 +1,45 @@
+"""What FXPASS_LOG shows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch, fxpass
+fxpass.parallelize(torch.nn.Conv2d(3, 3, 3, padding=1).eval(), 2, executor="lockstep")(torch.ones(1, 3, 8, 8))
+"""
+
+
+@pytest.mark.parametrize("level", ["debug", "warning", None])
+def test_captures_and_passes_are_shown_at_level_debug(level: str | None) -> None:
+    environment = os.environ | ({"FXPASS_LOG": level} if level else {})
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    lines = [line.split(maxsplit=3)[1:] for line in run.stderr.splitlines() if " fxpass " in line]
+    assert run.stdout == ""
+    if level != "debug":
+        assert lines == []
+        return
+    texts = [text for _, kind, text in lines if kind == "DEBUG"]
+    assert texts[0].startswith("captured Conv2d")
+    passes = [text.split()[1] for text in texts if text.startswith("pass ")]
+    assert passes == ["normalize", "cuts", "partition", "trim", "displace", "narrow", "bucket", "schedule"]
+    assert "exchanges" in texts[-1]
+
+
+def test_an_unknown_level_is_named() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", "import fxpass"],
+        env=os.environ | {"FXPASS_LOG": "loud"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("ValueError: FXPASS_LOG=loud: there is no such level; the levels are")
