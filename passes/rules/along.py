@@ -35,8 +35,6 @@ def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[
         x = args[0]
         layout, ndim = layout_of(x), len(shape_of(x))
         dim = kwargs.get("dim", args[place] if len(args) > place else default)
-        if dim is None:
-            raise SplitError("it works on the flattened tensor")
         if dim % ndim == layout.dim:
             raise SplitError(f"it works along the split dim {layout.dim}")
         if len(op_shape(op)) < ndim:  # kthvalue and median drop the dim

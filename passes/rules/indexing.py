@@ -15,7 +15,7 @@ from ...capture import row_rules, rows
 from ...ir.layout import Layout, Rows, even
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
-from ..partition import Op, Partitioner, SplitError
+from ..partition import Op, Partitioner
 from .pointwise import align
 from .slicing import cut
 
@@ -53,11 +53,10 @@ def index_select(p: Partitioner, op: Op, x: fx.Node, dim: int, indices: fx.Node)
 
 
 def index(p: Partitioner, op: Op, x: fx.Node, indices: list[fx.Node | None]) -> fx.Node:
-    """`x[i, :, j]` with integer tensors that broadcast. The result of a boolean one has a data-dependent size."""
+    """`x[i, :, j]` with integer tensors that broadcast. Capture replaces boolean ones by positions."""
     used = [d for d, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
-    if any(i.meta["dtype"] == torch.bool for i in given):
-        raise SplitError("its index is boolean")
+    assert all(i.meta["dtype"] != torch.bool for i in given)
     layout = layout_of(x)
     adjacent = used == list(range(used[0], used[-1] + 1))
     broadcast = torch.broadcast_shapes(*(shape_of(i) for i in given))

@@ -73,9 +73,7 @@ def flip(p: Partitioner, op: Op, x: fx.Node, dims: list[int]) -> fx.Node:
     return p.same(op, (x, inside), layout=layout_of(x)) if inside else x
 
 
-def roll(p: Partitioner, op: Op, x: fx.Node, shifts: list[int], dims: list[int] | None = None) -> fx.Node:
-    if not dims:
-        raise SplitError("it rolls the flattened tensor")
+def roll(p: Partitioner, op: Op, x: fx.Node, shifts: list[int], dims: list[int]) -> fx.Node:
     layout = layout_of(x)
     others = []
     for shift, dim in zip(shifts, dims, strict=True):
