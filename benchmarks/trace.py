@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fxpass
 from benchmarks.harness import DISPLACED, Stepper
+from fxpass.inspect.exchanges import message_ids
 from fxpass.ir import comm
 from fxpass.ir.code import StepCode
 from fxpass.ir.exchange import Exchange, Payloads
@@ -40,7 +41,7 @@ PATIENCE = 60.0  #: seconds; the channel itself waits after these, and raises an
 
 @dataclass
 class Flight:
-    """The messages of one exchange node in one step, as one rank sees them. Times in seconds."""
+    """The messages `node` (`x3` of `fxpass dump`) in one step, as one rank sees them. Times in seconds."""
 
     node: str
     role: str
@@ -87,9 +88,9 @@ class Log:
 class WatchedChannel:
     """A channel that records its uses."""
 
-    def __init__(self, channel: Channel, spec: ChannelSpec, rank: int, log: Log) -> None:
+    def __init__(self, channel: Channel, spec: ChannelSpec, name: str, rank: int, log: Log) -> None:
         self.channel = channel
-        self.node = spec.name
+        self.node = name
         self.role = spec.exchanges[0].role
         self.size = sum(exchange.received(rank) for exchange in spec.exchanges)
         self.log = log
@@ -264,7 +265,8 @@ def watched(plan: fxpass.Plan, channels: Sequence[Channel], rank: int, log: Log)
             codes[plain] = watched_code(plain, log)
         return codes[plain]
 
-    ends = [WatchedChannel(*each, rank, log) for each in zip(channels, programs.channels, strict=True)]
+    names = message_ids(plan.graph, programs.channels)
+    ends = [WatchedChannel(*each, rank, log) for each in zip(channels, programs.channels, names, strict=True)]
     constants = list(plan.program.constants.values())
     names = placeholders(plan.program)
     cpu = torch.device("cpu")

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,6 +236,8 @@ class Plan:
             ValueError: there is no such target or link; the message suggests the nearest.
         """
         machine = self.target if target is None else target_of(target, self.program, link)
+        if target is None and link is not None:
+            machine = replace(machine, link=find("auto", link).link)
         return predict(self.program, self.graph, self.world_size, self.strategy, machine, graphs=graphs)
 
     def diff(self, other: Plan) -> PlanDiff:

@@ -10,6 +10,7 @@ from torch import fx
 
 from ..ir.exchange import Exchange
 from ..ir.program import calls, exchanges_of
+from ..ir.step import ChannelSpec
 from ..runtime.process_group import padding
 
 
@@ -76,6 +77,12 @@ def planned_in(graph: fx.Graph) -> Iterator[PlannedExchange]:
     for message, (node, declared) in enumerate(exchanges_of(graph)):
         for value, each in enumerate(declared):
             yield PlannedExchange(node.meta.get("origin", node.name), node.meta.get("path", ""), each, message, value)
+
+
+def message_ids(graph: fx.Graph, channels: Sequence[ChannelSpec]) -> list[str]:
+    """For each channel of the step programs of a scheduled graph: `x3`, the message that travels in it."""
+    ordinals = {node.name: i for i, (node, _) in enumerate(exchanges_of(graph))}
+    return [f"x{ordinals[each.name.removesuffix('.displaced')]}" for each in channels]
 
 
 def gathered_in(graph: fx.Graph) -> tuple[Gathered, ...]:

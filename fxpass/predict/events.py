@@ -8,9 +8,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 from torch import fx
 
+from ..inspect.exchanges import message_ids
 from ..ir import comm
 from ..ir.exchange import Exchange
-from ..ir.program import calls, exchanges_of
+from ..ir.program import calls
 from ..ir.step import ChannelSpec, StepProgram
 from ..passes.targets import Link
 from .count import write
@@ -136,10 +137,9 @@ def step_of(program: StepProgram, plan: fx.Graph, prices: Prices, link: Link, la
         plan: the scheduled graph, whose exchanges give the messages their ordinals.
         launch: seconds in which the host launches a kernel.
     """
-    ordinals = {node.name: f"x{i}" for i, (node, _) in enumerate(exchanges_of(plan))}
     messages = [
-        Message(ordinals[each.name.removesuffix(".displaced")], each, each.exchanges[0].fresh != "sync")
-        for each in program.channels
+        Message(name, each, each.exchanges[0].fresh != "sync")
+        for name, each in zip(message_ids(plan, program.channels), program.channels, strict=True)
     ]
     events: list[Event] = []
     for node in calls(program.graph):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from ..ir import comm
 from ..ir.exchange import Exchange
 from ..ir.fetch import Fetch
 from ..ir.operators import spec_of
@@ -115,6 +116,8 @@ class Prices:
 
     def _operator(self, node: fx.Node) -> Price:
         first = alike((node, *node.all_input_nodes), self.world)
+        if any(_fetched(each) for each in node.all_input_nodes):  # windows differ from rank to rank
+            first = tuple(range(self.world))
         found = {rank: self._on(node, rank) for rank in sorted(set(first))}
         figures = [found[rank] for rank in first] if len(found) > 1 else list(found.values())
         kernels, *others = (np.array(each, dtype=float) for each in zip(*figures, strict=True))
@@ -124,8 +127,7 @@ class Prices:
         """The figures of a `Price` on one rank."""
 
         def local(each: fx.Node) -> _Operand:
-            shape = each.meta.get("shape", ())
-            return _Operand(layout_of(each).local_shape(shape, rank), each.meta.get("dtype"))
+            return _part(each, rank)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), local)
         result = local(node)
@@ -176,13 +178,30 @@ def _kind_of_rank(declared: Exchange, rank: int) -> Any:
     return own, declared.framed(rank), tuple(filter(None, received)), tuple(filter(None, sent))
 
 
+def _fetched(node: fx.Node) -> Fetch | None:
+    """The exchange that fetches a window: such a value has another shape than in exact steps."""
+    if node.target is not comm.unpack or "shape" in node.meta:
+        return None
+    return node.args[2]  # type: ignore[return-value]
+
+
 def _described(node: fx.Node) -> Any:
-    return node.meta.get("shape"), layout_of(node), node.meta.get("dtype")
+    return _fetched(node) or (node.meta.get("shape"), layout_of(node), node.meta.get("dtype"))
+
+
+def _part(node: fx.Node, rank: int) -> _Operand:
+    """A value on one rank."""
+    if window := _fetched(node):
+        rows = (*window.shape[: window.dim], len(window.want[rank]), *window.shape[window.dim + 1 :])
+        return _Operand(rows, window.dtype)
+    return _Operand(layout_of(node).local_shape(node.meta.get("shape", ()), rank), node.meta.get("dtype"))
 
 
 def _own(node: fx.Node) -> _Operand:
-    """An operand on the rank that the program is of."""
-    return _Operand(tuple(node.meta.get("local_shape", node.meta.get("shape", ()))), node.meta.get("dtype"))
+    """A value on the rank that the program is of."""
+    if "local_shape" in node.meta:
+        return _Operand(tuple(node.meta["local_shape"]), node.meta.get("dtype"))
+    return _part(node, 0)
 
 
 def _operands(tree: Any) -> list[_Operand]:

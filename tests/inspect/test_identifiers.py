@@ -1,4 +1,4 @@
-"""Every exchange and fallback has one identifier and the same bytes in plan, JSON, dump, text, drawing and networkx."""
+"""Every exchange and fallback has one identifier and the same bytes in all outputs, simulated messages among them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fxpass.inspect.store import to_json
 from fxpass.inspect.text import text
 from fxpass.ir.strategy import PRESETS
 from fxpass.passes.limits import WorldSizeError
+from fxpass.passes.targets import find
 from fxpass.plan import Plan, plan
+from fxpass.predict.prediction import Steps
 from tests.inspect.plans import planned
 from tests.passes.test_random_networks import CHANNELS, Network, blocks
 from tests.properties import examples, given
@@ -45,13 +47,24 @@ def of_networkx(made: Plan) -> Bytes:
     }
 
 
+def of_simulation(made: Plan) -> Bytes:
+    found: Bytes = {e.id: ([0] * made.world_size, [0] * made.world_size) for e in made.exchanges}
+    steps = list(Steps.of(made.program, made.graph, made.world_size, find("gpu")).modes.values())
+    for place, step in enumerate((steps[0], steps[-1])):
+        for message in step.messages:
+            for rank in range(made.world_size):
+                for name, size in message.received_of(rank).items():
+                    found[name][place][rank] = size
+    return found
+
+
 def identifiers(shown: str) -> list[str]:
     return re.findall(r"^ *(x\d+\.\d+)  ", shown, re.MULTILINE)
 
 
 def agree(made: Plan) -> None:
     expected = of_plan(made)
-    assert of_description(made) == of_json(made) == of_networkx(made) == expected
+    assert of_description(made) == of_json(made) == of_networkx(made) == of_simulation(made) == expected
     snapshot = made.snapshot()
     assert identifiers(text(snapshot, folded=False)) == list(expected)
     drawn = re.findall(r"x\d+\.\d+", dot(snapshot))

@@ -44,6 +44,13 @@ def test_displaced_steps_hide_messages_that_exact_steps_wait_for() -> None:
     assert planned("sync", 2).predict(target).steady is None
 
 
+def test_a_plan_can_be_predicted_on_other_targets_and_over_other_links() -> None:
+    made = planned("displaced")
+    assert made.predict().target == made.target == find("cpu")
+    assert made.predict(link="pcie4").target == Target(find("cpu").device, find("H100", "pcie4").link)
+    assert made.predict("H100", "pcie4").target.name == "H100 over pcie4"
+
+
 def test_a_generation_has_exact_steps_at_its_ends() -> None:
     made = planned("displaced", 2).predict(over(latency=1e-3))
     assert made.steady is not None

@@ -6,11 +6,14 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fxpass.ir import comm
+from fxpass.ir.fetch import Fetch
 from fxpass.ir.program import calls, layout_of
+from fxpass.ir.step import Mode
 from fxpass.passes.cost import node_flops
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.passes.targets import Device, find
@@ -74,6 +77,21 @@ def test_every_operator_of_an_exchange_has_a_price(strategy: str) -> None:
                 price = prices.of(node)
                 assert len(price.seconds) == 3
                 assert (price.kernels > 0) or not price.allocated.any()
+
+
+def test_attention_in_a_window_takes_the_flops_of_the_keys_that_it_sees() -> None:
+    made = planned("pcpp", 3)
+    (keys,) = (e.declared for e in made.exchanges if e.id == "x2.0")
+    assert isinstance(keys, Fetch)
+    seconds: list[list[float]] = []
+    modes: tuple[Mode, ...] = ("exact", "steady")
+    for mode in modes:
+        nodes = calls(StepPrograms(made.graph, 0)[mode].graph)
+        (attention,) = (n for n in nodes if n.name.startswith("scaled_dot_product"))
+        seconds.append(np.broadcast_to(Prices(SLOW, 3).of(attention).seconds, 3).tolist())
+    shares = [len(keys.window[rank]) / len(keys.want[rank]) for rank in range(3)]
+    assert len(set(shares)) > 1
+    assert seconds[1] == pytest.approx([all_ * share for all_, share in zip(seconds[0], shares, strict=True)])
 
 
 def test_ranks_that_do_the_same_in_an_exchange_have_the_same_price() -> None:
