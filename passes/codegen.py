@@ -196,7 +196,7 @@ class _SegmentWriter(_Writer):
                 super().call(each, self.name(each), f"{each.name} ({each.meta.get('path', '')})")
             return
         inputs, outputs = _ends(nodes)
-        segment = _segment(nodes, inputs, outputs)
+        segment = segment_of(nodes, inputs, outputs)
         name = self.segments.setdefault(segment, f"s{len(self.segments)}")
         label = f"{name}, from {nodes[0].name} ({nodes[0].meta.get('path', '')}) to {nodes[-1].name}"
         self.line(f"    box = [{', '.join(f'v{self.number[each]}' for each in inputs)}]", label)
@@ -224,10 +224,10 @@ def _shapes(inputs: Sequence[fx.Node]) -> tuple[Any, ...]:
 def _form(nodes: Sequence[fx.Node]) -> tuple[Segment, tuple[Any, ...]]:
     """Equal for runs of operators that can share a compiled segment."""
     inputs, outputs = _ends(nodes)
-    return _segment(nodes, inputs, outputs), _shapes(inputs)
+    return segment_of(nodes, inputs, outputs), _shapes(inputs)
 
 
-def _segment(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Segment:
+def segment_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Segment:
     writer = _Local({node: f"x{i}" for i, node in enumerate(inputs)})
     lines = ["def segment(inputs):"]  # one line for the inputs, then one for each node
     lines.append(f"    {''.join(f'{name}, ' for name in writer.names.values())}= inputs" if inputs else "    pass")
