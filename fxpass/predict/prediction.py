@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -76,6 +77,24 @@ class Prediction:
         """Whether the device has enough memory; None if its memory is not known."""
         available = self.target.device.memory
         return self.memory.total <= available if available else None
+
+    def describe(self, steps: int) -> dict[str, Any]:
+        """The prediction as plain data, for JSON; times in seconds, memory in bytes.
+
+        Args:
+            steps: of a generation.
+        """
+        return {
+            "target": self.target.name,
+            "ranks": self.world,
+            "strategy": self.strategy.name,
+            "graphs": self.graphs,
+            "exact": asdict(self.exact),
+            "steady": asdict(self.steady) if self.steady is not None else None,
+            "steps": steps,
+            "seconds": self.generation(steps),
+            "memory": asdict(self.memory) | {"total": self.memory.total, "fits": self.fits},
+        }
 
 
 @dataclass(frozen=True)

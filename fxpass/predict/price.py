@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import ceil, inf, prod
 from typing import Any
 
@@ -109,10 +109,12 @@ class Prices:
         return self._known[key]
 
     def _memory_bound(self, counted: Counted) -> float:
-        device = self.device
-        cached = counted.moved <= device.cache * counted.kernels
-        bandwidth = device.cache_bandwidth if cached and device.cache_bandwidth else device.bandwidth
-        return counted.kernels * device.kernel + counted.moved / bandwidth
+        return counted.kernels * self.device.kernel + counted.moved / self._bandwidth(counted)
+
+    def _bandwidth(self, counted: Counted) -> float:
+        """Bytes per second of kernels that find their operands in the cache if these are small enough."""
+        cached = counted.moved <= self.device.cache * counted.kernels
+        return self.device.cache_bandwidth if cached and self.device.cache_bandwidth else self.device.bandwidth
 
     def _operator(self, node: fx.Node) -> Price:
         first = alike((node, *node.all_input_nodes), self.world)
@@ -138,35 +140,35 @@ class Prices:
 
     def _priced(self, node: fx.Node, args: Any, kwargs: Any, result: _Operand) -> tuple[float, ...]:
         operands = _operands((args, kwargs))
-        if isinstance(node.target, torch._ops.OpOverload):
-            read = result.bytes if node.target in READS_PART else sum(each.bytes for each in operands)
-            counted = Counted(1, read + result.bytes, result.bytes, result.bytes)
-        else:
-            # the static arguments are those of the rank that the program is of: scale its count
-            own = fx.node.map_arg((node.args, node.kwargs), _own)
-            seen = count(node.target, *own)  # type: ignore[arg-type]
-            size = sum(each.bytes for each in _operands(own)) + _own(node).bytes
-            share = (sum(each.bytes for each in operands) + result.bytes) / max(size, 1)
-            counted = Counted(seen.kernels, seen.moved * share, result.bytes, seen.most * share)
-        work = spec_of(node.target).flops
+        counted = _counted(node, operands, result)
         flops = node.meta.get("flops") or 0
-        if work is not None:
-            flops = work(
-                result.shape, *fx.node.map_aggregate(args, lambda a: a.shape if isinstance(a, _Operand) else a)
-            )
-        seconds = self._memory_bound(counted)
-        if flops:
-            dtype = next((each.dtype for each in operands if each.dtype is not None), result.dtype)
-            kind, rows, columns, batch = _result_of(node, result.shape)
-            rate = self.device.rate(str(dtype).removeprefix("torch."), kind)
-            slower = slowdown(self.device.units, self.device.tiles, rows, columns, batch)
-            seconds = counted.kernels * self.device.kernel + max(
-                flops / rate * slower, counted.moved / self.device.bandwidth
-            )
+        if (formula := spec_of(node.target).flops) is not None:
+            shapes = fx.node.map_aggregate(args, lambda each: each.shape if isinstance(each, _Operand) else each)
+            flops = formula(result.shape, *shapes)
+        if not flops:
+            return counted.kernels, self._memory_bound(counted), counted.allocated, counted.most
+        dtype = next((each.dtype for each in operands if each.dtype is not None), result.dtype)
+        kind, *matrix = _result_of(node, result.shape)
+        slower = slowdown(self.device.units, self.device.tiles, *matrix)
+        computing = flops / self.device.rate(str(dtype).removeprefix("torch."), kind) * slower
+        seconds = counted.kernels * self.device.kernel + max(computing, counted.moved / self.device.bandwidth)
         return counted.kernels, seconds, counted.allocated, counted.most
 
 
-@cache
+def _counted(node: fx.Node, operands: list[_Operand], result: _Operand) -> Counted:
+    """What an operator does with these operands: one of ATen's in one kernel, one of ours as it is written."""
+    size = sum(each.bytes for each in operands)
+    if isinstance(node.target, torch._ops.OpOverload):
+        read = result.bytes if node.target in READS_PART else size
+        return Counted(1, read + result.bytes, result.bytes, result.bytes)
+    # the static arguments are those of the rank that the program is of: its count is scaled
+    own = fx.node.map_arg((node.args, node.kwargs), _own)
+    seen = count(node.target, *own)  # type: ignore[arg-type]
+    share = (size + result.bytes) / max(1, sum(each.bytes for each in _operands(own)) + _own(node).bytes)
+    return Counted(seen.kernels, seen.moved * share, result.bytes, seen.most * share)
+
+
+@lru_cache(maxsize=1 << 14)
 def _kind_of_rank(declared: Exchange, rank: int) -> Any:
     """Ranks with an equal value do the same work in an exchange."""
     ranks = range(declared.world)
@@ -212,7 +214,7 @@ def _operands(tree: Any) -> list[_Operand]:
 
 def _result_of(node: fx.Node, shape: Shape) -> tuple[Work, int, int, int]:
     """The kind of work, and the rows, the columns and the batch of the result as a matrix."""
-    target = node.args[0] if callable(node.args[0]) else node.target  # `ops.rows_of` names its operator
+    target = node.args[0] if node.args and callable(node.args[0]) else node.target  # `ops.rows_of` names its operator
     name = str(target)
     if "conv" in name:
         return "convolution", prod(shape) // max(shape[1], 1), shape[1], 1

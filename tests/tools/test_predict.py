@@ -28,6 +28,17 @@ def test_a_plan_without_a_target_predicts_nothing() -> None:
     assert "predicted" not in fxpass("plan", GOOD).stdout
 
 
+def test_a_plan_as_json_holds_the_prediction() -> None:
+    command = ("plan", GOOD, "--strategy", "displaced", "--json", "-")
+    assert "prediction" not in json.loads(fxpass(*command).stdout)
+    data = json.loads(fxpass(*command, "--target", "H100", "--steps", 7).stdout)["prediction"]
+    assert (data["target"], data["ranks"], data["steps"]) == ("H100", 2, 7)
+    assert data["seconds"] == 5 * data["exact"]["seconds"] + 2 * data["steady"]["seconds"]
+    parts = [data["memory"][name] for name in ("weights", "state", "activations")]
+    assert data["memory"]["total"] == sum(parts) > 0
+    assert data["memory"]["fits"] is True
+
+
 def test_comparing_shows_numbers_of_ranks_and_strategies() -> None:
     text = fxpass("plan", GOOD, "--target", "H100", "--graphs", "--compare").stdout
     assert "kernels launched as CUDA graphs" in text

@@ -62,16 +62,17 @@ def plan(
 
     output.check(to)
     made = make(model, world_size, strategy, target, Options(height, width, frames, batch), strict, link)
+    prediction = made.predict(graphs=graphs) if target != "auto" or link is not None or compare else None
+    if to is not None:
+        more = {} if prediction is None else {"prediction": prediction.describe(steps)}
+        output.write(to, json.dumps(made.describe() | more, indent=2))
     if to == Path("-"):
-        output.write(to, json.dumps(made.describe(), indent=2))
         return
     out = console()
     show(out, model, made)
-    if target != "auto" or link is not None or compare:
-        others = alternatives(made, compare, graphs)
-        predicted.show(out, made.predict(graphs=graphs), others, steps)
+    if prediction is not None:
+        predicted.show(out, prediction, alternatives(made, compare, graphs), steps)
     if to is not None:
-        output.write(to, json.dumps(made.describe(), indent=2))
         out.print(f"\nwritten to {to}")
 
 
