@@ -7,11 +7,12 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .exchange import Exchange, Payloads
-from .ops import Shares, index_tensor
+from .ops import Numbers, index_tensor
 
 ReduceOp = Literal["sum", "prod", "amax", "amin", "exponentials"]
 HALF = 0.5  #: predicted moments: another rank's part changes by this share of the own change, and of its last change
@@ -54,8 +55,8 @@ class Moments(Merged):
     counts: tuple[int, ...] = ()
 
     @cached_property
-    def _shares(self) -> Shares:
-        return Shares(self.counts)
+    def _shares(self) -> Numbers:
+        return Numbers(np.array(self.counts, dtype=np.float64) / sum(self.counts))
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         return self.merged(torch.stack(in_rank_order(rank, x, received)))

@@ -52,26 +52,26 @@ class Index:
         return f"[{head}{', …' if len(self) > 4 else ''}; {len(self)}]"
 
 
-class Shares:
-    """Each rank's share of something, in float64; compared by content."""
+class Numbers:
+    """Static numbers in float64; compared by content."""
 
-    def __init__(self, counts: tuple[int, ...]) -> None:
-        self.counts = counts
-        self.array = np.array(counts, dtype=np.float64) / sum(counts)
+    def __init__(self, values: Sequence[float] | np.ndarray) -> None:
+        self.array = np.ascontiguousarray(values, dtype=np.float64)
+        self.array.setflags(write=False)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shares) and self.counts == other.counts
+        return isinstance(other, Numbers) and np.array_equal(self.array, other.array)
 
     def __hash__(self) -> int:
-        return hash(self.counts)
+        return hash(self.array.tobytes())
 
 
-Table = Rows | Index | Shares
+Table = Rows | Index | Numbers
 Supply = Callable[[Table, torch.device], Tensor]
 
 
 def index_tensor(index: Table, device: torch.device) -> Tensor:
-    """The positions as an `int64` tensor on `device`, or the shares in float64."""
+    """The positions as an `int64` tensor on `device`, or the numbers in float64."""
     return _supply.get()(index, device)
 
 
@@ -137,7 +137,8 @@ def resample(x: Tensor, dim: int, taps: Index, weights: tuple[tuple[float, ...],
     result = None
     for t, row in enumerate(weights):
         index = index_tensor(Index(taps.array[t * out : (t + 1) * out]), x.device)
-        term = x.index_select(dim, index).to(wide) * torch.tensor(row, dtype=wide, device=x.device).view(shape)
+        factors = index_tensor(Numbers(row), x.device).to(wide).view(shape)
+        term = x.index_select(dim, index).to(wide) * factors
         result = term if result is None else result + term
     assert result is not None
     return result.to(x.dtype)

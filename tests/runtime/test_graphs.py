@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 import fxpass
 from fxpass.capture import Call
@@ -90,6 +91,28 @@ SLICE = ("unet_sdxl", "wan", "vae")  #: of the small models, in every run
 def test_steps_of_every_small_model_can_be_recorded(name: str) -> None:
     ranks = Ranks(name, "displaced", rows=16)
     # one graph of each kind: a tape keeps every value of a step
+    assert all(same(ranks.step(*each)) for each in [("E", 0.0), ("E", 0.0), ("D", 1.0), ("D", 1.0), ("D", 1.0)])
+    assert len(ranks.replayed) >= 2
+
+
+class Resampled(nn.Module):
+    """Bicubic and bilinear interpolation: sums of rows with static weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        h = functional.interpolate(self.conv(sample) + timestep, scale_factor=2.0, mode="bicubic")
+        return functional.interpolate(self.conv(h), scale_factor=0.5, mode="bilinear")
+
+
+def test_steps_of_a_model_that_interpolates_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Resampled().eval()
+    given: dict[str, Any] = {"sample": torch.randn(1, 4, 36, 8), "timestep": torch.tensor([0.5])}
+    plan = fxpass.plan(model, **given, world_size=WORLD, strategy="displaced")
+    monkeypatch.setattr("tests.runtime.test_graphs.planned", lambda *_: (model, given, plan))
+    ranks = Ranks("resampled", "displaced")
     assert all(same(ranks.step(*each)) for each in [("E", 0.0), ("E", 0.0), ("D", 1.0), ("D", 1.0), ("D", 1.0)])
     assert len(ranks.replayed) >= 2
 
