@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..ir import comm
 from ..ir.exchange import Exchange, Payloads
 from ..ir.fetch import Fetch
+from ..ir.ops import Shares, Table, index_tensors_from
 
 META = torch.device("meta")
 READS_PART = ("index_select", "gather", "embedding", "index")  #: read as much of an operand as they write
@@ -49,7 +50,8 @@ def count(target: Callable[..., Any], args: Any, kwargs: Any) -> Counted:
 
 def _run(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Counted:
     given = {_storage(each) for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-    with torch.no_grad(), _Counting() as counting:
+    counting = _Counting()
+    with torch.no_grad(), index_tensors_from(counting.table), counting:
         result = target(*args, **kwargs)
     new = {_storage(each): _bytes(each) for each in pytree.tree_leaves(result) if isinstance(each, Tensor)}
     made = sum(size for key, size in new.items() if key not in given)
@@ -72,6 +74,15 @@ class _Counting(TorchDispatchMode):
         self.moved = 0
         self.alive = 0  #: bytes allocated here and not freed yet
         self.most = 0
+        self.paused = False
+
+    def table(self, index: Table, device: torch.device) -> Tensor:
+        """A table of positions, which a runner makes once and keeps."""
+        self.paused = True
+        dtype = torch.float64 if isinstance(index, Shares) else torch.int64
+        made = torch.empty(index.array.shape, dtype=dtype, device=device)
+        self.paused = False
+        return made
 
     def _allocated(self, result: Any) -> None:
         for each in pytree.tree_leaves(result):
@@ -86,6 +97,8 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.paused:
+            return result
         returns = func._schema.returns
         view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         name = func._schema.name.rpartition("::")[2]

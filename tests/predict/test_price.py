@@ -12,6 +12,8 @@ import torch
 
 from fxpass.ir import comm
 from fxpass.ir.fetch import Fetch
+from fxpass.ir.layout import Rows
+from fxpass.ir.ops import take
 from fxpass.ir.program import calls, layout_of
 from fxpass.ir.step import Mode
 from fxpass.passes.cost import node_flops
@@ -64,6 +66,13 @@ def test_the_compilers_operators_are_counted_by_running_them() -> None:
     assert (counted.kernels, counted.moved, counted.allocated) == (1, 2 * 1024, 1024)
     view = count(lambda a: a[:, :4].flatten(2), (x,), {})
     assert (view.kernels, view.allocated) == (0, 0)
+
+
+def test_tables_of_positions_cost_nothing_the_first_time_either() -> None:
+    x, rows = torch.empty(2, 64), Rows.of([3, 5, 9, 62])
+    counts = [count(take, (x, 1, rows), {}) for _ in range(2)]
+    assert counts[0] == counts[1]
+    assert counts[0].kernels == 1
 
 
 @pytest.mark.parametrize("strategy", ["displaced", "compressed", "corrected_async_gn", "pcpp", "separate_gn"])
