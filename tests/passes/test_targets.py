@@ -85,3 +85,9 @@ def test_a_faulty_file_is_refused_with_its_place(tmp_path: Path, old: str, new: 
 def test_wrong_names_are_refused_with_the_nearest(names: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         find(*names)
+
+
+def test_the_page_on_targets_names_every_device_and_link() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "targets.md").read_text()
+    known = packaged()
+    assert not [name for name in (*known.devices, *known.links) if f"`{name}`" not in page]
