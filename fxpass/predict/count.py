@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..ir import comm
 from ..ir.exchange import Exchange, Payloads
 from ..ir.fetch import Fetch
-from ..ir.ops import Shares, Table, index_tensors_from
+from ..ir.ops import Numbers, Table, index_tensors_from
 
 META = torch.device("meta")
 READS_PART = ("index_select", "gather", "embedding", "index")  #: read as much of an operand as they write
@@ -77,9 +77,9 @@ class _Counting(TorchDispatchMode):
         self.paused = False
 
     def table(self, index: Table, device: torch.device) -> Tensor:
-        """A table of positions, which a runner makes once and keeps."""
+        """A table of positions or numbers, which a runner makes once and keeps."""
         self.paused = True
-        dtype = torch.float64 if isinstance(index, Shares) else torch.int64
+        dtype = torch.float64 if isinstance(index, Numbers) else torch.int64
         made = torch.empty(index.array.shape, dtype=dtype, device=device)
         self.paused = False
         return made
