@@ -101,7 +101,10 @@ class Clock:
         conditioning = self._conditioning(tensors)
         seen = {c.number: c for c in self.contexts if c.generation is generation}
         signs = [_signs(seen.get(number), conditioning, sample) for number in range(CONTEXTS)]
-        return [tensors[self.timestep].detach().double().flatten(), torch.stack(signs).flatten()]
+        time = tensors[self.timestep].detach().double()
+        if time.ndim > 1:  # of each frame or token: the largest of a sample tells how far it is
+            time = time.flatten(1).amax(1)
+        return [time.flatten(), torch.stack(signs).flatten()]
 
     def step(self, tensors: Sequence[Tensor], generation: Generation, values: Sequence[float] | None = None) -> Step:
         """How to run a call of a generation with these inputs.
@@ -114,7 +117,7 @@ class Clock:
             return EXACT
         if values is None:
             values = on_host(self.facts(tensors, generation))
-        count = tensors[self.timestep].numel()
+        count = len(values) - 2 * CONTEXTS
         time, signs = list(values[:count]), values[count:]
         sample = tensors[self.sample].detach()
         conditioning = self._conditioning(tensors)

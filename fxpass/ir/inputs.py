@@ -25,16 +25,13 @@ class Moving:
 def moving(program: Program) -> Moving | None:
     """Find timestep and sample by name and shape; None if no input looks like a timestep.
 
-    The timestep's name matches `TIMESTEP` and it has at most one dim. The sample's shape is the nearest to that of the
-    first output.
+    The timestep's name matches `TIMESTEP`. It has at most one dim, or, if there is no such input, two: [batch, frames]
+    or [batch, tokens]. The sample's shape is the nearest to that of the first output.
     """
     nodes = {node.name: node for node in program.graph.nodes}
     inputs = [nodes[name] for name in program.inputs]
-    times = [
-        i
-        for i, (node, path) in enumerate(zip(inputs, program.input_paths, strict=True))
-        if len(shape_of(node)) <= 1 and TIMESTEP.search(path)
-    ]
+    named = [i for i, path in enumerate(program.input_paths) if TIMESTEP.search(path)]
+    times = [i for dims in ((0, 1), (2,)) for i in named if len(shape_of(inputs[i])) in dims]
     (output,) = program.graph.find_nodes(op="output")
     outputs: Sequence[Any] = tuple(output.args[0])
     if not times or not outputs:

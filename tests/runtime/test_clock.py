@@ -382,6 +382,17 @@ def test_timesteps_that_repeat_in_a_generation_that_nobody_announced_are_named()
     assert "module.generation" in generation.idle()
 
 
+@pytest.mark.parametrize("falling", ["all alike", "one after the other"])
+def test_of_a_timestep_for_each_frame_the_largest_of_a_sample_counts(falling: str) -> None:
+    calls = trajectory("ddim", 10, 0)
+    watch = clock()
+    found = []
+    for sample, time in calls:
+        frames = torch.tensor([1.0, 1.0, 1.0] if falling == "all alike" else [1.0, 0.5, 0.0])
+        found.append(watch.step([sample, time * frames.expand(1, 3), PROMPT], ANNOUNCED).exact)
+    assert found == [True] * 2 + [False] * 8
+
+
 def test_without_a_timestep_all_steps_are_exact() -> None:
     watch = Clock(timestep=None, sample=0, warmup_steps=1)
     assert all(watch.step([torch.ones(1, 4, 8, 8)], ANNOUNCED).exact for _ in range(4))
