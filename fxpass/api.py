@@ -109,31 +109,50 @@ def parallelize(
     if isinstance(model_or_pipeline, nn.Module):
         return wrapped(model_or_pipeline)
 
-    from .models.pipelines import Announcer, denoisers
+    from .models.pipelines import denoisers, modules_text, pipelines_in
 
-    names = denoisers(model_or_pipeline)
-    if not names:
+    pipelines = pipelines_in(model_or_pipeline) if hasattr(model_or_pipeline, "__dict__") else []
+    places = [(pipeline, name) for pipeline in pipelines for name in denoisers(pipeline)]
+    if not places:
+        held = f" (its modules: {modules_text(model_or_pipeline)})" if pipelines else ""
         raise TypeError(
-            f"{type(model_or_pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser; "
-            "give parallelize the model itself"
+            f"{type(model_or_pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser, whose forward "
+            f"takes a timestep{held}; give parallelize the model itself"
         )
-    models = {name: _unwrapped(getattr(model_or_pipeline, name)) for name in names}  # before anything is replaced
-    modules = {name: wrapped(model) for name, model in models.items()}
-    for name, module in modules.items():
-        setattr(model_or_pipeline, name, module)
-    references = [weakref.ref(module) for module in modules.values()]  # so that a scheduler keeps no workers alive
-
-    def begin(timesteps: Sequence[float]) -> None:
-        running = [module for each in references if (module := each()) and not module._engine.ended]
-        if not running:  # they were replaced: the scheduler tells their successors, too
-            return
-        for module in running:
-            module.reset(timesteps)
-
-    announcer = Announcer(model_or_pipeline, begin)
-    for module in modules.values():
-        module._engine.before_call = announcer
+    models = {id(each): _unwrapped(each) for each in (getattr(*place) for place in places)}  # before any is replaced
+    modules = {key: wrapped(model) for key, model in models.items()}
+    for pipeline, name in places:
+        setattr(pipeline, name, modules[id(getattr(pipeline, name))])
+    _announce(pipelines, denoisers)
     return model_or_pipeline
+
+
+def _announce(pipelines: Sequence[Any], denoisers: Callable[[Any], list[str]]) -> None:
+    """Let each scheduler of some pipelines say when a generation of its pipeline's denoisers begins.
+
+    Args:
+        pipelines: those that others are made of come first: they call their schedulers.
+        denoisers: gives the names of a pipeline's denoisers.
+    """
+    from .models.pipelines import Announcer
+
+    heard: set[int] = set()  # schedulers and modules that an inner pipeline has
+    for pipeline in pipelines:
+        running = [getattr(pipeline, name) for name in denoisers(pipeline)]
+        mine = [module for module in running if id(module) not in heard]
+        if not mine:
+            continue
+        heard |= {id(module) for module in mine}
+        references = [weakref.ref(module) for module in mine]  # so that a scheduler keeps no workers alive
+
+        def begin(timesteps: Sequence[float], references: list[Any] = references) -> None:
+            for each in references:
+                if (module := each()) is not None and not module._engine.ended:
+                    module.reset(timesteps)
+
+        announcer = Announcer(pipeline, begin)
+        for module in mine:
+            module._engine.before_call = announcer
 
 
 def _with_warmup(strategy: Any, warmup_steps: int) -> Strategy:

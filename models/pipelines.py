@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -10,12 +12,37 @@ from typing import Any
 
 from torch import nn
 
-DENOISERS = ("transformer", "unet", "transformer_2", "prior")  #: attributes that hold denoisers, the main one first
+MAIN = ("transformer", "unet", "transformer_2", "prior")  #: attributes that hold denoisers, the main one first
+TIMESTEP = re.compile(r"t|ts|times?|timesteps?|timestep_ratio|sigmas?|noise_(levels?|labels?|time)|decoder_noise_time")
+BESIDE = re.compile(r"ControlNet|Adapter")  #: classes that work beside a denoiser: what they return is gathered whole
 
 
 def denoisers(pipeline: Any) -> list[str]:
-    """Names of the attributes of `pipeline` that are denoisers, the main one first."""
-    return [name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)]
+    """Names of the attributes of `pipeline` that are denoisers, the main one first.
+
+    A denoiser is a module whose forward takes a timestep, under whatever name it is kept, or one of `MAIN`.
+    """
+    modules = {name: value for name, value in vars(pipeline).items() if isinstance(value, nn.Module)}
+    found = [name for name in MAIN if name in modules]
+    return found + [name for name, module in modules.items() if name not in found and _denoises(module)]
+
+
+def pipelines_in(pipeline: Any) -> list[Any]:
+    """The pipelines that a pipeline is made of, and itself. The former hold the same denoisers once more."""
+    values = [value for value in vars(pipeline).values() if not isinstance(value, nn.Module)]
+    return [*(value for value in values if hasattr(value, "scheduler") and hasattr(value, "__dict__")), pipeline]
+
+
+def modules_text(pipeline: Any) -> str:
+    """The modules of a pipeline and their classes, for messages."""
+    modules = {name: value for name, value in vars(pipeline).items() if isinstance(value, nn.Module)}
+    return ", ".join(f"{name}: {type(value).__name__}" for name, value in modules.items()) or "none"
+
+
+def _denoises(module: nn.Module) -> bool:
+    if BESIDE.search(type(module).__name__):
+        return False
+    return any(TIMESTEP.fullmatch(name) for name in inspect.signature(module.forward).parameters)
 
 
 class Announcer:
@@ -49,7 +76,7 @@ class Announcer:
             begin([float(each) for each in scheduler.timesteps])
             return result
 
-        set_timesteps.begin = begin  # type: ignore[attr-defined]
+        set_timesteps.begin = begin
         # a bound method, so that a deep copy of the scheduler binds it to itself
-        scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)  # type: ignore[union-attr]
+        scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
         return scheduler
