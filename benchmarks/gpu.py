@@ -11,7 +11,7 @@ Inductor, and recorded as CUDA graphs:
     ceiling    the displaced program without exchanges: the same operators, on messages that stay the same
 
 Not included are late ranks and several GPUs' real links: these are projections. Every result is written at once to
-out/gpu/NAME-SIZE.json, so that an interrupted run goes on; --again measures anew. With --exact all ranks run in
+out/gpu/, so that an interrupted run goes on; --again measures anew. With --exact all ranks run in
 lockstep and are compared with the unsplit model. On CPUs graphs and torch.compile are left out, and the numbers mean
 nothing.
 """
@@ -134,9 +134,10 @@ def measure(name: str, options: argparse.Namespace) -> None:
     model, inputs = published(name, options, DTYPES.get(options.dtype), device)
     call = Call.of(model, (), inputs)
     size = options.size or get(name).height
-    results = Results(options.out / f"{name}-{size}.json", options.again)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = next(model.parameters()).dtype
+    kind = f"{name}-{size}-{options.strategy}-{str(dtype).removeprefix('torch.')}-{where.replace(' ', '-')}"
+    results = Results(options.out / f"{kind}.json", options.again)
     print(f"{name} at {size}, {dtype}, torch {torch.__version__}, {where}, medians of {options.steps} steps")
     expected = output_tensors(model(**inputs))[0].clone()
     whole_model(results, model, inputs, options.steps, device)
@@ -151,7 +152,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         print(f"  {world} ranks, rank {rank}: bound {plan.bound:.2f}, {flops(program.graph) / 1e12:.2f} TFLOP in all")
         for way in options.ways if device.type == "cuda" else ("eager",):
             one_rank(results, plan, rank, model, call, way, options, device)
-    (options.out / f"{name}-{size}.md").write_text(results.markdown() + "\n")
+    (options.out / f"{kind}.md").write_text(results.markdown() + "\n")
 
 
 def whole_model(results: Results, model: nn.Module, inputs: dict[str, Any], steps: int, device: torch.device) -> None:

@@ -68,7 +68,7 @@ class Loopback(SymmetricMemory):
             self._held: list[Any] = []
 
     @contextmanager
-    def sending(self, packed: Any, *, last: bool) -> Iterator[None]:
+    def sending(self, channel: int, packed: Any, *, last: bool) -> Iterator[None]:
         if not self._cuda:
             yield
             return

@@ -25,17 +25,25 @@ INPUT_SAMPLES = 64  #: elements compared per input
 TOLERANCE = 1e-2  #: allowed difference of sampled inputs, relative to the largest: devices round differently
 
 
-def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+def agree(
+    board: Board,
+    number: int,
+    plan: PlanLike,
+    weights: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    options: dict[str, str],
+) -> None:
     """Compare this rank with all others.
 
     Args:
         number: the plan's number in this executor, from 1.
+        options: what else must be equal, by name.
 
     Raises:
         DisagreementError: on every rank; names the first difference.
         RankError: a rank did not arrive.
     """
-    facts = _facts(plan, weights, inputs)
+    facts = _facts(plan, weights, inputs) | options
     text = json.dumps(facts)
     mine = {
         "digest": hashlib.sha256(text.encode()).hexdigest(),
@@ -51,8 +59,8 @@ def agree(board: Board, number: int, plan: PlanLike, weights: Sequence[Tensor], 
         if other["digest"] != first["digest"]:
             ours, theirs = (json.loads(board.read(f"{prefix}/facts/{r}", what)) for r in (0, rank))
             raise DisagreementError(_first_difference(rank, ours, theirs))
-        for path, sample in first["inputs"].items():
-            if not _all_close(sample, other["inputs"][path]):
+        for (path, sample), x in zip(first["inputs"].items(), inputs, strict=True):
+            if not _all_close(sample, other["inputs"][path], exact=_is_whole(x)):
                 raise DisagreementError(
                     f"rank {rank} was called with another value of `{path}` than rank 0; every rank must be given the "
                     "same whole inputs (does each seed its generator alike?)"
@@ -91,15 +99,17 @@ class CallCheck:
         """
         watched = {path: _strided(x, INPUT_SAMPLES) for path, x in zip(self._paths, inputs, strict=True) if x.numel()}
         samples = [(torch.view_as_real(x).flatten() if x.is_complex() else x).double() for x in watched.values()]
-        head = torch.tensor([question.generation, question.call], dtype=torch.float64)
+        board = self._network.board
+        head = torch.tensor([question.generation, question.call, question.state, board.call], dtype=torch.float64)
         calls = self._gathered([head, *question.facts, *samples])
         numbers = [tuple(map(int, call[: len(head)].tolist())) for call in calls]
         self._check_generation(numbers)
+        board.call = numbers[0][3]  # a rank whose last call failed before it met the others is ahead
         count = len(head) + sum(part.numel() for part in question.facts)
         parts = [call[count:].split([part.numel() for part in samples]) for call in calls]
         for rank, theirs in enumerate(parts):
-            for path, one, another in zip(watched, parts[0], theirs, strict=True):
-                if not _all_close(one.tolist(), another.tolist()):
+            for (path, x), one, another in zip(watched.items(), parts[0], theirs, strict=True):
+                if not _all_close(one.tolist(), another.tolist(), exact=_is_whole(x)):
                     raise DisagreementError(
                         f"rank {rank} was called with another value of `{path}` than rank 0 at this call; every rank "
                         "must be given the same whole inputs (does each seed its generator alike?)"
@@ -110,6 +120,8 @@ class CallCheck:
         """The numbers in some tensors [n], of all ranks, on the host."""
         board = self._network.board
         mine = torch.cat([_moved(part, self._device) for part in parts])
+        if board.world == 1:
+            return mine[None].cpu()
         if self._channel is None:
             message = Merged("inputs", (len(mine),), torch.float64, board.world)
             self._received = message.received(board.rank)
@@ -119,17 +131,23 @@ class CallCheck:
         self._traffic["inputs"] += self._received
         (received,) = self._channel.get()
         received[board.rank] = mine
+        self._network.settle(self._device)
         return received.cpu()
 
     def _check_generation(self, numbers: Sequence[tuple[int, ...]]) -> None:
         """Raises `DisagreementError` unless all ranks are at the same call of the same generation."""
-        generation, first = numbers[0]
+        generation, first, state, _ = numbers[0]
         if first == 1:  # ranks number generations alike until one of them leaves a picture early
-            self._numbers[generation] = [number for number, _ in numbers]
+            self._numbers[generation] = [number for number, *_ in numbers]
             if len(self._numbers) > REMEMBERED:
                 del self._numbers[next(iter(self._numbers))]
         known = self._numbers.get(generation)
-        for rank, (number, call) in enumerate(numbers):
+        for rank, (number, call, other, _) in enumerate(numbers):
+            if call == first and other != state:
+                raise DisagreementError(
+                    f"rank {rank} has run other calls than rank 0 before this one (did one fail there, or come from "
+                    "another thread?); both have forgotten them, so the next call can succeed"
+                )
             if call != first or (known and known[rank] != number):
                 raise DisagreementError(
                     f"rank {rank} is at call {call} of a generation, rank 0 at call {first}: a rank left a picture "
@@ -201,7 +219,14 @@ def _sample(tensor: Tensor, count: int) -> list[float]:
     )
 
 
-def _all_close(a: list[float], b: list[float]) -> bool:
+def _is_whole(x: Tensor) -> bool:
+    """Whether a tensor holds whole numbers, which no device rounds: a class, a number of frames."""
+    return not x.is_floating_point() and not x.is_complex()
+
+
+def _all_close(a: list[float], b: list[float], *, exact: bool = False) -> bool:
+    if exact:
+        return a == b
     left, right = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
     finite = left.isfinite()
     if not torch.equal(finite, right.isfinite()) or not torch.equal(

@@ -12,12 +12,14 @@ Else a call does so if
 Otherwise a generation begins, whose first `warmup_steps` calls are exact. If nobody announced the generation, a call at
 the timestep of the one before, and the call after that, are exact as well: two loops of one prompt may take turns.
 
-All ranks get the same inputs, so they decide alike. The last `cooldown_steps` timesteps of a generation are exact as
-well, if its timesteps are known and the model's timestep is one of them.
+Ranks compare what they know of a call and of the calls before, and decide by what rank 0 knows (`agreement.py`). The
+last `cooldown_steps` timesteps of a generation are exact as well, if its timesteps are known and the model's timestep
+is one of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -152,6 +154,21 @@ class Clock:
             why = "a timestep came twice, and nobody said which calls belong together (`module.generation` does)"
         generation.count(why, last=bool(context.left) and _same(_mean(time), context.left[0]))
         return Step(context.number, bool(why), pace)
+
+    def digest(self, generation: Generation) -> int:
+        """A number below 2 ** 48 that tells apart what `step` reads beside a call's facts."""
+        contexts = [
+            (c.number, c.generation is generation, c.generation.ended, c.generation.sure, c.steps, c.call, c.timestep,
+             c.repeated, c.doubtful, c.broken, c.stride, c.fall, c.left, c.why)
+            for c in self.contexts
+        ]  # fmt: skip
+        text = repr((self.calls, generation.announced, list(generation.timesteps), contexts))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+    def forget(self) -> None:
+        """Forget all contexts: the ranks have run different calls."""
+        self.contexts.clear()
+        self.calls = 0
 
     def restart(self) -> None:
         """Read no earlier state: a step has failed."""

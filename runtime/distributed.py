@@ -7,6 +7,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -84,7 +85,6 @@ class DistributedExecutor:
         self._network: Network | None = None
         self.traffic: Counter[str] = Counter()
         self._plans = 0
-        self._calls = 0
         self.ended: str | None = None  #: why this rank can make no further call
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> DistributedPlan:
@@ -93,7 +93,8 @@ class DistributedExecutor:
         inductor, graph = compilers(self.compile, device)
         board = self._join(device)
         self._plans += 1
-        agree(board, self._plans, plan, weights, inputs)
+        options = {"exact steps": str(plan.exact_steps), "way to compile": str(self.compile)}
+        agree(board, self._plans, plan, weights, inputs, options)
         if self._network is None:
             self._network = Network(*self._connected(device, board), board, self._group or dist.group.WORLD)
         network = self._network
@@ -115,8 +116,7 @@ class DistributedExecutor:
         """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
         if self.ended:
             raise RuntimeError(f"the ranks cannot go on after an earlier call: {self.ended}")
-        self._calls += 1
-        self._join(device).call = self._calls
+        self._join(device).call += 1
 
     def failed(self, error: BaseException) -> None:
         """Tell the other ranks, also of a failure heard from one: not all of them wait for the rank that failed."""
@@ -127,7 +127,7 @@ class DistributedExecutor:
         """Refuse later calls: this one failed between its first and last exchange, with messages in flight."""
         lines = str(error).strip().splitlines() or [type(error).__name__]  # another rank's error has its traceback
         self.ended = f"{' … '.join([lines[0], lines[-1]] if len(lines) > 1 else lines)}; {advice}"
-        if self._network and isinstance(error, RankError):
+        if self._network:
             self._network.abort(error)
 
     def close(self) -> None:
@@ -181,6 +181,11 @@ class DistributedExecutor:
         return group, urgent, True
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels that are not torch's own are launched on the current device: make it this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class DistributedPlan:
     """A plan loaded on this rank."""
 
@@ -201,7 +206,8 @@ class DistributedPlan:
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
         try:
-            return self.check.decide(inputs, question)
+            with on_device(self.runner.device):
+                return self.check.decide(inputs, question)
         except DisagreementError:  # on every rank, before any exchange
             raise
         except BaseException as error:
@@ -214,17 +220,18 @@ class DistributedPlan:
         Raises:
             RankError: another rank failed, ended, or did not answer in time.
         """
+        device = self.runner.device
         try:
-            mode = self.runner.mode(step)
-            if self._record:
-                if step.context not in self._graphs:
-                    runner = self.runner
-                    self._graphs[step.context] = StepGraphs([runner], step.context, runner.device, self._record)
-                (outputs,) = self._graphs[step.context].run(weights, inputs, mode, step.pace)
-            else:
-                outputs = self.runner.run(weights, inputs, step.context, mode, step.pace)
-            self.network.settle(self.runner.device)
-            return outputs
+            with on_device(device):
+                mode = self.runner.mode(step)
+                if self._record:
+                    if step.context not in self._graphs:
+                        self._graphs[step.context] = StepGraphs([self.runner], step.context, device, self._record)
+                    (outputs,) = self._graphs[step.context].run(weights, inputs, mode, step.pace)
+                else:
+                    outputs = self.runner.run(weights, inputs, step.context, mode, step.pace)
+                self.network.settle(device)
+                return outputs
         except BaseException as error:
             self.executor.broke(error)
             raise

@@ -21,6 +21,7 @@ from ..ir.advice import FxpassWarning
 from ..ir.program import Program
 from ..ir.step import EXACT
 from .clock import Clock
+from .errors import DisagreementError
 from .executor import Executor, Loaded, PlanLike, Question, Report, device_of
 from .generation import Generation, Generations
 
@@ -95,8 +96,10 @@ class Engine:
                 self._say_idle(generation)
                 outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
             except BaseException as error:
-                for each in self._all():  # some exchanges may already have sent this step's values
-                    if each.clock:
+                for each in self._all():
+                    if each.clock and isinstance(error, DisagreementError):
+                        each.clock.forget()
+                    elif each.clock:  # some exchanges may already have sent this step's values
                         each.clock.restart()
                 self.executor.failed(error)
                 raise
@@ -265,6 +268,5 @@ def _question(clock: Clock | None, tensors: Sequence[Tensor], generation: Genera
     number, call = generation.number, generation.calls if generation.announced else 0
     if clock is None:
         return Question((), lambda _: EXACT, number, call)
-    return Question(
-        clock.facts(tensors, generation), lambda values: clock.step(tensors, generation, values), number, call
-    )
+    decide = lambda values: clock.step(tensors, generation, values)  # noqa: E731
+    return Question(clock.facts(tensors, generation), decide, number, call, clock.digest(generation))

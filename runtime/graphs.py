@@ -8,8 +8,10 @@ each parity of the symmetric memory. Weights that have moved drop all graphs.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,7 +43,9 @@ class StepGraphs:
         self._device = device
         self._record: Recorder | None = record
         self._inputs: list[Tensor] = []
-        self._pace = torch.zeros((), dtype=torch.float64, device=device)
+        with torch.inference_mode(False):  # later calls write to it, also outside inference mode
+            self._pace = torch.zeros((), dtype=torch.float64, device=device)
+        self._ended: Any = None  #: event: the last step has ended on the device
         self._ran: set[Mode] = set()  #: modes that ran unrecorded
         self._weights: Any = None  #: where those of the graphs lie
         self._tables: dict[tuple[Table, torch.device], Tensor] = {}
@@ -50,26 +54,38 @@ class StepGraphs:
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], mode: Mode, pace: float) -> Outputs:
         """The flat outputs of a step, of each rank."""
-        self._inputs = self._inputs or [torch.empty_like(x, device=self._device) for x in inputs]
+        if self._ended is not None:  # it may have run on another stream
+            torch.cuda.current_stream(self._device).wait_event(self._ended)
+        if not self._inputs:
+            with torch.inference_mode(False):
+                self._inputs = [torch.empty_like(x, device=self._device) for x in inputs]
         for buffer, x in zip(self._inputs, inputs, strict=True):
             fill(buffer, x)
         self._pace.fill_(pace)
         places = [self._place(weight) for weight in weights]
         if places != self._weights:
             self.graphs.clear()
+            self._ran.clear()  # other strides are compiled anew, which no recording may do
             self._weights = places
         memories = self._memories()
+        mode = self._runners[0].canonical(mode)
         key = mode, memories[0].number % 2 if memories else 0
         if key not in self.graphs and mode in self._ran and self._record:
             self._recorded(weights, key, memories)
-        if key not in self.graphs:
+        if key in self.graphs:
+            outputs, replay = self.graphs[key]
+            replay()
+            for memory in memories:
+                memory.begin(memory.number + 1)
+        else:
             self._ran.add(mode)
-            return [copies(outputs) for outputs in self._step(weights, mode)]
-        outputs, replay = self.graphs[key]
-        replay()
-        for memory in memories:
-            memory.begin(memory.number + 1)
-        return [copies(each) for each in outputs]
+            outputs = self._step(weights, mode)
+        for runner in self._runners:
+            runner.count(mode)
+        results = [copies(each) for each in outputs]
+        if self._device.type == "cuda":
+            self._ended = torch.cuda.current_stream(self._device).record_event()
+        return results
 
     def _step(self, weights: Sequence[Tensor], mode: Mode) -> Outputs:
         with index_tensors_from(self._table):
@@ -108,7 +124,7 @@ class StepGraphs:
     def _place(self, weight: Tensor) -> Any:
         """Where a weight lies; its value if a graph would bake it in."""
         if weight.device != self._device:
-            return weight.tolist()
+            return repr(weight.tolist())  # equal texts also of NaN
         return weight.data_ptr(), weight.stride()
 
 
@@ -134,10 +150,19 @@ def cuda_recorder(device: torch.device) -> Recorder:
 
     def record(function: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # to free device memory while a graph is recorded would make it invalid
         stream.wait_stream(torch.cuda.current_stream(device))
-        # other threads may go on to use the device meanwhile
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            outputs = function()
+        with torch.cuda.stream(stream):
+            # other threads may go on to use the device meanwhile
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                outputs = function()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture has become invalid; the first error says why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
         return outputs, graph.replay
 
     return record

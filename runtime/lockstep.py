@@ -102,7 +102,10 @@ class LockstepPlan:
             channels = [rank.channels(step.context) for rank in self.ranks]
             pace = as_tensor(step.pace)
             runs = [rank.start(weights, inputs, step.context, modes[0], pace) for rank in self.ranks]
-            return [outputs for outputs, _ in run_in_turns(runs, channels)]
+            found = [outputs for outputs, _ in run_in_turns(runs, channels)]
+            for rank in self.ranks:
+                rank.count(modes[0])
+            return found
         except BaseException:
             self._forget()  # some ranks have put more messages than others
             raise

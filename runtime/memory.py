@@ -29,9 +29,11 @@ def check_available(size: int, what: str, advice: str) -> None:
 def check_gpu(size: int, device: torch.device, what: str, advice: str) -> None:
     """Raises `OSError` if a GPU has not `size` bytes of memory left for `what`."""
     free, _ = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch's cache can give
-    if size > free + reserved:
-        raise OSError(f"{what} needs {_mib(size)} of memory on {device}, {_mib(free + reserved)} are left; {advice}")
+    if size > free:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+    if size > free:
+        raise OSError(f"{what} needs {_mib(size)} of memory on {device}, {_mib(free)} are left; {advice}")
 
 
 def available(root: Path = Path("/")) -> int | None:

@@ -60,8 +60,9 @@ class Network:
             if shared is not None:
                 return shared
         if self.maps(specs, device):
-            memory = symmetric_memory.allocated(specs, self._registered, self.board.rank, device, self.board.timeout)
-            self._memories.append(memory)
+            with torch.inference_mode(False):  # later calls write to it, also outside inference mode
+                memory = symmetric_memory.allocated(specs, self._registered, self.board, device, self._opened)
+            self._memories = [each for each in self._memories if not each.closed] + [memory]
             return [SymmetricChannel(memory, i, spec) for i, spec in enumerate(specs)]
         return [GroupChannel(spec, self._group_of(spec), device, self.blocking, self.board) for spec in specs]
 
@@ -100,14 +101,14 @@ class Network:
         for memory in self._memories:
             memory.check()
 
-    def abort(self, error: RankError) -> None:
+    def abort(self, error: BaseException) -> None:
         """End all waits for other ranks. Gloo cannot: its groups are never released if a rank hangs, for that waits."""
         for memory in self._memories:
             memory.abort()
         for group in {self.group, self.urgent}:
             if not self.blocking:
                 group.abort()
-            elif error.hangs:
+            elif isinstance(error, RankError) and error.hangs:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
     def _group_of(self, spec: ChannelSpec) -> Any:
@@ -115,32 +116,36 @@ class Network:
         return self.urgent if spec.exchanges[0].fresh == "sync" else self.group
 
 
-def gpu_cards(board: Board, device: torch.device) -> list[tuple[str, int]]:
-    """Of each rank: its machine, empty if it is not known, and the number of its GPU. All ranks call it."""
-    card = json.dumps([processes.card().partition("|")[0], device.index or 0])
+def gpu_cards(board: Board, device: torch.device) -> list[tuple[str, int, str]]:
+    """Of each rank: its machine, empty if it is not known; the number that it gives its GPU, and the GPU's identity.
+
+    All ranks call it.
+    """
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    card = json.dumps([processes.card().partition("|")[0], device.index or 0, uuid])
     return [tuple(json.loads(each)) for each in board.all_gather("gpus/card", card, OPENING)]
 
 
-def one_gpu_for_two(cards: Sequence[tuple[str, int]]) -> str:
+def one_gpu_for_two(cards: Sequence[tuple[str, int, str]]) -> str:
     """Which ranks share a GPU, and what to do; empty if none do."""
-    first: dict[tuple[str, int], int] = {}
-    for rank, card in enumerate(cards):
-        other = first.setdefault(card, rank)
-        if other != rank and card[0]:
+    first: dict[str, int] = {}
+    for rank, (_, number, uuid) in enumerate(cards):
+        other = first.setdefault(uuid, rank)
+        if other != rank:
             return (
-                f"ranks {other} and {rank} both have their model on cuda:{card[1]}; give each process a GPU of its own "
-                'before the model is made: torch.cuda.set_device(int(os.environ["LOCAL_RANK"])), then .to("cuda")'
+                f"ranks {other} and {rank} both have their model on one GPU (cuda:{number}); give each process one of "
+                'its own before the model is made: torch.cuda.set_device(int(os.environ["LOCAL_RANK"])), .to("cuda")'
             )
     return ""
 
 
-def _can_map(cards: Sequence[tuple[str, int]], device: torch.device) -> bool:
+def _can_map(cards: Sequence[tuple[str, int, str]], device: torch.device) -> bool:
     """Whether this rank's GPU can map the memory of all others.
 
     Args:
-        cards: of each rank: the machine, empty if it is not known, and the number of its GPU.
+        cards: as `gpu_cards` returns them. Ranks must number their GPUs apart: torch refuses equal numbers.
     """
-    machines, devices = zip(*cards, strict=True)
+    machines, devices, _ = zip(*cards, strict=True)
     if os.environ.get(DISABLE, "0") != "0" or not machines[0] or len(set(machines)) > 1:
         return False
     if len(set(devices)) < len(devices):

@@ -170,8 +170,15 @@ class StepRunner:
             here.overwrite(state)
         else:
             here.state = state
-        self._traffic.update(code.received)
         return outputs, here.state
+
+    def count(self, mode: Mode) -> None:
+        """Count what a step of a mode has received."""
+        self._traffic.update(self._code(mode).received)
+
+    def canonical(self, mode: Mode) -> Mode:
+        """The mode whose program a mode runs."""
+        return self._code(mode).mode
 
     def run(
         self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: float
@@ -182,7 +189,9 @@ class StepRunner:
             RankError: another rank failed, left, or did not answer in time.
         """
         channels = self.channels(context)
-        return drive(self.start(weights, inputs, context, mode, as_tensor(pace)), channels)[0]
+        outputs, _ = drive(self.start(weights, inputs, context, mode, as_tensor(pace)), channels)
+        self.count(mode)
+        return outputs
 
     def channels(self, context: int) -> Sequence[Channel]:
         """Those of a context, which is opened if it is new."""
@@ -205,7 +214,8 @@ class StepRunner:
         context = self._contexts[number]
         if context.channels is None:
             context.channels = self._open(self.specs)
-            context.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self._state]
+            with torch.inference_mode(False):  # later calls may write to it, also outside inference mode
+                context.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self._state]
         return context
 
 

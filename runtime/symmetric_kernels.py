@@ -9,15 +9,17 @@ from triton.language.extra.cuda import globaltimer
 
 
 @triton.jit
-def signal(flags, step):
-    """Write the number of this step into flags of other ranks: one program each.
+def signal(flags, step, stopped):
+    """Write the number of this step into flags of other ranks: one program each. Not after a wait that was stopped.
 
     Args:
         flags: the addresses of the flags, int64 [readers].
         step: the number of this step, 0-dim int32.
+        stopped: 0-dim int32 on the device; what is sent after a wait without its message is garbage.
     """
     flag = tl.load(flags + tl.program_id(0)).to(tl.pointer_type(tl.int32))
-    tl.atomic_xchg(flag, tl.load(step), sem="release", scope="sys")
+    if tl.load(stopped, volatile=True) == 0:
+        tl.atomic_xchg(flag, tl.load(step), sem="release", scope="sys")
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..ir.exchange import Payloads
 from ..ir.step import ChannelSpec
+from .board import Board
 from .channels import assembled
 from .errors import RankError
 from .memory import check_gpu
@@ -70,6 +71,8 @@ class SymmetricMemory:
         self.device = peers[rank].device
         _, self.places = message_places(specs, self.world)
         self.handle: Any = None  #: keeps the mappings
+        self.closed = False
+        self._travels: dict[int, Any] = {}  #: by channel, of this step's messages on their own stream: when they left
         self.number = 1  #: of the step, as the host counts; `step` is what the device counts
         self.sent: set[int] = set()  #: the channels that have a message of this step
         self.step = torch.ones((), dtype=torch.int32, device=self.device)
@@ -97,19 +100,21 @@ class SymmetricMemory:
         self._words = torch.zeros(2, dtype=torch.int32, pin_memory=True)  #: abort, timed out
 
     @contextmanager
-    def sending(self, packed: Sequence[Payloads], *, last: bool) -> Iterator[None]:
+    def sending(self, channel: int, packed: Sequence[Payloads], *, last: bool) -> Iterator[None]:
         """The body sends payloads: on a stream of its own, unless it is the last message of the step.
 
         That one waits for all others, so that nothing is under way on this rank when the step ends.
         """
         here = torch.cuda.current_stream(self.device)
         if last:
-            here.wait_stream(self._stream)
+            if self._held:
+                here.wait_stream(self._stream)
             self._held.clear()
             yield
             return
         self._held.append(packed)  # else its memory would be used again, for the allocator sees one stream only
         self._stream.wait_stream(here)
+        self._travels[channel] = None
         with torch.cuda.stream(self._stream):
             yield
 
@@ -117,11 +122,15 @@ class SymmetricMemory:
         """Tell the readers of a channel that this step's message has come."""
         flags = self._theirs[channel]
         if len(flags):
-            self._kernels.signal[(len(flags),)](flags, self.step, num_warps=1)
+            self._kernels.signal[(len(flags),)](flags, self.step, self._stopped, num_warps=1)
+        if channel in self._travels:
+            self._travels[channel] = self._stream.record_event()
 
     def wait(self, channel: int, age: int) -> None:
         """Wait for the messages of this step (`age` 0) or of the step before (1)."""
         flags = self._mine[channel]
+        if age == 0 and channel in self._travels:  # a device that runs one stream at a time would wait for ever
+            torch.cuda.current_stream(self.device).wait_event(self._travels[channel])
         if len(flags):
             abort, timed_out = (self._words.data_ptr() + 4 * i for i in range(2))
             limit = int(self.timeout * 1e9)
@@ -137,6 +146,7 @@ class SymmetricMemory:
         """Let a step have this number on the host. Where a graph is replayed, the device counts by itself."""
         self.number = number
         self.sent.clear()
+        self._travels.clear()
 
     def arrived(self, channel: int, age: int) -> bool:
         """Whether `wait` would return at once. The host does not know: the device waits."""
@@ -193,7 +203,7 @@ class SymmetricChannel:
         memory = self.memory
         memory.sent.add(self.index)
         outgoing = self._outgoing[memory.number % PARITIES]
-        with memory.sending(packed, last=self.spec.closing):
+        with memory.sending(self.index, packed, last=self.spec.closing):
             if outgoing:
                 payloads = [packed[i][dst] for i, dst, _ in outgoing]
                 torch._foreach_copy_([view for _, _, view in outgoing], payloads)  # type: ignore[arg-type]
@@ -216,35 +226,43 @@ class SymmetricChannel:
         return 0 if self.index in self.memory.sent else 1
 
     def close(self) -> None:
-        pass
+        self.memory.closed = True
 
 
-def shared_memory(
-    specs: Sequence[ChannelSpec], group: Any, rank: int, device: torch.device, timeout: float
+def allocated(
+    specs: Sequence[ChannelSpec], group: Any, board: Board, device: torch.device, number: int
 ) -> SymmetricMemory:
     """Allocate the memory of all ranks, which all call it.
 
     Args:
         group: a registered process group, or its name; used to exchange the addresses.
+        number: counts these calls, the same on all ranks.
 
     Raises:
-        OSError: this GPU has too little memory left.
+        OSError: the GPU of some rank has too little memory left.
+        RankError: a rank failed or did not arrive.
         RuntimeError: a rank cannot map the memory of another.
     """
     import torch.distributed._symmetric_memory as symmetric
 
-    world = specs[0].exchanges[0].world
-    size, _ = message_places(specs, world)
+    size, _ = message_places(specs, board.world)
     advice = "run smaller inputs, more ranks or fewer guidance branches"
-    check_gpu(size, device, f"a context's messages of {world} ranks, with two places for each", advice)
-    own = symmetric.empty(size, dtype=torch.uint8, device=device)
-    own.zero_()
-    torch.cuda.synchronize(device)
+    problem = ""
+    try:
+        check_gpu(size, device, f"a context's messages of {board.world} ranks, with two places for each", advice)
+        own = symmetric.empty(size, dtype=torch.uint8, device=device)
+        own.zero_()
+        torch.cuda.synchronize(device)
+    except (OSError, RuntimeError) as error:  # the others would wait for this rank where nothing reads the board
+        problem = str(error)
+    for rank, text in enumerate(board.all_gather(f"symmetric/{number}", problem, "the other ranks to open a context")):
+        if text:
+            raise OSError(f"rank {rank}: {text}")
     handle = symmetric.rendezvous(own, group)
-    peers = [own if dst == rank else handle.get_buffer(dst, (size,), torch.uint8) for dst in range(world)]
-    memory = SymmetricMemory(specs, peers, rank, timeout)
-    handle.barrier()  # nobody writes before all have cleared their memory
+    peers = [own if r == board.rank else handle.get_buffer(r, (size,), torch.uint8) for r in range(board.world)]
+    memory = SymmetricMemory(specs, peers, board.rank, board.timeout)
     memory.handle = handle
+    handle.barrier()  # nobody writes before all have cleared their memory
     return memory
 
 

@@ -65,8 +65,8 @@ class ChannelSpec:
     path: str  #: the module that it belongs to
     exchanges: tuple[Exchange, ...]  #: what travels together
     late: bool  #: whether the message of one step is read in the next
-    #: whether it ends every step: each rank sends each other rank something, after all other puts, and gets it after
-    #: all other gets
+    #: whether it ends every step: each rank sends each other rank something, after all that it puts otherwise and all
+    #: that it gets of earlier steps, and gets it last
     closing: bool = False
 
     def __str__(self) -> str:
@@ -112,8 +112,10 @@ def verify_step(program: StepProgram) -> None:
         channel: int = node.args[1] if node.target is put else node.args[0]  # type: ignore[assignment]
         spec = program.channels[channel]
         where = f"{program.mode} step of rank {program.rank}, {spec.name}"
-        ended = got if node.target is get else put_already
-        assert not closing & {each if isinstance(each, int) else each[0] for each in ended}, f"{where}: after the end"
+        assert not closing & {each for each, _ in got}, f"{where}: after the end of the step"
+        if closing & put_already:
+            assert node.target is get, f"{where}: put after the closing message"
+            assert channel in put_already, f"{where}: a message of the last step is read after the closing one is put"
         if node.target is put:
             assert channel not in put_already, f"{where}: put twice"
             put_already.add(channel)

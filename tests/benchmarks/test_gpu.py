@@ -57,14 +57,14 @@ def test_results_are_kept_and_written_as_a_table(
     options = ["--models", "sdxl", "--ranks", "2", "--links", "nvlink", "--steps", "1", "--exact"]
     monkeypatch.setattr("sys.argv", ["gpu", *options, "--out", str(tmp_path)])
     main()
-    rows = json.loads((tmp_path / "sdxl-1024.json").read_text())
+    rows = json.loads((tmp_path / "sdxl-1024-displaced-float32-CPU.json").read_text())
     assert list(rows) == ["whole, eager", "1 ranks, no link, eager", "2 ranks, nvlink, eager"]
     assert all(rows["2 ranks, nvlink, eager"][column] > 0 for column in ("exact", "steady", "ceiling", "state GB"))
     assert "all ranks alike: True" in capsys.readouterr().out
-    assert len((tmp_path / "sdxl-1024.md").read_text().splitlines()) == 5
+    assert len((tmp_path / "sdxl-1024-displaced-float32-CPU.md").read_text().splitlines()) == 5
     monkeypatch.setattr(gpu, "milliseconds", lambda *_: 1 / 0)  # nothing is measured again
     main()
-    assert json.loads((tmp_path / "sdxl-1024.json").read_text()) == rows
+    assert json.loads((tmp_path / "sdxl-1024-displaced-float32-CPU.json").read_text()) == rows
 
 
 @pytest.mark.parametrize(

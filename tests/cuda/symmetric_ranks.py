@@ -24,6 +24,7 @@ from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.step import EXACT, ChannelSpec, Step
 from fxpass.models.small import case
+from fxpass.runtime.board import Board
 from fxpass.runtime.errors import RankError
 from fxpass.runtime.graphs import StepGraphs, cuda_recorder
 from fxpass.runtime.lockstep import LockstepExecutor
@@ -62,7 +63,8 @@ class Rank:
         self.lockstep = LockstepExecutor(world).load(plan, self.table.tensors(), self.call(0).tensors)
 
     def open(self, specs: Sequence[ChannelSpec]) -> list[SymmetricChannel]:
-        self.memory = allocated(specs, dist.group.WORLD, self.rank, DEVICE, self.timeout)
+        board = Board(dist.distributed_c10d._get_default_store(), self.rank, dist.get_world_size(), self.timeout)
+        self.memory = allocated(specs, dist.group.WORLD, board, DEVICE, 1)
         return [SymmetricChannel(self.memory, i, spec) for i, spec in enumerate(specs)]
 
     def call(self, k: int) -> Call:

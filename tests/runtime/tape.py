@@ -100,7 +100,7 @@ class TestMemory(SymmetricMemory):
         self._theirs = [[flag[self.rank, i] for flag in flags] for i in range(len(specs))]
         self._seen = self.flags.numpy()
 
-    def sending(self, packed: Any, *, last: bool) -> AbstractContextManager[None]:
+    def sending(self, channel: int, packed: Any, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
     def signal(self, channel: int) -> None:

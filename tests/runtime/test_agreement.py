@@ -1,6 +1,7 @@
 """What ranks compare before their first exchange."""
 
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fxpass.ir.step import EXACT
 from fxpass.runtime import agreement
+from fxpass.runtime.errors import DisagreementError
 from fxpass.runtime.executor import Question
 from tests.runtime.test_clock import NoReads
 
@@ -27,11 +29,14 @@ class Recorded:
     """A network of two ranks whose other rank sends what this one sends."""
 
     def __init__(self) -> None:
-        self.board: Any = SimpleNamespace(rank=0, world=2)
+        self.board: Any = SimpleNamespace(rank=0, world=2, call=7)
         self.gets = 0
 
     def open(self, specs: Any, device: torch.device) -> list[Any]:
         return [self]
+
+    def settle(self, device: torch.device) -> None:
+        pass
 
     def put(self, packed: Any) -> None:
         self.sent = packed[0][1]
@@ -44,7 +49,7 @@ class Recorded:
 def test_a_call_is_compared_with_one_message_and_no_other_wait_for_the_device() -> None:
     network: Any = Recorded()
     check = agreement.CallCheck(network, ["sample", "wave", "nothing"], torch.device("cpu"), Counter())
-    inputs = [torch.randn(3, 100), torch.randn(7, dtype=torch.complex64), torch.empty(0)]
+    inputs: list[Tensor] = [torch.randn(3, 100), torch.randn(7, dtype=torch.complex64), torch.empty(0)]
     facts = [torch.tensor([5.0, 1.0], dtype=torch.float64)]
     seen: list[Any] = []
     before = agreement.CallCheck._gathered
@@ -58,3 +63,57 @@ def test_a_call_is_compared_with_one_message_and_no_other_wait_for_the_device() 
         patch.setattr(Tensor, "cpu", lambda x: x)  # the one wait
         found = check.decide(inputs, Question(facts, lambda values: seen.append(values) or EXACT, 3, 1))
     assert (found, seen, network.gets) == (EXACT, [[5.0, 1.0]], 1)
+
+
+class Others(Recorded):
+    """Another rank that sends something else: its first numbers are changed."""
+
+    def __init__(self, change: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.change = change
+
+    def get(self) -> list[Tensor]:
+        other = self.sent.clone()
+        self.change(other)
+        return [torch.stack([self.sent, other])]
+
+
+def decided(change: Callable[[Tensor], None], inputs: Tensor) -> Any:
+    network: Any = Others(change)
+    check = agreement.CallCheck(network, ["label"], torch.device("cpu"), Counter())
+    question = Question((), lambda _: EXACT, generation=2, call=5, state=11)
+    return check.decide([inputs], question), network.board.call
+
+
+def test_ranks_that_have_run_other_calls_before_are_told_apart() -> None:
+    def other_state(numbers: Tensor) -> None:
+        numbers[2] = 12
+
+    with pytest.raises(DisagreementError, match="rank 1 has run other calls than rank 0 before this one"):
+        decided(other_state, torch.ones(3))
+
+
+def test_a_rank_takes_the_number_of_rank_0s_call() -> None:
+    def ahead(numbers: Tensor) -> None:
+        numbers[3] = 9
+
+    assert decided(ahead, torch.ones(3)) == (EXACT, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_whole_numbers_are_compared_exactly(dtype: torch.dtype) -> None:
+    def one_more(numbers: Tensor) -> None:
+        numbers[4] = numbers[4] + 1 if dtype is not torch.bool else 1 - numbers[4]
+
+    given = torch.tensor([208, 1, 0]).to(dtype)
+    if dtype is torch.float32:
+        assert decided(one_more, given)[0] == EXACT  # within what devices round
+    else:
+        with pytest.raises(DisagreementError, match="another value of `label`"):
+            decided(one_more, given)
+
+
+def test_one_rank_alone_sends_nothing() -> None:
+    network: Any = SimpleNamespace(board=SimpleNamespace(rank=0, world=1, call=1))
+    check = agreement.CallCheck(network, ["x"], torch.device("cpu"), Counter())
+    assert check.decide([torch.ones(2)], Question((), lambda _: EXACT)) == EXACT
