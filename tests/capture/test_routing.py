@@ -289,3 +289,21 @@ def test_results_of_an_expert_for_unselected_tokens_are_discarded() -> None:
     x = inputs()[0]
     assert model(x).isfinite().all()
     torch.testing.assert_close(evaluate(program, model, Call.of(model, (x,), {})), model(x))
+
+
+def test_numbers_of_rows_that_differ_by_a_known_number_are_compared() -> None:
+    def body(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            token, slot = torch.where(i == e)
+            n = token.shape[0]
+            true = [n < n + 1, n + 1 > n, n == n + 0, n != n + 1, n <= n, n >= n - 1]
+            false = [n < n, n > n, n > n + 1, n == n + 1, n + 1 < n]
+            out.index_add_(0, token, x[token] * w[token, slot, None] * (sum(true) + 100 * sum(false)))
+        return out
+
+    model = made(body)
+    program = capture(model, torch.randn(2, 6, WIDTH))
+    for x in inputs():
+        found = evaluate(program, model, Call.of(model, (x,), {}))
+        torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, even, full
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case, output_tensors
-from fxpass.passes.narrow import windows_of
+from fxpass.passes.narrow import _nearest, windows_of
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.properties import given
 from tests.runtime.plans import block, parallel, steps, whole
@@ -216,3 +217,13 @@ def test_attention_that_cannot_have_a_window_is_named_with_the_reason(model: typ
     assert all(why in each.reason for each in plan.seen_whole)
     assert why in str(plan)
     assert plan.bytes_received(0) == plan.bytes_received(0, exact=False)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "count", "nearest"), [([12, 95], 1, [12]), ([12, 99], 1, [99]), ([60, 12, 95], 2, [12, 95])]
+)
+def test_the_nearest_tokens_are_measured_from_the_own_ones_on_both_sides(
+    theirs: list[int], count: int, nearest: list[int]
+) -> None:
+    found = _nearest(np.array(theirs), np.array([0, 10, 100]), count)
+    assert sorted(found.tolist()) == nearest

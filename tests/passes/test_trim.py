@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import fx
 
 from fxpass.capture import capture
+from fxpass.ir.layout import Layout, even
 from fxpass.ir.program import calls, layout_of
 from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
+from fxpass.passes.rules.views import _expanded
 from fxpass.passes.trim import trim
 from tests.passes.examples import randn
 from tests.passes.harness import Function, evenly, layouts, split
@@ -98,3 +100,15 @@ def test_the_graph_that_is_trimmed_is_left_as_it_was() -> None:
     assert whole_values(graph)
     assert not whole_values(trimmed)
     assert str(graph) == before
+
+
+@pytest.mark.parametrize(("dim", "there"), [(0, None), (1, 0), (2, 1), (3, None)])
+def test_the_rows_of_an_expanded_value_are_those_of_its_operand_where_it_has_them(dim: int, there: int | None) -> None:
+    graph = fx.Graph()
+    operand = graph.placeholder("x")
+    operand.meta["shape"] = (6, 4, 1)
+    value = graph.call_function(torch.ops.aten.expand.default, (operand, [6, 6, 4, 5]))
+    value.meta["shape"] = (6, 6, 4, 5)
+    wanted = Layout(dim, even(value.meta["shape"][dim], 2))
+    (found,) = _expanded(value, wanted)
+    assert found == ({} if there is None else {operand: wanted.at(there)})

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxpass.ir.inputs import TIMESTEP
-from fxpass.runtime.clock import CONTEXTS, MAX_GAP, Clock
+from fxpass.runtime.clock import CONTEXTS, MAX_GAP, Clock, _centered
 from fxpass.runtime.executor import on_host
 from fxpass.runtime.generation import Generation, Generations
 
@@ -391,6 +391,14 @@ def test_of_a_timestep_for_each_frame_the_largest_of_a_sample_counts(falling: st
         frames = torch.tensor([1.0, 1.0, 1.0] if falling == "all alike" else [1.0, 0.5, 0.0])
         found.append(watch.step([sample, time * frames.expand(1, 3), PROMPT], ANNOUNCED).exact)
     assert found == [True] * 2 + [False] * 8
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 3, 5, 4), (2, 3, 2, 5, 4)])
+def test_what_all_tokens_or_pixels_have_in_common_does_not_correlate(shape: tuple[int, ...]) -> None:
+    channels = torch.arange(1.0, 4)
+    same = channels.view(1, 1, 3) if len(shape) == 3 else channels.view(1, 3, *[1] * (len(shape) - 2))
+    assert _centered(same.expand(shape)).abs().max() == 0
+    assert _centered(torch.randn(shape)).abs().max() > 0.1
 
 
 def test_without_a_timestep_all_steps_are_exact() -> None:
