@@ -45,14 +45,14 @@ def show(out: Console, chosen: Prediction, others: Sequence[Prediction | Impossi
     needed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts)
     fits = {True: "fits", False: "does not fit", None: "whether it fits is unknown"}[chosen.fits]
     room = f" of {bytes_text(device.memory)}" if device.memory else ""
-    out.print(f"memory of a device: {bytes_text(memory.total)}{room}, {fits} ({needed})")
+    out.print(f"memory of a device: {bytes_text(memory.total)}{room}, {fits} ({needed})", soft_wrap=True)
     possible = [each for each in others if isinstance(each, Prediction)]
     if len(others) > 1:
         out.print(_compared([chosen, *others], steps))
     better = advice(chosen, possible, steps)
     alone = next((each for each in possible if each.world == 1), None)
     if better is not None:
-        out.print(better, style="bold yellow")
+        out.print(better, style="bold yellow", soft_wrap=True)
     elif alone is not None and chosen.world > 1:
         out.print(f"{alone.generation(steps) / chosen.generation(steps):.2f} times as fast as 1 rank", style="bold")
 
