@@ -337,6 +337,22 @@ def test_an_input_that_became_a_number_is_guarded() -> None:
         module(sample, torch.tensor(10))
 
 
+def test_of_the_programs_of_one_kind_of_call_the_least_recently_used_is_evicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Counts().eval()
+    module = parallel(model, LockstepExecutor(2))
+    calls = [(inputs()[0], 1), (inputs()[0], 3), *((inputs(18 + 2 * k)[0], 1) for k in range(SIGNATURES - 1))]
+    for sample, times in calls:
+        module(sample, torch.tensor(times))
+    assert module._engine.signatures == SIGNATURES
+    monkeypatch.setattr("fxpass.runtime.engine.capture_call", lambda *_: 1 / 0)
+    for sample, times in calls[1:]:
+        torch.testing.assert_close(module(sample, torch.tensor(times)), model(sample, torch.tensor(times)))
+    with pytest.raises(ZeroDivisionError):
+        module(inputs()[0], torch.tensor(1))
+
+
 @pytest.mark.filterwarnings("error:torch.compile leaves")  # a capture in another thread is no use of torch.compile
 def test_calls_from_several_threads_run_one_after_the_other(model: Block) -> None:
     module = parallel(model, LockstepExecutor(2), replace(Strategy.of("stale_gn"), warmup_steps=1))
