@@ -65,7 +65,6 @@ class Loopback(SymmetricMemory):
         ]
         if self._cuda:
             self._stream = torch.cuda.Stream(self.device, priority=-1)
-            self._held: list[Any] = []
 
     @contextmanager
     def sending(self, channel: int, packed: Any, *, last: bool) -> Iterator[None]:

@@ -72,6 +72,7 @@ class SymmetricMemory:
         _, self.places = message_places(specs, self.world)
         self.handle: Any = None  #: keeps the mappings
         self.closed = False
+        self._held: list[Any] = []  #: what is being sent
         self._travels: dict[int, Any] = {}  #: by channel, of this step's messages on their own stream: when they left
         self.number = 1  #: of the step, as the host counts; `step` is what the device counts
         self.sent: set[int] = set()  #: the channels that have a message of this step
@@ -95,7 +96,6 @@ class SymmetricMemory:
             self._theirs.append(torch.tensor(theirs, dtype=torch.int64, device=self.device))
             self._mine.append(torch.tensor(mine, dtype=torch.int64, device=self.device))
         self._stream = torch.cuda.Stream(self.device, priority=-1)  #: carries messages beside the computation
-        self._held: list[Any] = []  #: what is being sent
         self._stopped = torch.zeros((), dtype=torch.int32, device=self.device)
         self._words = torch.zeros(2, dtype=torch.int32, pin_memory=True)  #: abort, timed out
 
@@ -147,6 +147,7 @@ class SymmetricMemory:
         self.number = number
         self.sent.clear()
         self._travels.clear()
+        self._held.clear()
 
     def arrived(self, channel: int, age: int) -> bool:
         """Whether `wait` would return at once. The host does not know: the device waits."""
