@@ -15,16 +15,14 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .inspect.store import from_layout, to_layout
+from .inspect.store import from_layout, read, to_layout
 from .ir.layout import Layout
 from .ir.program import Program, fingerprint
 from .ir.strategy import Strategy
+from .ir.versions import versions
 from .passes import build
 from .passes.normalize import normalize
 from .passes.targets import Target
@@ -51,9 +49,8 @@ class SavedPlan:
     def of(plan: Plan) -> SavedPlan:
         whole = plan.program
         inputs, cuts = tuple(_inputs(whole)), dict(plan.cuts)
-        versions = _version(), str(torch.__version__)
         return SavedPlan(
-            *versions, inputs, fingerprint(whole.graph), plan.world_size, plan.strategy, cuts, plan.fingerprint
+            *versions(), inputs, fingerprint(whole.graph), plan.world_size, plan.strategy, cuts, plan.fingerprint
         )
 
     @property
@@ -82,14 +79,7 @@ def load(path: str | Path) -> tuple[SavedPlan, ...]:
         OSError: the file cannot be read.
         ValueError: it holds no plans, or those of another version of the schema.
     """
-    try:
-        data = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} holds no plans of fxpass: {error}") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError(f'{path} holds no plans of fxpass: "schema" is not "{SCHEMA}"')
-    if data.get("version") != VERSION:
-        raise ValueError(f"{path} has version {data.get('version')} of the schema; this fxpass reads {VERSION}")
+    data = read(Path(path).read_text(), SCHEMA, VERSION, str(path), f"{path} holds no plans of fxpass")
     try:
         return tuple(map(_from_json, data["plans"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -103,7 +93,7 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
         ValueError: no entry was made for this program by these versions, or it gives another plan now.
     """
     started = time.perf_counter()
-    whole, here = fingerprint(normalize(program).graph), (_version(), str(torch.__version__))
+    whole, here = fingerprint(normalize(program).graph), versions()
     fitting = [each for each in plans if each.program == whole and (each.fxpass, each.torch) == here]
     if not fitting:
         raise ValueError(_misfit(program, plans, here))
@@ -158,10 +148,3 @@ def _from_json(data: dict[str, Any]) -> SavedPlan:
     values["strategy"] = Strategy(**strategy)
     values["cuts"] = {name: to_layout(layout) for name, layout in data["cuts"].items()}
     return SavedPlan(**values)
-
-
-def _version() -> str:
-    try:
-        return version("fxpass")
-    except PackageNotFoundError:
-        return "not installed"  # Python runs it from a checkout

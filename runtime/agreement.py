@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
 from ..ir.merge import Merged
 from ..ir.step import ChannelSpec, Step
+from ..ir.versions import versions
 from .board import Board
 from .channels import Channel
 from .errors import DisagreementError
@@ -170,15 +170,8 @@ def _moved(part: Tensor, device: torch.device) -> Tensor:
     )
 
 
-def _version() -> str:
-    try:
-        return version("fxpass")
-    except PackageNotFoundError:
-        return "not installed"  # Python runs it from a checkout
-
-
 def _facts(plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> dict[str, str]:
-    facts = {"version of fxpass": _version(), "version of torch": torch.__version__}
+    facts = dict(zip(("version of fxpass", "version of torch"), versions(), strict=True))
     for path, tensor in zip(plan.program.input_paths, inputs, strict=True):
         facts[f"input {path}"] = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device.type}"
     for name, tensor in zip(plan.program.weights.values(), weights, strict=True):

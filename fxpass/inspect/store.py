@@ -55,14 +55,7 @@ def from_json(text: str) -> Snapshot:
     Raises:
         ValueError: the text is no dump, or one of another version of the schema.
     """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"this is no dump of fxpass: {error}") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError(f'this is no dump of fxpass: "schema" is not "{SCHEMA}"')
-    if data.get("version") != VERSION:
-        raise ValueError(f"this dump has version {data.get('version')} of the schema; this fxpass reads {VERSION}")
+    data = read(text, SCHEMA, VERSION, "this dump", "this is no dump of fxpass")
     try:
         layouts = [to_layout(each) for each in data["layouts"]]
         values: dict[str, Any] = {
@@ -74,6 +67,24 @@ def from_json(text: str) -> Snapshot:
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"this dump is damaged: {type(error).__name__}: {error}") from None
     return Snapshot(**values)
+
+
+def read(text: str, schema: str, version: int, what: str, otherwise: str) -> dict[str, Any]:
+    """The object in a JSON text of a schema.
+
+    Raises:
+        ValueError: the text is something else (the message begins with `otherwise`), or of another version of the
+            schema (the message calls it `what`).
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{otherwise}: {error}") from None
+    if not isinstance(data, dict) or data.get("schema") != schema:
+        raise ValueError(f'{otherwise}: "schema" is not "{schema}"')
+    if data.get("version") != version:
+        raise ValueError(f"{what} has version {data.get('version')} of the schema; this fxpass reads {version}")
+    return data
 
 
 def _record(kind: Any, data: Mapping[str, Any], layouts: list[Layout]) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxpass.ir.step import EXACT
+from fxpass.ir.versions import versions
 from fxpass.runtime import agreement
 from fxpass.runtime.errors import DisagreementError
 from fxpass.runtime.executor import Question
@@ -21,8 +22,8 @@ def test_a_checkout_that_is_not_installed_has_a_version_to_compare(monkeypatch: 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(agreement, "version", missing)
-    assert agreement._version() == "not installed"
+    monkeypatch.setattr("fxpass.ir.versions.version", missing)
+    assert versions() == ("not installed", torch.__version__)
 
 
 class Recorded:
