@@ -97,6 +97,8 @@ def parallelize(
         chosen = _with_warmup(chosen, warmup_steps)
 
     def planned(program: Program) -> Plan:
+        if program.method != "forward":  # it is no step of a generation: nothing may be stale, and no plan is saved
+            return make_plan(program, world, Strategy(), target, link, strict=strict)
         if saved:
             return plan_again(program, saved, target_of(target, program, link))
         return make_plan(program, world, chosen, target, link, strict=strict)
@@ -104,13 +106,13 @@ def parallelize(
     def wrapped(model: nn.Module) -> ParallelModule:
         model = _unwrapped(model)
         planner = _warning(planned, slow=(target, link) != ("auto", None))
-        return ParallelModule(model, Engine(model, planner, _executor(executor, world, timeout, group, compile)))
+        engine = Engine(model, planner, _executor(executor, world, timeout, group, compile), strict=strict)
+        return ParallelModule(model, engine, methods_of(model))
+
+    from .models.pipelines import autoencoders, denoisers, methods_of, modules_text, pipelines_in
 
     if isinstance(model_or_pipeline, nn.Module):
         return wrapped(model_or_pipeline)
-
-    from .models.pipelines import denoisers, modules_text, pipelines_in
-
     pipelines = pipelines_in(model_or_pipeline) if hasattr(model_or_pipeline, "__dict__") else []
     places = [(pipeline, name) for pipeline in pipelines for name in denoisers(pipeline)]
     if not places:
@@ -119,6 +121,7 @@ def parallelize(
             f"{type(model_or_pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser, whose forward "
             f"takes a timestep{held}; give parallelize the model itself"
         )
+    places += [(pipeline, name) for pipeline in pipelines for name in autoencoders(pipeline)]
     models = {id(each): _unwrapped(each) for each in (getattr(*place) for place in places)}  # before any is replaced
     modules = {key: wrapped(model) for key, model in models.items()}
     for pipeline, name in places:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 MAIN = ("transformer", "unet", "transformer_2", "prior")  #: attributes that hold denoisers, the main one first
+HALVES = ("decode", "encode")  #: methods of an autoencoder
 TIMESTEP = re.compile(r"t|ts|times?|timesteps?|timestep_ratio|sigmas?|noise_(levels?|labels?|time)|decoder_noise_time")
 BESIDE = re.compile(r"ControlNet|Adapter")  #: classes that work beside a denoiser: what they return is gathered whole
 
@@ -25,6 +26,32 @@ def denoisers(pipeline: Any) -> list[str]:
     modules = {name: value for name, value in vars(pipeline).items() if isinstance(value, nn.Module)}
     found = [name for name in MAIN if name in modules]
     return found + [name for name, module in modules.items() if name not in found and _denoises(module)]
+
+
+def methods_of(module: nn.Module) -> list[str]:
+    """The methods beside `forward` that are worth splitting: those of an autoencoder, `decode` and `encode`.
+
+    A module is an autoencoder if its class has both, and both take a tensor first.
+    """
+    return list(HALVES) if all(_takes_tensor(getattr(type(module), name, None)) for name in HALVES) else []
+
+
+def autoencoders(pipeline: Any) -> list[str]:
+    """Names of the attributes of `pipeline` that are autoencoders."""
+    return [name for name, value in vars(pipeline).items() if isinstance(value, nn.Module) and methods_of(value)]
+
+
+def _takes_tensor(method: Any) -> bool:
+    if not callable(method):
+        return False
+    _, *parameters = inspect.signature(method).parameters.values()  # without `self`
+    return bool(parameters) and (
+        parameters[0].annotation is inspect.Parameter.empty or "Tensor" in _text(parameters[0])
+    )
+
+
+def _text(parameter: inspect.Parameter) -> str:
+    return getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
 
 
 def pipelines_in(pipeline: Any) -> list[Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +12,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import Call, CaptureError, broken_guard, capture_call, check_memory, guard_error, outdated, returned
+from ..capture import (
+    Call,
+    CaptureError,
+    GuardError,
+    Method,
+    broken_guard,
+    capture_call,
+    check_memory,
+    guard_error,
+    outdated,
+    returned,
+)
 from ..capture.structure import Structure, WeightTable
 from ..capture.unread import Unread
 from ..ir.advice import FxpassWarning
 from ..ir.program import Program
 from ..ir.step import EXACT
+from ..passes.limits import WorldSizeError
 from .clock import Clock
 from .errors import DisagreementError
 from .executor import Executor, Loaded, PlanLike, Question, Report, device_of
 from .generation import Generation, Generations
+from .turn import Turn
 
 SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
 GUARDED = 4  #: programs kept of one signature that differ only in guarded values; more captures in a row are an error
-CALLER = 6  #: stack level of the user's call, seen from `Engine._entry`
+UNSPLIT = (CaptureError, GuardError, WorldSizeError)  #: errors after which a call of a method runs unsplit
+CALLER = 6  #: stack level of the user's call, seen from what `Engine.__call__` calls
 
 Planner = Callable[[Program], PlanLike]
 
@@ -44,18 +56,23 @@ class Entry:
 
 
 class Engine:
-    """Runs calls of `model` on the ranks of `executor`. Calls from several threads run one after the other."""
+    """Runs calls of `model` and of its methods on the ranks of `executor`, one after the other.
 
-    def __init__(self, model: nn.Module, planner: Planner, executor: Executor) -> None:
+    A call of `model` itself is split or refused. A call of another method that cannot be split runs unsplit on every
+    rank, and a warning says why; with `strict` it is refused, too.
+    """
+
+    def __init__(self, model: nn.Module, planner: Planner, executor: Executor, *, strict: bool = False) -> None:
         self.model = model
         self.executor = executor
+        self.strict = strict
         self.plan: PlanLike | None = None
         self._planner = planner
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
         self._structure: Structure | None = None
         self._unread = Unread()
-        self._lock = threading.Lock()
-        self._holder: int | None = None  # the thread that has the lock
+        self._unsplit: dict[Any, str] = {}  # keys of calls that cannot be split -> why
+        self.turn = Turn()
         self._closed: str | None = None
         self.before_call: Callable[[], None] | None = None  #: finds generations that nobody has announced yet
         self._generations = Generations()
@@ -64,8 +81,8 @@ class Engine:
         self._said_idle = False  # whether the warning about steps that are all exact was given
         self._in_a_row = 0  # captures since the last call that reused a program
 
-    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The model's output. Runs without autograd.
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None = None) -> Any:
+        """The output of the model, or of one of its methods. Runs without autograd.
 
         Raises:
             RuntimeError: the model is in training mode, the module was closed, or gradients are enabled and an input
@@ -77,18 +94,20 @@ class Engine:
         if self.before_call:
             self.before_call()
         gradients = torch.is_grad_enabled()
-        with self._turn(), torch.no_grad():
+        if method is not None and self._must_be_plain(method, gradients, args, kwargs):
+            return method.function(*args, **kwargs)
+        with self.turn.taken(), torch.no_grad():
             if self._closed:
                 raise RuntimeError(f"this parallel module was closed ({self._closed}); call fxpass.parallelize again")
             if self.model.training:
                 raise RuntimeError("the model is in training mode; fxpass runs inference only: call model.eval() first")
             try:
                 self.executor.begin(self._device(args, kwargs))
-                call = Call.of(self.model, args, kwargs)
-                if gradients:
-                    call.refuse_gradients()
-                entry = self._entry(call)
-                check_memory(entry.captured, self.model, call)
+                found = self._found(args, kwargs, method, gradients)
+                if found is None:
+                    assert method is not None
+                    return method.function(*args, **kwargs)
+                call, entry = found
                 self.plan = entry.plan
                 generation = self._generations.current()
                 generation.calls += 1
@@ -107,7 +126,7 @@ class Engine:
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
         """Begin a generation in this thread, with its timesteps if they are known: no earlier state is read."""
-        with self._turn():
+        with self.turn.taken():
             self._generations.begin(timesteps)
 
     def generation(self, timesteps: Sequence[float] = ()) -> Generation:
@@ -116,7 +135,7 @@ class Engine:
 
     def close(self, why: str = "close() was called") -> None:
         """Release everything on all ranks; later calls raise."""
-        with self._turn():
+        with self.turn.taken():
             if not self._closed:
                 self._closed = why
                 try:
@@ -140,21 +159,6 @@ class Engine:
         """Compilation reports of the programs kept, for this process's rank."""
         return [report for entry in self._all() for report in entry.loaded.compiled]
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Hold the lock. A thread that holds it already would wait for ever: that is an error instead."""
-        if self._holder == threading.get_ident():
-            raise RuntimeError(
-                "a parallel module was called, reset or closed within one of its own calls: the model, a hook on it or "
-                "a signal handler uses the wrapper that fxpass.parallelize returned; use its .unwrapped model there"
-            )
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = None
-
     def _say_idle(self, generation: Generation) -> None:
         """Warn once of a generation without displaced steps, when it ends."""
         why = "" if self._said_idle else generation.idle()
@@ -169,16 +173,65 @@ class Engine:
 
     def _device(self, *arguments: Any) -> torch.device:
         """The device of a call, from its tensors and the first parameter."""
-        leaves = [*pytree.tree_leaves(arguments), next(self.model.parameters(), None)]
+        leaves = [*leaves_of(*arguments), next(self.model.parameters(), None)]
         return device_of([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
-    def _entry(self, call: Call) -> Entry:
+    def _found(
+        self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool
+    ) -> tuple[Call, Entry] | None:
+        """A call with its program; None if it is of a method, and has to run unsplit."""
+        call = None
+        try:
+            call = Call.of(self.model, args, kwargs, method)
+            if gradients:
+                call.refuse_gradients()
+            self._update()
+            # an argument that is perhaps not read, like a generator of random numbers, makes no difference here
+            if any(call.key == key or call.differs(key) for key in self._unsplit):
+                return None
+            entry = self._entry(call)
+            check_memory(entry.captured, self.model, call)
+            return call, entry
+        except UNSPLIT as error:
+            if method is None or method.most is None or self.strict:
+                raise
+            if call is not None:
+                self._unsplit[call.key] = str(error)
+                self._structure = self._structure or Structure(self.model)
+            self._say_unsplit(method, str(error))
+            return None
+
+    def _must_be_plain(self, method: Method, gradients: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether a method that may run unsplit has to: nothing here trains, or computes gradients."""
+        if method.most is None or self.strict or self._closed:
+            return False
+        if self.model.training:
+            self._say_unsplit(method, "the model is in training mode (call model.eval() before)")
+            return True
+        if not gradients or not any(
+            isinstance(each, Tensor) and each.requires_grad for each in leaves_of(args, kwargs)
+        ):
+            return False
+        self._say_unsplit(method, "an input requires a gradient")
+        return True
+
+    def _say_unsplit(self, method: Method, why: str) -> None:
+        warnings.warn(
+            f"{type(self.model).__name__}.{method.name} runs unsplit on every rank: {why}",
+            FxpassWarning,
+            stacklevel=CALLER,
+        )
+
+    def _update(self) -> None:
+        """Forget all programs if the structure of the model has changed since they were captured."""
         if self._structure is not None and not self._structure.untouched():
             if self._structure.refresh():
                 for entry in self._all():
                     entry.weights = WeightTable(self.model, list(entry.plan.program.weights.values()))
             else:
                 self._forget()
+
+    def _entry(self, call: Call) -> Entry:
         if hash(call.key) in self._evicted and not self._hinted:
             self._hinted = True
             warnings.warn(
@@ -186,7 +239,7 @@ class Engine:
                 f"only the programs of the {SIGNATURES} latest kinds (shapes, options) are kept; make all calls of one "
                 "kind before those of the next, or bring the inputs to fewer shapes",
                 FxpassWarning,
-                stacklevel=CALLER,
+                stacklevel=CALLER + 1,
             )
         call = self._unread.reduced(call, self._entries)
         entries = self._entries.setdefault(call.key, [])
@@ -237,7 +290,7 @@ class Engine:
                 f"{type(self.model).__name__} has no input that is known to be a timestep (its inputs: {names}), so "
                 "its steps cannot be told apart: all of them are exact",
                 FxpassWarning,
-                stacklevel=CALLER + 1,
+                stacklevel=CALLER + 2,
             )
         entry = Entry(program, plan, loaded, table, clock)
         entries.append(entry)
@@ -260,7 +313,12 @@ class Engine:
             entry.loaded.release()
         self._entries.clear()
         self._evicted.clear()
+        self._unsplit.clear()
         self._structure = None
+
+
+def leaves_of(*arguments: Any) -> list[Any]:
+    return pytree.tree_leaves(arguments)
 
 
 def _question(clock: Clock | None, tensors: Sequence[Tensor], generation: Generation) -> Question:

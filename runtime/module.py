@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..capture import Method
 from ..ir.advice import FxpassWarning
 from .engine import Engine
 from .executor import PlanLike, Report
 from .generation import Generation
 
 _COMPILE = "torch.compile leaves a parallel module as it is; to compile it, call fxpass.parallelize(…, compile=True)"
+OPERATORS = 6_000  #: most operators of a call of `decode` or `encode`; one that runs more of them runs unsplit
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -36,13 +38,19 @@ class ParallelModule(nn.Module):
     _engine: Engine
     _model: nn.Module
 
-    def __init__(self, model: nn.Module, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, methods: Sequence[str] = ()) -> None:
+        """
+        Args:
+            methods: names of the methods beside `forward` that run on all ranks (`decode`, `encode`).
+        """
         super().__init__()
         state = self.__dict__
         state["_engine"] = engine
         state["_model"] = model
         state["__module__"] = type(model).__module__  # libraries that save a model read where its class is defined
-        state["forward"] = _forward(model, engine)
+        state["forward"] = _split(model, engine, "forward")
+        for name in methods:
+            state[name] = _split(model, engine, name)
         for name in _SHARED:
             state[name] = vars(model)[name]
 
@@ -148,24 +156,29 @@ class ParallelModule(nn.Module):
         raise TypeError("a parallel module cannot be copied or pickled; copy or save its .unwrapped model")
 
 
-def _forward(model: nn.Module, engine: Engine) -> Callable[..., Any]:
-    """A function with the signature of the model's forward. It does not refer to the wrapper: no reference cycle."""
+def _split(model: nn.Module, engine: Engine, name: str) -> Callable[..., Any]:
+    """A function that runs a method on all ranks, with its signature.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    It does not refer to the wrapper: no reference cycle.
+    """
+
+    def split(*args: Any, **kwargs: Any) -> Any:
+        method = None if name == "forward" else Method(name, getattr(model, name), OPERATORS)
         if torch.compiler.is_dynamo_compiling():
-            return _outside_dynamo(engine, args, kwargs)
-        return engine(args, kwargs)
+            return _outside_dynamo(engine, args, kwargs, method)
+        return engine(args, kwargs, method)
 
-    forward.__signature__ = inspect.signature(model.forward)
-    forward.__doc__ = model.forward.__doc__
-    return forward
+    split.__name__ = name
+    split.__signature__ = inspect.signature(getattr(model, name))
+    split.__doc__ = getattr(model, name).__doc__
+    return split
 
 
 @torch.compiler.disable(reason=_COMPILE)
-def _outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method | None) -> Any:
     """Run a call that comes from code compiled by torch.compile, as a graph break."""
     _warn_of_compile()
-    return engine(args, kwargs)
+    return engine(args, kwargs, method)
 
 
 @cache

@@ -1,7 +1,7 @@
 """From a model and example inputs to one functional ATen graph on whole tensors."""
 
 from .arguments import check_memory, returned, unsplit
-from .call import Call
+from .call import Call, Method
 from .capture import capture, capture_call
 from .errors import CaptureError, GuardError
 from .guards import broken_guard, guard_error, outdated
@@ -10,6 +10,7 @@ __all__ = [
     "Call",
     "CaptureError",
     "GuardError",
+    "Method",
     "broken_guard",
     "capture",
     "capture_call",

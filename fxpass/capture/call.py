@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from types import FunctionType, MethodType
@@ -26,8 +26,23 @@ class _Unread:
 
 
 @dataclass(frozen=True)
+class Method:
+    """A method of a model, which is captured in place of `model(*args, **kwargs)`.
+
+    Attributes:
+        name: the method's name.
+        function: runs it; bound to the model.
+        most: the most operators that may be recorded, else capture raises `TooManyOperatorsError`; None: no limit.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    most: int | None = None
+
+
+@dataclass(frozen=True)
 class Call:
-    """`model(*args, **kwargs)`, with the arguments bound to the names of `forward` and flattened.
+    """A call of a model or of one of its methods, with the arguments bound to their names and flattened.
 
     Numbers become 0-dim tensors, so that a timestep that changes at every step needs no new program. If the model does
     not accept a tensor there, the program guards the number.
@@ -44,16 +59,17 @@ class Call:
     _leaves: tuple[tuple[str, Any], ...]  #: path and value; the value of a tensor or number is `...`
     _positional: tuple[str, ...]
     _alike: tuple[int, ...]  #: for each tensor, the first index of the same tensor
+    method: Method | None = None  #: what is called; None: the model itself, with its hooks
 
     @staticmethod
-    def of(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
-        """Bind and flatten the arguments of a call.
+    def of(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None = None) -> Call:
+        """Bind and flatten the arguments of a call of `model`, or of one of its methods.
 
         Raises:
-            TypeError: the arguments do not fit `model.forward`.
+            TypeError: the arguments do not fit the signature.
             CaptureError: an argument may hold tensors that cannot be found.
         """
-        arguments, positional = _bind(model, args, kwargs)
+        arguments, positional = _bind(model.forward if method is None else method.function, args, kwargs)
         leaves, spec = pytree.tree_flatten_with_path(opened(arguments))
         tensors: list[Tensor] = []
         paths: list[str] = []
@@ -69,11 +85,12 @@ class Call:
         kinds = tuple(_kind(_text(path), leaf) for path, leaf in leaves)
         first: dict[int, int] = {}
         alike = tuple(first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors))  # `x is y` may be asked
-        key = (spec, kinds, alike, _autocast(), positional)  # hooks see what was passed by position
+        name = "" if method is None else method.name
+        key = (spec, kinds, alike, _autocast(), positional, name)  # hooks see what was passed by position
         none: frozenset[int] = frozenset()
         return Call(
-            tuple(tensors), tuple(paths), numbers, key, arguments, none, key, spec, plain, positional, alike
-        )  # fmt: skip
+            tuple(tensors), tuple(paths), numbers, key, arguments, none, key, spec, plain, positional, alike, method
+        )
 
     def without(self, unread: frozenset[int]) -> Call:
         """The same call with a key that leaves out these leaves."""
@@ -112,12 +129,15 @@ class Call:
         return pytree.tree_unflatten(leaves, self._spec)
 
     def run(self, model: nn.Module, arguments: dict[str, Any]) -> Any:
-        """Call `model` with what `rebuild` returned, each argument by position or by name as the caller passed it."""
+        """Call `model`, or its method, with what `rebuild` returned.
+
+        Each argument is passed by position or by name, as the caller passed it.
+        """
         named, args = dict(arguments), []
         for name in self._positional:
             value = named.pop(name)
             args.extend(value) if isinstance(value, tuple) and name == self._positional[-1] else args.append(value)
-        return model(*args, **named)
+        return (model if self.method is None else self.method.function)(*args, **named)
 
     def refuse_gradients(self) -> None:
         """Raises `RuntimeError` if a tensor requires a gradient: no output will carry one."""
@@ -128,6 +148,10 @@ class Call:
                 "gradients; call it under torch.no_grad(), pass a detached tensor (.detach()), or use .unwrapped"
             )
 
+    def generators(self) -> list[torch.Generator]:
+        """Generators of random numbers among the arguments."""
+        return [each for _, leaf in self._leaves for each in walk(leaf) if isinstance(each, torch.Generator)]
+
     def functions(self) -> list[Any]:
         """Functions, bound methods and partials among the arguments."""
         return [leaf for _, leaf in self._leaves if isinstance(leaf, (FunctionType, MethodType, functools.partial))]
@@ -137,9 +161,11 @@ class Call:
         return [tensor if i in lifted else self.numbers.get(i, tensor) for i, tensor in enumerate(tensors)]
 
 
-def _bind(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _bind(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The arguments by name, and the names of those that were passed by position."""
-    signature = inspect.signature(model.forward)
+    signature = inspect.signature(function)
     bound = signature.bind(*args, **kwargs)
     parameters = signature.parameters
     rest = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)

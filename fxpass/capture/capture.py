@@ -22,7 +22,8 @@ from .arguments import Arguments, results_of, writable_copy
 from .call import Call
 from .compare import alike, check_values
 from .concrete import Reader, memory_of
-from .errors import CaptureError, raised_line
+from .draws import draws_given_back
+from .errors import CaptureError, TooManyOperatorsError, raised_line
 from .executed import Executed
 from .guards import version
 from .intercepts import Intercepts
@@ -64,6 +65,7 @@ def capture_call(model: nn.Module, call: Call) -> Program:
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
         _autocast_cache_off(),
+        draws_given_back(call),
         unchanged_on_error(model) as (state, writes),
     ):
         lifted = frozenset(call.numbers)
@@ -81,6 +83,8 @@ def capture_call(model: nn.Module, call: Call) -> Program:
             state.shorten(program)
         constants = [program.constants[name] for name in program.versions if name not in program.attributes]
         program.reads = Reads(state, call.functions(), constants, program.changes)
+    if call.method is not None:
+        program.method = call.method.name
     program.modules = {path: type(module).__name__ for path, module in model.named_modules()}
     program.seconds |= {
         "warm up": warm - started,
@@ -158,6 +162,8 @@ def _trace_lifted(recording: _Recording, lifted: frozenset[int]) -> Program:
     """Record with the numbers `lifted` as tensors, or with the subset of them that can be recorded."""
     try:
         return _trace(recording, lifted)
+    except TooManyOperatorsError:
+        raise
     except CaptureError:
         if not lifted:
             raise
@@ -188,7 +194,8 @@ def _record(
     """Run and record the model: the program, the questions about rows, and a function that returns the program in which
     every even or odd question is answered "no rows"."""
     model, call = recording.model, recording.call
-    recorder = Recorder(recording.fake_mode, call.modules() | names_of(model))
+    most = None if call.method is None else call.method.most
+    recorder = Recorder(recording.fake_mode, call.modules() | names_of(model), most)
     reader = Reader(recorder)
     recorder.read = reader
     recorder.routing = routing = Routing(recorder, reader, empty)

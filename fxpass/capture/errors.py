@@ -17,6 +17,10 @@ class CaptureError(RuntimeError):
     """The model cannot be turned into one graph; the message says which operator, where, and what to do."""
 
 
+class TooManyOperatorsError(CaptureError):
+    """A call records more operators than are worth splitting."""
+
+
 class GuardError(RuntimeError):
     """The model turns an input that changes at every call into a Python number, so no two calls can share a program."""
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from ..ir.nodes import append
 from . import flex, kinds
-from .errors import CaptureError, model_line
+from .errors import CaptureError, TooManyOperatorsError, model_line
 from .fakes import Form, form_of
 from .survivors import is_left_behind
 
@@ -50,9 +50,10 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, fake_mode: FakeTensorMode, names: dict[int, tuple[str, str]]) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, names: dict[int, tuple[str, str]], most: int | None = None) -> None:
         """
         Args:
+            most: the number of nodes above which recording ends with `TooManyOperatorsError`; None: no limit.
             names: by id of a tensor of the model or of its arguments: kind ("weight", "constant", "foreign") and
                 the qualified name.
         """
@@ -65,6 +66,7 @@ class Recorder(TorchDispatchMode):
         self.path = ""  #: qualified name of the module that runs
         self.line: str | None = None  #: source line for new nodes; None: the line that runs
         self._names = names
+        self._most = most
         self._nodes: dict[int, fx.Node] = {}
         self._fakes: dict[int, Tensor] = {}
         self._alive: list[Any] = []  # the objects whose ids are keys above
@@ -173,6 +175,8 @@ class Recorder(TorchDispatchMode):
         return self.line or model_line()
 
     def _call(self, op: Any, args: Any, kwargs: dict[str, Any], value: Any) -> fx.Node:
+        if self._most is not None and len(self.graph.nodes) > self._most:
+            raise TooManyOperatorsError(f"it runs more than {self._most:,} operators (a loop over frames or tiles?)")
         return append(self.graph, op, _to_nodes(args, self), _to_nodes(kwargs, self), self._described(value))
 
     def _described(self, value: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .errors import CaptureError
 from .objects import PLAIN, is_open
 
@@ -87,6 +89,8 @@ def may_be_unread(leaf: Any) -> bool:
     """Whether a stand-in can take the place of an argument."""
     if isinstance(leaf, PLAIN):
         return type(leaf) in (str, bytes, int)  # not members of an `Enum`, which are compared by `is`
+    if isinstance(leaf, torch.Generator):
+        return True  # a program that draws from it is refused
     return (is_open(leaf) and bool(vars(leaf))) or type(leaf).__eq__ is not object.__eq__
 
 

@@ -54,6 +54,7 @@ class Program:
     attributes: dict[str, str] = field(default_factory=dict)  #: constant -> the plain attribute of the model that it is
     versions: dict[str, int] = field(default_factory=dict)  #: constant -> how often it had been changed in place
     modules: dict[str, str] = field(default_factory=dict)  #: path of each module of the model -> name of its class
+    method: str = "forward"  #: the method of the model that was called
     reads: Any = None  #: the Python state beside the model that is baked in: `capture.reads.Reads`
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:

@@ -206,3 +206,17 @@ def test_an_attribute_on_the_meta_device_is_refused_by_name() -> None:
     model.plain = torch.empty(6, device="meta")
     with pytest.raises(CaptureError, match="plain is on the meta device"):
         capture(model, x)
+
+
+def test_a_refused_capture_gives_back_the_random_numbers_that_it_drew() -> None:
+    class Drawing(nn.Module):
+        def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
+            return x + torch.randn(3) + torch.randn(3, generator=generator)
+
+    model, generator = Drawing().eval(), torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    expected = model(torch.zeros(3), torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    with pytest.raises(CaptureError, match="random"):
+        capture(model, torch.zeros(3), generator)
+    assert torch.equal(model(torch.zeros(3), generator), expected)
