@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "predict": COMPILER | {"runtime", "inspect", "predict"},
     "models": COMPILER | {"models"},
     "front": COMPILER | {"runtime", "inspect", "predict", "models", "front"},  # fxpass/*.py
-    "tools": COMPILER | {"runtime", "inspect", "predict", "models", "front", "tools"},
+    "report": COMPILER | {"runtime", "inspect", "predict", "front", "report"},
+    "tools": COMPILER | {"runtime", "inspect", "predict", "models", "front", "report", "tools"},
 }
 FOLDERS = {
     "ir": "fxpass/ir",
@@ -27,6 +28,7 @@ FOLDERS = {
     "runtime": "runtime",
     "inspect": "fxpass/inspect",
     "predict": "fxpass/predict",
+    "report": "fxpass/report",
     "models": "models",
     "front": "fxpass",
     "tools": "tools",
@@ -101,7 +103,7 @@ def test_the_folders_are_imported_under_the_package_name(part: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("part", ["front", "ir", "capture", "passes", "runtime", "inspect", "predict"])
+@pytest.mark.parametrize("part", ["front", "ir", "capture", "passes", "runtime", "inspect", "predict", "report"])
 def test_no_model_is_named_outside_models(part: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)}: {match.group()} in `{line.strip()}`"

@@ -140,7 +140,7 @@ def test_the_page_on_exactness_names_every_class_that_is_tested_for_exactness() 
 
 def test_the_design_lists_every_folder_once() -> None:
     packages = tomllib.loads(text_of("pyproject.toml"))["tool"]["setuptools"]["packages"]
-    inner = ("fxpass.ir", "fxpass.capture", "fxpass.inspect", "fxpass.predict")
+    inner = ("fxpass.ir", "fxpass.capture", "fxpass.inspect", "fxpass.predict", "fxpass.report")
     names = [name.removeprefix("fxpass.") for name in packages if name not in ("fxpass", *inner)]
     folders = {"fxpass/", "benchmarks/", "tests/", "docs/", *(f"{name.replace('.', '/')}/" for name in inner)}
     folders |= {f"{name.replace('.', '/')}/" for name in names}

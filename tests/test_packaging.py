@@ -19,7 +19,11 @@ from fxpass.extras import EXTRA_OF
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
-PACKAGE_OF = {"PIL": "pillow", "skimage": "scikit-image"}  #: modules whose distribution has another name
+PACKAGE_OF = {
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "vl_convert": "vl-convert-python",
+}  #: modules whose distribution has another name
 
 HIDE = """
 import os, sys

@@ -22,19 +22,19 @@ def check(path: Path | None) -> None:
         raise ValueError(f"{path} cannot be written: no permission to write to {folder}")
 
 
-def write(path: Path | None, text: str) -> None:
-    """Write `text` to a file, or to standard output if `path` is None or `-`.
+def write(path: Path | None, content: str | bytes) -> None:
+    """Write a text (or bytes as they are) to a file, or to standard output if `path` is None or `-`.
 
     The file appears when all of it is written: an interrupted command leaves the old one, or none.
     """
     if path is None or path == Path("-"):
-        typer.echo(text)
+        typer.echo(content, nl=isinstance(content, str))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content if isinstance(content, bytes) else f"{content}\n".encode())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)

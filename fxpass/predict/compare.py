@@ -11,6 +11,7 @@ from ..passes import build, resume
 from ..passes.limits import WorldSizeError
 from ..passes.targets import Target
 from .prediction import Prediction, predict
+from .price import Prices
 
 CLEARLY = 1.03  #: another choice is recommended if it is so many times as fast
 USUAL = 50  #: steps of a generation, where nothing else is known
@@ -39,9 +40,10 @@ def compared(
         except WorldSizeError as error:
             yield Impossible(world, str(error))
             continue
+        prices = Prices(target.device, world)
         for strategy in strategies[:1] if world == 1 else strategies:
             made = resume(replace(cut, strategy=strategy), after="trim")
-            yield predict(made.program, made.current, world, strategy, target, graphs=graphs)
+            yield predict(made.program, made.current, world, strategy, target, graphs=graphs, prices=prices)
 
 
 def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str | None:

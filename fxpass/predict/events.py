@@ -138,7 +138,7 @@ def step_of(program: StepProgram, plan: fx.Graph, prices: Prices, link: Link, la
         launch: seconds in which the host launches a kernel.
     """
     messages = [
-        Message(name, each, each.exchanges[0].fresh != "sync")
+        Message(name, each, program.mode != "exact" and each.exchanges[0].fresh != "sync")
         for name, each in zip(message_ids(plan, program.channels), program.channels, strict=True)
     ]
     events: list[Event] = []

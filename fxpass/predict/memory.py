@@ -44,8 +44,8 @@ def _bytes(node: fx.Node) -> int:
     return prod(node.meta["shape"]) * node.meta["dtype"].itemsize if "shape" in node.meta else 0
 
 
-def activations(program: StepProgram, inputs: Sequence[str], prices: Prices) -> Figures:
-    """The largest number of bytes, on each rank, of values that are alive at once.
+def alive(program: StepProgram, inputs: Sequence[str], prices: Prices) -> Figures:
+    """Bytes of the values that are alive while each node runs: [node, rank].
 
     A view keeps alive what it is a view of. A value lives until its last use; outputs and new state until the end.
 
@@ -61,17 +61,18 @@ def activations(program: StepProgram, inputs: Sequence[str], prices: Prices) -> 
         owner[node], size[node], most[node] = _owner(node, owner, prices, program, inputs)
         for used in (node, *node.all_input_nodes):
             last[owner[used]] = i
-    alive = peak = np.zeros(1)
+    held = np.zeros(1)
+    found: list[Figures] = []
     last |= {node: len(nodes) for node in nodes if node.op == "placeholder"}  # held by the caller
     ending: dict[int, list[fx.Node]] = {}
     for node, i in last.items():
         ending.setdefault(i, []).append(node)
     for i, node in enumerate(nodes):
-        peak = np.maximum(peak, alive + most[node])
-        alive = alive + size[node]
+        found.append(held + most[node])
+        held = held + size[node]
         for each in ending.get(i, ()):
-            alive = alive - size[each]
-    return peak
+            held = held - size[each]
+    return np.stack(np.broadcast_arrays(*found, np.zeros(prices.world))[:-1])
 
 
 def _owner(

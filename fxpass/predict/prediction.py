@@ -15,7 +15,7 @@ from ..ir.strategy import Strategy
 from ..passes.lower_comm import StepPrograms
 from ..passes.targets import Target
 from .events import Step, step_of
-from .memory import Memory, activations, weights_of
+from .memory import Memory, alive, weights_of
 from .price import Figures, Prices
 from .simulate import Elapsed, Simulation
 
@@ -99,20 +99,37 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of all ranks, priced for a target."""
+    """The steps of all ranks, priced for a target.
+
+    Attributes:
+        memory: of the rank that needs most.
+        rank: the rank that needs most memory.
+        alive: bytes of activations on that rank while each node of the step program runs, by mode.
+    """
 
     modes: dict[Mode, Step]
     memory: Memory
+    rank: int
+    alive: dict[Mode, Figures]
 
     @staticmethod
-    def of(program: Program, graph: fx.Graph, world: int, target: Target, *, graphs: bool = False) -> Steps:
+    def of(
+        program: Program,
+        graph: fx.Graph,
+        world: int,
+        target: Target,
+        *,
+        graphs: bool = False,
+        prices: Prices | None = None,
+    ) -> Steps:
         """Price the step programs of a scheduled graph.
 
         Args:
             program: the program on whole tensors.
             graphs: kernels are launched together, as CUDA graphs do.
+            prices: those of the target's device for so many ranks, where other plans have filled them.
         """
-        prices = Prices(target.device, world)
+        prices = prices or Prices(target.device, world)
         programs = StepPrograms(graph, 0)
         launch = 0.0 if graphs else target.device.launch
         wanted: tuple[Mode, ...] = ("exact", "steady")
@@ -120,25 +137,38 @@ class Steps:
         steps: dict[Mode, Step] = {}
         for mode, each in lowered.items():
             steps[mode] = step_of(each, graph, prices, target.link, launch)
-        alive = [activations(each, program.inputs, prices) for each in lowered.values()]
+        held: dict[Mode, Figures] = {mode: alive(each, program.inputs, prices) for mode, each in lowered.items()}
         state = np.array([sum(kept_bytes(e, rank) for _, e in exchanges_of(graph)) for rank in range(world)])
-        both: Figures = state + np.maximum.reduce([np.broadcast_to(each, world) for each in alive])
+        both: Figures = state + np.maximum.reduce([each.max(0) for each in held.values()])
         most = int(both.argmax())
-        return Steps(steps, Memory(weights_of(program), int(state[most]), int(both[most] - state[most])))
+        memory = Memory(weights_of(program), int(state[most]), int(both[most] - state[most]))
+        own: dict[Mode, Figures] = {mode: each[:, most] for mode, each in held.items()}
+        return Steps(steps, memory, most, own)
+
+    def predict(self, world: int, strategy: Strategy, target: Target, *, graphs: bool = False) -> Prediction:
+        """Simulate them. Arguments as they were for `of`."""
+        simulation = Simulation(world, target.link)
+        exact = _taken(simulation, self.modes["exact"])
+        steady = None
+        if displaced := [step for mode, step in self.modes.items() if mode != "exact"]:
+            for _ in range(SETTLED):
+                steady = _taken(simulation, displaced[0])
+        return Prediction(target, world, strategy, graphs, exact, steady, self.memory)
 
 
 def predict(
-    program: Program, graph: fx.Graph, world: int, strategy: Strategy, target: Target, *, graphs: bool = False
+    program: Program,
+    graph: fx.Graph,
+    world: int,
+    strategy: Strategy,
+    target: Target,
+    *,
+    graphs: bool = False,
+    prices: Prices | None = None,
 ) -> Prediction:
     """Predict the steps of a plan on a target. Arguments as of `Steps.of`."""
-    steps = Steps.of(program, graph, world, target, graphs=graphs)
-    simulation = Simulation(world, target.link)
-    exact = _taken(simulation, steps.modes["exact"])
-    steady = None
-    if displaced := [step for mode, step in steps.modes.items() if mode != "exact"]:
-        for _ in range(SETTLED):
-            steady = _taken(simulation, displaced[0])
-    return Prediction(target, world, strategy, graphs, exact, steady, steps.memory)
+    steps = Steps.of(program, graph, world, target, graphs=graphs, prices=prices)
+    return steps.predict(world, strategy, target, graphs=graphs)
 
 
 def _taken(simulation: Simulation, step: Step) -> StepTime:

@@ -18,6 +18,7 @@ from fxpass.passes.limits import WorldSizeError
 from fxpass.passes.targets import find
 from fxpass.plan import Plan, plan
 from fxpass.predict.prediction import Steps
+from fxpass.report.page import records
 from tests.inspect.plans import planned
 from tests.passes.test_random_networks import CHANNELS, Network, blocks
 from tests.properties import examples, given
@@ -37,6 +38,11 @@ def of_description(made: Plan) -> Bytes:
 
 def of_json(made: Plan) -> Bytes:
     data = json.loads(to_json(made.snapshot()))
+    return {each["id"]: (each["exact"], each["steady"]) for each in data["exchanges"]}
+
+
+def of_report(made: Plan) -> Bytes:
+    data = json.loads(json.dumps(records(made)))
     return {each["id"]: (each["exact"], each["steady"]) for each in data["exchanges"]}
 
 
@@ -64,7 +70,8 @@ def identifiers(shown: str) -> list[str]:
 
 def agree(made: Plan) -> None:
     expected = of_plan(made)
-    assert of_description(made) == of_json(made) == of_networkx(made) == of_simulation(made) == expected
+    assert of_description(made) == of_json(made) == of_report(made) == of_networkx(made) == expected
+    assert of_simulation(made) == expected
     snapshot = made.snapshot()
     assert identifiers(text(snapshot, folded=False)) == list(expected)
     drawn = re.findall(r"x\d+\.\d+", dot(snapshot))

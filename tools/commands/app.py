@@ -14,11 +14,12 @@ from .explain import explain
 from .generate import generate
 from .models import models
 from .plan import plan
+from .report import report
 from .study import study
 from .trace import trace
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (generate, plan, dump, explain, trace, calibrate, check, study, models):
+for command in (generate, plan, dump, explain, report, trace, calibrate, check, study, models):
     app.command()(command)
 
 

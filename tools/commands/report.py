@@ -1,0 +1,68 @@
+"""`fxpass report MODEL -o FILE`: one page about a plan."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import (
+    Batch,
+    Frames,
+    Graphs,
+    Height,
+    LinkName,
+    Model,
+    Steps,
+    StrategyName,
+    TargetName,
+    Width,
+    World,
+)
+
+
+def report(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write; '-' is standard output.")
+    ],
+    world_size: World = 2,
+    strategy: StrategyName = "sync",
+    target: TargetName = "auto",
+    link: LinkName = None,
+    steps: Steps = 50,
+    graphs: Graphs = False,
+    compare: Annotated[
+        bool, typer.Option(help="Also predict 1, 2, 4 and 8 ranks, with exact and with displaced steps.")
+    ] = True,
+    bundle: Annotated[
+        bool,
+        typer.Option("--bundle", help="Write a zip file for a bug report: the page, versions, plan, dump and log."),
+    ] = False,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    batch: Batch = None,
+) -> None:
+    """Write one page of HTML about a plan: rows, modules, exchanges, predicted times and memory, other choices.
+
+    It works without a network and without a server. Takes seconds and no memory for weights.
+    """
+    from ...models.resolve import Options
+    from ...report.bundle import bundle as packed
+    from ...report.bundle import recorded
+    from ...report.facts import Facts
+    from ...report.page import page
+    from .. import output as out
+    from .plan import make
+
+    out.check(output)
+    with recorded() as log:
+        plan = make(model, world_size, strategy, target, Options(height, width, frames, batch), link=link)
+        facts = Facts(model, plan, steps, graphs, compare)
+        if bundle:
+            out.write(output, packed(facts, " ".join(["fxpass", *sys.argv[1:]]), log.getvalue()))
+        else:
+            out.write(output, page(facts))
