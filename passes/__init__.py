@@ -19,6 +19,7 @@ from ..ir.garbage import collection_paused
 from ..ir.inputs import moving_names
 from ..ir.layout import Layout
 from ..ir.program import Program, exchanges_of
+from ..ir.progress import progress
 from ..ir.strategy import Strategy
 from ..ir.verify import Stage, verify
 from .bucket import bucket
@@ -146,19 +147,22 @@ def resume(state: Build, *, after: str) -> Build:
     return _run(state, PASSES[[each.name for each in PASSES].index(after) + 1 :])
 
 
+def _log(name: str, state: Build, seconds: float) -> None:
+    operators = Counter(node.op for node in state.current.nodes)["call_function"]
+    exchanges = sum(1 for _ in exchanges_of(state.current))
+    log.debug("pass %-9s %6d operators, %4d exchanges, %.2f s", name, operators, exchanges, seconds)
+
+
 @collection_paused()
 def _run(state: Build, passes: tuple[Pass, ...]) -> Build:
     seconds = dict(state.program.seconds)
-    for each in passes:
-        started = time.perf_counter()
-        state = each.run(state)
-        verify(state.current, each.ensures, state.world)
-        seconds[each.name] = time.perf_counter() - started
-        if log.isEnabledFor(logging.DEBUG):
-            counts = Counter(node.op for node in state.current.nodes)
-            exchanges = sum(1 for _ in exchanges_of(state.current))
-            operators = counts["call_function"]
-            log.debug(
-                "pass %-9s %6d operators, %4d exchanges, %.2f s", each.name, operators, exchanges, seconds[each.name]
-            )
+    with progress(f"plan for {state.world} ranks", len(passes)) as task:
+        for i, each in enumerate(passes):
+            task.say(each.name, i)
+            started = time.perf_counter()
+            state = each.run(state)
+            verify(state.current, each.ensures, state.world)
+            seconds[each.name] = time.perf_counter() - started
+            if log.isEnabledFor(logging.DEBUG):
+                _log(each.name, state, seconds[each.name])
     return replace(state, program=replace(state.program, seconds=seconds))

@@ -22,6 +22,7 @@ from torch import fx
 from ..ir.exchange import Role
 from ..ir.layout import Layout, even
 from ..ir.program import calls, exchanges_of, layout_of, reached, shape_of
+from ..ir.progress import say
 from .cost import Cost, cost, flops, node_flops
 from .limits import WorldSizeError, refusal
 from .partition import Rule, partition
@@ -96,6 +97,7 @@ class Search:
         key = tuple(sorted(cuts.items(), key=lambda item: item[0]))
         if key in self.tried:
             return False
+        say(f"cuts: candidate {len(self.tried) + 1}")
         partitioned = partition(self.graph, self.world, cuts, self.rules)
         trimmed = trim(partitioned, self.graph, self.world, self.rules)
         judged = cost(trimmed, self.world, self.target)

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..ir.code import Segment, StepCode
 from ..ir.ops import Table, index_tensor, index_tensors_from
+from ..ir.progress import say
 from .executor import Report
 
 log = logging.getLogger("fxpass")
@@ -65,10 +66,11 @@ class Compiler:
 
     def _compile(self, segment: Segment, inputs: list[Tensor]) -> Compiled:
         started, missed = time.perf_counter(), _missed()
+        before = self.report or Report(self.rank, 0, 0.0, True)
+        say(f"compile segment {before.segments + 1}")
         with _compiling:
             compiled = compiled_segment(segment, inputs)
         cached = _missed() == missed
-        before = self.report or Report(self.rank, 0, 0.0, True)
         seconds = time.perf_counter() - started
         log.debug("compiled a segment of rank %d in %.1f s%s", self.rank, seconds, ", from the cache" * cached)
         self.report = Report(self.rank, before.segments + 1, before.seconds + seconds, before.cached and cached)

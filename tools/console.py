@@ -61,7 +61,11 @@ class _ErrorsInOneLine:
 
 
 class Commands(_ErrorsInOneLine, TyperGroup):
-    """Several commands."""
+    """Several commands. `--quiet` may stand before the command's name or after it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        quiet = [each for each in args if each == "--quiet"]
+        return super().parse_args(ctx, [*quiet, *(each for each in args if each != "--quiet")])
 
 
 class Command(_ErrorsInOneLine, TyperCommand):

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from ..ir.garbage import collection_paused
 from ..ir.nodes import append_copy
 from ..ir.program import Guard, Program
+from ..ir.progress import Task, progress
 from .arguments import Arguments, results_of, writable_copy
 from .call import Call
 from .compare import alike, check_values
@@ -57,6 +58,11 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
 
 def capture_call(model: nn.Module, call: Call) -> Program:
     """`capture` of a call that is already bound."""
+    with progress(f"capture {type(model).__name__}") as task:
+        return _captured(model, call, task)
+
+
+def _captured(model: nn.Module, call: Call, task: Task) -> Program:
     started = time.perf_counter()
     check_model(model)
     fake_mode = detect_fake_mode([*model.parameters(), *model.buffers(), *call.tensors])
@@ -70,15 +76,18 @@ def capture_call(model: nn.Module, call: Call) -> Program:
     ):
         lifted = frozenset(call.numbers)
         if not is_fake:
+            task.say("run it once")
             with Executed(state.begins), writes:
                 expected, lifted = _warm_up(model, call, state)
         state.save()
         warm = time.perf_counter()
         mode = fake_mode if is_fake and fake_mode is not None else FakeTensorMode()
+        task.say("record its operators")
         recording = _Recording(model, call, mode, state, is_fake)
         program = _trace_lifted(recording, lifted)
         recorded = time.perf_counter()
         if not is_fake:
+            task.say("compare the program with the model")
             check_values(program, model, call, expected)
             state.shorten(program)
         constants = [program.constants[name] for name in program.versions if name not in program.attributes]

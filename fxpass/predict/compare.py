@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..ir.program import Program
+from ..ir.progress import progress
 from ..ir.strategy import Strategy
 from ..passes import build, resume
 from ..passes.limits import WorldSizeError
@@ -42,8 +43,10 @@ def compared(
             continue
         prices = Prices(target.device, world)
         for strategy in strategies[:1] if world == 1 else strategies:
-            made = resume(replace(cut, strategy=strategy), after="trim")
-            yield predict(made.program, made.current, world, strategy, target, graphs=graphs, prices=prices)
+            with progress(f"predict {world} ranks, {strategy.name}"):
+                made = resume(replace(cut, strategy=strategy), after="trim")
+                found = predict(made.program, made.current, world, strategy, target, graphs=graphs, prices=prices)
+            yield found
 
 
 def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str | None:

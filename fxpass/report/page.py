@@ -13,6 +13,7 @@ import torch
 
 from ..inspect.text import cut_texts
 from ..inspect.words import bytes_text, count_text, flops_text, seconds_text
+from ..ir.progress import progress
 from ..plan import Plan
 from .facts import Facts
 
@@ -42,7 +43,8 @@ def page(facts: Facts) -> str:
     )
     environment.filters |= {"bytes": bytes_text, "flops": flops_text, "seconds": seconds_text}
     environment.globals |= {"count": count_text, "cut_texts": cut_texts}
-    drawn = charts(facts)
+    with progress("draw charts"):
+        drawn = charts(facts)
     return environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8")).render(
         facts=facts,
         plan=facts.plan,

@@ -233,9 +233,9 @@ def test_tracebacks_are_shown_on_request_and_for_unexpected_errors() -> None:
         fxpass("plan", "tests.tools.models:faulty")
 
 
-@pytest.mark.parametrize("file", ["cli.py", "console.py", "pictures.py", "demo/command.py", *COMMANDS])
+@pytest.mark.parametrize("file", ["cli.py", "console.py", "progress.py", "pictures.py", "demo/command.py", *COMMANDS])
 def test_commands_import_slow_libraries_only_when_they_run(file: str) -> None:
-    light = {"commands", "console", "checkout", *(Path(command).stem for command in COMMANDS)}
+    light = {"commands", "console", "checkout", "progress", *(Path(command).stem for command in COMMANDS)}
     for node in ast.parse((TOOLS / file).read_text()).body:
         if isinstance(node, ast.Import):
             assert not {alias.name.split(".")[0] for alias in node.names} & {"torch", "diffusers", "numpy", "PIL"}

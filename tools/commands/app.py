@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..console import Commands
+from ..progress import shown
 from .calibrate import calibrate
 from .check import check
 from .dump import dump
@@ -33,9 +34,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     traceback: Annotated[
         bool, typer.Option("--traceback", envvar="FXPASS_TRACEBACK", help="Show the traceback of expected errors too.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress; also after the command's name.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
 ) -> None:
     """Make any diffusion denoiser patch-parallel."""
+    context.with_resource(shown(quiet=quiet))

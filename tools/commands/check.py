@@ -88,6 +88,7 @@ def differences(
     import torch
 
     from ... import parallelize
+    from ...ir.progress import progress
 
     again_args, again_kwargs = fresh(args, kwargs)
     with torch.no_grad():
@@ -97,11 +98,12 @@ def differences(
             raise ValueError(f"{name or 'the output'} of the unsplit model is not finite, so there is nothing to check")
     results = []
     for world in world_sizes:
-        split: Any = parallelize(module, world, executor="lockstep", strict=strict)
-        split(*args, **kwargs)
-        found = named_tensors(split(*again_args, **again_kwargs))
-        plan = split.plan
-        split.close()
+        with progress(f"run on {world} ranks"):
+            split: Any = parallelize(module, world, executor="lockstep", strict=strict)
+            split(*args, **kwargs)
+            found = named_tensors(split(*again_args, **again_kwargs))
+            plan = split.plan
+            split.close()
         for name, value in expected.items():
             difference = _relative(found[name], value)
             results.append(Difference(world, name, tuple(value.shape), difference, len(plan.gathered), plan.bound))

@@ -193,8 +193,10 @@ def make(
 
 
 def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) -> Made:
-    """Make one image, with a progress bar. Raises `ValueError` if the pipeline has no such argument."""
+    """Make one image. Raises `ValueError` if the pipeline has no such argument."""
     import torch
+
+    from ...ir.progress import progress
 
     takes = inspect.signature(pipe.__call__).parameters
     wanted = {
@@ -215,16 +217,18 @@ def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) ->
 
     def stepped(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         steps.append(time.perf_counter())
+        task.say("denoise", len(steps))
         return values
 
     if "callback_on_step_end" in takes:
         given["callback_on_step_end"] = stepped
     if "output_type" in takes:
         given["output_type"] = "np"
-    pipe.set_progress_bar_config(desc=label, disable=rank() > 0)
-    began = time.perf_counter()
-    made = pipe(**given, generator=torch.Generator("cpu").manual_seed(request.seed))
-    seconds = time.perf_counter() - began
+    pipe.set_progress_bar_config(disable=True)
+    with progress(label, request.steps) as task:
+        began = time.perf_counter()
+        made = pipe(**given, generator=torch.Generator("cpu").manual_seed(request.seed))
+        seconds = time.perf_counter() - began
     gaps = [b - a for a, b in pairwise(steps)]
     traffic: Counter[str] = Counter()
     for module in modules:

@@ -71,6 +71,7 @@ def run(grid: Grid, results: Results, folder: Path, out: Any) -> None:
     """Make all cells that are not finished."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from ...ir.progress import watched
     from .runs import subject
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -79,7 +80,7 @@ def run(grid: Grid, results: Results, folder: Path, out: Any) -> None:
         cells = grid.cells(asked)
         todo = {cell: strategy for cell, strategy in cells.items() if cell not in results.finished}
         out.print(f"{name}: {len(cells)} cells, {len(cells) - len(todo)} of them finished", style="bold")
-        with Progress(*columns, console=out) as progress:
+        with watched(None), Progress(*columns, console=out) as progress:
             bar = progress.add_task(f"cells of {name}", total=len(todo))
             whole: tuple[int, Generation] | None = None
             for cell, strategy in todo.items():
