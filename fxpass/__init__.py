@@ -5,6 +5,7 @@ from .capture import CaptureError, capture
 from .ir.advice import FxpassWarning
 from .ir.strategy import Strategy
 from .logs import start as _start_logs
+from .pipeline import parallel, restore
 from .plan import FallbackError, Plan, plan
 from .runtime.errors import DisagreementError, RankError
 
@@ -17,8 +18,10 @@ __all__ = [
     "RankError",
     "Strategy",
     "capture",
+    "parallel",
     "parallelize",
     "plan",
+    "restore",
 ]
 
 _start_logs()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,6 @@ from .runtime import distributed
 from .runtime.engine import Engine
 from .runtime.executor import COMPILERS, Compile, Executor
 from .runtime.lockstep import LockstepExecutor
-from .runtime.module import ParallelModule
 from .runtime.spawn import SpawnExecutor
 from .saved import SavedPlan, load, plan_again
 
@@ -49,8 +47,10 @@ def parallelize(
 
     A model is captured at its first call, and again when it is called with other shapes or was changed (an adapter, a
     scale, a global or closure that its forward reads). The model itself is left as it is.
-    In a pipeline (anything with a denoiser among its attributes) the denoiser is replaced, and the pipeline is
-    returned; its scheduler then says when a generation begins.
+    A pipeline (anything with a denoiser among its attributes) is returned itself, and so are its parts: the calls of
+    its denoisers and of its autoencoders (`decode`, `encode`) run on all ranks from then on, and its scheduler says
+    when a generation begins. `fxpass.parallel(pipe.unet)` gives what `parallelize(pipe.unet)` would have returned.
+    What is parallel already is split anew, as these arguments say. `fxpass.restore` undoes it.
 
     Args:
         model_or_pipeline: a model in eval mode, or a pipeline.
@@ -103,59 +103,16 @@ def parallelize(
             return plan_again(program, saved, target_of(target, program, link))
         return make_plan(program, world, chosen, target, link, strict=strict)
 
-    def wrapped(model: nn.Module) -> ParallelModule:
-        model = _unwrapped(model)
+    def engine_of(model: nn.Module) -> Engine:
         planner = _warning(planned, slow=(target, link) != ("auto", None))
-        engine = Engine(model, planner, _executor(executor, world, timeout, group, compile), strict=strict)
-        return ParallelModule(model, engine, methods_of(model))
+        return Engine(model, planner, _executor(executor, world, timeout, group, compile), strict=strict)
 
-    from .models.pipelines import autoencoders, denoisers, methods_of, modules_text, pipelines_in
+    from .pipeline import split_module, split_pipeline
 
     if isinstance(model_or_pipeline, nn.Module):
-        return wrapped(model_or_pipeline)
-    pipelines = pipelines_in(model_or_pipeline) if hasattr(model_or_pipeline, "__dict__") else []
-    places = [(pipeline, name) for pipeline in pipelines for name in denoisers(pipeline)]
-    if not places:
-        held = f" (its modules: {modules_text(model_or_pipeline)})" if pipelines else ""
-        raise TypeError(
-            f"{type(model_or_pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser, whose forward "
-            f"takes a timestep{held}; give parallelize the model itself"
-        )
-    places += [(pipeline, name) for pipeline in pipelines for name in autoencoders(pipeline)]
-    models = {id(each): _unwrapped(each) for each in (getattr(*place) for place in places)}  # before any is replaced
-    modules = {key: wrapped(model) for key, model in models.items()}
-    for pipeline, name in places:
-        setattr(pipeline, name, modules[id(getattr(pipeline, name))])
-    _announce(pipelines, denoisers)
+        return split_module(model_or_pipeline, engine_of)
+    split_pipeline(model_or_pipeline, engine_of)
     return model_or_pipeline
-
-
-def _announce(pipelines: Sequence[Any], denoisers: Callable[[Any], list[str]]) -> None:
-    """Let each scheduler of some pipelines say when a generation of its pipeline's denoisers begins.
-
-    Args:
-        pipelines: those that others are made of come first: they call their schedulers.
-        denoisers: gives the names of a pipeline's denoisers.
-    """
-    from .models.pipelines import Announcer
-
-    heard: set[int] = set()  # schedulers and modules that an inner pipeline has
-    for pipeline in pipelines:
-        running = [getattr(pipeline, name) for name in denoisers(pipeline)]
-        mine = [module for module in running if id(module) not in heard]
-        if not mine:
-            continue
-        heard |= {id(module) for module in mine}
-        references = [weakref.ref(module) for module in mine]  # so that a scheduler keeps no workers alive
-
-        def begin(timesteps: Sequence[float], references: list[Any] = references) -> None:
-            for each in references:
-                if (module := each()) is not None and not module._engine.ended:
-                    module.reset(timesteps)
-
-        announcer = Announcer(pipeline, begin)
-        for module in mine:
-            module._engine.before_call = announcer
 
 
 def _with_warmup(strategy: Any, warmup_steps: int) -> Strategy:
@@ -214,16 +171,6 @@ def _warning(planner: Callable[[Program], Plan], *, slow: bool) -> Callable[[Pro
         return plan
 
     return planned
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, also of a parallel module that can no longer run: it is replaced."""
-    if type(model) is not ParallelModule:
-        return model
-    if model._engine.ended:
-        model.close()
-        return model.unwrapped
-    raise ValueError("this module is parallel already; close it first: then parallelize replaces it")
 
 
 def _executor(name: str, world: int, timeout: float, group: Any, compile: Compile) -> Executor:  # noqa: A002

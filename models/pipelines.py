@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 MAIN = ("transformer", "unet", "transformer_2", "prior")  #: attributes that hold denoisers, the main one first
+ENDING = "maybe_free_model_hooks"  #: the method that pipelines call last
 HALVES = ("decode", "encode")  #: methods of an autoencoder
 TIMESTEP = re.compile(r"t|ts|times?|timesteps?|timestep_ratio|sigmas?|noise_(levels?|labels?|time)|decoder_noise_time")
 BESIDE = re.compile(r"ControlNet|Adapter")  #: classes that work beside a denoiser: what they return is gathered whole
@@ -73,37 +74,85 @@ def _denoises(module: nn.Module) -> bool:
 
 
 class Announcer:
-    """Calls `begin(timesteps)` whenever the pipeline's scheduler gets its timesteps, which starts every generation.
+    """Says when a generation of a pipeline begins, and when a call of it ends.
 
-    A copy of the scheduler also calls it. Called before each call of a denoiser, this object finds another scheduler
-    that the user has set since: the generation that it started is announced then.
+    A generation begins whenever the scheduler gets its timesteps; a copy of the scheduler also says so. Called before
+    each call of a denoiser, this object finds another scheduler that the user has set since: the generation that it
+    started is announced then.
+
+    Args:
+        begin: called with the timesteps.
+        end: called when the pipeline releases its models (`maybe_free_model_hooks`), as its last act.
     """
 
-    def __init__(self, pipeline: Any, begin: Callable[[Sequence[float]], None]) -> None:
+    def __init__(self, pipeline: Any, begin: Callable[[Sequence[float]], None], end: Callable[[], None]) -> None:
         self._pipeline = weakref.ref(pipeline)
         self._begin = begin
+        self._undo: list[Callable[[], None]] = []
         self._follow()
+        if isinstance(getattr(pipeline, ENDING, None), types.MethodType):
+            self._undo.append(_override(pipeline, ENDING, lambda ended: end() if ended is self._pipeline() else None))
 
     def __call__(self) -> None:
         scheduler = self._follow()
         if scheduler is not None and getattr(scheduler, "timesteps", None) is not None:
             self._begin([float(each) for each in scheduler.timesteps])
 
+    def stop(self) -> None:
+        """Leave the schedulers and the pipeline as they were before."""
+        while self._undo:
+            self._undo.pop()()
+
     def _follow(self) -> Any:
         """The pipeline's scheduler if it is a new one."""
         scheduler = getattr(self._pipeline(), "scheduler", None)
-        before = getattr(scheduler, "set_timesteps", None)
-        if not isinstance(before, types.MethodType) or getattr(before, "begin", None) is self._begin:
+        method = getattr(scheduler, "set_timesteps", None)
+        if not isinstance(method, types.MethodType) or self._begin in getattr(method, "listeners", ()):
             return None
-        plain, begin = before.__func__, self._begin
 
-        @functools.wraps(plain)
-        def set_timesteps(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            result = plain(scheduler, *args, **kwargs)
+        begin = self._begin
+
+        def heard(scheduler: Any) -> None:
             begin([float(each) for each in scheduler.timesteps])
-            return result
 
-        set_timesteps.begin = begin
-        # a bound method, so that a deep copy of the scheduler binds it to itself
-        scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
+        self._undo.append(_override(scheduler, "set_timesteps", heard, begin))
         return scheduler
+
+
+def _override(owner: Any, name: str, heard: Callable[[Any], None], key: Any = None) -> Callable[[], None]:
+    """Call `heard(owner)` after a method of an object; returns what undoes this.
+
+    It is a bound method, so that a deep copy of the object binds it to itself.
+
+    Args:
+        key: an entry of the method's `listeners` until it is undone.
+    """
+    plain = getattr(owner, name)
+    before = vars(owner).get(name)
+    active = [True]
+
+    @functools.wraps(plain.__func__)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = plain.__func__(self, *args, **kwargs)
+        if active:
+            heard(self)
+        return result
+
+    method.listeners = listeners = {key, *getattr(plain, "listeners", ())}
+    method.layer = (active, before)
+    bound = vars(owner)[name] = types.MethodType(method, owner)
+    reference = weakref.ref(owner)
+
+    def undo() -> None:
+        active.clear()
+        listeners.discard(key)
+        owner = reference()
+        if owner is not None and vars(owner).get(name) is bound:
+            under = before
+            while under is not None and not getattr(under, "layer", (True,))[0]:  # others have ended before this one
+                under = under.layer[1]
+            del vars(owner)[name]
+            if under is not None:
+                vars(owner)[name] = under
+
+    return undo

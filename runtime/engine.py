@@ -74,7 +74,8 @@ class Engine:
         self._unsplit: dict[Any, str] = {}  # keys of calls that cannot be split -> why
         self.turn = Turn()
         self._closed: str | None = None
-        self.before_call: Callable[[], None] | None = None  #: finds generations that nobody has announced yet
+        self.before_call: list[Callable[[], None]] = []  #: each finds generations that nobody has announced yet
+        self.calls = 0  #: how many calls were begun
         self._generations = Generations()
         self._evicted: set[int] = set()  # hashes of the keys whose programs were evicted
         self._hinted = False  # whether the warning about evictions was given
@@ -91,8 +92,9 @@ class Engine:
             GuardError: it turns an input that differs at every call into a Python number.
             RankError: another rank failed.
         """
-        if self.before_call:
-            self.before_call()
+        for each in list(self.before_call):
+            each()
+        self.calls += 1
         gradients = torch.is_grad_enabled()
         if method is not None and self._must_be_plain(method, gradients, args, kwargs):
             return method.function(*args, **kwargs)

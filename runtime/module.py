@@ -6,8 +6,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from types import TracebackType
-from typing import Any
+from types import MethodType, TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,19 @@ from ..ir.advice import FxpassWarning
 from .engine import Engine
 from .executor import PlanLike, Report
 from .generation import Generation
+
+
+class Watch(Protocol):
+    """Announces the generations of a parallel module."""
+
+    def __call__(self) -> None:
+        """Called before each call."""
+        ...
+
+    def closed(self) -> None:
+        """Called when the module was closed."""
+        ...
+
 
 _COMPILE = "torch.compile leaves a parallel module as it is; to compile it, call fxpass.parallelize(…, compile=True)"
 OPERATORS = 6_000  #: most operators of a call of `decode` or `encode`; one that runs more of them runs unsplit
@@ -29,14 +42,19 @@ class ParallelModule(nn.Module):
     It has the model's forward signature, attributes and methods (`config`, `dtype`, `add_adapter`, `cache_context`, …),
     and shares its dicts of parameters, buffers and submodules: `state_dict`, `named_parameters`, `to` and so on act
     on the model itself, under the same names. Setting an attribute sets it on the model. `isinstance` accepts both
-    classes. The model is not patched; it can still be called directly.
+    classes. The model is not patched; it can still be called directly. In a pipeline the model itself is attached
+    (`attached.py`): then its calls run on the ranks, and this object is the handle for the rest.
 
     It is for inference: outputs carry no gradient, also outside `torch.no_grad()`. Weights may require gradients; an
     input that requires one in a call with gradients enabled is an error.
     """
 
-    _engine: Engine
     _model: nn.Module
+    _engine: Engine
+    _methods: tuple[str, ...]  #: names of the methods that run on all ranks
+    _attached: dict[str, tuple[MethodType, Any]]  #: of an attached model: by name, method and what it replaced
+    _watches: list[Watch]  #: what announces generations
+    _said_copied: bool
 
     def __init__(self, model: nn.Module, engine: Engine, methods: Sequence[str] = ()) -> None:
         """
@@ -45,14 +63,34 @@ class ParallelModule(nn.Module):
         """
         super().__init__()
         state = self.__dict__
-        state["_engine"] = engine
         state["_model"] = model
+        state["_methods"] = ("forward", *methods)
+        state["_attached"] = {}
+        state["_watches"] = []
+        state["_said_copied"] = False
         state["__module__"] = type(model).__module__  # libraries that save a model read where its class is defined
-        state["forward"] = _split(model, engine, "forward")
-        for name in methods:
-            state[name] = _split(model, engine, name)
         for name in _SHARED:
             state[name] = vars(model)[name]
+        self._run_on(engine)
+
+    def _run_on(self, engine: Engine) -> None:
+        """Use another engine from now on, in place of the present one, which is closed."""
+        state = self.__dict__
+        if "_engine" in state:
+            self._engine.close("fxpass.parallelize was called again")
+        state["_engine"] = engine
+        engine.before_call = self._watches
+        if not self._attached:
+            self._own_methods()
+
+    def _own_methods(self) -> None:
+        """Run the methods of a model that is not attached."""
+        for name in self._methods:
+            self.__dict__[name] = _split(self._model, self._engine, name)
+
+    def _most(self, name: str) -> int | None:
+        """The most operators of a call of a method, beyond which it runs unsplit; None: it is split or refused."""
+        return None if name == "forward" else OPERATORS
 
     @property
     def plan(self) -> PlanLike | None:
@@ -105,9 +143,11 @@ class ParallelModule(nn.Module):
     def close(self) -> None:
         """End the worker processes, if there are any. Later calls raise `RuntimeError`.
 
-        `fxpass.parallelize` replaces a closed module by a new one.
+        After `fxpass.parallelize` it can be called again; `fxpass.restore` gives the model back.
         """
         self._engine.close()
+        for watch in list(self._watches):
+            watch.closed()
 
     def __enter__(self) -> ParallelModule:
         return self
@@ -165,7 +205,7 @@ def _split(model: nn.Module, engine: Engine, name: str) -> Callable[..., Any]:
     def split(*args: Any, **kwargs: Any) -> Any:
         method = None if name == "forward" else Method(name, getattr(model, name), OPERATORS)
         if torch.compiler.is_dynamo_compiling():
-            return _outside_dynamo(engine, args, kwargs, method)
+            return outside_dynamo(engine, args, kwargs, method)
         return engine(args, kwargs, method)
 
     split.__name__ = name
@@ -175,7 +215,7 @@ def _split(model: nn.Module, engine: Engine, name: str) -> Callable[..., Any]:
 
 
 @torch.compiler.disable(reason=_COMPILE)
-def _outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method | None) -> Any:
+def outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method | None) -> Any:
     """Run a call that comes from code compiled by torch.compile, as a graph break."""
     _warn_of_compile()
     return engine(args, kwargs, method)

@@ -12,12 +12,7 @@ class Turn:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._holder: int | None = None  # the thread that has the lock
-
-    @property
-    def is_mine(self) -> bool:
-        """Whether this thread has it."""
-        return self._holder == threading.get_ident()
+        self.holder: int | None = None  #: the thread that has the lock
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -26,14 +21,14 @@ class Turn:
         Raises:
             RuntimeError: this thread holds it already.
         """
-        if self.is_mine:
+        if self.holder == threading.get_ident():
             raise RuntimeError(
                 "a parallel module was called, reset or closed within one of its own calls: the model, a hook on it or "
                 "a signal handler uses the wrapper that fxpass.parallelize returned; use its .unwrapped model there"
             )
         with self._lock:
-            self._holder = threading.get_ident()
+            self.holder = threading.get_ident()
             try:
                 yield
             finally:
-                self._holder = None
+                self.holder = None

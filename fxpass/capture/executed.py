@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from types import CodeType, FrameType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,8 +25,20 @@ _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 _SITE = os.sep + "site-packages" + os.sep
 
 
+_TRANSPARENT: set[CodeType] = set()
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def transparent(function: F) -> F:
+    """Mark a function of this package that may run within a recorded call, and passes it on."""
+    _TRANSPARENT.add(getattr(function, "__code__"))  # noqa: B009 - type checkers know no attributes of F
+    return function
+
+
 def is_library(code: CodeType) -> bool:
     """Whether a function is torch's, Python's own or this package's."""
+    if code in _TRANSPARENT:
+        return True
     file = code.co_filename
     return file.startswith(_LIBRARIES) or (file.startswith(_STANDARD) and _SITE not in file)
 

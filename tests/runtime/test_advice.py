@@ -35,6 +35,7 @@ def test_a_closed_module_is_replaced_when_parallelize_is_called_again() -> None:
     with pytest.raises(RuntimeError, match=r"call fxpass\.parallelize again"):
         closed(*inputs())
     module: Any = fxpass.parallelize(closed, 2, executor="lockstep")
+    assert module is closed
     assert module.unwrapped is model
     torch.testing.assert_close(module(*inputs())["sample"], whole(model, *inputs()))
 
@@ -44,11 +45,11 @@ def test_a_pipeline_of_a_closed_module_gets_a_new_one_that_hears_of_generations(
     for count in (4, 5, 6):
         fxpass.parallelize(pipeline, 2, strategy="displaced", executor="lockstep")
         pipeline.scheduler.set_timesteps(count)
-        heard = pipeline.unet._engine._generations.current()
+        heard = fxpass.parallel(pipeline.unet)._engine._generations.current()
         assert heard.announced
         assert len(heard.timesteps) == count
-        pipeline.unet.close()
-    assert type(pipeline.unet.unwrapped) is Block
+        fxpass.parallel(pipeline.unet).close()
+    assert type(pipeline.unet) is Block
 
 
 def test_after_an_interrupt_the_message_names_it_and_the_module_can_be_replaced(

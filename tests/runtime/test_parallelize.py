@@ -1,5 +1,6 @@
 """`parallelize`: options that are refused, pipelines, strategies, and models and inputs of unusual kinds."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.models.small import case
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.module import ParallelModule
-from tests.runtime.plans import Block, Pipeline, block, inputs, parallel
+from tests.runtime.plans import Pipeline, block, inputs, parallel, whole
 
 
 @pytest.mark.parametrize(
@@ -44,16 +44,20 @@ def test_an_object_that_is_not_a_module_is_refused() -> None:
         fxpass.parallelize("a model", 2)
 
 
-def test_a_parallel_module_is_not_wrapped_again() -> None:
-    with pytest.raises(ValueError, match="parallel already"):
-        fxpass.parallelize(fxpass.parallelize(block(), 1), 1)
+def test_a_parallel_module_is_split_anew_by_the_latest_arguments() -> None:
+    module: Any = fxpass.parallelize(block(), 2, executor="lockstep")
+    for ranks, strategy in ((2, "sync"), (3, "displaced"), (4, "sync")):
+        assert fxpass.parallelize(module, ranks, strategy=strategy, executor="lockstep") is module
+        torch.testing.assert_close(module(*inputs())["sample"], whole(module.unwrapped, *inputs()))
+        assert (module.plan.world_size, module.plan.strategy.name) == (ranks, strategy)
 
 
-def test_a_pipeline_is_replaced_as_a_whole_or_not_at_all() -> None:
-    pipe = Pipeline(transformer=block(), transformer_2=fxpass.parallelize(block(), 1))
-    with pytest.raises(ValueError, match="parallel already"):
-        fxpass.parallelize(pipe, 1)
-    assert type(pipe.transformer) is Block
+def test_wrong_arguments_leave_a_pipeline_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe: Any = Pipeline(transformer=block(), transformer_2=block(), scheduler=DDIMScheduler())
+    with pytest.raises(RuntimeError, match="torchrun"):
+        fxpass.parallelize(pipe, 2, executor="distributed")
+    assert "forward" not in vars(pipe.transformer)
+    assert "set_timesteps" not in vars(pipe.scheduler)
 
 
 def test_a_function_is_not_a_model() -> None:
@@ -75,7 +79,7 @@ def pipeline() -> diffusers.DDIMPipeline:
     return pipe
 
 
-def test_a_pipeline_runs_with_its_denoiser_replaced(pipeline: diffusers.DDIMPipeline, tmp_path: Path) -> None:
+def test_a_pipeline_runs_with_its_denoiser_split_in_place(pipeline: diffusers.DDIMPipeline, tmp_path: Path) -> None:
     def picture() -> Any:
         generator = torch.Generator().manual_seed(0)
         return pipeline(generator=generator, num_inference_steps=2, output_type="np").images
@@ -84,13 +88,11 @@ def test_a_pipeline_runs_with_its_denoiser_replaced(pipeline: diffusers.DDIMPipe
     expected = picture()
     original = pipeline.unet
     assert fxpass.parallelize(pipeline, 1) is pipeline
-    assert type(pipeline.unet) is ParallelModule
-    assert pipeline.unet.unwrapped is original
-    assert pipeline.unet.dtype == torch.float32
-    assert pipeline.device.type == pipeline.unet.device.type == "cpu"
-    assert pipeline.unet.config.in_channels == 4
+    assert pipeline.unet is original
+    assert type(pipeline.unet) is diffusers.UNet2DModel
     assert (picture() == expected).all()
-    assert pipeline.to(torch.float64).unet is not original
+    assert fxpass.parallel(pipeline.unet).plan is not None
+    assert pipeline.to(torch.float64).unet is original
     assert original.dtype == torch.float64
     pipeline.to(torch.float32).save_pretrained(tmp_path)
     loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path)
@@ -201,7 +203,7 @@ def test_a_stale_strategy_warns_where_all_steps_will_be_exact() -> None:
     with pytest.warns(UserWarning, match=r"no input that is known to be a timestep \(its inputs: input\)"):
         module(torch.randn(1, 4, 16, 8))
     pipeline = Pipeline(unet=block(), scheduler=DDIMScheduler())
-    whole = pipeline.unet
+    whole = copy.deepcopy(pipeline.unet)
     fxpass.parallelize(pipeline, 2, strategy="displaced", executor="lockstep")
     with pytest.warns(UserWarning, match=r"no step of this generation was displaced.*warmup_steps is 4\): 4 of 4"):
         assert errors(pipeline, whole, 4) == [True] * 4
@@ -209,16 +211,16 @@ def test_a_stale_strategy_warns_where_all_steps_will_be_exact() -> None:
 
 def test_a_pipelines_last_step_is_exact_and_a_reset_by_hand_forgets_which_it_was() -> None:
     pipeline = Pipeline(unet=block(), scheduler=DDIMScheduler(clip_sample=False))
-    whole = pipeline.unet
+    whole = copy.deepcopy(pipeline.unet)
     fxpass.parallelize(pipeline, 2, strategy="displaced", warmup_steps=1, executor="lockstep")
     assert errors(pipeline, whole, 12) == [True, *[False] * 10, True]
-    pipeline.unet.reset()
+    fxpass.parallel(pipeline.unet).reset()
     assert errors(pipeline, whole, 12, announced=False) == [True, *[False] * 11]
 
 
 def test_a_scheduler_that_replaces_the_pipelines_announces_its_generations_too() -> None:
     pipeline = Pipeline(unet=block(), scheduler=DDIMScheduler(clip_sample=False))
-    whole = pipeline.unet
+    whole = copy.deepcopy(pipeline.unet)
     fxpass.parallelize(pipeline, 2, strategy="displaced", warmup_steps=1, executor="lockstep")
     for _ in range(2):
         pipeline.scheduler = DDIMScheduler(clip_sample=False)

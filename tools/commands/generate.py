@@ -176,19 +176,15 @@ def make(
     pipe: Any, request: Request, world: int, strategy: str, executor: str, label: str, *, compare: bool
 ) -> tuple[Made, Made | None]:
     """Make the image on `world` ranks and, on rank 0 if `compare`, on one device. The pipeline gets its models back."""
-    from ... import parallelize
+    from ... import parallel, parallelize, restore
     from ...models.pipelines import denoisers
 
-    originals = {name: getattr(pipe, name) for name in denoisers(pipe)}
     parallelize(pipe, world, strategy=strategy, executor=executor)
-    modules = [getattr(pipe, name) for name in originals]
+    modules = [parallel(getattr(pipe, name)) for name in denoisers(pipe)]
     try:
         split = run(pipe, request, label, modules)
     finally:
-        for module in modules:
-            module.close()
-        for name, original in originals.items():
-            setattr(pipe, name, original)
+        restore(pipe)
     return split, run(pipe, request, "one device") if compare and rank() == 0 else None
 
 

@@ -5,7 +5,6 @@ This works for any image pipeline of diffusers; only for the two demos a reader 
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import inspect
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ...api import parallelize
 from ...ir.strategy import Strategy
 from ...models.pipelines import denoisers
+from ...pipeline import parallel, restore
 from ...plan import Plan
 from ...runtime.module import ParallelModule
 from ..checkout import DEMOS, demo_folder
@@ -205,14 +205,13 @@ def middle_features(model: nn.Module, record: Record, latents: Tensor) -> Tensor
     Distances of these features measure how different two images are (after Lin and Yang, "Diffusion Model with
     Perceptual Loss", 2023). No other network is needed, and the prompt is taken into account.
     """
-    model = model.unwrapped if type(model) is ParallelModule else model
     assert record.last is not None
     name = next(iter(record.last.arguments))
     branches = len(record.last.arguments[name]) // len(latents)
     record.last.arguments[name] = torch.cat([latents] * branches)
     outputs: list[Any] = []
     with middle(model).register_forward_hook(lambda block, args, output: outputs.append(output)):
-        model(*record.last.args, **record.last.kwargs)
+        type(model).forward(model, *record.last.args, **record.last.kwargs)  # unsplit, also while it is parallel
     found = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
     return found.unflatten(0, (branches, len(latents))).transpose(0, 1)
 
@@ -227,15 +226,12 @@ def middle(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def split(pipe: Any, ranks: int, strategy: Strategy, warmup: int | None) -> Iterator[ParallelModule]:
-    """Run the pipeline on several ranks of this process; yields its main denoiser, and restores the pipeline after."""
-    kept = {name: getattr(pipe, name) for name in ("scheduler", *denoisers(pipe))}
-    pipe.scheduler = copy.deepcopy(pipe.scheduler)  # `parallelize` patches its `set_timesteps`
+    """Run the pipeline on several ranks of this process, and restore it after; yields what runs its main denoiser."""
     try:
         parallelize(pipe, ranks, strategy=strategy, warmup_steps=warmup, executor="lockstep")
-        yield getattr(pipe, denoisers(pipe)[0])
+        yield parallel(getattr(pipe, denoisers(pipe)[0]))
     finally:
-        for name, part in kept.items():
-            setattr(pipe, name, part)
+        restore(pipe)
 
 
 # ------------------------------------------------------------------------------------------------ cost and quality
