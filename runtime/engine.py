@@ -53,6 +53,7 @@ class Entry:
     loaded: Loaded
     weights: WeightTable
     clock: Clock | None  #: None if every step is exact
+    hooks: bool  #: whether it holds the hooks of the model itself
 
 
 class Engine:
@@ -199,7 +200,7 @@ class Engine:
                 raise
             if call is not None:
                 self._unsplit[call.key] = str(error)
-                self._structure = self._structure or Structure(self.model)
+                self._structure = self._structure or Structure(self.model, hooks=method is None)
             self._say_unsplit(method, str(error))
             return None
 
@@ -294,10 +295,11 @@ class Engine:
                 FxpassWarning,
                 stacklevel=CALLER + 2,
             )
-        entry = Entry(program, plan, loaded, table, clock)
+        entry = Entry(program, plan, loaded, table, clock, hooks=call.method is None)
         entries.append(entry)
-        changes = [change for each in self._all() for change in each.captured.changes]
-        self._structure = Structure(self.model, [*changes, *program.changes])
+        known = [*self._all(), entry]
+        changes = [change for each in known for change in each.captured.changes]
+        self._structure = Structure(self.model, changes, hooks=any(each.hooks for each in known))
         return entry
 
     def _all(self) -> list[Entry]:

@@ -23,13 +23,21 @@ from .reach import classes_of
 from .reads import ignored_by
 from .watch import DEPTH, Snapshot
 
+#: tables of a module's hooks around its forward
+_HOOKS = {name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))}
+
 
 class Structure:
-    """The structure of `model` now, but for `changes`: what calls of its programs write to it."""
+    """The structure of `model` now, but for `changes`: what calls of its programs write to it.
 
-    def __init__(self, model: nn.Module, changes: Sequence[Change] = ()) -> None:
+    Args:
+        hooks: whether programs hold the hooks of the model itself, that is, were captured by calling it.
+    """
+
+    def __init__(self, model: nn.Module, changes: Sequence[Change] = (), *, hooks: bool = True) -> None:
         self.model = model
         self._changes = list(changes)
+        self._hooks = hooks
         self._look()
 
     def untouched(self) -> bool:
@@ -43,7 +51,10 @@ class Structure:
         return before == self.description
 
     def _look(self) -> None:
-        self._snapshot = snapshot = Snapshot(ignored_by(self._changes))
+        ignored = ignored_by(self._changes)
+        if not self._hooks:
+            ignored[id(vars(self.model))] = (ignored.get(id(vars(self.model))) or set()) | _HOOKS
+        self._snapshot = snapshot = Snapshot(ignored)
         kinds = classes_of(self.model)
         for kind in kinds:
             snapshot.add_table(vars(kind), 0)
