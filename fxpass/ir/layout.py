@@ -113,10 +113,18 @@ class Rows:
         """Whether the set is one interval."""
         return len(self.runs) == 1 and self.runs[0].count == 1
 
+    def apart(self, other: Rows) -> bool:
+        """Whether all positions of one set come before those of the other, or one of them is empty."""
+        return not self.runs or not other.runs or self.stop <= other.start or other.stop <= self.start
+
     def shift(self, offset: int) -> Rows:
         return Rows(tuple(Run(r.start + offset, r.length, r.stride, r.count) for r in self.runs))
 
     def __and__(self, other: Rows) -> Rows:
+        if self.apart(other):
+            return _EMPTY
+        if self.contiguous and other.contiguous:
+            return Rows.interval(max(self.start, other.start), min(self.stop, other.stop))
         return _combine("and", self, other)
 
     def __or__(self, other: Rows) -> Rows:
@@ -138,6 +146,9 @@ class Rows:
 
     def __str__(self) -> str:
         return "{" + ", ".join(map(str, self.runs)) + "}"
+
+
+_EMPTY = Rows(())
 
 
 @lru_cache(maxsize=4096)
@@ -174,9 +185,7 @@ def _combine(how: str, a: Rows, b: Rows) -> Rows:
         return Rows(()) if how == "sub" else a
     if not a.runs or not b.runs:
         return {"and": Rows(()), "or": a if a.runs else b, "sub": a}[how]
-    if how == "and" and a.contiguous and b.contiguous:
-        return Rows.interval(max(a.start, b.start), min(a.stop, b.stop))
-    if how == "sub" and (a.stop <= b.start or b.stop <= a.start):
+    if how == "sub" and a.apart(b):
         return a
     # membership is constant between neighbouring bounds of the two sets
     bounds = np.unique(np.concatenate((*_bounds(a), *_bounds(b))))
@@ -282,6 +291,7 @@ def even(size: int, world: int, grain: int = 1) -> tuple[Rows, ...]:
     return tuple(Rows.interval(a, b) for a, b in pairwise(cuts))
 
 
+@lru_cache(maxsize=4096)
 def owned(rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
     """Disjoint sets with the same union: the first rank that holds a row owns it."""
     seen = Rows(())
@@ -298,19 +308,24 @@ def routes(have: tuple[Rows, ...], want: tuple[Rows, ...]) -> tuple[tuple[Rows, 
 
     Raises `ValueError` if no rank holds a wanted row.
     """
-    world = len(have)
+    held = reduce(or_, have)
+    one_holder = sum(map(len, have)) == len(held)
     table = []
-    for dst in range(world):
-        missing = want[dst]
-        sources: list[Rows] = [Rows(())] * world
-        for src in sorted(range(world), key=lambda s: (abs(s - dst), s)):
-            if missing.runs:
-                sources[src] = missing & have[src]
-                missing = missing - sources[src]
-        if missing.runs:
-            raise ValueError(f"rank {dst} wants rows {missing} that no rank holds")
-        table.append(tuple(sources))
+    for dst, rows in enumerate(want):
+        if not rows <= held:
+            raise ValueError(f"rank {dst} wants rows {rows - held} that no rank holds")
+        table.append(tuple(rows & each for each in have) if one_holder else _nearest(rows, dst, have))
     return tuple(table)
+
+
+def _nearest(rows: Rows, dst: int, have: tuple[Rows, ...]) -> tuple[Rows, ...]:
+    """From which rank `dst` gets each of `rows`: the nearest that holds it."""
+    sources = [Rows(())] * len(have)
+    for src in sorted(range(len(have)), key=lambda s: (abs(s - dst), s)):
+        if not rows.apart(have[src]):
+            sources[src] = rows & have[src]
+            rows = rows - sources[src]
+    return tuple(sources)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -67,6 +67,13 @@ class Transposed(Window):
         return min(lo, (rows.start + self.padding) // self.stride), hi + (span < self.stride - 1)
 
 
+@lru_cache(maxsize=4096)
+def _centred(window: Window, outputs: int, size: int, rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
+    """The output rows of each rank: those with the centre of their window among the rank's input rows."""
+    centres = np.clip(window.centres(outputs), 0, size - 1)
+    return tuple(Rows.of(np.flatnonzero(np.isin(centres, each.array))) for each in rows)
+
+
 def halo(
     p: Partitioner, x: fx.Node, window: Window, outputs: int, fill: float = 0.0
 ) -> tuple[fx.Node, tuple[Rows, ...], tuple[int, ...]] | None:
@@ -77,9 +84,7 @@ def halo(
     layout = layout_of(x)
     dim = layout.axis
     size = shape_of(x)[dim]
-    centres = np.clip(window.centres(outputs), 0, size - 1)
-    natural = tuple(Rows.of(np.flatnonzero(np.isin(centres, rows.array))) for rows in layout.rows)
-    rows = p.spread(natural, outputs, contiguous=True)
+    rows = p.spread(_centred(window, outputs, size, layout.rows), outputs, contiguous=True)
     if rows is None:
         return None
     reach = [window.reach(r) for r in rows]

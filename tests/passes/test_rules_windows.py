@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fxpass.ir.layout import Rows
+from fxpass.passes.rules.windows import Transposed, Window
 from tests.passes.examples import Example, randn, split_anywhere, split_where_promised
 from tests.passes.harness import cut, evenly, split
 from tests.properties import examples, few, given, some
@@ -241,3 +243,29 @@ def test_the_positions_of_adaptive_maxima_are_right(data: st.DataObject) -> None
 def test_adaptive_pooling_of_one_and_three_dims_is_right(data: st.DataObject) -> None:
     split_anywhere(data, Example(nn.AdaptiveAvgPool1d(4), [randn(2, 3, 9)]))
     split_anywhere(data, Example(nn.AdaptiveAvgPool3d((2, 3, 4)), [randn(2, 3, 5, 6, 7)]))
+
+
+@pytest.mark.parametrize("kind", [Window, Transposed])
+@examples(100)
+@given(st.data())
+def test_a_window_reaches_exactly_the_input_rows_that_its_output_rows_read(
+    kind: type[Window], data: st.DataObject
+) -> None:
+    size, stride, dilation = (data.draw(st.integers(1, most)) for most in (4, 3, 3))
+    window = kind(size, stride, data.draw(st.integers(0, (size - 1) * dilation)), dilation)
+    first = data.draw(st.integers(0, 9))
+    rows = range(first, first + data.draw(st.integers(1, 4)))
+    reached = {i for i in range(-40, 60) for o in rows if _reads(window, o, i)}
+    lo, hi = window.reach(Rows.interval(rows.start, rows.stop))
+    if reached:  # a transposed window shorter than its stride may skip all of the rows
+        assert lo <= min(reached)
+        assert max(reached) < hi
+        tight = kind is Window or size * dilation >= stride
+        slack = 0 if kind is Window else dilation
+        assert not tight or (min(reached) - lo <= slack and hi - 1 - max(reached) <= slack)
+
+
+def _reads(window: Window, output: int, row: int) -> bool:
+    """Whether an output row reads an input row."""
+    a, b = (row, output) if isinstance(window, Transposed) else (output, row)
+    return any(b == a * window.stride - window.padding + window.dilation * k for k in range(window.size))
