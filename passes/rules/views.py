@@ -28,7 +28,10 @@ aten = torch.ops.aten
 
 
 def groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[range, range]]:
-    """Minimal groups of dims with equal products: [2, 6, 4] -> [2, 3, 8] gives (0|0), (1,2|1,2)."""
+    """Minimal groups of dims with equal products: [2, 6, 4] -> [2, 3, 8] gives (0|0), (1,2|1,2).
+
+    Raises `AssertionError` if the shapes have unlike numbers of elements.
+    """
     result = []
     i = j = 0
     while i < len(source) or j < len(target):
@@ -44,7 +47,7 @@ def groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[range
             elif a == b:
                 break
             else:
-                raise SplitError(f"reshape {list(source)} -> {list(target)} of different sizes")
+                raise AssertionError(f"a reshape keeps the number of elements: {source} -> {target}")
         result.append((range(first_i, i), range(first_j, j)))
     return result
 
