@@ -1,7 +1,7 @@
 """One rank of the measurement of a link: `python -m fxpass.predict.link_rank PORT RANK WORLD`.
 
 The ranks exchange a small and a large value through the runtime's own channels: the messages, copies and waits are
-those of a step. Rank 0 prints the result as JSON.
+those of a step.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ import json
 import statistics
 import sys
 import time
-from datetime import timedelta
 
 import torch
-from torch.distributed import PrefixStore, TCPStore
 
 from ..ir.fetch import Fetch
 from ..ir.layout import even, full
 from ..ir.step import ChannelSpec
-from ..runtime.board import Board
 from ..runtime.channels import Channel
-from ..runtime.local import HOST, connect
 from ..runtime.shared_memory import MemoryChannel
+from .ranks import join, leave
 
 SIZES = (1 << 10, 1 << 24)  #: bytes of each rank's part
 TURNS = (200, 12)  #: exchanges of each size that are timed
@@ -30,9 +27,7 @@ TIMEOUT = 60.0  #: seconds
 
 def main(port: int, rank: int, world: int) -> None:
     torch.set_num_threads(1)
-    store = TCPStore(HOST, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT))
-    board = Board(PrefixStore("link", store), rank, world, TIMEOUT)
-    network = connect(store, board)
+    store, network = join(port, rank, world, TIMEOUT)
     exchanges = [_gather(world, size) for size in SIZES]
     specs = [ChannelSpec(f"exchange_{i}", "", (each,), False) for i, each in enumerate(exchanges)]
     channels = network.open(specs, torch.device("cpu"))
@@ -40,11 +35,7 @@ def main(port: int, rank: int, world: int) -> None:
         _seconds(channel, exchange, rank, turns)
         for channel, exchange, turns in zip(channels, exchanges, TURNS, strict=True)
     ]
-    if rank == 0:
-        print(json.dumps({"shared": isinstance(channels[0], MemoryChannel), "sizes": SIZES, "seconds": found}))
-    board.store.set(f"done/{rank}", "")
-    for other in range(world):
-        board.read(f"done/{other}", "the other ranks to end")
+    leave(store, network, json.dumps({"shared": isinstance(channels[0], MemoryChannel), "seconds": found}))
 
 
 def _gather(world: int, size: int) -> Fetch:

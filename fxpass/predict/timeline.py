@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import numpy as np
 
 from ..passes.targets import Link
+from .chrome import AWAITED, COMPUTE, LATE, Timeline
 from .events import Event, Get, Put, Work
 from .prediction import Steps
 from .price import Figures
 from .simulate import Simulation
-
-COMPUTE, AWAITED, LATE = range(3)  #: threads of a rank
-THREADS = {COMPUTE: "compute", AWAITED: "messages that the step awaits", LATE: "messages for the next step"}
 
 
 def timeline(steps: Steps, world: int, link: Link) -> str:
@@ -32,7 +27,7 @@ def timeline(steps: Steps, world: int, link: Link) -> str:
             recorder.bars(
                 "exact step" if mode == "exact" else "displaced step", "step", COMPUTE, began, simulation.stream
             )
-    return json.dumps({"traceEvents": recorder.events, "displayTimeUnit": "ms"}, separators=(",", ":"))
+    return recorder.timeline.text()
 
 
 class _Recorder:
@@ -40,15 +35,8 @@ class _Recorder:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self.events: list[dict[str, Any]] = []
+        self.timeline = Timeline(world)
         self.carried = {thread: np.zeros(world) for thread in (AWAITED, LATE)}  #: the end of the thread's last message
-        for rank in range(world):
-            self._name("process_name", rank, f"rank {rank}")
-            for thread, name in THREADS.items():
-                self._name("thread_name", rank, name, tid=thread)
-
-    def _name(self, what: str, rank: int, name: str, **more: int) -> None:
-        self.events.append({"name": what, "ph": "M", "pid": rank, "args": {"name": name}, **more})
 
     def __call__(self, what: str, event: Event, began: Figures, ended: Figures) -> None:
         if what == "message" and isinstance(event, Put):
@@ -82,8 +70,5 @@ class _Recorder:
         args: list[dict[str, int]] | None = None,
     ) -> None:
         """Add a bar to a thread of each rank, unless it has no length."""
-        for rank, (begin, end) in enumerate(zip((began * 1e6).tolist(), (ended * 1e6).tolist(), strict=True)):
-            if end > begin:
-                more = ({"module": path} if path else {}) | (args[rank] if args else {})
-                event = {"name": name, "cat": category, "ph": "X", "pid": rank, "tid": thread}
-                self.events.append(event | {"ts": round(begin, 3), "dur": round(end - begin, 3), "args": more})
+        for rank, times in enumerate(zip(began.tolist(), ended.tolist(), strict=True)):
+            self.timeline.bar(rank, thread, name, category, *times, path, args[rank] if args else None)

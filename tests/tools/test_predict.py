@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from fxpass.passes.targets import find
 from tests.tools.command import fxpass
@@ -53,6 +55,50 @@ def test_a_trace_goes_to_a_file_or_to_standard_output(tmp_path: Path) -> None:
     written = (tmp_path / "trace.json").read_text()
     assert {each["pid"] for each in json.loads(written)["traceEvents"]} == {0, 1, 2}
     assert fxpass("trace", GOOD, "-n", 3, "--target", "H100", "-o", "-").stdout == written
+
+
+def bars(path: Path) -> list[dict[str, Any]]:
+    return [each for each in json.loads(path.read_text())["traceEvents"] if each["ph"] == "X"]
+
+
+def test_a_measured_timeline_has_the_names_and_bytes_of_the_predicted_one(tmp_path: Path) -> None:
+    command = ("trace", GOOD, "-n", 2, "--strategy", "displaced", "-o")
+    fxpass(*command, tmp_path / "predicted.json")
+    fxpass(*command, tmp_path / "measured.json", "--measured")
+    predicted, measured = bars(tmp_path / "predicted.json"), bars(tmp_path / "measured.json")
+    steps = [each["name"] for each in measured if each["cat"] == "step" and each["pid"] == 1]
+    assert steps == ["exact step", "displaced step", "displaced step"]
+    named = {(each["pid"], each["cat"], each["name"], each["args"].get("module")) for each in measured}
+    assert named >= {(each["pid"], each["cat"], each["name"], each["args"].get("module")) for each in predicted}
+    received = [
+        {(each["pid"], key): size for each in found for key, size in each["args"].items() if key.startswith("x")}
+        for found in (predicted, measured)
+    ]
+    assert received[0] == received[1]
+    assert received[0]
+
+
+def test_bars_of_a_measured_timeline_lie_in_the_steps_and_those_of_a_thread_do_not_overlap(tmp_path: Path) -> None:
+    fxpass("trace", GOOD, "-n", 2, "--measured", "-o", tmp_path / "measured.json")
+    found = bars(tmp_path / "measured.json")
+    for rank in (0, 1):
+        (step,) = (each for each in found if each["pid"] == rank and each["cat"] == "step")
+        for thread in (0, 1, 2):
+            lane = [each for each in found if (each["pid"], each["tid"]) == (rank, thread) and each["cat"] != "step"]
+            times = sorted((each["ts"], each["ts"] + each["dur"]) for each in lane)
+            assert all(a[1] <= b[0] + 0.01 for a, b in pairwise(times))
+            if thread == 0:
+                assert step["ts"] <= times[0][0]
+                assert times[-1][1] <= step["ts"] + step["dur"] + 0.01
+
+
+def test_a_measured_timeline_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+    done = fxpass("trace", GOOD, "--measured", "--target", "H100", "-o", tmp_path / "measured.json")
+    assert done.exit_code == 2
+    assert "leave out --target" in done.stderr
+    done = fxpass("trace", GOOD, "-n", 500, "--measured", "-o", tmp_path / "measured.json")
+    assert done.exit_code == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibrate_writes_a_target_for_plans(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""`fxpass trace MODEL -o FILE`: the predicted timeline of all ranks."""
+"""`fxpass trace MODEL -o FILE`: the timeline of all ranks, predicted or measured."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,9 @@ def trace(
     target: TargetName = "auto",
     link: LinkName = None,
     graphs: Graphs = False,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Run it on processes of this machine's CPU, and record what they do.")
+    ] = False,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -27,7 +31,8 @@ def trace(
 ) -> None:
     """Predict the timeline of all ranks, in Chrome's trace format: open it at https://ui.perfetto.dev.
 
-    It has an exact step and, if the strategy has them, two displaced ones.
+    It has an exact step and, if the strategy has them, two displaced ones. With --measured it is recorded, with the
+    same names, so that the two can be laid over each other; models run in float32.
     """
     from ...models.resolve import Options
     from ...predict.prediction import Steps
@@ -36,6 +41,30 @@ def trace(
     from .plan import make
 
     out.check(output)
+    if measured:
+        if (target, link, graphs) != ("auto", None, False):
+            raise ValueError("--measured runs on this machine: leave out --target, --link and --graphs")
+        sizes = {"height": height, "width": width, "frames": frames, "batch": batch}
+        out.write(output, _recorded(model, world_size, strategy, sizes))
+        return
     plan = make(model, world_size, strategy, target, Options(height, width, frames, batch), link=link)
     steps = Steps.of(plan.program, plan.graph, world_size, plan.target, graphs=graphs)
     out.write(output, timeline(steps, world_size, plan.target.link))
+
+
+def _recorded(model: str, world_size: int, strategy: str, sizes: dict[str, int | None]) -> str:
+    """The timeline of processes that run a model."""
+    from ...ir.progress import progress
+    from ...ir.strategy import Strategy
+    from ...predict.ranks import run_ranks
+    from ...predict.recorded import Log, timeline
+    from .. import trace_rank
+    from .check import refuse_large
+
+    Strategy.of(strategy)
+    refuse_large(model)
+    request = {"model": model, "options": sizes, "strategy": strategy}
+    trace_rank.planned(request, world_size)  # what is wrong is said here, once
+    with progress(f"run {world_size} processes"):
+        logs = run_ranks("fxpass.tools.trace_rank", [json.dumps(request)], world_size, trace_rank.TIMEOUT)
+    return timeline([Log.of(json.loads(each)) for each in logs])
