@@ -22,6 +22,7 @@ from .runtime.engine import Engine
 from .runtime.executor import COMPILERS, Compile, Executor
 from .runtime.lockstep import LockstepExecutor
 from .runtime.spawn import SpawnExecutor
+from .runtime.turn import Turn
 from .saved import SavedPlan, load, plan_again
 
 T = TypeVar("T")
@@ -103,9 +104,13 @@ def parallelize(
             return plan_again(program, saved, target_of(target, program, link))
         return make_plan(program, world, chosen, target, link, strict=strict)
 
+    first = _executor(executor, world, timeout, group, compile)
+    unused, turn = [first], Turn()
+
     def engine_of(model: nn.Module) -> Engine:
+        """Engines of several parts of a pipeline use the same processes, one after the other."""
         planner = _warning(planned, slow=(target, link) != ("auto", None))
-        return Engine(model, planner, _executor(executor, world, timeout, group, compile), strict=strict)
+        return Engine(model, planner, unused.pop() if unused else first.share(), strict=strict, turn=turn)
 
     from .pipeline import split_module, split_pipeline
 

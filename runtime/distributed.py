@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -38,6 +40,17 @@ def inside() -> bool:
 def size_of_world(group: Any = None) -> int:
     """The number of ranks, if `inside()`."""
     return dist.get_world_size(group) if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+
+
+@dataclass
+class _Ranks:
+    """What the executors of several modules share: the ranks meet, and connect, once for all of them."""
+
+    users: int = 1
+    board: Board | None = None
+    network: Network | None = None
+    plans: int = 0
+    ended: str | None = None  #: why this rank can make no further call
 
 
 class DistributedExecutor:
@@ -81,23 +94,33 @@ class DistributedExecutor:
         self.timeout = timeout
         self.compile = compile
         self._group = group
-        self._board: Board | None = None
-        self._network: Network | None = None
+        self._ranks = _Ranks()
+        self._closed = False
         self.traffic: Counter[str] = Counter()
-        self._plans = 0
-        self.ended: str | None = None  #: why this rank can make no further call
+
+    def share(self) -> DistributedExecutor:
+        """Another executor with the same connections."""
+        other = copy.copy(self)
+        other.traffic = Counter()
+        self._ranks.users += 1
+        return other
+
+    @property
+    def ended(self) -> str | None:
+        """Why this rank can make no further call."""
+        return self._ranks.ended or ("it was closed" if self._closed else None)
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> DistributedPlan:
         """Load a plan; compare it with the other ranks first. The first plan connects the ranks."""
         device = device_of(inputs)
         inductor, graph = compilers(self.compile, device)
         board = self._join(device)
-        self._plans += 1
+        self._ranks.plans += 1
         options = {"exact steps": str(plan.exact_steps), "way to compile": str(self.compile)}
-        agree(board, self._plans, plan, weights, inputs, options)
-        if self._network is None:
-            self._network = Network(*self._connected(device, board), board, self._group or dist.group.WORLD)
-        network = self._network
+        agree(board, self._ranks.plans, plan, weights, inputs, options)
+        if self._ranks.network is None:
+            self._ranks.network = Network(*self._connected(device, board), board, self._group or dist.group.WORLD)
+        network = self._ranks.network
         check = CallCheck(network, plan.program.input_paths, device, self.traffic)
         runner = StepRunner.of(
             plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
@@ -120,29 +143,34 @@ class DistributedExecutor:
 
     def failed(self, error: BaseException) -> None:
         """Tell the other ranks, also of a failure heard from one: not all of them wait for the rank that failed."""
-        if self._board and not isinstance(error, DisagreementError):
-            self._board.publish(error)
+        if self._ranks.board and not isinstance(error, DisagreementError):
+            self._ranks.board.publish(error)
 
     def broke(self, error: BaseException, advice: str = "call fxpass.parallelize again on every rank") -> None:
         """Refuse later calls: this one failed between its first and last exchange, with messages in flight."""
         lines = str(error).strip().splitlines() or [type(error).__name__]  # another rank's error has its traceback
-        self.ended = f"{' … '.join([lines[0], lines[-1]] if len(lines) > 1 else lines)}; {advice}"
-        if self._network:
-            self._network.abort(error)
+        self._ranks.ended = f"{' … '.join([lines[0], lines[-1]] if len(lines) > 1 else lines)}; {advice}"
+        if self._ranks.network:
+            self._ranks.network.abort(error)
 
     def close(self) -> None:
-        self._network = None
-        self.ended = self.ended or "it was closed"
+        """Leave the connections. They end when no other executor uses them."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ranks.users -= 1
+        if not self._ranks.users:
+            self._ranks.network = None
 
     def _join(self, device: torch.device) -> Board:
         """The board that all ranks share; initialises the default process group if needed."""
-        if self._board is None:
+        if self._ranks.board is None:
             if not dist.is_initialized():
                 self._initialize("nccl" if device.type == "cuda" else "gloo")
             store = dist.PrefixStore(self._name, dist.distributed_c10d._get_default_store())
             rank = dist.get_rank(self._group)
-            self._board = Board(store, rank, self.world_size, self.timeout)
-        return self._board
+            self._ranks.board = Board(store, rank, self.world_size, self.timeout)
+        return self._ranks.board
 
     def _initialize(self, backend: str) -> None:
         """Initialise the default process group from torchrun's environment."""

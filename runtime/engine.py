@@ -63,7 +63,13 @@ class Engine:
     rank, and a warning says why; with `strict` it is refused, too.
     """
 
-    def __init__(self, model: nn.Module, planner: Planner, executor: Executor, *, strict: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, planner: Planner, executor: Executor, *, strict: bool = False, turn: Turn | None = None
+    ) -> None:
+        """
+        Args:
+            turn: of all engines whose executors share processes; default: its own.
+        """
         self.model = model
         self.executor = executor
         self.strict = strict
@@ -73,7 +79,7 @@ class Engine:
         self._structure: Structure | None = None
         self._unread = Unread()
         self._unsplit: dict[Any, str] = {}  # keys of calls that cannot be split -> why
-        self.turn = Turn()
+        self.turn = turn or Turn()
         self._closed: str | None = None
         self.before_call: list[Callable[[], None]] = []  #: each finds generations that nobody has announced yet
         self.calls = 0  #: how many calls were begun

@@ -108,6 +108,13 @@ class Executor(Protocol):
         """Why no further call can be made; None if calls can be made."""
         ...
 
+    def share(self) -> Executor:
+        """An executor for another module, with traffic of its own, on the same processes and connections.
+
+        If one of them fails in the middle of a call, all end. Their calls must be made one after the other.
+        """
+        ...
+
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Loaded: ...
 
     def begin(self, device: torch.device) -> None:

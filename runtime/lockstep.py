@@ -40,6 +40,10 @@ class LockstepExecutor:
         self.tamper = tamper
         self.check = check
 
+    def share(self) -> LockstepExecutor:
+        """Another executor like this one."""
+        return LockstepExecutor(self.world_size, tamper=self.tamper, check=self.check, compile=self.compile)
+
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> LockstepPlan:
         return LockstepPlan(self, plan, inputs)
 

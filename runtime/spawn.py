@@ -14,68 +14,73 @@ container see `--shm-size`). Each process computes with `max(1, cores // world_s
 
 from __future__ import annotations
 
-import os
-import select
-import signal
-import socket
 import subprocess
-import sys
-import time
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.distributed import PrefixStore, TCPStore
 
 from ..ir.step import Mode, Step
 from ..passes.lower_comm import StepPrograms
-from .board import GRACE, POLL, Board
 from .errors import RankError
 from .executor import Compile, PlanLike, Question, Report, compilers, on_host
-from .local import HOST, connect
 from .memory import check_shm
 from .network import Network
 from .operators import refuse_script
-from .processes import is_stopped
 from .step_runner import LoadedPlan, StepRunner, coder, placeholders
-from .wire import Connection, raise_file_limit
+from .wire import raise_file_limit
+from .workers import START, Workers
 
 CPU = torch.device("cpu")
-START = 300.0  #: seconds allowed for starting a worker or loading a plan, which import torch and users' modules
 
 
 class SpawnExecutor:
     """Drives `world_size - 1` worker processes, which start at the first call.
 
-    They end when `close()` is called, or when this object or this process ends.
+    They end when all executors that share them are closed, when a call fails, or when they or this process end.
 
     Args:
         timeout: seconds that a rank waits for another.
+        workers: those of another executor; default: its own.
     """
 
-    def __init__(self, world_size: int, *, timeout: float = 600.0, compile: Compile = False) -> None:  # noqa: A002
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        timeout: float = 600.0,
+        compile: Compile = False,  # noqa: A002
+        workers: Workers | None = None,
+    ) -> None:
         self.world_size = world_size
-        self.timeout = timeout
         self.compile = compile
+        self.workers = workers or Workers(world_size, timeout)
+        self.workers.join(self)
+        self._scope = f"{self.workers.number()}/"  # of the names of its weights
+        self._closed = False
         self.inductor, _ = compilers(compile, CPU)
-        self.threads = _threads(world_size)
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self._connections: list[Connection] = []
-        self._network: Network | None = None
         self.traffic: Counter[str] = Counter()
-        self._store: TCPStore | None = None
         self._sent: dict[str, Tensor] = {}  # weights that the workers have; kept alive so that no address is reused
         self._plans: dict[int, SpawnPlan] = {}
-        self._numbers = 0
-        self._calls = 0
-        self.ended: str | None = None  #: why the workers have ended, if they have
-        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self._connections)
+
+    def share(self) -> SpawnExecutor:
+        """Another executor on the same workers."""
+        workers = self.workers
+        return SpawnExecutor(self.world_size, timeout=workers.timeout, compile=self.compile, workers=workers)
+
+    @property
+    def ended(self) -> str | None:
+        """Why the workers have ended, if they have."""
+        return self.workers.ended or ("they were closed" if self._closed else None)
+
+    @property
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """The worker processes."""
+        return self.workers.processes
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> SpawnPlan:
         """Send every worker its program.
@@ -92,30 +97,36 @@ class SpawnExecutor:
                     f"`torchrun --nproc-per-node {self.world_size} …` (executor='distributed')"
                 )
         refuse_script({node.target for node in plan.graph.nodes if isinstance(node.target, OpOverload)})
-        network = self._started()
-        with self._ending("in an earlier call"):
+        network = self.workers.started()
+        with self.workers.ending("in an earlier call"):
             return self._load(plan, network, weights, inputs)
 
     def _load(self, plan: PlanLike, network: Network, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> SpawnPlan:
         names = list(plan.program.weights.values())
         self._share(names, weights)
-        self._numbers += 1
+        number = self.workers.number()
         constants = list(plan.program.constants.values())
         size = sum(tensor.nbytes for tensor in (*constants, *inputs))
         check_shm(size, "sharing this call's inputs and the model's constants")
         with torch.inference_mode(False):  # later calls write to them, also outside inference mode
             shared = [torch.empty_like(tensor) for tensor in inputs]
-        for rank, connection in enumerate(self._connections, 1):
+        for rank, connection in enumerate(self.workers.connections, 1):
             steps = StepPrograms(plan.graph, rank)
             loaded = LoadedPlan(
-                placeholders(plan.program), names, constants, shared, steps.channels, steps.state, self.inductor
+                placeholders(plan.program),
+                self._scoped(names),
+                constants,
+                shared,
+                steps.channels,
+                steps.state,
+                self.inductor,
             )
-            connection.send(("load", self._numbers, loaded))
-        self._answers(START)
+            connection.send(("load", number, loaded))
+        self.workers.answers(START)
         runner = StepRunner.of(
             plan, 0, lambda specs: network.open(specs, CPU), CPU, self.traffic, compile=self.inductor
         )
-        self._plans[self._numbers] = found = SpawnPlan(self, self._numbers, plan, runner, shared)
+        self._plans[number] = found = SpawnPlan(self, number, plan, runner, shared)
         return found
 
     def begin(self, device: torch.device) -> None:
@@ -126,12 +137,13 @@ class SpawnExecutor:
         pass  # workers take no part before the run, and `run` ends them if it fails
 
     def close(self) -> None:
-        """End the workers and wait for their processes to end."""
-        self.ended = self.ended or "they were closed"
-        self._finalizer()
-        self._plans.clear()
+        """Leave the workers. They end when no other executor uses them."""
+        for plan in list(self._plans.values()):
+            self.release(plan)
         self._sent.clear()
-        self._network = self._store = None
+        if not self._closed:
+            self._closed = True
+            self.workers.leave(self)
 
     def run(self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
         """Rank 0's outputs, once all ranks are done. If a rank fails, all workers end.
@@ -139,70 +151,48 @@ class SpawnExecutor:
         Raises:
             RankError: with the worker's own traceback.
         """
-        with self._ending("in an earlier call"):
+        with self.workers.ending("in an earlier call"):
             self._share(plan.names, weights)
             for buffer, tensor in zip(plan.shared, inputs, strict=True):
                 buffer.copy_(tensor)
-            self._calls += 1
-            assert self._network is not None
-            self._network.board.call = self._calls
+            self.workers.calls += 1
+            assert self.workers.network is not None
+            self.workers.network.board.call = self.workers.calls
             mode = plan.runner.mode(step)
             self._send_code(plan, mode)
-            for connection in self._connections:
-                connection.send(("run", plan.number, self._calls, step.context, mode, step.pace))
-            with _computing_with(self.threads):
+            self.workers.send(("run", plan.number, self.workers.calls, step.context, mode, step.pace))
+            with _computing_with(self.workers.threads):
                 outputs = plan.runner.run(weights, inputs, step.context, mode, step.pace)
-            self._answers(self.timeout)
+            self.workers.answers(self.workers.timeout)
         return outputs
 
     def _send_code(self, plan: SpawnPlan, mode: Mode) -> None:
         """Send the workers the code of a mode, if they do not have it."""
         if mode in plan.sent:
             return
-        for rank, connection in enumerate(self._connections, 1):
+        for rank, connection in enumerate(self.workers.connections, 1):
             code = coder(StepPrograms(plan.plan.graph, rank), compile=self.inductor)(mode)
             connection.send(("code", plan.number, mode, code))
-        self._answers(START)
+        self.workers.answers(START)
         plan.sent.add(mode)
+
+    def _scoped(self, names: Sequence[str]) -> list[str]:
+        """Names of weights, as the workers know them."""
+        return [self._scope + name for name in names]
 
     def release(self, plan: SpawnPlan) -> None:
         """Remove a plan from the workers, and the weights that no other plan uses."""
-        if self._plans.pop(plan.number, None) is None:
+        if self._plans.pop(plan.number, None) is None or self.workers.ended:
             return
         needed = {name for other in self._plans.values() for name in other.names}
         unused = [name for name in dict.fromkeys(plan.names) if name not in needed and name in self._sent]
         for name in unused:
             del self._sent[name]
         try:
-            for connection in self._connections:
-                connection.send(("release", plan.number, unused))
+            self.workers.send(("release", plan.number, self._scoped(unused)))
             plan.runner.close()
         except (ConnectionError, RankError):  # the next call raises, with the reason
             return
-
-    def _started(self) -> Network:
-        if self._network is not None:
-            return self._network
-        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(self.threads),
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        }
-        for rank in range(1, self.world_size):
-            ours, theirs = socket.socketpair()
-            arguments = (theirs.fileno(), rank, self.world_size, self._store.port, self.timeout, self.threads)
-            command = [sys.executable, "-P", "-m", "fxpass.runtime.worker", *map(str, arguments)]
-            with theirs:
-                self.processes.append(
-                    subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
-                )
-            self._connections.append(Connection(ours))
-        with self._ending("at their start"):
-            self._answers(START)
-            board = Board(PrefixStore("board", self._store), 0, self.world_size, self.timeout)
-            board.check_more = self._look
-            self._network = connect(self._store, board)
-        return self._network
 
     def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
         """Send the weights that the workers do not have: first all, later those whose memory or layout changed."""
@@ -212,85 +202,26 @@ class SpawnExecutor:
             for name, weight in zip(names, weights, strict=True)
             if name not in sent or _place(sent[name]) != _place(weight)
         }
-        if not new or not self._connections:
+        if not new or not self.workers.connections:
             return
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in new.values()}
         size = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
         check_shm(size, "sharing this model's weights")
         raise_file_limit(len(storages))
-        for connection in self._connections:
-            connection.send(("weights", new))
+        self.workers.send(("weights", dict(zip(self._scoped(list(new)), new.values(), strict=True))))
         sent.update(new)
-
-    def _answers(self, seconds: float) -> None:
-        """Wait for every worker to say that it is ready or done.
-
-        Raises:
-            RankError: a worker failed, or did not answer in time.
-            ConnectionError: one has ended.
-        """
-        waiting = dict(zip(self._connections, range(1, self.world_size), strict=True))
-        deadline = time.monotonic() + seconds
-        while waiting:
-            ready = select.select(list(waiting), [], [], POLL)[0]
-            if not ready and self._network:
-                self._network.board.check()
-            for connection in ready:
-                rank = waiting.pop(connection)
-                message = connection.receive()
-                if message[0] == "error":
-                    raise RankError(rank, message[2])
-            if waiting and time.monotonic() > deadline:
-                raise RankError(min(waiting.values()), f"no answer within {seconds:g} s")
-
-    def _look(self) -> None:
-        """Raises `RankError` if a worker process has ended."""
-        for rank, process in enumerate(self.processes, 1):
-            if process.poll() is not None:
-                raise RankError(rank, f"its process ({process.pid}) has ended")
-
-    @contextmanager
-    def _ending(self, when: str) -> Iterator[None]:
-        """End the workers if the body raises, and raise the first cause of the failure."""
-        try:
-            yield
-        except BaseException as error:
-            cause = self._cause(error) if isinstance(error, RankError | ConnectionError) else error
-            self.ended = f"{when}: {str(cause).partition(chr(10))[0] or type(cause).__name__}"  # Ctrl-C has no text
-            self.close()
-            if cause is error:
-                raise
-            raise cause from None
-
-    def _cause(self, error: Exception) -> Exception:
-        """The first failure: an exception of a worker's own, else a worker that ended, else `error`."""
-        followers: list[RankError] = []
-        deadline = time.monotonic() + GRACE
-        for rank, (connection, process) in enumerate(zip(self._connections, self.processes, strict=True), 1):
-            try:
-                while connection.ready(max(0.0, deadline - time.monotonic())):
-                    message = connection.receive()
-                    if message[0] == "error" and not message[1]:
-                        return RankError(rank, message[2])
-                    if message[0] == "error":
-                        followers.append(RankError(rank, message[2]))
-            except ConnectionError:
-                process.wait(GRACE)
-        for rank, process in enumerate(self.processes, 1):
-            code = process.poll()
-            if code:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                return RankError(rank, f"its process ({process.pid}) {how}")
-        if isinstance(error, RankError):
-            return error
-        return followers[0] if followers else RankError(None, f"lost the connection to a worker ({error})")
 
 
 class SpawnPlan:
     """A plan loaded on all ranks."""
 
     def __init__(
-        self, executor: SpawnExecutor, number: int, plan: PlanLike, runner: StepRunner, shared: list[Tensor]
+        self,
+        executor: SpawnExecutor,
+        number: int,
+        plan: PlanLike,
+        runner: StepRunner,
+        shared: list[Tensor],
     ) -> None:
         self.executor = executor
         self.number = number
@@ -319,13 +250,6 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
-def _threads(world: int) -> int:
-    """The number of threads of each process."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return torch.get_num_threads()
-    return min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // world))
-
-
 @contextmanager
 def _computing_with(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -337,19 +261,3 @@ def _computing_with(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _stop(creator: int, processes: list[subprocess.Popen[bytes]], connections: list[Connection]) -> None:
-    """End the workers by closing their connections."""
-    if os.getpid() != creator:
-        return  # in a forked child, whose workers these are not
-    for connection in connections:
-        connection.close()
-    for process in processes:
-        if is_stopped(process.pid):
-            process.kill()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

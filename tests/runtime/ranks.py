@@ -30,7 +30,7 @@ from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.process_group import GroupChannel
 from fxpass.runtime.shared_memory import MemoryChannel
-from tests.runtime.plans import block, inputs, parallel, steps, whole
+from tests.runtime.plans import Pipeline, block, inputs, parallel, steps, whole
 
 STRATEGIES = [
     *(
@@ -138,8 +138,26 @@ def endures() -> dict[str, dict[str, int]]:
     return found
 
 
+def pipeline() -> dict[str, Any]:
+    """Two denoisers of a pipeline in turn, then one of them after the other was closed."""
+    models = {"unet": block(), "prior": block(1, 32)}
+    expected = {name: parallel(model, LockstepExecutor(WORLD))(*inputs())["sample"] for name, model in models.items()}
+    pipe: Any = Pipeline(**models)
+    fxpass.parallelize(pipe, WORLD, executor="distributed", timeout=60)
+    names = ["unet", "prior", "unet", "prior"]
+    equal = [torch.equal(getattr(pipe, name)(*inputs())["sample"], expected[name]) for name in names]
+    handles = {name: fxpass.parallel(model) for name, model in models.items()}
+    executors: list[Any] = [handle._engine.executor for handle in handles.values()]
+    shared = executors[0]._ranks.network is executors[1]._ranks.network is not None
+    handles["unet"].close()
+    equal.append(torch.equal(pipe.prior(*inputs())["sample"], expected["prior"]))
+    found = {"equal": equal, "shared": shared, "traffic": [sum(each.traffic.values()) for each in handles.values()]}
+    fxpass.restore(pipe)
+    return found | {"gone": executors[1]._ranks.network is None}
+
+
 def everything() -> dict[str, Any]:
-    seen: dict[str, Any] = {"endures": endures()}
+    seen: dict[str, Any] = {"endures": endures(), "pipeline": pipeline()}
     seen["other world"] = attempt(lambda: fxpass.parallelize(block(), WORLD + 1))
 
     model = block()

@@ -307,3 +307,36 @@ def test_a_call_of_a_pipeline_that_uses_another_module_warns_once() -> None:
     pipe.unet = kept
     fxpass.restore(pipe)
     assert "maybe_free_model_hooks" not in vars(pipe)
+
+
+def test_the_parts_of_a_pipeline_share_worker_processes_until_the_last_is_closed() -> None:
+    pipe: Any = Pipeline(unet=block(), prior=block(1, 32), scheduler=DDIMScheduler())
+    other = whole(pipe.prior, *inputs())
+    fxpass.parallelize(pipe, 2, executor="spawn", timeout=60)
+    for _ in range(2):
+        assert_split(pipe.unet, EXPECTED)
+        assert_split(pipe.prior, other)  # its weights have the same names
+    unet, prior = (fxpass.parallel(model) for model in (pipe.unet, pipe.prior))
+    (worker,) = unet._engine.executor.processes
+    assert prior._engine.executor.processes == [worker]
+    unet.close()
+    assert worker.poll() is None
+    assert_split(pipe.prior, other)
+    prior.close()
+    assert worker.poll() is not None
+
+
+def test_a_worker_that_fails_ends_all_parts_and_parallelize_replaces_it() -> None:
+    pipe: Any = Pipeline(unet=block(), prior=block(1, 32), scheduler=DDIMScheduler())
+    fxpass.parallelize(pipe, 2, executor="spawn", timeout=60)
+    pipe.unet(*inputs())
+    pipe.prior(*inputs())
+    (worker,) = fxpass.parallel(pipe.unet)._engine.executor.processes
+    worker.kill()
+    with pytest.raises(fxpass.RankError, match="SIGKILL"):
+        pipe.unet(*inputs())
+    with pytest.raises(RuntimeError, match=r"worker processes have ended.*call fxpass\.parallelize again"):
+        pipe.prior(*inputs())
+    fxpass.parallelize(pipe, 2, executor="spawn", timeout=60)
+    assert_split(pipe.unet, EXPECTED)
+    fxpass.restore(pipe)

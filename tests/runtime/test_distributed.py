@@ -57,6 +57,14 @@ def test_torchrun_equals_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> Non
         assert {"halo", "moments", "keys_values", "output"} <= rank["traffic"].keys()
 
 
+def test_the_parts_of_a_pipeline_share_connections_and_count_their_own_traffic(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["pipeline"]["equal"] == [True] * 5
+        assert rank["pipeline"]["shared"]
+        assert rank["pipeline"]["gone"]
+        assert len(set(rank["pipeline"]["traffic"])) == 2
+
+
 def test_displaced_steps_on_processes_equal_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> None:
     assert [rank["displaced"] for rank in seen] == [[True] * 6] * 2
 

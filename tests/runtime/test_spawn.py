@@ -209,15 +209,15 @@ def test_a_worker_that_is_stopped_after_its_last_exchange_ends_the_call(monkeypa
     module = parallel(block(), executor)
     module(*inputs())
     (child,) = executor.processes
-    answers = executor._answers
+    answers = executor.workers.answers
 
     def wait_for_stopped(seconds: float) -> None:
         os.kill(child.pid, signal.SIGSTOP)
-        if executor._connections[0].ready(1.0):
-            executor._connections[0].receive()  # its answer was sent before it was stopped: none comes after it
+        if executor.workers.connections[0].ready(1.0):
+            executor.workers.connections[0].receive()  # its answer was sent before it was stopped: none comes after it
         answers(seconds)
 
-    monkeypatch.setattr(executor, "_answers", wait_for_stopped)
+    monkeypatch.setattr(executor.workers, "answers", wait_for_stopped)
     began = time.monotonic()
     with pytest.raises(RankError, match="process is stopped"):
         module(*inputs())
@@ -229,14 +229,14 @@ def test_a_worker_that_ends_before_its_first_exchange_is_noticed(monkeypatch: py
     module = parallel(block(), executor)
     module(*inputs())
     (child,) = executor.processes
-    answers = executor._answers
+    answers = executor.workers.answers
 
     def stopped_after_loading(seconds: float) -> None:
         answers(seconds)
         os.kill(child.pid, signal.SIGSTOP)
         threading.Timer(0.5, os.kill, (child.pid, signal.SIGKILL)).start()
 
-    monkeypatch.setattr(executor, "_answers", stopped_after_loading)
+    monkeypatch.setattr(executor.workers, "answers", stopped_after_loading)
     start = time.monotonic()
     with pytest.raises(RankError, match="was killed by SIGKILL"):
         module(*inputs(18))
@@ -246,13 +246,13 @@ def test_a_worker_that_ends_before_its_first_exchange_is_noticed(monkeypatch: py
 def test_a_worker_that_ends_while_the_ranks_connect_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     executor = SpawnExecutor(2, timeout=600)
     module = parallel(block(), executor)
-    answers = executor._answers
+    answers = executor.workers.answers
 
     def ended_after_starting(seconds: float) -> None:
         answers(seconds)
         executor.processes[0].kill()
 
-    monkeypatch.setattr(executor, "_answers", ended_after_starting)
+    monkeypatch.setattr(executor.workers, "answers", ended_after_starting)
     start = time.monotonic()
     with pytest.raises(RankError, match="was killed by SIGKILL"):
         module(*inputs())

@@ -1,0 +1,186 @@
+"""Worker processes on this machine, which this process drives: started together, and ended together."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, TCPStore
+
+from .board import GRACE, POLL, Board
+from .errors import RankError
+from .local import HOST, connect
+from .network import Network
+from .processes import is_stopped
+from .wire import Connection
+
+START = 300.0  #: seconds allowed for starting a worker or loading a plan, which import torch and users' modules
+
+
+class Workers:
+    """`world_size - 1` processes, which start when they are first needed. Several executors can share them.
+
+    They end when the last executor has left, when a call fails, or when this object or this process ends.
+
+    Args:
+        timeout: seconds that a rank waits for another.
+    """
+
+    def __init__(self, world_size: int, timeout: float) -> None:
+        self.world_size = world_size
+        self.timeout = timeout
+        self.threads = _threads(world_size)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.connections: list[Connection] = []
+        self.network: Network | None = None
+        self.ended: str | None = None  #: why they have ended, if they have
+        self.calls = 0
+        self._store: TCPStore | None = None
+        self._numbers = 0
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self.connections)
+
+    def number(self) -> int:
+        """Another number at each call."""
+        self._numbers += 1
+        return self._numbers
+
+    def join(self, executor: Any) -> None:
+        """An executor begins to use them."""
+        self._users.add(executor)
+
+    def leave(self, executor: Any) -> None:
+        """An executor uses them no more."""
+        self._users.discard(executor)
+        if not self._users:
+            self.stop("they were closed")
+
+    def stop(self, why: str) -> None:
+        """End the workers and wait for their processes to end."""
+        self.ended = self.ended or why
+        self._finalizer()
+        self.network = self._store = None
+
+    def send(self, message: Any) -> None:
+        for connection in self.connections:
+            connection.send(message)
+
+    def started(self) -> Network:
+        if self.network is not None:
+            return self.network
+        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        }
+        for rank in range(1, self.world_size):
+            ours, theirs = socket.socketpair()
+            arguments = (theirs.fileno(), rank, self.world_size, self._store.port, self.timeout, self.threads)
+            command = [sys.executable, "-P", "-m", "fxpass.runtime.worker", *map(str, arguments)]
+            with theirs:
+                self.processes.append(
+                    subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+                )
+            self.connections.append(Connection(ours))
+        with self.ending("at their start"):
+            self.answers(START)
+            board = Board(PrefixStore("board", self._store), 0, self.world_size, self.timeout)
+            board.check_more = self._look
+            self.network = connect(self._store, board)
+        return self.network
+
+    def answers(self, seconds: float) -> None:
+        """Wait for every worker to say that it is ready or done.
+
+        Raises:
+            RankError: a worker failed, or did not answer in time.
+            ConnectionError: one has ended.
+        """
+        waiting = dict(zip(self.connections, range(1, self.world_size), strict=True))
+        deadline = time.monotonic() + seconds
+        while waiting:
+            ready = select.select(list(waiting), [], [], POLL)[0]
+            if not ready and self.network:
+                self.network.board.check()
+            for connection in ready:
+                rank = waiting.pop(connection)
+                message = connection.receive()
+                if message[0] == "error":
+                    raise RankError(rank, message[2])
+            if waiting and time.monotonic() > deadline:
+                raise RankError(min(waiting.values()), f"no answer within {seconds:g} s")
+
+    def _look(self) -> None:
+        """Raises `RankError` if a worker process has ended."""
+        for rank, process in enumerate(self.processes, 1):
+            if process.poll() is not None:
+                raise RankError(rank, f"its process ({process.pid}) has ended")
+
+    @contextmanager
+    def ending(self, when: str) -> Iterator[None]:
+        """End the workers if the body raises, and raise the first cause of the failure."""
+        try:
+            yield
+        except BaseException as error:
+            cause = self._cause(error) if isinstance(error, RankError | ConnectionError) else error
+            self.stop(f"{when}: {str(cause).partition(chr(10))[0] or type(cause).__name__}")  # Ctrl-C has no text
+            if cause is error:
+                raise
+            raise cause from None
+
+    def _cause(self, error: Exception) -> Exception:
+        """The first failure: an exception of a worker's own, else a worker that ended, else `error`."""
+        followers: list[RankError] = []
+        deadline = time.monotonic() + GRACE
+        for rank, (connection, process) in enumerate(zip(self.connections, self.processes, strict=True), 1):
+            try:
+                while connection.ready(max(0.0, deadline - time.monotonic())):
+                    message = connection.receive()
+                    if message[0] == "error" and not message[1]:
+                        return RankError(rank, message[2])
+                    if message[0] == "error":
+                        followers.append(RankError(rank, message[2]))
+            except ConnectionError:
+                process.wait(GRACE)
+        for rank, process in enumerate(self.processes, 1):
+            code = process.poll()
+            if code:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                return RankError(rank, f"its process ({process.pid}) {how}")
+        if isinstance(error, RankError):
+            return error
+        return followers[0] if followers else RankError(None, f"lost the connection to a worker ({error})")
+
+
+def _threads(world: int) -> int:
+    """The number of threads of each process."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // world))
+
+
+def _stop(creator: int, processes: list[subprocess.Popen[bytes]], connections: list[Connection]) -> None:
+    """End the workers by closing their connections."""
+    if os.getpid() != creator:
+        return  # in a forked child, whose workers these are not
+    for connection in connections:
+        connection.close()
+    for process in processes:
+        if is_stopped(process.pid):
+            process.kill()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
