@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .ir.advice import FxpassWarning
-from .models.pipelines import Announcer, autoencoders, denoisers, methods_of, modules_text, pipelines_in
+from .models.pipelines import Announcer, autoencoders, beside, denoisers, methods_of, modules_text, pipelines_in
 from .runtime.attached import attach, attach_again, attached_to, detach
 from .runtime.engine import Engine
 from .runtime.module import ParallelModule
@@ -23,17 +23,22 @@ from .runtime.module import ParallelModule
 _parts: dict[int, list[ParallelModule]] = {}
 
 
-def split_module(model: nn.Module, engine_of: Callable[[nn.Module], Engine]) -> ParallelModule:
+def split_module(
+    model: nn.Module, engine_of: Callable[[nn.Module], Engine], *, required: bool = True
+) -> ParallelModule:
     """The parallel module of a model; a model that is parallel already gets another engine."""
     module = model if type(model) is ParallelModule else attached_to(model)
     if module is None:
-        return ParallelModule(model, engine_of(model), methods_of(model))
+        return ParallelModule(model, engine_of(model), methods_of(model), required=required)
     module._run_on(engine_of(module.unwrapped))
     return module
 
 
 def split_pipeline(pipeline: Any, engine_of: Callable[[nn.Module], Engine]) -> None:
-    """Let the denoisers and autoencoders of a pipeline, and of the pipelines that it is made of, run on all ranks.
+    """Let parts of a pipeline, and of the pipelines that it is made of, run on all ranks.
+
+    These are denoisers, what runs beside them in each step, and autoencoders. The last two run unsplit, with a
+    warning, where they cannot be split.
 
     Raises:
         TypeError: there is no denoiser.
@@ -46,14 +51,15 @@ def split_pipeline(pipeline: Any, engine_of: Callable[[nn.Module], Engine]) -> N
             f"{type(pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser, whose forward "
             f"takes a timestep{held}; give parallelize the model itself"
         )
-    places = [*steps, *((each, name) for each in pipelines for name in autoencoders(each))]
+    needed = {id(_model(getattr(*place))) for place in steps}
+    places = [(each, name) for each in pipelines for name in _names(each)]
     models = {id(_model(value)): value for value in (getattr(*place) for place in places)}
     engines = {key: engine_of(_model(model)) for key, model in models.items()}  # before anything changes
     for each in pipelines:
         _unwatch(each)
     modules: dict[int, ParallelModule] = {}
     for key, model in models.items():
-        modules[key] = split_module(model, lambda _, key=key: engines[key])
+        modules[key] = split_module(model, lambda _, key=key: engines[key], required=key in needed)
         if attached_to(_model(model)) is None:
             attach(modules[key])
     for each, name in places:
@@ -99,6 +105,11 @@ def _model(value: nn.Module) -> nn.Module:
     return value.unwrapped if type(value) is ParallelModule else value
 
 
+def _names(pipeline: Any) -> list[str]:
+    """The parts of a pipeline that are split, the main denoiser first."""
+    return list(dict.fromkeys([*denoisers(pipeline), *beside(pipeline), *autoencoders(pipeline)]))
+
+
 def _plain(model: nn.Module) -> nn.Module:
     module = model if type(model) is ParallelModule else attached_to(model)
     if module is None:
@@ -112,15 +123,13 @@ def _watch(pipelines: Sequence[Any], modules: dict[int, ParallelModule]) -> None
     """Watch each pipeline. Of those that others are made of, which come first, only they call the parts."""
     heard: set[int] = set()
     for pipeline in pipelines:
-        names = [
-            name for name in (*denoisers(pipeline), *autoencoders(pipeline)) if id(getattr(pipeline, name)) in modules
-        ]
+        names = [name for name in _names(pipeline) if id(getattr(pipeline, name)) in modules]
         mine = {
             name: modules[id(getattr(pipeline, name))] for name in names if id(getattr(pipeline, name)) not in heard
         }
         heard |= {id(module.unwrapped) for module in mine.values()}
         if mine:
-            PipelineWatch(pipeline, mine, denoisers(pipeline))
+            PipelineWatch(pipeline, mine, [*denoisers(pipeline), *beside(pipeline)])
             _parts[id(pipeline)] = list(mine.values())
             weakref.finalize(pipeline, _parts.pop, id(pipeline), None)
 
@@ -139,7 +148,7 @@ class PipelineWatch:
 
     Args:
         modules: by the name that each has in the pipeline.
-        denoisers: the names of those that each call of the pipeline should call.
+        denoisers: the names of those that each step of the pipeline should call.
     """
 
     def __init__(self, pipeline: Any, modules: dict[str, ParallelModule], denoisers: Sequence[str]) -> None:

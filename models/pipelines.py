@@ -16,7 +16,8 @@ MAIN = ("transformer", "unet", "transformer_2", "prior")  #: attributes that hol
 ENDING = "maybe_free_model_hooks"  #: the method that pipelines call last
 HALVES = ("decode", "encode")  #: methods of an autoencoder
 TIMESTEP = re.compile(r"t|ts|times?|timesteps?|timestep_ratio|sigmas?|noise_(levels?|labels?|time)|decoder_noise_time")
-BESIDE = re.compile(r"ControlNet|Adapter")  #: classes that work beside a denoiser: what they return is gathered whole
+BESIDE = re.compile(r"ControlNet|Adapter")  #: classes that work beside a denoiser
+PICTURE = re.compile(r"x|samples?|latents?|hidden_states|img|image")  #: what a forward may call its picture
 
 
 def denoisers(pipeline: Any) -> list[str]:
@@ -24,9 +25,15 @@ def denoisers(pipeline: Any) -> list[str]:
 
     A denoiser is a module whose forward takes a timestep, under whatever name it is kept, or one of `MAIN`.
     """
-    modules = {name: value for name, value in vars(pipeline).items() if isinstance(value, nn.Module)}
+    modules = _modules(pipeline)
     found = [name for name in MAIN if name in modules]
-    return found + [name for name, module in modules.items() if name not in found and _denoises(module)]
+    rest = [name for name, module in modules.items() if _takes_time(module) and not _is_beside(module)]
+    return found + [name for name in rest if name not in found]
+
+
+def beside(pipeline: Any) -> list[str]:
+    """Names of the attributes of `pipeline` that run beside a denoiser in each step, as ControlNets do."""
+    return [name for name, module in _modules(pipeline).items() if _takes_time(module) and _is_beside(module)]
 
 
 def methods_of(module: nn.Module) -> list[str]:
@@ -39,7 +46,7 @@ def methods_of(module: nn.Module) -> list[str]:
 
 def autoencoders(pipeline: Any) -> list[str]:
     """Names of the attributes of `pipeline` that are autoencoders."""
-    return [name for name, value in vars(pipeline).items() if isinstance(value, nn.Module) and methods_of(value)]
+    return [name for name, module in _modules(pipeline).items() if methods_of(module)]
 
 
 def _takes_tensor(method: Any) -> bool:
@@ -62,15 +69,27 @@ def pipelines_in(pipeline: Any) -> list[Any]:
 
 
 def modules_text(pipeline: Any) -> str:
-    """The modules of a pipeline and their classes, for messages."""
-    modules = {name: value for name, value in vars(pipeline).items() if isinstance(value, nn.Module)}
-    return ", ".join(f"{name}: {type(value).__name__}" for name, value in modules.items()) or "none"
+    """The modules of a pipeline and their classes, for messages. Says which of them look like denoisers."""
+
+    def text(name: str, module: nn.Module) -> str:
+        first, *more = [*inspect.signature(module.forward).parameters, ""]
+        alike = PICTURE.fullmatch(first) and len(more) > 1 and not methods_of(module)
+        note = f", which looks like a denoiser: its forward takes {', '.join([first, *more[:-1]])}"
+        return f"{name}: {type(module).__name__}{note if alike else ''}"
+
+    return "; ".join(text(*each) for each in _modules(pipeline).items()) or "none"
 
 
-def _denoises(module: nn.Module) -> bool:
-    if BESIDE.search(type(module).__name__):
-        return False
+def _modules(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: value for name, value in vars(pipeline).items() if isinstance(value, nn.Module)}
+
+
+def _takes_time(module: nn.Module) -> bool:
     return any(TIMESTEP.fullmatch(name) for name in inspect.signature(module.forward).parameters)
+
+
+def _is_beside(module: nn.Module) -> bool:
+    return bool(BESIDE.search(type(module).__name__))
 
 
 class Announcer:

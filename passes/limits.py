@@ -48,8 +48,8 @@ def refusal(
     advice = f"at most {most} ranks would do" if most else "run it on one rank"
     if best is None:
         return (
-            f"this model cannot be shared among {world} ranks: its inputs have too few rows, at most {max(sizes)} "
-            f"({advice})"
+            f"this model cannot be shared among {world} ranks: its inputs have too few rows, at most {max(sizes)}, and "
+            f"{world} ranks need at least {world} ({advice})"
         )
     where, share, reason = replicated(graph, best, cuts)
     limit = f"the slowest rank computes {1 / bound:.0%} of the work"

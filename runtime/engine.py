@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -157,6 +157,28 @@ class Engine:
     def ended(self) -> str | None:
         """Why no further call can be made; None if calls can be made."""
         return self._closed or self.executor.ended
+
+    @property
+    def kinds(self) -> int:
+        """The number of steps, the first ones of a generation, in which each kind of step is met by the latest plan."""
+        exact = None if self.plan is None else self.plan.exact_steps
+        return 1 if exact is None else exact[0] + 2
+
+    def later(self, call: Call, number: int) -> Callable[[nn.Module], Any]:
+        """The call of a later step: like `call`, at a smaller timestep. It is made on the module that is given to it.
+
+        Args:
+            number: of the step, from 0.
+        """
+        clock = next((each.clock for each in self._all() if each.plan is self.plan), None)
+        tensors, numbers = list(call.tensors), dict(call.numbers)
+        if clock is not None and (i := clock.timestep) is not None:
+            whole = not tensors[i].is_floating_point()
+            tensors[i] = (tensors[i] - number).clamp(min=0) if whole else tensors[i] * (1 - number / 100)
+            if i in numbers:
+                numbers[i] = tensors[i].item()
+        call = replace(call, numbers=numbers)
+        return lambda module: call.run(module, call.rebuild(call.with_numbers(tensors)))
 
     @property
     def signatures(self) -> int:

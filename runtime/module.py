@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..capture import Method
+from ..capture import Call, Method
 from ..ir.advice import FxpassWarning
 from .engine import Engine
 from .executor import PlanLike, Report
@@ -52,19 +52,23 @@ class ParallelModule(nn.Module):
     _model: nn.Module
     _engine: Engine
     _methods: tuple[str, ...]  #: names of the methods that run on all ranks
+    _required: bool
     _attached: dict[str, tuple[MethodType, Any]]  #: of an attached model: by name, method and what it replaced
     _watches: list[Watch]  #: what announces generations
     _said_copied: bool
 
-    def __init__(self, model: nn.Module, engine: Engine, methods: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, methods: Sequence[str] = (), *, required: bool = True) -> None:
         """
         Args:
-            methods: names of the methods beside `forward` that run on all ranks (`decode`, `encode`).
+            methods: names of the methods beside `forward` that run on all ranks (`decode`, `encode`). A call of one
+                that cannot be split runs unsplit.
+            required: whether a call of `forward` that cannot be split is an error; else it runs unsplit, too.
         """
         super().__init__()
         state = self.__dict__
         state["_model"] = model
         state["_methods"] = ("forward", *methods)
+        state["_required"] = required
         state["_attached"] = {}
         state["_watches"] = []
         state["_said_copied"] = False
@@ -90,7 +94,7 @@ class ParallelModule(nn.Module):
 
     def _most(self, name: str) -> int | None:
         """The most operators of a call of a method, beyond which it runs unsplit; None: it is split or refused."""
-        return None if name == "forward" else OPERATORS
+        return None if name == "forward" and self._required else OPERATORS
 
     @property
     def plan(self) -> PlanLike | None:
@@ -135,6 +139,20 @@ class ParallelModule(nn.Module):
             timesteps: as for `reset`.
         """
         return self._engine.generation([float(each) for each in timesteps])
+
+    def warmup(self, *args: Any, **kwargs: Any) -> None:
+        """Do beforehand what the first calls with inputs like these would do: capture, plan, load, compile.
+
+        It runs the model as often as it takes to meet each kind of step, with falling timesteps, and leaves no state
+        behind. (A `decode` or `encode` is prepared by calling it once.)
+
+        Args:
+            args, kwargs: example inputs of a call.
+        """
+        with self.generation():
+            self(*args, **kwargs)
+            for number in range(1, self._engine.kinds):
+                self._engine.later(Call.of(self._model, args, kwargs), number)(self)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Warn, and change nothing: `fxpass.parallelize(…, compile=True)` is what compiles the ranks' programs."""

@@ -12,7 +12,9 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -20,7 +22,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 import fxpass
-from fxpass.models.pipelines import denoisers
+from fxpass.models.case import randomise_constants
+from fxpass.models.pipelines import beside, denoisers
 from fxpass.runtime.generation import Generation
 from tests.runtime.plans import Pipeline, block, inputs, whole
 from tests.tools.pipelines import write_pipeline
@@ -46,6 +49,7 @@ def test_denoisers_are_found_under_any_name_the_main_one_first() -> None:
         scheduler=DDIMScheduler(),
     )
     assert denoisers(held) == ["unet", "super_res_first", "decoder"]
+    assert beside(held) == ["controlnet"]
 
 
 def test_a_real_denoiser_is_found_by_its_forward() -> None:
@@ -90,6 +94,15 @@ def test_what_has_no_denoiser_is_refused_with_the_modules_that_it_has(thing: Any
     held = r" \(its modules: text: TextEncoder\)" if isinstance(thing, SimpleNamespace) else ""
     with pytest.raises(TypeError, match=f"nor a pipeline with a denoiser, whose forward takes a timestep{held}; give"):
         fxpass.parallelize(thing, 2)
+
+
+def test_the_error_for_an_unknown_pipeline_says_which_module_looks_like_a_denoiser() -> None:
+    class Net(nn.Module):
+        def forward(self, sample: Tensor, level: Tensor) -> Tensor:
+            return sample
+
+    with pytest.raises(TypeError, match=r"text: TextEncoder; net: Net, which looks like .*takes sample, level\)"):
+        fxpass.parallelize(SimpleNamespace(text=TextEncoder(), net=Net()), 2)
 
 
 def test_a_denoiser_under_another_name_is_split_and_exact() -> None:
@@ -192,3 +205,22 @@ def test_a_tiled_pipeline_makes_the_tiled_picture(folder: Path) -> None:
     assert_same_picture(drawn(pipe), tiled)
     pipe.vae.disable_tiling()
     assert_same_picture(drawn(pipe), whole)
+
+
+def test_a_controlnet_is_split_too_and_runs_unsplit_where_it_cannot_be(folder: Path) -> None:
+    base = loaded(folder)
+    torch.manual_seed(0)
+    control: Any = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 8, 16))
+    randomise_constants(control.eval())
+    pipe: Any = StableDiffusionControlNetPipeline(**base.components, controlnet=control, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = drawn(pipe, image=image)
+    assert np.abs(expected - drawn(base)).max() > 1e-3
+    fxpass.parallelize(pipe, 2, executor="lockstep")
+    assert_same_picture(drawn(pipe, image=image), expected)
+    assert exchanged(pipe.unet, pipe.controlnet, pipe.vae) == [True, True, True]
+    control.register_forward_pre_hook(lambda *_: None)
+    control.conv_in.register_forward_hook(lambda module, args, output: output + 0 * torch.rand(1))
+    with pytest.warns(fxpass.FxpassWarning, match=r"ControlNetModel\.forward runs unsplit on every rank"):
+        assert_same_picture(drawn(pipe, image=image), expected)
