@@ -14,6 +14,8 @@ EXTRA_OF = {
     "jinja2": "report",
     "altair": "report",
     "vl_convert": "report",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
     "skimage": "study",
     "scipy": "study",
     "matplotlib": "study",

@@ -28,12 +28,14 @@ from .inspect.exchanges import (
 from .inspect.explain import explain
 from .inspect.html import plan_html
 from .inspect.networks import to_networkx
+from .inspect.onnx_export import write_onnx
 from .inspect.record import Snapshot
 from .ir.advice import FxpassWarning
 from .ir.comm import kept_bytes
 from .ir.fetch import Fetch
 from .ir.layout import Layout
 from .ir.program import Program, exchanges_of, fingerprint
+from .ir.step import Mode
 from .ir.strategy import Strategy
 from .passes import Build, build
 from .passes.cost import flops, node_flops, totals
@@ -221,6 +223,32 @@ class Plan:
         Raises `ValueError` if there is no such rank, `MissingExtraError` if networkx is not installed.
         """
         return to_networkx(self.snapshot(rank))
+
+    def to_onnx(
+        self,
+        path: str | Path,
+        rank: int = 0,
+        mode: Mode = "exact",
+        *,
+        model: nn.Module | None = None,
+        weights: str = "weights.bin",
+    ) -> None:
+        """Write the program of one step of a rank as an ONNX model; `docs/inspect.md` says what it holds.
+
+        Args:
+            mode: "exact"; "first" for a displaced step after an exact one; "steady" for one after a displaced one; the
+                last two with " unpaced" added: without forecasts.
+            model: its weights are written to the file `weights` beside `path`, which is the same for all ranks; None:
+                weights are inputs.
+
+        Raises:
+            ValueError: there is no such rank or mode, or the weights of `model` have no values.
+            OnnxError: an operator has no ONNX form (a `NotImplementedError`).
+            MissingExtraError: onnx or onnxscript is not installed.
+            OSError: a file cannot be written.
+        """
+        snapshot = self.snapshot(rank)
+        write_onnx(self.program, self.graph, snapshot, Path(path), mode, model=model, weights=weights)
 
     def predict(
         self, target: str | Target | None = None, link: str | None = None, *, graphs: bool = False

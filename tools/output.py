@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import typer
+
+from ..inspect.files import replacing
 
 
 def check(path: Path | None) -> None:
@@ -30,15 +31,5 @@ def write(path: Path | None, content: str | bytes) -> None:
     if path is None or path == Path("-"):
         typer.echo(content, nl=isinstance(content, str))
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content if isinstance(content, bytes) else f"{content}\n".encode())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:  # Ctrl-C, too
-        os.unlink(name)
-        raise
+    with replacing(path) as part:
+        part.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())

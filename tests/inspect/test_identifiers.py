@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -13,12 +16,14 @@ from hypothesis import strategies as st
 from fxpass.inspect.draw import dot
 from fxpass.inspect.store import to_json
 from fxpass.inspect.text import text
+from fxpass.ir.step import Mode
 from fxpass.ir.strategy import PRESETS
 from fxpass.passes.limits import WorldSizeError
 from fxpass.passes.targets import find
 from fxpass.plan import Plan, plan
 from fxpass.predict.prediction import Steps
 from fxpass.report.page import records
+from tests.inspect.onnx_ranks import models_of
 from tests.inspect.plans import planned
 from tests.passes.test_random_networks import CHANNELS, Network, blocks
 from tests.properties import examples, given
@@ -64,6 +69,36 @@ def of_simulation(made: Plan) -> Bytes:
     return found
 
 
+def check_onnx(made: Plan, ranks: Sequence[int], modes: Sequence[Mode] = ("exact", "steady")) -> None:
+    """The puts and gets of ranks name every payload of an exact step and of a steady one, with its bytes."""
+    for (rank, _), (model, program) in models_of(made, modes, ranks).items():
+        exact = program.mode == "exact"
+        expected, found = Counter[str](), Counter[str]()
+        for each in made.exchanges:
+            sent = each.declared if exact else each.declared.wire
+            if exact or each.declared.repeated:
+                for other in range(made.world_size):
+                    expected[f"Put {each.id} {rank}>{other}"] = sent.numel(rank, other) * sent.dtype.itemsize
+                    expected[f"Get {each.id} {other}>{rank}"] = sent.numel(other, rank) * sent.dtype.itemsize
+        apart = 0
+        for node in model.graph:
+            if node.domain != "fxpass":
+                continue
+            attributes = {name: each.value for name, each in node.attributes.items()}
+            tensors = node.inputs[1:] if node.op_type == "Put" else node.outputs[1:]
+            assert list(attributes["bytes"]) == [prod(x.shape) * x.dtype.itemsize for x in tensors]  # type: ignore[union-attr, arg-type]
+            if not (exact and attributes.get("last")):  # which an earlier step has sent
+                apart += attributes.get("padding", 0)
+                names = [f"{node.op_type} {name}" for name in attributes["exchanges"]]
+                assert not found.keys() & names
+                found.update(dict(zip(names, attributes["bytes"], strict=True)))
+        assert found == +expected, program.mode
+        assert apart == made.padding_received(rank, exact=exact)
+        for each in made.exchanges:
+            got = sum(size for name, size in found.items() if name.startswith(f"Get {each.id} "))
+            assert got == each.received(rank, exact=exact)
+
+
 def identifiers(shown: str) -> list[str]:
     return re.findall(r"^ *(x\d+\.\d+)  ", shown, re.MULTILINE)
 
@@ -93,19 +128,31 @@ def agree(made: Plan) -> None:
             assert apart == sum(data[padding] for data in messages)
 
 
-@examples(25)
-@given(st.data())
-def test_all_outputs_agree_on_identifiers_and_bytes_of_random_programs(data: st.DataObject) -> None:
+def random_plan(data: st.DataObject) -> Plan:
     height, width = data.draw(st.sampled_from([(8, 4), (12, 4), (16, 4)]))
     inner = [data.draw(blocks(height, width, 2)) for _ in range(data.draw(st.integers(1, 3)))]
     network = Network(inner, data.draw(st.booleans())).eval()
     inputs = [torch.randn(shape) for shape in ((2, CHANNELS, height, width), (2, 5, CHANNELS), (2, 3))]
     world, strategy = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(sorted(PRESETS)))
     try:
-        made = plan(network, *inputs, world_size=world, strategy=strategy)
+        return plan(network, *inputs, world_size=world, strategy=strategy)
     except WorldSizeError:
         reject()
-    agree(made)
+
+
+@examples(25)
+@given(st.data())
+def test_all_outputs_agree_on_identifiers_and_bytes_of_random_programs(data: st.DataObject) -> None:
+    agree(random_plan(data))
+
+
+@examples(5)
+@given(st.data())
+def test_onnx_models_have_the_identifiers_and_bytes_of_random_programs(data: st.DataObject) -> None:
+    made = random_plan(data)
+    check_onnx(
+        made, [data.draw(st.integers(0, made.world_size - 1))], [data.draw(st.sampled_from(["exact", "steady"]))]
+    )
 
 
 def test_all_outputs_agree_where_displaced_steps_send_less_and_messages_are_padded() -> None:
@@ -114,6 +161,13 @@ def test_all_outputs_agree_where_displaced_steps_send_less_and_messages_are_padd
         agree(made)
         assert any(e.received(1) != e.received(1, exact=False) for e in made.exchanges)
     assert any(made.padding_received(rank) for rank in range(3))
+
+
+def test_onnx_models_have_the_bytes_of_displaced_steps_that_send_less_and_of_padded_messages() -> None:
+    made = planned("pcpp", 3)
+    check_onnx(made, [1])
+    assert any(made.padding_received(1, exact=exact) for exact in (True, False))
+    check_onnx(planned("no_sync", 3), [0, 1])
 
 
 def test_an_identifier_counts_messages_and_the_values_in_each() -> None:

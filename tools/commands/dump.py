@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...passes import Build
 
 CAPTURED = "captured"  #: the graph before the first pass
-FORMATS = ("text", "json", "dot", "svg")
+FORMATS = ("text", "json", "dot", "svg", "onnx")
 
 
 def dump(
@@ -37,8 +37,17 @@ def dump(
     only: Annotated[str | None, typer.Option(metavar="WHAT", help="`exchanges`: nothing but these.")] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="Show every operator, in the order of execution.")] = False,
     format: Annotated[  # noqa: A002
-        str, typer.Option("--format", "-f", help=f"{', '.join(FORMATS)}; dot and svg draw the folded graph.")
+        str,
+        typer.Option(
+            "--format", "-f", help=f"{', '.join(FORMATS)}; dot and svg draw the folded graph, onnx is a step's program."
+        ),
     ] = "text",
+    mode: Annotated[
+        str | None, typer.Option(metavar="MODE", help="Of an onnx step: exact, first or steady.", show_default="exact")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Write the weights of an onnx step to this file beside it.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = None,
     strategy: StrategyName = "sync",
     target: TargetName = "auto",
@@ -53,6 +62,7 @@ def dump(
     """
     from ...capture import capture
     from ...inspect.draw import graphviz
+    from ...inspect.onnx_export import WEIGHTS, write_onnx
     from ...ir.strategy import Strategy
     from ...models.resolve import Options, resolve
     from ...plan import check_target
@@ -66,6 +76,10 @@ def dump(
     check_choice("selection", only or "exchanges", ("exchanges",))
     if diff == CAPTURED:
         raise ValueError(f"--diff shows what a pass changed, and nothing comes before {CAPTURED!r}")
+    if format == "onnx":
+        check_onnx_options(mode, output, after, diff, module, op, only, "--unfold" if unfold else None)
+    elif mode is not None or weights is not None:
+        raise ValueError("--mode and --weights are for --format onnx")
     if diff is not None and format != "text":
         raise ValueError(f"--diff is text; it has no format {format!r}")
     check_rank(rank, world_size)
@@ -88,8 +102,31 @@ def dump(
         out.write(output, difference(shown(first, before), shown(following(first, diff), diff), wanted))
         return
     stage = after or stages()[-1]
-    snapshot = shown(built(program, world_size, stage, target, strategy), stage).only(**wanted)
+    state = built(program, world_size, stage, target, strategy)
+    if format == "onnx":
+        given = None if weights is None else resolved.module
+        write_onnx(
+            state.program, state.current, shown(state, stage), output, mode or "exact",
+            model=given, weights=weights or WEIGHTS,
+        )  # fmt: skip
+        return
+    snapshot = shown(state, stage).only(**wanted)
     out.write(output, rendered(snapshot, format, folded=not (unfold or module or op or only)))
+
+
+def check_onnx_options(mode: str | None, output: Path | None, *others: str | None) -> None:
+    """Raises `ValueError` unless options fit a step's program, and `MissingExtraError` unless onnx is installed."""
+    from ...inspect.onnx_export import check_onnx
+    from ...ir.step import MODES
+
+    check_onnx()
+    check_choice("mode", mode or "exact", MODES)
+    if output is None or output == Path("-"):
+        raise ValueError("--format onnx is binary; give --output FILE")
+    if any(each is not None for each in others):
+        raise ValueError(
+            "--format onnx is a whole program; leave out --after, --diff, --module, --op, --only, --unfold"
+        )
 
 
 def check_choice(what: str, name: str, names: Iterable[str]) -> None:
