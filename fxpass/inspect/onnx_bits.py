@@ -7,6 +7,9 @@ e = 255. The exporter makes float32 constants of Python numbers, so no factor ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,7 +75,7 @@ def _power(places: Tensor | int) -> Tensor:
     return torch.pow(2, exponent)
 
 
-BITS = {  #: decompositions
+BITS: dict[Any, Callable[..., Tensor]] = {  #: decompositions
     aten.view.dtype: viewed,
     aten.__lshift__.Scalar: _left_shift,
     aten.__lshift__.Tensor: _left_shift,

@@ -145,11 +145,11 @@ class _Lister:
                 return Lines(inputs, self.lines, outputs, state)
             elif node.target is comm.put:
                 packed, channel = node.args
-                self.env[node] = self.sent(node, [self.env[each] for each in packed], channel)  # type: ignore[union-attr, arg-type]
+                self.env[node] = self.sent(node, [self.env[each] for each in packed], channel)
             elif node.target is comm.get:
-                self.env[node] = self.arrived(node, node.args[0])  # type: ignore[arg-type]
+                self.env[node] = self.arrived(node, node.args[0])
             elif node.target is operator.getitem:
-                self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+                self.env[node] = self.env[node.args[0]][node.args[1]]
             else:
                 self.env[node] = self.called(node)
         raise AssertionError("a step program has an output")

@@ -12,6 +12,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import fx
 from torch._ops import OpOverload
 
+from ..ir.progress import progress
 from ..ir.step import StepProgram
 from ..runtime.process_group import padding
 from .onnx_calls import Call, Form, Lines, Message, Payload, Value, lines_of
@@ -58,7 +59,8 @@ def step_models(
     forms: dict[Any, Form] = {}
     lines = [lines_of(program, forms) for program in programs]
     try:
-        pieces = translate(list(forms.values()))
+        with progress(f"translate {len(forms)} operators to ONNX"):
+            pieces = translate(list(forms.values()))
     except UntranslatedError as error:
         calls = (line for each in lines for line in each.lines if isinstance(line, Call))
         node = next(call.node for call in calls if call.form is error.form)
@@ -246,7 +248,7 @@ def route(message: str, payload: Payload) -> str:
 
 
 def operator_name(node: fx.Node) -> str:
-    return str(node.target) if isinstance(node.target, OpOverload) else node.target.__name__  # type: ignore[union-attr]
+    return str(node.target) if isinstance(node.target, OpOverload) else node.target.__name__
 
 
 def scopes(node: fx.Node, modules: Mapping[str, str]) -> dict[str, str]:

@@ -128,7 +128,7 @@ def _exported(forms: Sequence[Form]) -> ir.Model:
 def _same_kind(clamp: fx.Node) -> None:
     """Make the bounds of a floating-point tensor floats: the exporter makes tensors of integers, and fails on a mix."""
     x, *bounds = clamp.args
-    if x.meta["val"].is_floating_point():  # type: ignore[union-attr]
+    if x.meta["val"].is_floating_point():
         clamp.args = (x, *(each if each is None else float(each) for each in bounds))  # type: ignore[arg-type]
 
 

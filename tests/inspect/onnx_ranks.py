@@ -30,7 +30,9 @@ SECONDS = 60  #: that a get waits for a put
 def models_of(plan: Plan, modes: Sequence[Mode], ranks: Sequence[int] | None = None) -> Models:
     """The ONNX models of these ranks (None: of all) in these modes, weights and constants being inputs."""
     chosen = {rank: StepPrograms(plan.graph, rank) for rank in (range(plan.world_size) if ranks is None else ranks)}
-    programs = {(rank, mode): each[each.canonical(mode)] for rank, each in chosen.items() for mode in modes}
+    programs: dict[tuple[int, Mode], StepProgram] = {
+        (rank, mode): each[each.canonical(mode)] for rank, each in chosen.items() for mode in modes
+    }
     different = list(dict.fromkeys(programs.values()))
     labels = plan.program.weights | dict(zip(plan.program.inputs, plan.program.input_paths, strict=True))
     names = Names(labels, message_ids(plan.graph, next(iter(chosen.values())).channels), plan.program.modules)
@@ -122,7 +124,7 @@ class Ranks:
         model, program = self.models[rank, mode]
         if (rank, mode) not in self.evaluators:
             shapes = {
-                value.name: (tuple(value.shape), value.dtype.numpy())
+                str(value.name): (tuple(value.shape or ()), value.dtype.numpy())
                 for node in model.graph
                 if node.op_type == "Get"
                 for value in node.outputs[1:]
@@ -132,7 +134,7 @@ class Ranks:
             )
         given = dict(zip(self.plan.program.input_paths, map(as_array, inputs), strict=True))
         feeds = self.weights | self.constants | given | {PACE: np.array(step.pace)} | self.state[rank]
-        outputs = self.evaluators[rank, mode].run(None, feeds)
+        outputs: Any = self.evaluators[rank, mode].run(None, feeds)
         state = outputs[len(outputs) - len(program.state) - bool(program.channels) :]
         self.state[rank] = dict(zip((spec.name for spec in program.state), state, strict=False))
         return [torch.from_numpy(np.asarray(each)) for each in outputs[: len(outputs) - len(state)]]

@@ -165,11 +165,11 @@ def in_onnx(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list
         return node
 
     arguments = [fx.node.map_aggregate(args, placeholder) for _, args in calls]
-    outputs = [graph.call_function(f, args) for (f, _), args in zip(calls, arguments, strict=True)]  # type: ignore[arg-type]
+    outputs = [graph.call_function(f, args) for (f, _), args in zip(calls, arguments, strict=True)]
     graph.output((outputs, []))
     (model,) = step_models([StepProgram(0, "exact", graph, (), ())], Names({}, [], {}), {})
     feeds = {f"x{i}": as_array(x) for i, x in enumerate(given)}
-    return [torch.from_numpy(x) for x in ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)]  # type: ignore[union-attr]
+    return [torch.from_numpy(x) for x in ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)]
 
 
 def test_every_local_operator_is_translated_to_onnx_and_computes_the_same() -> None:
@@ -287,7 +287,8 @@ def test_all_ranks_share_one_file_of_weights(tmp_path: Path) -> None:
     evaluator = ReferenceEvaluator(str(tmp_path / "a.onnx"))
     sample, timestep = inputs(seed=3)
     feeds = {"sample": as_array(sample), "timestep": as_array(timestep), "pace": torch.tensor(0.0).double().numpy()}
-    found = torch.from_numpy(evaluator.run(None, feeds)[0])
+    outputs: Any = evaluator.run(None, feeds)
+    found = torch.from_numpy(outputs[0])
     with torch.no_grad():
         torch.testing.assert_close(found, model(sample, timestep)["sample"])
     shared = (tmp_path / "weights.bin").read_bytes()
