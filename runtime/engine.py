@@ -78,7 +78,8 @@ class Engine:
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
         self._structure: Structure | None = None
         self._unread = Unread()
-        self._unsplit: dict[Any, str] = {}  # keys of calls that cannot be split -> why
+        self._unsplit: set[Any] = set()  # keys of calls that cannot be split
+        self._unsplit_structure: Structure | None = None  # of the model after the first of them
         self.turn = turn or Turn()
         self._closed: str | None = None
         self.before_call: list[Callable[[], None]] = []  #: each finds generations that nobody has announced yet
@@ -115,7 +116,7 @@ class Engine:
                 found = self._found(args, kwargs, method, gradients)
                 if found is None:
                     assert method is not None
-                    return method.function(*args, **kwargs)
+                    return self._run_unsplit(method, args, kwargs)
                 call, entry = found
                 self.plan = entry.plan
                 generation = self._generations.current()
@@ -217,6 +218,9 @@ class Engine:
             if gradients:
                 call.refuse_gradients()
             self._update()
+            structure = self._unsplit_structure
+            if structure is not None and not structure.untouched() and not structure.refresh():
+                self._unsplit.clear()
             # an argument that is perhaps not read, like a generator of random numbers, makes no difference here
             if any(call.key == key or call.differs(key) for key in self._unsplit):
                 return None
@@ -227,8 +231,7 @@ class Engine:
             if method is None or method.most is None or self.strict:
                 raise
             if call is not None:
-                self._unsplit[call.key] = str(error)
-                self._structure = self._structure or Structure(self.model, hooks=method is None)
+                self._unsplit.add(call.key)
             self._say_unsplit(method, str(error))
             return None
 
@@ -245,6 +248,12 @@ class Engine:
             return False
         self._say_unsplit(method, "an input requires a gradient")
         return True
+
+    def _run_unsplit(self, method: Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        result = method.function(*args, **kwargs)
+        if self._unsplit_structure is None:  # the first run may leave attributes behind, as later ones do
+            self._unsplit_structure = Structure(self.model, hooks=False)
+        return result
 
     def _say_unsplit(self, method: Method, why: str) -> None:
         warnings.warn(
@@ -345,7 +354,6 @@ class Engine:
             entry.loaded.release()
         self._entries.clear()
         self._evicted.clear()
-        self._unsplit.clear()
         self._structure = None
 
 

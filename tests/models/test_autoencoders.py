@@ -210,3 +210,13 @@ def test_decode_and_encode_run_on_one_set_of_worker_processes() -> None:
         assert_exact(split.decode(z), model.decode(z))
         assert_exact(split.encode(x), model.encode(x))
         assert len(split._engine.executor.processes) == 1
+
+
+@torch.no_grad()
+def test_a_loop_over_frames_that_is_too_long_is_recorded_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxpass.runtime.module.OPERATORS", 100)
+    model, inputs = autoencoder("vae_wan")
+    split: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    assert said(lambda: assert_exact(split.decode(inputs["decode"]), model.decode(inputs["decode"])), "over frames")
+    monkeypatch.setattr("fxpass.runtime.engine.capture_call", lambda *_: 1 / 0)
+    assert_exact(split.decode(inputs["decode"]), model.decode(inputs["decode"]))  # its first run left a cache behind
