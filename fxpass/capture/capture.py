@@ -152,8 +152,10 @@ def _warm_up(model: nn.Module, call: Call, state: State) -> tuple[list[Any], fro
 
 
 def _other(number: float) -> float:
-    """Another number of the same type."""
-    return number / 2 + 0.25 if isinstance(number, float) else number + (-1 if number > 0 else 1)
+    """Another number of the same type; from 0 to 1 if the first one is a float from there."""
+    if isinstance(number, float):
+        return number / 2 + 0.25 if number != 0.5 else 0.75
+    return number + (-1 if number > 0 else 1)
 
 
 @dataclass(frozen=True)

@@ -76,3 +76,27 @@ def test_a_number_that_a_call_scales_and_does_not_scale_back_is_refused() -> Non
     with pytest.raises(CaptureError, match="its own state in place: scale"):
         capture(model, torch.randn(2, 3), 2.0)
     assert "scale" not in vars(model)
+
+
+class HalfIsIgnored(nn.Module):
+    """Ignores its scale if that is a tensor; 0.5 is neutral."""
+
+    def forward(self, x: Tensor, scale: float = 0.5) -> Tensor:
+        return x if isinstance(scale, Tensor) else x * (scale + 0.5)
+
+
+class Zero(nn.Module):
+    """Ignores its shift if that is a tensor; 0 is neutral."""
+
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        return x if isinstance(shift, Tensor) else x + shift
+
+
+@pytest.mark.parametrize(("model", "neutral", "other"), [(HalfIsIgnored(), 0.5, 0.25), (Zero(), 0, 3)])
+def test_a_neutral_number_does_not_hide_that_its_tensor_would_be_ignored(
+    model: nn.Module, neutral: float, other: float
+) -> None:
+    x = torch.randn(1, 3, 8, 4)
+    split = fxpass.parallelize(model.eval(), 2, executor="lockstep")
+    for number in (neutral, other):
+        assert torch.equal(split(x, number), model(x, number))

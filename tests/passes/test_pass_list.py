@@ -13,7 +13,7 @@ from fxpass.ir.layout import Layout, even
 from fxpass.ir.program import fingerprint, layout_of
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case
-from fxpass.passes import PASSES, Build, build
+from fxpass.passes import PASSES, Build, build, resume
 from fxpass.passes.targets import find
 
 NAMES = [each.name for each in PASSES]
@@ -71,6 +71,16 @@ def test_partition_cuts_where_the_build_says_although_the_search_chose_otherwise
     assert state.cuts[name] != columns
     state = PASSES[NAMES.index("partition")].run(replace(state, cuts={name: columns}))
     assert columns in {layout_of(node) for node in state.current.nodes}
+
+
+def test_a_build_stops_after_the_pass_that_is_named_and_goes_on_from_there() -> None:
+    start = initial("unet_sd", "displaced")
+    whole = build(start.program, 2, start.target, start.strategy)
+    for name in NAMES:
+        state = build(start.program, 2, start.target, start.strategy, after=name)
+        ran = [each for each in NAMES if each in state.program.seconds]
+        assert ran == NAMES[: NAMES.index(name) + 1]
+        assert fingerprint(resume(state, after=name).current) == fingerprint(whole.current)
 
 
 def test_an_unknown_pass_is_refused_with_the_names_of_those_there_are() -> None:

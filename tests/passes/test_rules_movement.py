@@ -325,3 +325,14 @@ def test_look_ups_are_split(name: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_look_ups_are_right_on_any_cut(name: str, data: st.DataObject) -> None:
     split_anywhere(data, looked_up(name))
+
+
+@pytest.mark.parametrize("name", ["slice", "unbind", "split", "cat"])
+def test_an_operator_without_a_dim_acts_along_its_default_one(name: str) -> None:
+    calls = {
+        "slice": lambda x: torch.ops.aten.slice.Tensor(x, end=3),
+        "unbind": lambda x: torch.ops.aten.unbind.int(x)[1],
+        "split": lambda x: torch.ops.aten.split.Tensor(x, 2)[1],
+        "cat": lambda x: torch.ops.aten.cat.default([x, x + 1]),
+    }
+    split(calls[name], [randn(4, 5)], {0: evenly(1, 5, 2)}, 2)

@@ -128,6 +128,13 @@ def test_averages_are_split_where_no_window_is_cut_short() -> None:
     assert "fallback" not in split(pool, [randn(1, 3, 16, 8)], {0: cut(2, (0, 5), (5, 16))}, 2).roles
 
 
+@pytest.mark.parametrize("rows", range(8, 14))
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 2, 1), (4, 3, 2), (5, 2, 2), (2, 3, 1)])
+def test_a_last_window_that_is_cut_short_divides_by_fewer_rows(rows: int, size: int, stride: int, padding: int) -> None:
+    pool = nn.AvgPool1d(size, stride, padding, ceil_mode=True)
+    split(pool, [randn(1, 3, rows)], {0: evenly(2, rows, 2)}, 2, exact=False)
+
+
 # -- resampling ------------------------------------------------------------------------------------------------------
 
 
