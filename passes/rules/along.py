@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[..., Any]:
-    """A rule for an operator that works along the dim in argument `place`. Other dims may be split."""
+    """A rule for an operator on one tensor that works along the dim in argument `place`. Other dims may be split."""
 
     def rule(p: Partitioner, op: Op, *args: Any, **kwargs: Any) -> Any:
         x = args[0]
@@ -39,11 +39,9 @@ def along(place: int, default: int | None = None, outputs: int = 1) -> Callable[
             raise SplitError(f"it works along the split dim {layout.dim}")
         if len(op_shape(op)) < ndim:  # kthvalue and median drop the dim
             layout = layout.at(layout.axis - (dim % ndim < layout.axis))
-        others = [p.lay(a, layout) if isinstance(a, fx.Node) and a is not x else a for a in args]
-        others[0] = x
         if outputs == 1:
-            return p.same(op, others, kwargs, layout=layout)
-        return p.several(op, others, kwargs, [layout] * outputs)
+            return p.same(op, args, kwargs, layout=layout)
+        return p.several(op, args, kwargs, [layout] * outputs)
 
     return rule
 

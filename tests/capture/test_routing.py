@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxpass
 from fxpass.capture import Call, capture
 from fxpass.capture.evaluate import evaluate
 from fxpass.capture.structure import WeightTable
@@ -307,3 +308,19 @@ def test_numbers_of_rows_that_differ_by_a_known_number_are_compared() -> None:
     for x in inputs():
         found = evaluate(program, model, Call.of(model, (x,), {}))
         torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+
+
+class Counting(nn.Module):
+    """Returns how often each whole number occurs, with no bound that the model names."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, x[:, 0].abs().long().bincount()
+
+
+def test_an_output_may_have_as_many_elements_as_values_ask_for() -> None:
+    model = Counting().eval()
+    split = fxpass.parallelize(model, 2, executor="lockstep")
+    for scale in (3, 9, 20):
+        x = torch.randn(8, 3) * scale
+        for found, expected in zip(split(x), model(x), strict=True):
+            assert torch.equal(found, expected)

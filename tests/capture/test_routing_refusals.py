@@ -27,6 +27,17 @@ def noted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     return out
 
 
+def noted_for_the_second(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        token, slot = torch.where(i == e)
+        if token.numel() == 0:
+            out = out + 1 if e == 1 else out
+            continue
+        out = out.index_add(0, token, expert(x[token]) * w[token, slot, None])
+    return out
+
+
 def averaged_over_hits(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     out, hits = torch.zeros_like(x), 0
     for e, expert in enumerate(m.experts):
@@ -121,6 +132,7 @@ def places(i: Tensor) -> tuple[Tensor, ...]:
     ("body", "message"),
     [
         (noted, "whether an activation selects any rows, and does something else"),
+        (noted_for_the_second, "whether an activation selects any rows, and does something else"),
         (averaged_over_hits, "whether an activation selects any rows, and does something else"),
         (centred, "mean.dim works along the selected rows"),
         (unsorted, "not sorted by"),
@@ -133,6 +145,7 @@ def places(i: Tensor) -> tuple[Tensor, ...]:
         (lambda m, x, w, i: x * len(i.view(-1).bincount()), "the largest value that is counted"),
         (lambda m, x, w, i: x * i.view(-1).bincount().cumsum(0).shape[0], "the largest value that is counted"),
         (lambda m, x, w, i: x * i.view(-1).bincount().float().mean(), "size depends on the largest value"),
+        (lambda m, x, w, i: x * i.view(-1).bincount(w.view(-1), EXPERTS).sum(), "needs the value of an activation"),
         (lambda m, x, w, i: (x, i.view(-1).bincount()), "size depends on the largest value"),
         (lambda m, x, w, i: x * i.view(-1).bincount(minlength=EXPERTS).tolist()[0], "a number"),
         (lambda m, x, w, i: x * (i.view(-1).bincount(minlength=EXPERTS).tolist()[0] + 0.5), "a number"),
