@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ def parallelize(
     target: str = "auto",
     link: str | None = None,
     strict: bool = False,
+    ignore_tiling: bool = False,
     plan: str | Path | None = None,
     timeout: float = 600.0,
     group: Any = None,
@@ -71,6 +73,8 @@ def parallelize(
         link: what joins the ranks. If it or a target is given, a warning says if one rank would be faster.
         strict: raise `FallbackError` at the first call if an operator cannot be split. Otherwise such operators run
             whole on every rank, and a warning names them.
+        ignore_tiling: split a whole `decode` or `encode` although tiling is switched on (`enable_tiling`): ranks save
+            the memory that tiles were to save. The result is the untiled one; a call that runs unsplit stays tiled.
         plan: a file of plans (`Plan.save`): its cuts, world size and strategy are used, and nothing is searched. A call
             that none of them fits is an error.
         timeout: seconds to wait for another rank before raising an error.
@@ -110,8 +114,11 @@ def parallelize(
     def engine_of(model: nn.Module) -> Engine:
         """Engines of several parts of a pipeline use the same processes, one after the other."""
         planner = _warning(planned, slow=(target, link) != ("auto", None))
-        return Engine(model, planner, unused.pop() if unused else first.share(), strict=strict, turn=turn)
+        own = unused.pop() if unused else first.share()
+        capturing = untiled if ignore_tiling else nullcontext
+        return Engine(model, planner, own, strict=strict, turn=turn, capturing=capturing)
 
+    from .models.pipelines import untiled
     from .pipeline import split_module, split_pipeline
 
     if isinstance(model_or_pipeline, nn.Module):

@@ -7,7 +7,8 @@ import inspect
 import re
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 MAIN = ("transformer", "unet", "transformer_2", "prior")  #: attributes that hold denoisers, the main one first
 ENDING = "maybe_free_model_hooks"  #: the method that pipelines call last
 HALVES = ("decode", "encode")  #: methods of an autoencoder
+TILING = "use_tiling"  #: the attribute of an autoencoder that says whether it works tile by tile
 TIMESTEP = re.compile(r"t|ts|times?|timesteps?|timestep_ratio|sigmas?|noise_(levels?|labels?|time)|decoder_noise_time")
 BESIDE = re.compile(r"ControlNet|Adapter")  #: classes that work beside a denoiser
 PICTURE = re.compile(r"x|samples?|latents?|hidden_states|img|image")  #: what a forward may call its picture
@@ -42,6 +44,19 @@ def methods_of(module: nn.Module) -> list[str]:
     A module is an autoencoder if its class has both, and both take a tensor first.
     """
     return list(HALVES) if all(_takes_tensor(getattr(type(module), name, None)) for name in HALVES) else []
+
+
+@contextmanager
+def untiled(module: nn.Module) -> Iterator[None]:
+    """Switch the tiling of an autoencoder off (what `enable_tiling` has switched on) while the context lasts."""
+    tiled = vars(module).get(TILING, False)
+    if tiled:
+        setattr(module, TILING, False)
+    try:
+        yield
+    finally:
+        if tiled:
+            setattr(module, TILING, tiled)
 
 
 def autoencoders(pipeline: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,15 +65,24 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, planner: Planner, executor: Executor, *, strict: bool = False, turn: Turn | None = None
+        self,
+        model: nn.Module,
+        planner: Planner,
+        executor: Executor,
+        *,
+        strict: bool = False,
+        turn: Turn | None = None,
+        capturing: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """
         Args:
+            capturing: given the model, what it is captured in: a context that changes options of it, and back.
             turn: of all engines whose executors share processes; default: its own.
         """
         self.model = model
         self.executor = executor
         self.strict = strict
+        self._capturing = capturing
         self.plan: PlanLike | None = None
         self._planner = planner
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
@@ -315,7 +325,7 @@ class Engine:
                 self._entries.pop(call.key, None)
 
     def _capture(self, call: Call, entries: list[Entry]) -> Entry:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self._capturing(self.model):
             program = capture_call(self.model, call)
         plan = self._planner(program)
         table = WeightTable(self.model, list(plan.program.weights.values()))

@@ -220,3 +220,23 @@ def test_a_loop_over_frames_that_is_too_long_is_recorded_once_only(monkeypatch: 
     assert said(lambda: assert_exact(split.decode(inputs["decode"]), model.decode(inputs["decode"])), "over frames")
     monkeypatch.setattr("fxpass.runtime.engine.capture_call", lambda *_: 1 / 0)
     assert_exact(split.decode(inputs["decode"]), model.decode(inputs["decode"]))  # its first run left a cache behind
+
+
+@torch.no_grad()
+def test_tiling_can_be_ignored_where_a_call_is_split_and_stays_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kl(sample_size=32)
+    model.tile_latent_min_size, model.tile_sample_min_size = 16, 32
+    split: Any = fxpass.parallelize(model, 2, executor="lockstep", ignore_tiling=True)
+    z = torch.randn(1, 4, 24, 24)
+    whole = model.decode(z)
+    split.enable_tiling()
+    tiled = model.decode(z)
+    for _ in range(2):
+        assert_exact(split.decode(z), whole)
+    assert split.use_tiling
+    assert split._engine.signatures == 1
+    assert split._engine._in_a_row == 0
+    monkeypatch.setattr("fxpass.runtime.module.OPERATORS", 50)
+    again: Any = fxpass.parallelize(model, 2, executor="lockstep", ignore_tiling=True)
+    assert said(lambda: assert_exact(again.decode(z), tiled), "runs unsplit")
+    assert again.use_tiling
