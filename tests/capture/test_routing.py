@@ -66,6 +66,15 @@ def skipped(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     return out
 
 
+def accumulated(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(m.experts):
+        token, slot = torch.where(i == e)
+        if token.numel():
+            out.index_put_((token,), expert(x[token]) * w[token, slot, None], accumulate=True)
+    return out
+
+
 def counted(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
     key, weight, out = i.view(-1), w.view(-1, 1), torch.zeros_like(x)
     order, ends = key.argsort(), key.bincount().cpu().numpy().cumsum(0)
@@ -210,6 +219,7 @@ def sized(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
 STYLES = [
     looped,
     skipped,
+    accumulated,
     counted,
     put_back,
     cut_up,
