@@ -5,7 +5,7 @@ small.py     tiny random models of the same kinds, for tests and first steps: `s
 zoo/         a tiny model of every denoiser, ControlNet and autoencoder class of diffusers (case.py: what a case is)
 inputs/      example inputs for a module, derived from its config
 resolve.py   what the command line accepts as MODEL
-pipelines.py where diffusers pipelines keep their denoisers, and how they announce a generation
+pipelines.py which parts of diffusers pipelines are split, and how pipelines announce a generation
 wrappers.py  the two halves of an autoencoder as modules
 demo/, demo_dit/   two trained demo pipelines (only in a clone: their weights are not in the wheel)
 """
