@@ -11,13 +11,13 @@ A file is JSON. It has one entry for each signature (shapes and options of a cal
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .inspect.files import replacing
 from .inspect.store import from_layout, read, to_layout
 from .ir.layout import Layout
 from .ir.program import Program, fingerprint
@@ -67,9 +67,8 @@ def save(plan: Plan, path: str | Path) -> None:
     text = json.dumps(
         {"schema": SCHEMA, "version": VERSION, "plans": [_to_json(each) for each in [*kept, new]]}, indent=1
     )
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a write that is interrupted leaves the old file
-    part.write_text(text + "\n")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(text + "\n")
 
 
 def load(path: str | Path) -> tuple[SavedPlan, ...]:

@@ -49,6 +49,22 @@ def test_a_file_keeps_its_plans_of_other_calls_and_replaces_those_of_the_same(tm
     assert [each.name for each in tmp_path.iterdir()] == ["plans.json"]
 
 
+def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "plans.json")
+    before = (tmp_path / "plans.json").read_text()
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path / "plans.json", "pcpp")
+    assert (tmp_path / "plans.json").read_text() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["plans.json"]
+
+
 class Other(Block):
     def forward(self, sample: Tensor, timestep: Tensor) -> Any:
         return {"sample": super().forward(sample, timestep)["sample"].relu()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from ..inspect.files import replacing
+from ..inspect.files import is_special, replacing
 
 
 def check(path: Path | None) -> None:
@@ -16,7 +16,11 @@ def check(path: Path | None) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file in it")
-    folder = next(each for each in path.absolute().parents if each.exists())
+    if is_special(path):
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"no permission to write to {path}")
+        return
+    folder = next(each for each in path.resolve().parents if each.exists())
     if not folder.is_dir():
         raise ValueError(f"{path} cannot be written: {folder} is no folder")
     if not os.access(folder, os.W_OK):

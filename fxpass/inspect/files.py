@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +12,26 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a new file in the folder of `path`, which takes its place when the block ends.
 
-    An error or an interrupt leaves the old file, or none. The folder is made if there is none.
+    An error or an interrupt leaves the old file, or none. The folder is made if there is none. A link stays, and leads
+    to the new file. A pipe or a device (`/dev/null`) stays, too: its own path is given, and takes what is written.
     """
+    if is_special(path):
+        yield path
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        part.touch(exist_ok=False)
+        if path.exists():
+            part.chmod(path.stat().st_mode)
         yield part
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
         part.replace(path)
     except BaseException:  # Ctrl-C, too
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is something at `path` that no file may replace: a pipe, a socket, a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
