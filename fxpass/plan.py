@@ -242,7 +242,8 @@ class Plan:
                 weights are inputs.
 
         Raises:
-            ValueError: there is no such rank or mode, or the weights of `model` have no values.
+            ValueError: there is no such rank or mode, the weights of `model` have no values, or `weights` is no name
+                of another file in the folder of `path`.
             OnnxError: an operator has no ONNX form (a `NotImplementedError`).
             MissingExtraError: onnx or onnxscript is not installed.
             OSError: a file cannot be written.

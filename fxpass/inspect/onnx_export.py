@@ -36,6 +36,17 @@ def check_onnx() -> None:
         raise missing(error) or error from None
 
 
+def check_weights(path: Path, weights: str) -> None:
+    """Raises `ValueError` unless `weights` is the name of another file in the folder of the model at `path`.
+
+    A model finds its weights by their name in its own folder.
+    """
+    if weights in ("", "..") or Path(weights).name != weights:
+        raise ValueError(f"the weights lie in the folder of the model; give the name of a file, not {weights!r}")
+    if weights == path.name:
+        raise ValueError(f"the model and its weights cannot both be the file {weights!r}; give another name")
+
+
 def write_onnx(
     program: Program,
     graph: fx.Graph,
@@ -56,13 +67,15 @@ def write_onnx(
             weights are inputs.
 
     Raises:
-        ValueError: there is no such mode, or the weights of `model` have no values.
+        ValueError: there is no such mode, the weights of `model` have no values, or `weights` is no name of another
+            file in the folder of `path`.
         OnnxError: an operator has no ONNX form.
         MissingExtraError: onnx or onnxscript is not installed.
         OSError: a file cannot be written.
     """
     if mode not in MODES:
         raise ValueError(f"there is no mode {mode!r} of a step; there is: {', '.join(MODES)}")
+    check_weights(path, weights)
     check_onnx()
     import onnx
     import onnx_ir as ir

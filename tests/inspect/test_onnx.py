@@ -355,6 +355,26 @@ def test_an_interrupted_export_leaves_no_file(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["folder/weights.bin", "/weights.bin", "..", "", "model.onnx"])
+def test_weights_that_a_model_could_not_find_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        planned().to_onnx(tmp_path / "model.onnx", model=block(), weights=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_a_folder_are_those_that_lie_in_it(tmp_path: Path) -> None:
+    model = case("dit").build()
+    model.save_pretrained(tmp_path / "dit")
+    file = tmp_path / "model.onnx"
+    result = fxpass("dump", tmp_path / "dit", "-n", 1, "-f", "onnx", "-o", file, "--weights", "w.bin")
+    assert result.exit_code == 0, result.stderr
+    held = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(file).graph.initializer}
+    for name, value in model.named_parameters():
+        if name in held:
+            torch.testing.assert_close(torch.from_numpy(held[name].astype("float32")), value.detach())
+    assert len([name for name, _ in model.named_parameters() if name in held]) > 10
+
+
 def test_an_unknown_mode_or_rank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no mode 'stedy' of a step; there is: exact, first, steady"):
         planned().to_onnx(tmp_path / "model.onnx", mode="stedy")  # type: ignore[arg-type]
@@ -396,6 +416,8 @@ def test_the_command_writes_a_model(tmp_path: Path) -> None:
         (("-f", "onnx", "-o", "m.onnx", "--unfold"), "leave out --after"),
         (("--mode", "steady"), "are for --format onnx"),
         (("-f", "json", "--weights", "w.bin"), "are for --format onnx"),
+        (("-f", "onnx", "-o", "m.onnx", "--weights", "folder/w.bin"), "give the name of a file, not 'folder/w.bin'"),
+        (("-f", "onnx", "-o", "m.onnx", "--weights", "m.onnx"), "the model and its weights cannot both be the file"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_captured(words: tuple[str, ...], message: str) -> None:

@@ -51,7 +51,7 @@ def changed(change: Callable[[Tensor], Tensor]) -> Callable[[InProcessChannel], 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sdxl",), "check its small sibling instead: fxpass check small:unet_sdxl"),
+        (("sdxl",), "take its small sibling instead: small:unet_sdxl"),
         (("flux-dev",), "small:flux"),
         (("tests.tools.models:infinite",), "is not finite"),
         (("tests.tools.models:good", "-n", 64), "cannot be shared among 64 ranks"),

@@ -183,7 +183,7 @@ def refuse_large(model: str) -> None:
         count = sum(p.numel() for p in resolve(model, Options(fake=True)).module.parameters())
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if (name and count > LARGEST) or 6 * count > free:  # float32, and half as much again for the values
-        hint = f"; check its small sibling instead: fxpass check {_sibling(name)}" if name else ""
+        hint = f"; take its small sibling instead: {_sibling(name)}" if name else ""
         raise ValueError(
             f"{model} has {count / 1e6:,.0f} M parameters: too large to run whole and split on this machine "
             f"({free / 1e9:.1f} GB are free){hint}"

@@ -67,6 +67,7 @@ def dump(
     from ...models.resolve import Options, resolve
     from ...plan import check_target
     from .. import output as out
+    from .check import refuse_large
     from .plan import check_rank
 
     if diff is not None and after is not None:
@@ -77,7 +78,7 @@ def dump(
     if diff == CAPTURED:
         raise ValueError(f"--diff shows what a pass changed, and nothing comes before {CAPTURED!r}")
     if format == "onnx":
-        check_onnx_options(mode, output, after, diff, module, op, only, "--unfold" if unfold else None)
+        check_onnx_options(mode, output, weights, after, diff, module, op, only, "--unfold" if unfold else None)
     elif mode is not None or weights is not None:
         raise ValueError("--mode and --weights are for --format onnx")
     if diff is not None and format != "text":
@@ -88,7 +89,9 @@ def dump(
     out.check(output)
     if format == "svg":
         graphviz()
-    resolved = resolve(model, Options(height, width, frames, batch))
+    if weights is not None:
+        refuse_large(model)
+    resolved = resolve(model, Options(height, width, frames, batch, fake=weights is None))
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
 
     def shown(state: Build, stage: str) -> Snapshot:
@@ -114,15 +117,17 @@ def dump(
     out.write(output, rendered(snapshot, format, folded=not (unfold or module or op or only)))
 
 
-def check_onnx_options(mode: str | None, output: Path | None, *others: str | None) -> None:
+def check_onnx_options(mode: str | None, output: Path | None, weights: str | None, *others: str | None) -> None:
     """Raises `ValueError` unless options fit a step's program, and `MissingExtraError` unless onnx is installed."""
-    from ...inspect.onnx_export import check_onnx
+    from ...inspect.onnx_export import check_onnx, check_weights
     from ...ir.step import MODES
 
     check_onnx()
     check_choice("mode", mode or "exact", MODES)
     if output is None or output == Path("-"):
         raise ValueError("--format onnx is binary; give --output FILE")
+    if weights is not None:
+        check_weights(output, weights)
     if any(each is not None for each in others):
         raise ValueError(
             "--format onnx is a whole program; leave out --after, --diff, --module, --op, --only, --unfold"
