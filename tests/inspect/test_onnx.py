@@ -363,7 +363,7 @@ def test_weights_that_a_model_could_not_find_are_refused(name: str, tmp_path: Pa
 
 
 def test_weights_of_a_folder_are_those_that_lie_in_it(tmp_path: Path) -> None:
-    model = case("dit").build()
+    model: Any = case("dit").build()
     model.save_pretrained(tmp_path / "dit")
     file = tmp_path / "model.onnx"
     result = fxpass("dump", tmp_path / "dit", "-n", 1, "-f", "onnx", "-o", file, "--weights", "w.bin")
