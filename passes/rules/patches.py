@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ...ir import ops
-from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.layout import Layout, Rows, even, full, per_rank
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
 from ..partition import Op, Partitioner, SplitError
@@ -42,8 +42,8 @@ def im2col(
         x = p.whole(x, "small", f"fewer windows than ranks along dim {layout.dim}")
         return p.same(op, (x, kernel, dilation, padding, stride), layout=Layout())
     x, rows, _ = found
-    flat = through(grid, Layout(i, rows), (grid[0] * grid[1],))
-    assert flat is not None
+    count = grid[0] * grid[1]
+    flat = through(grid, Layout(i, rows), (count,)) or Layout(0, full(count, p.world))  # None: all windows on each rank
     return p.same(op, (x, kernel, dilation, with_entry(padding, i, 0), stride), layout=flat.at(2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import prod
 from typing import Any
 
 import pytest
@@ -276,3 +277,38 @@ def _reads(window: Window, output: int, row: int) -> bool:
     """Whether an output row reads an input row."""
     a, b = (row, output) if isinstance(window, Transposed) else (output, row)
     return any(b == a * window.stride - window.padding + window.dilation * k for k in range(window.size))
+
+
+# -- patches ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def patches(draw: st.DrawFn, fold: bool) -> Example:
+    kernel, stride, dilation = ([draw(st.integers(1, most)) for _ in range(2)] for most in (3, 3, 2))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    padding = [draw(st.integers(0, min(r, 2))) for r in reach]
+    size = [draw(st.integers(max(4, r + 1), r + 9)) for r in reach]
+    named = {"kernel_size": kernel, "dilation": dilation, "padding": padding, "stride": stride}
+    if not fold:
+        return Example(partial(F.unfold, **named), [randn(2, 2, *size)], {0: (0, 1, 2, 3)})
+    windows = F.unfold(torch.zeros(1, 1, *size), **named).shape[2]
+    return Example(partial(F.fold, output_size=size, **named), [randn(2, 2 * prod(kernel), windows)], {0: (0, 1, 2)})
+
+
+@examples(60)
+@given(patches(fold=False) | patches(fold=True), st.data())
+def test_patches_are_cut_out_and_added_up_on_any_cut(example: Example, data: st.DataObject) -> None:
+    split_anywhere(data, example)
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [((2, 1), (1, 0), (1, 1)), ((3, 2), (0, 1), (1, 2))])
+def test_patches_are_added_up_on_every_rank_by_itself(
+    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    named = {"kernel_size": (3, 2), "dilation": dilation, "padding": padding, "stride": stride}
+    grid = [
+        (12 + 2 * p - d * (k - 1) - 1) // s + 1 for p, d, k, s in zip(padding, dilation, (3, 2), stride, strict=True)
+    ]
+    rows = [(0, grid[1]), (grid[1], grid[0] * grid[1])]
+    found = split(partial(F.fold, output_size=(12, 12), **named), [randn(1, 12, prod(grid))], {0: cut(2, *rows)}, 2)
+    assert "fallback" not in found.roles
