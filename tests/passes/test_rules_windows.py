@@ -288,7 +288,7 @@ def patches(draw: st.DrawFn, fold: bool) -> Example:
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     padding = [draw(st.integers(0, min(r, 2))) for r in reach]
     size = [draw(st.integers(max(4, r + 1), r + 9)) for r in reach]
-    named = {"kernel_size": kernel, "dilation": dilation, "padding": padding, "stride": stride}
+    named: dict[str, Any] = {"kernel_size": kernel, "dilation": dilation, "padding": padding, "stride": stride}
     if not fold:
         return Example(partial(F.unfold, **named), [randn(2, 2, *size)], {0: (0, 1, 2, 3)})
     windows = F.unfold(torch.zeros(1, 1, *size), **named).shape[2]
