@@ -39,11 +39,12 @@ class Flight:
     node: str  #: `x3` of `fxpass dump`
     role: str
     received: dict[str, int]  #: bytes by exchange, `x3.0`
+    senders: Sequence[int]  #: the ranks that it comes from
     began: float  #: start of writing this rank's part
     launched: float  #: end
     path: str = ""  #: the module that needs it
-    sent: float | None = None  #: the first other rank has begun to write its part
-    arrived: float | None = None  #: all other parts have arrived
+    sent: float | None = None  #: the first sender has begun to write its part
+    arrived: float | None = None  #: all parts have arrived
     awaited: float | None = None  #: start of waiting for them
     taken: float | None = None  #: end
 
@@ -101,6 +102,8 @@ class RecordedChannel:
         self.path = spec.path
         self.role = spec.exchanges[0].role
         self.received = {f"{name}.{i}": each.received(rank) for i, each in enumerate(spec.exchanges)}
+        others = (other for other in range(spec.exchanges[0].world) if other != rank)
+        self.senders = [other for other in others if any(each.numel(other, rank) for each in spec.exchanges)]
         self.log = log
         self.last: Flight | None = None
         self.ready, self.close = channel.ready, channel.close
@@ -108,7 +111,7 @@ class RecordedChannel:
     def put(self, packed: Sequence[Payloads]) -> None:
         began = now()
         self.channel.put(packed)
-        flight = Flight(self.node, self.role, self.received, began, now(), self.path)
+        flight = Flight(self.node, self.role, self.received, self.senders, began, now(), self.path)
         if isinstance(self.channel, GroupChannel):
 
             def arrived(_: Any) -> None:
@@ -176,13 +179,17 @@ def recorded(plan: PlanLike, channels: Sequence[Channel], rank: int, log: Log) -
 
 
 def complete(logs: Sequence[Log]) -> None:
-    """Fill in when messages were sent and, through shared memory, when they had arrived: written by all others."""
+    """Fill in when messages were sent and, through shared memory, when they had arrived: written by all senders.
+
+    Args:
+        logs: of all ranks, in order.
+    """
     for log in logs:
         for i, flight in enumerate(log.flights):
-            others = [other.flights[i] for other in logs if other is not log]
-            flight.sent = min(each.began for each in others)
-            if flight.arrived is None:
-                flight.arrived = max(each.launched for each in others)
+            parts = [logs[sender].flights[i] for sender in flight.senders]
+            if parts:
+                flight.sent = min(each.began for each in parts)
+                flight.arrived = flight.arrived or max(each.launched for each in parts)
 
 
 def timeline(logs: Sequence[Log]) -> str:

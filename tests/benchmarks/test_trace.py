@@ -19,29 +19,29 @@ from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import as_tensor, run_in_turns
 
 
-def log(lead: float) -> Log:
-    """The log of two steps of one second with one message each, on a rank that is `lead` seconds ahead."""
-    first = Flight("x0", "halo", {"x0.0": 1000}, 0.3 - lead, 0.4 - lead, awaited=1.3, taken=1.35)
-    second = Flight("x0", "halo", {"x0.0": 1000}, 1.4 - lead, 1.5 - lead)
+def log(lead: float, sender: int) -> Log:
+    """The log of two steps of one second with one message each, on a rank that is `lead` seconds ahead of `sender`."""
+    first = Flight("x0", "halo", {"x0.0": 1000}, [sender], 0.3 - lead, 0.4 - lead, awaited=1.3, taken=1.35)
+    second = Flight("x0", "halo", {"x0.0": 1000}, [sender], 1.4 - lead, 1.5 - lead)
     exchanges = [Span("put x0", "exchange", *times, role="halo") for times in ((0.2, 0.4), (1.3, 1.5))]
     return Log([Span("one", "step", 0.0, 1.0), Span("two", "step", 1.0, 2.0)], exchanges, [first, second])
 
 
 def test_through_shared_memory_a_message_arrives_when_its_sender_has_written_it() -> None:
-    trace = Trace([log(0.0), log(0.1)])
+    trace = Trace([log(0.0, 1), log(0.1, 0)])
     assert [flight.arrived for flight in trace.logs[0].flights] == [0.4 - 0.1, 1.5 - 0.1]
     assert [flight.arrived for flight in trace.logs[1].flights] == [0.4, 1.5]
 
 
 def test_the_table_has_the_duration_of_each_wait() -> None:
-    table = Trace([log(0.0), log(0.1)]).table().splitlines()
+    table = Trace([log(0.0, 1), log(0.1, 0)]).table().splitlines()
     assert table[1].split() == ["x0", "halo", "1.0", "400.0", "300.0", "1300.0", "50.00"]
     assert "1 messages are awaited a step later, 1 of them had arrived by then" in table[2]
     assert table[-1].split() == ["halo", "50.0", "100.0", "200.0"]
 
 
 def test_the_file_has_a_bar_for_each_message_of_each_rank() -> None:
-    events = json.loads(Trace([log(0.0), log(0.1)]).chrome())["traceEvents"]
+    events = json.loads(Trace([log(0.0, 1), log(0.1, 0)]).chrome())["traceEvents"]
     bars = [(event["pid"], event["name"], event["args"]) for event in events if event.get("cat") == "message"]
     assert bars == [(0, "x0 halo", {"x0.0": 1000})] * 2 + [(1, "x0 halo", {"x0.0": 1000})] * 2
 
