@@ -72,12 +72,19 @@ def split_pipeline(pipeline: Any, engine_of: Callable[[nn.Module], Engine]) -> N
 def restore(module_or_pipeline: Any) -> Any:
     """Undo `parallelize`: end the workers, and give back the user's model, or the pipeline as it was.
 
-    Of a pipeline, all parts are plain again, and the scheduler announces nothing. What is not parallel stays as it is.
+    Of a pipeline, all parts are plain again, those that were replaced since, too, and the scheduler announces nothing.
+    What is not parallel stays as it is.
+
+    Raises:
+        TypeError: the argument is neither a module nor a pipeline.
     """
     if isinstance(module_or_pipeline, nn.Module):
         return _plain(module_or_pipeline)
+    if not hasattr(module_or_pipeline, "__dict__"):
+        raise TypeError(f"restore takes an nn.Module or a pipeline, not {type(module_or_pipeline).__name__}")
     for pipeline in pipelines_in(module_or_pipeline):
-        _unwatch(pipeline)
+        for module in _unwatch(pipeline):
+            _end(module)
         for name, value in list(vars(pipeline).items()):
             if isinstance(value, nn.Module) and (model := _plain(value)) is not value:
                 setattr(pipeline, name, model)
@@ -114,9 +121,13 @@ def _plain(model: nn.Module) -> nn.Module:
     module = model if type(model) is ParallelModule else attached_to(model)
     if module is None:
         return model
+    _end(module)
+    return module.unwrapped
+
+
+def _end(module: ParallelModule) -> None:
     detach(module)
     module.close()
-    return module.unwrapped
 
 
 def _watch(pipelines: Sequence[Any], modules: dict[int, ParallelModule]) -> None:
@@ -134,11 +145,14 @@ def _watch(pipelines: Sequence[Any], modules: dict[int, ParallelModule]) -> None
             weakref.finalize(pipeline, _parts.pop, id(pipeline), None)
 
 
-def _unwatch(pipeline: Any) -> None:
-    for module in _parts.pop(id(pipeline), []):
+def _unwatch(pipeline: Any) -> list[ParallelModule]:
+    """Stop watching a pipeline; returns its parallel modules."""
+    modules = _parts.pop(id(pipeline), [])
+    for module in modules:
         for watch in list(module._watches):
             if isinstance(watch, PipelineWatch) and watch.pipeline() is pipeline:
                 watch.stop()
+    return modules
 
 
 class PipelineWatch:

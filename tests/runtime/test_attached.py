@@ -92,6 +92,20 @@ def test_restore_leaves_nothing_behind() -> None:
     assert fxpass.restore(pipe) is pipe  # there is nothing to do any more
 
 
+def test_restore_ends_a_part_that_was_replaced_since() -> None:
+    pipe = pipeline()
+    model, handle = pipe.unet, fxpass.parallel(pipe.unet)
+    pipe.unet = block()
+    fxpass.restore(pipe)
+    assert handle._engine.ended
+    assert "forward" not in vars(model)
+
+
+def test_restore_refuses_what_is_neither_a_module_nor_a_pipeline() -> None:
+    with pytest.raises(TypeError, match=r"restore takes an nn\.Module or a pipeline, not int"):
+        fxpass.restore(3)
+
+
 def test_restore_gives_the_model_back_of_a_module_too() -> None:
     model = block()
     module = fxpass.parallelize(model, 2, executor="lockstep")
