@@ -33,9 +33,12 @@ def run_ranks(
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(variables or {})}
     command = [sys.executable, "-P", "-m", module, str(store.port)]
-    ranks = [subprocess.Popen([*command, str(rank), str(world), *arguments], env=environment) for rank in range(world)]
+    ranks: list[subprocess.Popen[bytes]] = []
     end = time.monotonic() + timeout
     try:
+        for rank in range(world):
+            each = subprocess.Popen([*command, str(rank), str(world), *arguments], env=environment)
+            ranks.append(each)  # noqa: PERF401 (if the next does not start, this one is ended)
         while any(each.poll() is None for each in ranks) and not any(each.poll() for each in ranks):
             if time.monotonic() > end:
                 raise TimeoutError(f"{module}: the ranks have not ended within {timeout:.0f} s")

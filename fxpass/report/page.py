@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..extras import missing
 from ..inspect.text import cut_texts
 from ..inspect.words import bytes_text, count_text, flops_text, seconds_text
 from ..ir.progress import progress
@@ -26,12 +27,23 @@ Promise.all(Object.entries(charts).map(([id, spec]) =>
 """
 
 
+def check_report() -> None:
+    """Raises `MissingExtraError` unless everything that a report needs is installed."""
+    try:
+        import altair  # noqa: F401
+        import jinja2  # noqa: F401
+        import vl_convert  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise missing(error) or error from None
+
+
 def page(facts: Facts) -> str:
     """The report.
 
     Raises:
         MissingExtraError: jinja2, altair or vl-convert is not installed; the message has the line that installs them.
     """
+    check_report()
     import jinja2
     import vl_convert
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
 from html import unescape
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from fxpass.extras import MissingExtraError
 from fxpass.plan import plan
 from fxpass.report.facts import Facts
 from fxpass.report.page import page
@@ -158,6 +160,19 @@ def test_a_wrong_argument_is_one_line_and_leaves_no_file(wrong: list[Any], messa
     assert done.exit_code == 2
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["altair", "jinja2", "vl_convert"])
+def test_without_the_extra_the_message_says_what_to_install_before_anything_is_captured(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = Facts("block", planned(), compare=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf'{module} is not installed; run: pip install "fxpass\[report\]"'):
+        page(facts)
+    done = fxpass("report", "no-such-model", "-o", tmp_path / "report.html")
+    assert done.exit_code == 2
+    assert done.stderr == f'error: {module} is not installed; run: pip install "fxpass[report]"\n'
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------

@@ -54,11 +54,12 @@ def report(
     from ...report.bundle import bundle as packed
     from ...report.bundle import recorded
     from ...report.facts import Facts
-    from ...report.page import page
+    from ...report.page import check_report, page
     from .. import output as out
     from .plan import make
 
     out.check(output)
+    check_report()
     with recorded() as log:
         plan = make(model, world_size, strategy, target, Options(height, width, frames, batch), link=link)
         facts = Facts(model, plan, steps, graphs, compare)
