@@ -38,7 +38,7 @@ def run_ranks(
     try:
         for rank in range(world):
             each = subprocess.Popen([*command, str(rank), str(world), *arguments], env=environment)
-            ranks.append(each)  # noqa: PERF401 (if the next does not start, this one is ended)
+            ranks.append(each)
         while any(each.poll() is None for each in ranks) and not any(each.poll() for each in ranks):
             if time.monotonic() > end:
                 raise TimeoutError(f"{module}: the ranks have not ended within {timeout:.0f} s")
