@@ -60,13 +60,13 @@ def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str 
     mine, theirs = chosen.generation(steps), best.generation(steps)
     if mine < theirs * CLEARLY:
         return None
-    instead = f"{theirs:.3g} s instead of {mine:.3g} s for {steps} steps"
     if best.world == 1:
         ranks = f"{chosen.world} ranks over {chosen.target.link.name}"
-        return f"no split would be faster: {ranks} would be slower than 1, {instead}"
+        times = f"{mine:.3g} s instead of {theirs:.3g} s for {steps} steps"
+        return f"no split would be faster: {ranks} would be slower than 1, {times}"
     better = [f"{best.world} ranks"] if best.world != chosen.world else []
     better += [f"strategy {best.strategy.name!r}"] if best.strategy != chosen.strategy else []
-    return f"{' with '.join(better)} would be faster: {instead}"
+    return f"{' with '.join(better)} would be faster: {theirs:.3g} s instead of {mine:.3g} s for {steps} steps"
 
 
 def choose(program: Program, world: int, target: Target) -> Strategy:

@@ -108,7 +108,8 @@ def test_a_comparison_predicts_what_a_plan_does() -> None:
 def test_advice_says_plainly_what_would_be_faster() -> None:
     slow = [row for row in predicted((1, 2), over(latency=1.0), "sync", "displaced") if isinstance(row, Prediction)]
     one, two, stale = slow
-    assert "2 ranks over cpu would be slower than 1" in str(advice(two, slow, 50))
+    times = f"{two.generation(50):.3g} s instead of {one.generation(50):.3g} s for 50 steps"  # those of 2 ranks first
+    assert f"2 ranks over cpu would be slower than 1, {times}" in str(advice(two, slow, 50))
     assert advice(one, slow, 50) is None
     assert "strategy 'displaced' would be faster" in str(advice(two, [stale], 50))
     fast = [row for row in predicted((1, 2), over(latency=0.0), "sync") if isinstance(row, Prediction)]

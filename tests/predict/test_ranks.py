@@ -14,7 +14,7 @@ from fxpass.predict.ranks import run_ranks
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     """The processes that are started; the third cannot be."""
     found: list[subprocess.Popen[bytes]] = []
-    start = subprocess.Popen
+    start: Any = subprocess.Popen
 
     def limited(*args: Any, **kwargs: Any) -> Any:
         if len(found) == 2:
