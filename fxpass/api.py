@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .ir.advice import FxpassWarning
+from .ir.advice import warn
 from .ir.program import Program
 from .ir.strategy import Strategy
 from .plan import Plan, check_target, check_world_size, make_plan, strategy_of, target_of
@@ -171,14 +170,12 @@ def _warning(planner: Callable[[Program], Plan], *, slow: bool) -> Callable[[Pro
         nonlocal slow
         plan = planner(program)
         if slow and (hint := slower_than_one(plan.program, plan.predict())):
-            warnings.warn(hint, FxpassWarning, stacklevel=2)
+            warn(hint)
         slow = False
         if plan.gathered:
-            warnings.warn(
+            warn(
                 f"{len(plan.gathered)} operators cannot be split and run whole on every rank (strict=True refuses them)"
-                ":\n" + "\n".join(f"  {each}" for each in plan.gathered),
-                FxpassWarning,
-                stacklevel=2,
+                ":\n" + "\n".join(f"  {each}" for each in plan.gathered)
             )
         return plan
 

@@ -6,14 +6,13 @@ a generation begins, and sees that calls of the pipeline reach them.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from .ir.advice import FxpassWarning
+from .ir.advice import warn
 from .models.pipelines import Announcer, autoencoders, beside, denoisers, methods_of, modules_text, pipelines_in
 from .runtime.attached import attach, attach_again, attached_to, detach
 from .runtime.engine import Engine
@@ -211,9 +210,7 @@ class PipelineWatch:
         ]
         if unused and not self._said:
             self._said = True
-            warnings.warn(
+            warn(
                 f"{type(self.pipeline()).__name__} ran without a call of {', '.join(unused)}, so nothing there was "
-                "split; if it has another module in that place now, call fxpass.parallelize again",
-                FxpassWarning,
-                stacklevel=4,
+                "split; if it has another module in that place now, call fxpass.parallelize again"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from .inspect.html import plan_html
 from .inspect.networks import to_networkx
 from .inspect.onnx_export import write_onnx
 from .inspect.record import Snapshot
-from .ir.advice import FxpassWarning
+from .ir.advice import warn
 from .ir.comm import kept_bytes
 from .ir.fetch import Fetch
 from .ir.layout import Layout
@@ -363,11 +362,9 @@ def make_plan(
         )
     if plan.seen_whole:
         first = plan.seen_whole[0]
-        warnings.warn(
+        warn(
             f"strategy {strategy.name!r}: {len(plan.seen_whole)} exchanges of keys and values have no window; the "
-            f"first, for {first.node} in {first.path or 'the model'}: {first.reason}",
-            FxpassWarning,
-            stacklevel=3,
+            f"first, for {first.node} in {first.path or 'the model'}: {first.reason}"
         )
     return plan
 

@@ -8,7 +8,6 @@ capture runs, and it runs if the module is called within one of its own calls, a
 from __future__ import annotations
 
 import inspect
-import warnings
 from threading import get_ident
 from types import CodeType, MethodType
 from typing import Any
@@ -20,7 +19,7 @@ from torch import nn
 from ..capture import Method
 from ..capture.executed import transparent
 from ..capture.objects import walk
-from ..ir.advice import FxpassWarning
+from ..ir.advice import warn
 from .module import ParallelModule, outside_dynamo
 
 #: modules that are attached, by the id of the user's model, which they keep alive
@@ -113,10 +112,8 @@ def _in_a_copy(parallel: ParallelModule, module: nn.Module, name: str, args: Any
     """Run the method of the class in a copy of the user's model."""
     if not parallel._said_copied:
         parallel._said_copied = True
-        warnings.warn(
+        warn(
             f"this {type(module).__name__} is a copy of a parallel one, and runs unsplit; to split it, call "
-            "fxpass.parallelize on the copy",
-            FxpassWarning,
-            stacklevel=5,
+            "fxpass.parallelize on the copy"
         )
     return getattr(type(module), name)(module, *args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +26,7 @@ from ..capture import (
 )
 from ..capture.structure import Structure, WeightTable
 from ..capture.unread import Unread
-from ..ir.advice import FxpassWarning
+from ..ir.advice import warn
 from ..ir.program import Program
 from ..ir.step import EXACT
 from ..passes.limits import WorldSizeError
@@ -40,7 +39,6 @@ from .turn import Turn
 SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
 GUARDED = 4  #: programs kept of one signature that differ only in guarded values; more captures in a row are an error
 UNSPLIT = (CaptureError, GuardError, WorldSizeError)  #: errors after which a call of a method runs unsplit
-CALLER = 6  #: stack level of the user's call, seen from what `Engine.__call__` calls
 
 Planner = Callable[[Program], PlanLike]
 
@@ -206,11 +204,9 @@ class Engine:
         why = "" if self._said_idle else generation.idle()
         if why:
             self._said_idle = True
-            warnings.warn(
+            warn(
                 f"{type(self.model).__name__}: no step of this generation was displaced, so it was as fast as with "
-                f"strategy='sync' (the steps were exact because {why})",
-                FxpassWarning,
-                stacklevel=CALLER,
+                f"strategy='sync' (the steps were exact because {why})"
             )
 
     def _device(self, *arguments: Any) -> torch.device:
@@ -266,11 +262,7 @@ class Engine:
         return result
 
     def _say_unsplit(self, method: Method, why: str) -> None:
-        warnings.warn(
-            f"{type(self.model).__name__}.{method.name} runs unsplit on every rank: {why}",
-            FxpassWarning,
-            stacklevel=CALLER,
-        )
+        warn(f"{type(self.model).__name__}.{method.name} runs unsplit on every rank: {why}")
 
     def _update(self) -> None:
         """Forget all programs if the structure of the model has changed since they were captured."""
@@ -284,12 +276,10 @@ class Engine:
     def _entry(self, call: Call) -> Entry:
         if hash(call.key) in self._evicted and not self._hinted:
             self._hinted = True
-            warnings.warn(
+            warn(
                 f"{type(self.model).__name__} is captured again for a kind of call that it was captured for before: "
                 f"only the programs of the {SIGNATURES} latest kinds (shapes, options) are kept; make all calls of one "
-                "kind before those of the next, or bring the inputs to fewer shapes",
-                FxpassWarning,
-                stacklevel=CALLER + 1,
+                "kind before those of the next, or bring the inputs to fewer shapes"
             )
         call = self._unread.reduced(call, self._entries)
         entries = self._entries.setdefault(call.key, [])
@@ -336,11 +326,9 @@ class Engine:
         clock = None if exact is None else Clock.of(plan.program, *exact)
         if clock is not None and clock.timestep is None:
             names = ", ".join(program.input_paths)
-            warnings.warn(
+            warn(
                 f"{type(self.model).__name__} has no input that is known to be a timestep (its inputs: {names}), so "
-                "its steps cannot be told apart: all of them are exact",
-                FxpassWarning,
-                stacklevel=CALLER + 2,
+                "its steps cannot be told apart: all of them are exact"
             )
         entry = Entry(program, plan, loaded, table, clock, hooks=call.method is None)
         entries.append(entry)

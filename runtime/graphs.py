@@ -9,7 +9,6 @@ each parity of the symmetric memory. Weights that have moved drop all graphs.
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.advice import FxpassWarning
+from ..ir.advice import warn
 from ..ir.ops import Table, index_tensors_from
 from ..ir.step import Mode
 from .step_runner import StepRunner, run_in_turns
@@ -103,11 +102,7 @@ class StepGraphs:
         except Exception as error:
             self._record = None
             notes = "; ".join(getattr(error, "__notes__", []))
-            warnings.warn(
-                f"a step cannot be recorded as a graph, so all run without: {error} ({notes})",
-                FxpassWarning,
-                stacklevel=2,
-            )
+            warn(f"a step cannot be recorded as a graph, so all run without: {error} ({notes})")
         for memory, number in zip(memories, numbers, strict=True):
             memory.begin(number)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MethodType, TracebackType
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import Call, Method
-from ..ir.advice import FxpassWarning
+from ..ir.advice import warn
 from .engine import Engine
 from .executor import PlanLike, Report
 from .generation import Generation
@@ -242,7 +241,7 @@ def outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
 @cache
 def _warn_of_compile() -> None:
     """Warn once per process."""
-    warnings.warn(_COMPILE, FxpassWarning, stacklevel=3)
+    warn(_COMPILE)
 
 
 def _acting_on_the_model(name: str) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import fxpass
 from fxpass.models.case import randomise_constants
 from fxpass.models.pipelines import methods_of
 from fxpass.models.zoo import zoo_case
+from tests.tools.models import unsplittable
 
 FAMILIES = ["kl", "vae_tiny", "vq", "dc", "vae_wan"]
 
@@ -240,3 +241,20 @@ def test_tiling_can_be_ignored_where_a_call_is_split_and_stays_where_it_is_not(m
     again: Any = fxpass.parallelize(model, 2, executor="lockstep", ignore_tiling=True)
     assert said(lambda: assert_exact(again.decode(z), tiled), "runs unsplit")
     assert again.use_tiling
+
+
+@torch.no_grad()
+def test_a_warning_of_a_method_points_to_the_users_call() -> None:
+    model = kl()
+    split: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    with pytest.warns(fxpass.FxpassWarning, match="decode runs unsplit") as warned:
+        split.decode(torch.randn(1, 4, 1, 1))
+    assert [each.filename for each in warned] == [__file__]
+
+
+def test_a_warning_of_operators_that_cannot_be_split_points_to_the_users_call() -> None:
+    model, args, kwargs = unsplittable()
+    split: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    with pytest.warns(fxpass.FxpassWarning, match="cannot be split and run whole") as warned:
+        split(*args, **kwargs)
+    assert [each.filename for each in warned] == [__file__]
