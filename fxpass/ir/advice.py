@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 
 PASSED = ("fxpass", "torch")  #: packages that lie between a warning and the user's call
@@ -14,8 +14,8 @@ class FxpassWarning(UserWarning):
 
 def warn(text: str) -> None:
     """Warn with an `FxpassWarning` that points to the line outside this package from which it was called."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _is_passed(frame.f_globals.get("__name__", "")):
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _is_passed(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, FxpassWarning, stacklevel=level)
 

@@ -55,13 +55,13 @@ def trace(
 def _recorded(model: str, world_size: int, strategy: str, sizes: dict[str, int | None]) -> str:
     """The timeline of processes that run a model."""
     from ...ir.progress import progress
-    from ...ir.strategy import Strategy
+    from ...plan import strategy_of
     from ...predict.ranks import run_ranks
     from ...predict.recorded import Log, timeline
     from .. import trace_rank
     from .check import refuse_large
 
-    Strategy.of(strategy)
+    strategy_of(strategy, world_size)
     refuse_large(model)
     request = {"model": model, "options": sizes, "strategy": strategy}
     trace_rank.planned(request, world_size)  # what is wrong is said here, once
