@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -193,7 +194,8 @@ def test_bfloat16_numbers_become_bytes_and_bytes_numbers_exactly() -> None:
     (seen,) = in_onnx([(as_numbers, (codes,))])
     assert torch.equal(seen.isnan(), numbers.isnan())
     assert torch.equal(seen[~seen.isnan()], numbers[~seen.isnan()])
-    (back,) = in_onnx([(as_bytes, (numbers,))])
+    with np.errstate(invalid="ignore"):  # the evaluator casts numbers that are none
+        (back,) = in_onnx([(as_bytes, (numbers,))])
     same, pairs = (back.view(-1, 2) == codes.view(-1, 2)).all(-1), codes.view(-1, 2)
     negative_zero = (pairs[:, 0] == 0) & (pairs[:, 1] == 128)
     assert torch.equal(same[~numbers.isnan()], ~negative_zero[~numbers.isnan()])  # which becomes 0
