@@ -15,24 +15,25 @@ from .facts import Facts
 from .page import page, versions
 
 
-def bundle(facts: Facts, command: str, log: str) -> bytes:
-    """A zip file with the page, the plan, the prediction, a dump of one rank, the versions and the log.
+def bundle(command: str, log: str, facts: Facts | None = None) -> bytes:
+    """A zip file with the versions, the log, the page, the plan, the prediction and a dump of one rank.
 
     Nothing in it is of weights, prompts or pictures.
 
     Args:
         command: how the user asked for it.
-        log: messages of the logger `fxpass`.
+        log: messages of the logger `fxpass`, and the traceback of an error.
+        facts: None if there is no plan, because of the error.
     """
-    held = {
-        "report.html": page(facts),
-        "versions.json": json.dumps({"command": command, **versions()}, indent=2),
-        "plan.json": json.dumps(facts.plan.describe(), indent=2),
-        "prediction.json": json.dumps(facts.prediction.describe(facts.steps), indent=2),
-        "dump.json": to_json(facts.snapshot),
-        "dump.txt": text(facts.snapshot),
-        "log.txt": log,
-    }
+    held = {"versions.json": json.dumps({"command": command, **versions()}, indent=2), "log.txt": log}
+    if facts is not None:
+        held |= {
+            "report.html": page(facts),
+            "plan.json": json.dumps(facts.plan.describe(), indent=2),
+            "prediction.json": json.dumps(facts.prediction.describe(facts.steps), indent=2),
+            "dump.json": to_json(facts.snapshot),
+            "dump.txt": text(facts.snapshot),
+        }
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in held.items():

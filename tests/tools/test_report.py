@@ -146,6 +146,17 @@ def test_a_bundle_holds_the_page_the_plan_a_dump_versions_and_the_log(tmp_path: 
     assert json.loads(held["versions.json"])["torch"]
 
 
+def test_a_bundle_of_a_model_that_cannot_be_captured_holds_the_error(tmp_path: Path) -> None:
+    done = fxpass("report", "tests.tools.models:uncapturable", "--bundle", "-o", tmp_path / "bug.zip")
+    assert done.exit_code == 2
+    archive = zipfile.ZipFile(tmp_path / "bug.zip")
+    held = {Path(name).name: archive.read(name).decode() for name in archive.namelist()}
+    assert set(held) == {"versions.json", "log.txt"}
+    assert "CaptureError" in held["log.txt"]
+    fxpass("report", "no-such-model", "--bundle", "-o", tmp_path / "none.zip")
+    assert not (tmp_path / "none.zip").exists()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

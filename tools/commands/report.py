@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -60,10 +61,16 @@ def report(
 
     out.check(output)
     check_report()
+    command = " ".join(["fxpass", *sys.argv[1:]])
     with recorded() as log:
-        plan = make(model, world_size, strategy, target, Options(height, width, frames, batch), link=link)
-        facts = Facts(model, plan, steps, graphs, compare)
-        if bundle:
-            out.write(output, packed(facts, " ".join(["fxpass", *sys.argv[1:]]), log.getvalue()))
-        else:
-            out.write(output, page(facts))
+        try:
+            plan = make(model, world_size, strategy, target, Options(height, width, frames, batch), link=link)
+            facts = Facts(model, plan, steps, graphs, compare)
+            content = packed(command, log.getvalue(), facts) if bundle else page(facts)
+        except (ValueError, LookupError, OSError):  # wrong arguments
+            raise
+        except Exception:
+            if bundle:
+                out.write(output, packed(command, f"{log.getvalue()}{traceback.format_exc()}"))
+            raise
+    out.write(output, content)
