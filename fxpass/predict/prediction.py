@@ -9,6 +9,7 @@ import numpy as np
 from torch import fx
 
 from ..ir.comm import kept_bytes
+from ..ir.garbage import collection_paused
 from ..ir.program import Program, exchanges_of
 from ..ir.step import Mode, StepProgram
 from ..ir.strategy import Strategy
@@ -113,6 +114,7 @@ class Steps:
     alive: dict[Mode, Figures]
 
     @staticmethod
+    @collection_paused()
     def of(
         program: Program,
         graph: fx.Graph,

@@ -14,6 +14,7 @@ import torch
 from ..extras import missing
 from ..inspect.text import cut_texts
 from ..inspect.words import bytes_text, count_text, flops_text, seconds_text
+from ..ir.garbage import collection_paused
 from ..ir.progress import progress
 from ..plan import Plan
 from .facts import Facts
@@ -37,6 +38,7 @@ def check_report() -> None:
         raise missing(error) or error from None
 
 
+@collection_paused()
 def page(facts: Facts) -> str:
     """The report.
 
