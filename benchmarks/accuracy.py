@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import contenders, heading, in_turns, on_two_processes, steppers
+from benchmarks.harness import contenders, heading, in_rounds, on_two_processes, steppers
 from benchmarks.models import MODELS
 from fxpass.ir.strategy import PRESETS
 from fxpass.passes.targets import Device, Link, Target
@@ -73,12 +73,7 @@ def slower() -> Device:
 def measure(name: str, strategies: tuple[str, ...], target: Target, rounds: int) -> str:
     model, ready = steppers(name, strategies)
     running = contenders(ready)
-    seconds: dict[str, list[float]] = {key: [] for key in running}
-    for turn in range(rounds + 1):
-        found = in_turns(running, turn, STEPS)
-        if turn:  # the first turn warms up
-            for key, values in seconds.items():
-                values.append(found[key])
+    seconds = in_rounds(running, rounds, STEPS)
     lines = [
         heading(name, model, f"{rounds} rounds, medians in seconds"),
         "  strategy              measured  predicted   ratio",

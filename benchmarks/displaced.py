@@ -26,7 +26,7 @@ from benchmarks.harness import (
     Contender,
     contenders,
     heading,
-    in_turns,
+    in_rounds,
     on_two_processes,
     ratio,
     spread,
@@ -61,12 +61,7 @@ def measure(name: str, displaced: str, rounds: int) -> str:
     running = contenders(ready)
     received = {strategy: ready[strategy].received(each.step) for strategy, each in running.items()}
     running["ceiling"] = Contender(ready[displaced].without_exchanges(DISPLACED))
-    seconds: dict[str, list[float]] = {key: [] for key in running}
-    for turn in range(rounds + 1):
-        found = in_turns(running, turn, STEPS)
-        if turn:  # the first turn warms up
-            for key, values in seconds.items():
-                values.append(found[key])
+    seconds = in_rounds(running, rounds, STEPS)
     lines = [heading(name, model, f"{rounds} rounds of {STEPS} steps, medians (min–max) in seconds per step")]
     width = max(map(len, seconds))
     lines += [f"  {key:<{width}} {spread(values)}" for key, values in seconds.items()]

@@ -208,6 +208,12 @@ def in_turns(contenders: dict[str, Contender], turn: int, steps: int) -> dict[st
     return {name: contenders[name].turn(steps) for name in [*names[first:], *names[:first]]}
 
 
+def in_rounds(contenders: dict[str, Contender], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds per step of each contender in each round, after one round to warm up."""
+    found = [in_turns(contenders, turn, steps) for turn in range(rounds + 1)][1:]
+    return {key: [each[key] for each in found] for key in contenders}
+
+
 def spread(values: Sequence[float]) -> str:
     """Median, minimum and maximum as text."""
     return f"{statistics.median(values):7.3f}  ({min(values):.3f}–{max(values):.3f})"
