@@ -162,7 +162,7 @@ def _count(form: Form) -> int:
 
 
 def _read(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads, its subgraphs too."""
+    """What a node reads. Raises `NotImplementedError` if it has a subgraph, which may read more."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
