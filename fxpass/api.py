@@ -15,7 +15,7 @@ from torch import nn
 from .ir.advice import warn
 from .ir.program import Program
 from .ir.strategy import Strategy
-from .plan import Plan, check_target, check_world_size, make_plan, strategy_of, target_of
+from .plan import Plan, check_target, check_world_size, groups_of, make_plan, strategy_of, target_of
 from .predict.compare import slower_than_one
 from .runtime import distributed
 from .runtime.engine import Engine
@@ -35,6 +35,8 @@ def parallelize(
     *,
     strategy: Strategy | str | None = None,
     warmup_steps: int | None = None,
+    cfg: int = 1,
+    data: int = 1,
     executor: str = "auto",
     compile: Compile = False,  # noqa: A002 - the name that torch users expect
     target: str = "auto",
@@ -61,6 +63,12 @@ def parallelize(
             "displaced" where it is predicted to be faster on `target` and `link`, else "sync". Default: that of `plan`,
             else "sync".
         warmup_steps: number of exact steps before the first stale one; default: the strategy's.
+        cfg: number of groups of ranks among which the guidance branches of a batch are divided: 2 for [negative,
+            positive]. Each group of `world_size` / (`cfg` x `data`) ranks runs its samples in patches, and only outputs
+            travel between groups. A call whose batch cannot be divided, or whose samples depend on each other, runs on
+            all ranks in patches, and a warning says why. `decode` and `encode` do so always.
+        data: number of groups among which the prompts of a batch are divided. `cfg` x `data` groups take equal parts of
+            the batch, in its order.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers), "lockstep" (all ranks in this process, in turn), or "auto":
             distributed if there are several processes, else spawn.
@@ -84,7 +92,7 @@ def parallelize(
         TypeError: the first argument is neither a module nor a pipeline with a denoiser.
     """
     check_target(target, link)
-    saved = None if plan is None else _selected(plan, world_size, strategy)
+    saved = None if plan is None else _selected(plan, world_size, strategy, groups_of(0, cfg, data))
     if saved and warmup_steps is not None:
         raise ValueError("warmup_steps is part of the saved plan's strategy; leave it out, or make another plan")
     if not isinstance(compile, bool) and compile not in COMPILERS:
@@ -96,7 +104,8 @@ def parallelize(
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(saved[0].world_size if saved else world_size, executor, group)
-    chosen = saved[0].strategy if saved else strategy_of("sync" if strategy is None else strategy, world)
+    groups = groups_of(world, cfg, data)
+    chosen = saved[0].strategy if saved else strategy_of("sync" if strategy is None else strategy, world // groups)
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
 
@@ -105,7 +114,7 @@ def parallelize(
             return make_plan(program, world, Strategy(), target, link, strict=strict)
         if saved:
             return plan_again(program, saved, target_of(target, program, link))
-        return make_plan(program, world, chosen, target, link, strict=strict)
+        return make_plan(program, world, chosen, target, link, groups=groups, strict=strict)
 
     first = _executor(executor, world, timeout, group, compile)
     unused, turn = [first], Turn()
@@ -146,8 +155,10 @@ def _world_size(world_size: int | None, executor: str, group: Any) -> int:
     return check_world_size(world_size)
 
 
-def _selected(path: str | Path, world_size: int | None, strategy: Strategy | str | None) -> tuple[SavedPlan, ...]:
-    """The plans in a file for this world size and strategy, all of one kind.
+def _selected(
+    path: str | Path, world_size: int | None, strategy: Strategy | str | None, groups: int
+) -> tuple[SavedPlan, ...]:
+    """The plans in a file for this world size, strategy and number of groups (1: any), all of one kind.
 
     Raises:
         OSError, ValueError: the file cannot be read, or holds none of these or several kinds.
@@ -155,11 +166,13 @@ def _selected(path: str | Path, world_size: int | None, strategy: Strategy | str
     saved = load(path)
     wanted = None if strategy is None else Strategy.of(strategy)
     found = [s for s in saved if world_size in (None, s.world_size) and wanted in (None, s.strategy)]
-    kinds = {(each.world_size, each.strategy) for each in found}
+    found = [s for s in found if groups in (1, s.groups)]
+    kinds = {(each.world_size, each.groups, each.strategy) for each in found}
     if len(kinds) == 1:
         return tuple(found)
-    known = ", ".join(sorted({f"world_size={s.world_size}, strategy={s.strategy.name!r}" for s in saved})) or "none"
-    what = "several kinds of plans; say which by world_size and strategy" if kinds else "no plan of this kind"
+    kind = "world_size={0.world_size}, strategy={0.strategy.name!r}"
+    known = ", ".join(sorted({kind.format(s) + f", {s.groups} groups" * (s.groups > 1) for s in saved})) or "none"
+    what = "several kinds of plans; say which by world_size, strategy and cfg" if kinds else "no plan of this kind"
     raise ValueError(f"{path} has {what}: it has {known}")
 
 

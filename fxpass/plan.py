@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from .capture import capture
+from .described import described
 from .inspect.collect import snapshot
 from .inspect.compare import PlanDiff, compare
 from .inspect.exchanges import (
@@ -33,6 +34,7 @@ from .ir.advice import warn
 from .ir.comm import kept_bytes
 from .ir.fetch import Fetch
 from .ir.layout import Layout
+from .ir.mesh import Mesh
 from .ir.program import Program, exchanges_of, fingerprint
 from .ir.step import Mode
 from .ir.strategy import Strategy
@@ -63,6 +65,12 @@ class Plan:
     cuts: dict[str, Layout]  #: layouts of the cut values, by name of input or value
     seconds: dict[str, float]  #: wall time of `capture`, of `plan`, and of each pass of the latter
     tried: tuple[Tried, ...] = ()  #: the candidates that the search for cuts judged, in order
+    groups: int = 1  #: of ranks, each of which runs different samples of the batch
+
+    @property
+    def mesh(self) -> Mesh:
+        """How the ranks are arranged: groups that run different samples, each of ranks that run patches of these."""
+        return Mesh(self.groups, self.world_size // self.groups)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,7 +199,7 @@ class Plan:
         own part.)
         """
         nodes = [declared for _, declared in exchanges_of(self.graph)]
-        return tuple(sum(kept_bytes(declared, rank) for declared in nodes) for rank in range(self.world_size))
+        return tuple(sum(kept_bytes(declared, declared[0].place(rank)) for declared in nodes) for rank in range(self.world_size))
 
     @property
     def exact_steps(self) -> tuple[int, int] | None:
@@ -277,47 +285,15 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
-        ranks = range(self.world_size)
-        displaced = self.bytes_received_per_rank_displaced
-        return {
-            "ranks": self.world_size,
-            "strategy": self.strategy.name,
-            "target": self.target.name,
-            "fingerprint": self.fingerprint,
-            "cuts": {name: str(layout) for name, layout in self.cuts.items()},
-            "flops_total": self.flops_total,
-            "flops_per_rank": list(self.flops_per_rank),
-            "estimated": self.estimated,
-            "uncounted": self.uncounted,
-            "bound": self.bound,
-            "exchanges": [
-                {"id": e.id, "role": e.role, "bytes": e.bytes, "messages": e.messages, "node": e.node, "path": e.path,
-                 "received": [e.received(rank) for rank in ranks],
-                 "received_displaced": [e.received(rank, exact=False) for rank in ranks],
-                 "reason": e.reason, "text": str(e.declared)}
-                for e in self.exchanges
-            ],
-            "bytes_received_per_rank": list(self.bytes_received_per_rank),
-            "bytes_received_per_rank_displaced": None if displaced is None else list(displaced),
-            "padding_received_per_rank": [self.padding_received(rank) for rank in ranks],
-            "padding_received_per_rank_displaced": (
-                None if displaced is None else [self.padding_received(rank, exact=False) for rank in ranks]
-            ),
-            "state_bytes_per_rank": list(self.state_bytes_per_rank),
-            "fallbacks": [
-                {"exchanges": e.exchanges, "node": e.node, "path": e.path, "shapes": e.shapes, "bytes": e.bytes,
-                 "reason": e.reason}
-                for e in self.gathered
-            ],
-            "seconds": self.seconds,
-        }  # fmt: skip
+        return described(self)
 
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {size / 1e6:.2f} MB" for role, size in self.bytes_by_role.items())
         cuts = "; ".join(f"{name} {layout}" for name, layout in self.cuts.items()) or "nothing"
         slowest = max(self.flops_per_rank, default=0)
         lines = [
-            f"plan for {self.world_size} ranks, strategy {self.strategy.name}",
+            f"plan for {self.world_size} ranks{f' ({self.mesh}: groups x patches)' * (self.groups > 1)}, "
+            f"strategy {self.strategy.name}",
             f"  split      {cuts}",
             f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest rank {slowest / 1e9:.2f}"
             f" (at most {self.bound:.2f} times as fast)",
@@ -337,24 +313,33 @@ def make_plan(
     target: str | Target = "auto",
     link: str | None = None,
     *,
+    groups: int = 1,
     strict: bool = False,
 ) -> Plan:
     """Plan a captured program for `world_size` ranks. Raises as `plan` does.
 
     Args:
         strategy: or what chooses one for the program and the target.
+        groups: of ranks, among which the samples of a batch are divided, if they are independent; they divide
+            `world_size`. Otherwise all ranks work on patches of all samples, and a warning says why.
     """
     check_world_size(world_size)
     started = time.perf_counter()
     machine = target_of(target, program, link)
     if not isinstance(strategy, Strategy):
         strategy = strategy(program, machine)
-    result: Build = build(program, world_size, machine, strategy)
+    result: Build = build(program, world_size, machine, strategy, groups=groups)
+    if result.mixed:
+        warn(
+            f"the batch is not divided among {groups} groups of ranks, so all {world_size} ranks work on patches of all "
+            f"samples: {result.mixed}"
+        )
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
-        result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.tried
-    )
+        result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.tried,
+        result.mesh.groups,
+    )  # fmt: skip
     if strict and plan.gathered:
         raise FallbackError(
             f"strict=True, but {len(plan.gathered)} operators cannot be split and would run whole on every rank:\n"
@@ -374,6 +359,8 @@ def plan(
     *args: Any,
     world_size: int,
     strategy: str | Strategy = "sync",
+    cfg: int = 1,
+    data: int = 1,
     target: str | Target = "auto",
     link: str | None = None,
     strict: bool = False,
@@ -383,21 +370,40 @@ def plan(
 
     `target` names a device, or a file that describes one; `link` what joins the ranks (docs/targets.md lists both).
     `strategy="auto"` is "displaced" if it is predicted to be faster there, else "sync"; planning takes twice as long.
+    `cfg` and `data` are those of `parallelize`.
 
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if it cannot be split over
     so many ranks, and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (`Plan.gathered`).
     """
     check_world_size(world_size)
+    groups = groups_of(world_size, cfg, data)
     check_target(target, link)
-    chosen = strategy_of(strategy, world_size)
+    chosen = strategy_of(strategy, world_size // groups)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
-    return make_plan(program, world_size, chosen, target, link, strict=strict)
+    return make_plan(program, world_size, chosen, target, link, groups=groups, strict=strict)
 
 
-def strategy_of(strategy: str | Strategy, world_size: int) -> Strategy | Callable[[Program, Target], Strategy]:
+def groups_of(world_size: int, cfg: Any, data: Any) -> int:
+    """The number of groups among which the samples of a batch are divided.
+
+    Raises:
+        ValueError: `cfg` or `data` is no whole number of at least 1, or the ranks cannot be divided evenly.
+    """
+    for name, value in (("cfg", cfg), ("data", data)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if world_size % (cfg * data):
+        raise ValueError(
+            f"{world_size} ranks cannot be divided into cfg x data = {cfg} x {data} groups of equal size; "
+            f"world_size must be a multiple of {cfg * data}"
+        )
+    return cfg * data
+
+
+def strategy_of(strategy: str | Strategy, patches: int) -> Strategy | Callable[[Program, Target], Strategy]:
     """The strategy of that name; for "auto", what chooses one. Raises `ValueError` for an unknown name."""
     if strategy == "auto":
-        return lambda program, target: choose(program, world_size, target)
+        return lambda program, target: choose(program, patches, target)
     return Strategy.of(strategy)
 
 

@@ -1,10 +1,11 @@
 """Plans in files, so that a later start captures and partitions a model without a search for cuts.
 
-A file is JSON. It has one entry for each signature (shapes and options of a call), world size and strategy::
+A file is JSON. It has one entry for each signature (shapes and options of a call), world size, number of groups and
+strategy::
 
     {"schema": "fxpass.plans", "version": 1, "plans": [
       {"fxpass": "0.2.0", "torch": "2.13.0", "inputs": ["sample (1, 4, 64, 64) torch.float32", ...],
-       "program": fingerprint of the whole program, "world_size": 4, "strategy": {fields of Strategy},
+       "program": fingerprint of the whole program, "world_size": 4, "groups": 1, "strategy": {fields of Strategy},
        "cuts": {value: {"dim": 2, "rows": [runs of each rank]}}, "plan": fingerprint of the plan}]}
 """
 
@@ -29,7 +30,7 @@ from .passes.targets import Target
 from .plan import Plan
 
 SCHEMA = "fxpass.plans"
-VERSION = 1  #: of the schema
+VERSION = 2  #: of the schema
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class SavedPlan:
     inputs: tuple[str, ...]
     program: str
     world_size: int
+    groups: int
     strategy: Strategy
     cuts: dict[str, Layout]
     plan: str
@@ -49,18 +51,17 @@ class SavedPlan:
     def of(plan: Plan) -> SavedPlan:
         whole = plan.program
         inputs, cuts = tuple(_inputs(whole)), dict(plan.cuts)
-        return SavedPlan(
-            *versions(), inputs, fingerprint(whole.graph), plan.world_size, plan.strategy, cuts, plan.fingerprint
-        )
+        ranks = plan.world_size, plan.groups
+        return SavedPlan(*versions(), inputs, fingerprint(whole.graph), *ranks, plan.strategy, cuts, plan.fingerprint)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells entries of one file apart."""
-        return self.program, self.world_size, self.strategy
+        return self.program, self.world_size, self.groups, self.strategy
 
 
 def save(plan: Plan, path: str | Path) -> None:
-    """Write a plan to a file; entries of other signatures, world sizes and strategies stay."""
+    """Write a plan to a file; entries of other signatures, world sizes, groups and strategies stay."""
     path = Path(path)
     new = SavedPlan.of(plan)
     kept = [each for each in load(path) if each.key != new.key] if path.exists() else []
@@ -97,10 +98,12 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
     if not fitting:
         raise ValueError(_misfit(program, plans, here))
     saved = fitting[0]
-    result = build(program, saved.world_size, target, saved.strategy, cuts=saved.cuts)
+    ranks, groups = saved.world_size, saved.groups
+    result = build(program, ranks, target, saved.strategy, groups=groups, cuts=saved.cuts)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
-    plan = Plan(result.program, result.graph, saved.world_size, saved.strategy, target, dict(saved.cuts), seconds)
+    cuts = dict(saved.cuts)
+    plan = Plan(result.program, result.graph, ranks, saved.strategy, target, cuts, seconds, groups=groups)
     if plan.fingerprint != saved.plan:
         raise ValueError("these cuts give another plan than when they were saved; make it anew (Plan.save)")
     return plan

@@ -3,6 +3,8 @@
 Each pass takes a `Build` and returns a new one; it never changes the graph that it is given. After each pass the
 verifier checks the spec of its stage. All passes but `displace` and `narrow` preserve the numbers up to rounding; these
 two follow law 4 (docs/design.md).
+
+Where the ranks are a mesh, all passes between `samples` and `join` work on the program of one group of ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import fx
 from ..ir.garbage import collection_paused
 from ..ir.inputs import moving_names
 from ..ir.layout import Layout
+from ..ir.mesh import Mesh
 from ..ir.program import Program, exchanges_of
 from ..ir.progress import progress
 from ..ir.strategy import Strategy
@@ -26,10 +29,12 @@ from .bucket import bucket
 from .cuts import Candidate, Tried, choose_cuts
 from .decompose import count_work
 from .displace import displace
+from .join import join
 from .narrow import narrow
 from .normalize import normalize
 from .partition import partition
 from .rules import RULES
+from .samples import Samples, SamplesError, divide
 from .schedule import schedule
 from .targets import Target
 from .trim import trim
@@ -41,19 +46,33 @@ log = logging.getLogger("fxpass")
 class Build:
     """The state between passes: the program; after `cuts`, its cuts; after `partition`, the partitioned graph."""
 
-    program: Program
-    world: int
+    program: Program  #: of all samples
+    world: int  #: the number of all ranks
     target: Target
     strategy: Strategy  #: freshness of each kind of exchange, and the windows of attention
     cuts: Mapping[str, Layout] = field(default_factory=dict)  #: by name of input or value
     tried: tuple[Tried, ...] = ()  #: the candidates that the search judged
     best: Candidate | None = None  #: the winner of the search: a cache of `partition` and `trim` for its cuts
     graph: fx.Graph | None = None  #: the partitioned graph
+    groups: int = 1  #: asked for; the samples of a batch are divided among them, if they are independent
+    samples: Samples | None = None  #: how they are divided; None if all ranks work on all samples
+    mixed: str = ""  #: why they are not divided although that was asked for
 
     @property
     def current(self) -> fx.Graph:
         """The partitioned graph; before partition, the program's."""
-        return self.program.graph if self.graph is None else self.graph
+        return self.part.graph if self.graph is None else self.graph
+
+    @property
+    def part(self) -> Program:
+        """The program of one group's samples; of all where they are not divided."""
+        return self.samples.program if self.samples else self.program
+
+    @property
+    def mesh(self) -> Mesh:
+        """How the ranks are arranged."""
+        groups = self.groups if self.samples else 1
+        return Mesh(groups, self.world // groups)
 
 
 @dataclass(frozen=True)
@@ -71,25 +90,35 @@ def _normalize(build: Build) -> Build:
     return replace(build, program=program)
 
 
+def _samples(build: Build) -> Build:
+    if build.groups == 1:
+        return build
+    try:
+        return replace(build, samples=divide(build.program, build.groups, RULES))
+    except SamplesError as cannot:
+        return replace(build, mixed=str(cannot))
+
+
 def _cuts(build: Build) -> Build:
-    found = choose_cuts(build.program.graph, build.program.inputs, build.world, build.target, RULES)
+    found = choose_cuts(build.part.graph, build.part.inputs, build.mesh.patches, build.target, RULES)
     return replace(build, cuts=found.cuts, tried=found.tried, best=found.best)
 
 
 def _partition(build: Build) -> Build:
     if build.best is not None and build.best.cuts == build.cuts:
         return replace(build, graph=build.best.partitioned)
-    return replace(build, graph=partition(build.program.graph, build.world, build.cuts, RULES))
+    return replace(build, graph=partition(build.part.graph, build.mesh.patches, build.cuts, RULES))
 
 
 def _trim(build: Build) -> Build:
     if build.best is not None and build.best.partitioned is build.graph:
         return replace(build, graph=build.best.trimmed, best=None)
-    return replace(build, graph=trim(build.current, build.program.graph, build.world, RULES))
+    return replace(build, graph=trim(build.current, build.part.graph, build.mesh.patches, RULES))
 
 
 def _displace(build: Build) -> Build:
-    return replace(build, graph=displace(build.current, build.strategy, moving_names(build.program), build.world))
+    patches = build.mesh.patches
+    return replace(build, graph=displace(build.current, build.strategy, moving_names(build.program), patches))
 
 
 def _narrow(build: Build) -> Build:
@@ -100,18 +129,26 @@ def _bucket(build: Build) -> Build:
     return replace(build, graph=bucket(build.current))
 
 
+def _join(build: Build) -> Build:
+    if build.samples is None:
+        return build
+    return replace(build, graph=join(build.current, build.program.graph, build.samples, build.mesh))
+
+
 def _schedule(build: Build) -> Build:
     return replace(build, graph=schedule(build.current))
 
 
 PASSES: tuple[Pass, ...] = (
     Pass("normalize", _normalize, "normal"),
+    Pass("samples", _samples, "normal"),
     Pass("cuts", _cuts, "normal"),
     Pass("partition", _partition, "partitioned"),
     Pass("trim", _trim, "partitioned"),
     Pass("displace", _displace, "displaced"),
     Pass("narrow", _narrow, "displaced"),
     Pass("bucket", _bucket, "displaced"),
+    Pass("join", _join, "displaced"),
     Pass("schedule", _schedule, "scheduled"),
 )
 
@@ -122,11 +159,13 @@ def build(
     target: Target,
     strategy: Strategy,
     *,
+    groups: int = 1,
     after: str | None = None,
     cuts: Mapping[str, Layout] | None = None,
 ) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
+    The samples of a batch are divided among `groups` groups of ranks, which divide `world`, if they are independent.
     With `cuts`, which are known from an earlier search, all passes run but that search.
 
     Raises `ValueError` if no pass has the name `after`, `WorldSizeError` if so many ranks cannot share the model.
@@ -135,7 +174,7 @@ def build(
     if after is not None and after not in names:
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
-    start = Build(program, world, target, strategy)
+    start = Build(program, world, target, strategy, groups=groups)
     if cuts is not None:
         found = _run(start, PASSES[: names.index("cuts")])
         return resume(replace(found, cuts=cuts), after="cuts")
@@ -161,7 +200,7 @@ def _run(state: Build, passes: tuple[Pass, ...]) -> Build:
             task.say(each.name, i)
             started = time.perf_counter()
             state = each.run(state)
-            verify(state.current, each.ensures, state.world)
+            verify(state.current, each.ensures, state.mesh.patches)
             seconds[each.name] = time.perf_counter() - started
             if log.isEnabledFor(logging.DEBUG):
                 _log(each.name, state, seconds[each.name])

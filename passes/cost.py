@@ -53,7 +53,8 @@ def _alike(sizes: tuple[tuple[int, ...], ...], world: int) -> tuple[int, ...]:
     if not sizes:
         return (0,) * world
     first: dict[tuple[int, ...], int] = {}
-    return tuple(first.setdefault(rows, rank) for rank, rows in enumerate(zip(*sizes, strict=True)))
+    rows = [tuple(each[rank % len(each)] for each in sizes) for rank in range(world)]  # groups of a mesh are alike
+    return tuple(first.setdefault(each, rank) for rank, each in enumerate(rows))
 
 
 def flops(graph: fx.Graph, rank: int = 0) -> int:

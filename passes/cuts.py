@@ -191,7 +191,7 @@ def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
 
     Dim 0 is the batch, and never cut.
     """
-    weight = _downstream(search.graph)
+    weight = downstream(search.graph)
     nodes = inputs_with_rows(search.graph, search.inputs)
     largest = max((weight[n] for n in nodes), default=0)
     nodes = [n for n in nodes if weight[n] > largest // 2 or not largest]
@@ -210,7 +210,7 @@ def inputs_with_rows(graph: fx.Graph, inputs: tuple[str, ...]) -> list[fx.Node]:
     return [n for n in nodes if len(shape_of(n)) >= 3] or [n for n in nodes if len(shape_of(n)) == 2]
 
 
-def _downstream(graph: fx.Graph) -> dict[fx.Node, int]:
+def downstream(graph: fx.Graph) -> dict[fx.Node, int]:
     """For each input, the FLOPs of all operators that depend on it."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     reach: dict[fx.Node, int] = {n: 1 << i for i, n in enumerate(inputs)}

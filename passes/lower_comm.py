@@ -69,7 +69,7 @@ class StepPrograms:
         mode = self.canonical(mode)
         if mode not in self._made:
             numbers = {channel: i for i, channel in enumerate(self.channels)}
-            graph = _Lowering(self._local, self.rank, mode, self._sites, numbers, self.state).run()
+            graph = _Lowering(self._local, mode, self._sites, numbers, self.state).run()
             self._made[mode] = program = StepProgram(self.rank, mode, graph, self.channels, self.state)
             verify_step(program)
         return self._made[mode]
@@ -79,7 +79,7 @@ class StepPrograms:
 class _Site:
     """An exchange node: its channels and its state on one rank."""
 
-    rank: int
+    rank: int  #: as the exchanges count it
     exchanges: tuple[Exchange, ...]
     now: ChannelSpec | None  #: of exact steps; None if nothing ever travels
     wire: ChannelSpec | None  #: of displaced steps
@@ -99,10 +99,12 @@ def _site(node: fx.Node, rank: int, index: int, last: bool) -> _Site:
     """The site of an exchange node.
 
     Args:
+        rank: of the mesh.
         index: its number, which makes names unique.
         last: it is launched and awaited after all others.
     """
     exchanges = node.args[1]
+    rank = exchanges[0].place(rank)  # type: ignore[union-attr, index]
     wires = tuple(each.wire for each in exchanges)  # type: ignore[union-attr]
     one = wires == exchanges
     stale = exchanges[0].fresh != "sync" and exchanges[0].repeated  # type: ignore[union-attr]
@@ -128,7 +130,7 @@ def _channel(
 def _reaches_all(exchanges: tuple[Exchange, ...]) -> bool:
     """Whether every rank sends something to every other."""
     pairs = permutations(range(exchanges[0].world), 2)
-    return all(any(each.numel(src, dst) for each in exchanges) for src, dst in pairs)
+    return exchanges[0].lines == 1 and all(any(each.numel(src, dst) for each in exchanges) for src, dst in pairs)
 
 
 class _Lowering:
@@ -137,14 +139,12 @@ class _Lowering:
     def __init__(
         self,
         source: fx.Graph,
-        rank: int,
         mode: Mode,
         sites: dict[fx.Node, _Site],
         channels: dict[ChannelSpec, int],
         state: Iterable[StateSpec],
     ) -> None:
         self.source = source
-        self.rank = rank
         self.mode = mode
         self.sites = sites
         self.channels = channels
@@ -206,35 +206,39 @@ class _Lowering:
         values = [self.env[value] for value in node.args[0]]  # type: ignore[union-attr]
         if not site.stale or self.mode == "exact":
             if self._keeps_last(site):
-                self.last[site] = self._get(site.now, site.exchanges, values)
-            self._put(site.now, site.exchanges, values)
+                self.last[site] = self._get(site, site.now, site.exchanges, values)
+            self._put(site, site.now, site.exchanges, values)
         elif site.exchanges[0].repeated:
             wires = [each.wire for each in site.exchanges]
             if site.now is site.wire or not self.mode.startswith("first"):
-                self.last[site] = self._get(site.wire, wires, values)
-            self._put(site.wire, wires, [self._outgoing(site, i, x) for i, x in enumerate(values)])
+                self.last[site] = self._get(site, site.wire, wires, values)
+            self._put(site, site.wire, wires, [self._outgoing(site, i, x) for i, x in enumerate(values)])
 
     def _keeps_last(self, site: _Site) -> bool:
         """Whether an exact step keeps the last step's message, which its channel holds, for forecasts."""
         return any("before" in names and "received" not in names for names in site.names)
 
-    def _put(self, channel: ChannelSpec | None, exchanges: Iterable[Exchange], values: list[fx.Node]) -> None:
+    def _put(
+        self, site: _Site, channel: ChannelSpec | None, exchanges: Iterable[Exchange], values: list[fx.Node]
+    ) -> None:
         if channel is not None:
-            packed = [self._emit(comm.pack, x, each, self.rank) for x, each in zip(values, exchanges, strict=True)]
+            packed = [self._emit(comm.pack, x, each, site.rank) for x, each in zip(values, exchanges, strict=True)]
             self._emit(comm.put, tuple(packed), self.channels[channel])
 
-    def _get(self, channel: ChannelSpec | None, exchanges: Iterable[Exchange], values: list[fx.Node]) -> list[fx.Node]:
+    def _get(
+        self, site: _Site, channel: ChannelSpec | None, exchanges: Iterable[Exchange], values: list[fx.Node]
+    ) -> list[fx.Node]:
         """Receive buffers; where nothing travels they have no others' rows."""
         if channel is None:
             return [
-                self._emit(torch.ops.aten.new_empty.default, x, list(received_shape(each, self.rank)))
+                self._emit(torch.ops.aten.new_empty.default, x, list(received_shape(each, site.rank)))
                 for x, each in zip(values, exchanges, strict=True)
             ]
         buffers = self._emit(comm.get, self.channels[channel])
         received = []
         for i, each in enumerate(channel.exchanges):
             received.append(self._emit(operator.getitem, buffers, i))
-            received[i].meta |= {"local_shape": received_shape(each, self.rank), "dtype": each.dtype}
+            received[i].meta |= {"local_shape": received_shape(each, site.rank), "dtype": each.dtype}
         return received
 
     def _outgoing(self, site: _Site, i: int, x: fx.Node) -> fx.Node:
@@ -242,7 +246,7 @@ class _Lowering:
         name = site.names[i].get("known")
         if name is None:
             return x
-        codes = self._emit(comm.encode_change, x, self.held[name], site.exchanges[i], self.rank)
+        codes = self._emit(comm.encode_change, x, self.held[name], site.exchanges[i], site.rank)
         self.after[name] = self._emit(operator.getitem, codes, 1)
         return self._emit(operator.getitem, codes, 0)
 
@@ -253,13 +257,13 @@ class _Lowering:
         if self.mode != "exact" and site.stale:
             received = self._earlier(site, values)
             return [self._displaced(site, i, each, values[i], received[i]) for i, each in enumerate(site.exchanges)]
-        received = self._get(site.now, site.exchanges, values)
+        received = self._get(site, site.now, site.exchanges, values)
         if site.stale:
             last = self.last.get(site, received)
             for i, each in enumerate(site.exchanges):
                 self._keep_exact(site, i, each, values[i], received[i], last[i])
         return [
-            self._emit(comm.unpack, x, part, each, self.rank)
+            self._emit(comm.unpack, x, part, each, site.rank)
             for x, part, each in zip(values, received, site.exchanges, strict=True)
         ]
 
@@ -288,10 +292,10 @@ class _Lowering:
             last = self.held[names["received"]]
             kept = received
             if each.steady is not each:
-                kept = self._emit(comm.windowed, received, each, self.rank)
+                kept = self._emit(comm.windowed, received, each, site.rank)
             self.after[names["received"]] = kept
         if "known" in names:
-            self.after[names["known"]] = self._emit(comm.sent_rows, x, each, self.rank)
+            self.after[names["known"]] = self._emit(comm.sent_rows, x, each, site.rank)
         if "before" in names:
             self.after[names["before"]] = last
         self._remember(names, each, x)
@@ -311,18 +315,18 @@ class _Lowering:
         """The result of a displaced step."""
         names, steady = site.names[i], each.steady
         if each.fresh == "local":
-            return self._emit(comm.local, x, each, self.rank)
+            return self._emit(comm.local, x, each, site.rank)
         now = self._remember(names, each, x) if each.repeated else None
-        if isinstance(each, Moments) and each.needs_sent and each.counts[self.rank] > 0:
+        if isinstance(each, Moments) and each.needs_sent and each.counts[site.rank] > 0:
             paced = self.paced and "before" in names
             before, pace = (self.held[names["before"]], self.pace) if paced else (received, 0.0)
-            result = self._emit(comm.estimate, x, received, self.held[names["sent"]], before, pace, each, self.rank)
+            result = self._emit(comm.estimate, x, received, self.held[names["sent"]], before, pace, each, site.rank)
         else:
             part = received
             if now is not None and self.paced:
                 before, last, older = (self.held[names[what]] for what in ("before", "last", "older"))
                 part = self._emit(comm.forecast, received, before, now, last, older, steady)
-            result = self._emit(comm.unpack, x, part, steady, self.rank)
+            result = self._emit(comm.unpack, x, part, steady, site.rank)
         if each.repeated and "before" in names:
             self.after[names["before"]] = received
         return result

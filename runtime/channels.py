@@ -70,9 +70,9 @@ class InProcessChannel:
     ) -> None:
         self._tamper = tamper
         self.spec = spec
-        self.rank = rank
+        self.rank = rank  #: as the exchanges count it
         self.device = device
-        self.ends = ends  #: of all ranks
+        self.ends = ends  #: of all ranks that exchange with it
         self.number = 0  #: of the message put last
         self.inbox: dict[tuple[int, int], list[Tensor | None]] = {}  #: (source, number of the message) -> payloads
 
@@ -80,9 +80,12 @@ class InProcessChannel:
     def of_all_ranks(
         spec: ChannelSpec, world: int, device: torch.device, tamper: Tamper | None = None
     ) -> list[InProcessChannel]:
-        ends: list[InProcessChannel] = []
-        ends += [InProcessChannel(spec, rank, ends, device, tamper) for rank in range(world)]
-        return ends
+        ends: dict[int, InProcessChannel] = {}
+        for members in dict.fromkeys(spec.members(rank) for rank in range(world)):
+            line: list[InProcessChannel] = []
+            line += [InProcessChannel(spec, place, line, device, tamper) for place in range(len(members))]
+            ends |= zip(members, line, strict=True)
+        return [ends[rank] for rank in range(world)]
 
     def put(self, packed: Sequence[Payloads]) -> None:
         for src in range(len(self.ends)):

@@ -22,8 +22,9 @@ SMALL = 1 << 16  #: bytes; up to here gloo (not NCCL) is faster at an all-to-all
 
 def gathered(exchanges: tuple[Exchange, ...], world: int) -> int:
     """Bytes of each rank's part in an all-gather: the largest message. 0 if an all-to-all is used instead, because a
-    rank sends different messages, or because an all-gather would add more than a quarter of padding."""
-    if not all(each.broadcast for each in exchanges):
+    rank sends different messages, because an all-gather would add more than a quarter of padding, or because only some
+    of the ranks exchange with each other."""
+    if exchanges[0].lines > 1 or not all(each.broadcast for each in exchanges):
         return 0
     sizes = [Message(exchanges, rank, (rank + 1) % world).size for rank in range(world)]
     return max(sizes) if 4 * max(sizes) * world <= 5 * sum(sizes) else 0
@@ -39,8 +40,11 @@ def padding(exchanges: tuple[Exchange, ...], rank: int, world: int) -> int:
 class GroupChannel:
     """A channel through a process group.
 
+    Where only some of the group's ranks exchange with this one, all take part in an all-to-all, and send the others
+    nothing: every rank puts on the same channels in the same order.
+
     Args:
-        group: a `ProcessGroup` or one of its backends.
+        group: a `ProcessGroup` or one of its backends, of all ranks.
         device: the device of the payloads.
         blocking: the group moves host memory, and its `wait` blocks the host (gloo) with a timeout, so that the board
             can be checked.
@@ -54,13 +58,15 @@ class GroupChannel:
         self.blocking = blocking
         self.board = board
         rank, world = board.rank, board.world
+        self.place = place = spec.place(rank)
+        self.members = spec.members(rank)
         self.blob = gathered(spec.exchanges, world)
         self.gather = self.blob > (SMALL if blocking else 0)
-        others = [r for r in range(world) if r != rank]
-        self.outgoing = {dst: Message(spec.exchanges, rank, dst) for dst in others}
-        self.incoming = {src: Message(spec.exchanges, src, rank) for src in others}
-        self.sends = [self.outgoing[r].size if r != rank else 0 for r in range(world)]
-        self.receives = [self.incoming[r].size if r != rank else 0 for r in range(world)]
+        others = {r: i for i, r in enumerate(self.members) if r != rank}  #: their places
+        self.outgoing = {dst: Message(spec.exchanges, place, i) for dst, i in others.items()}
+        self.incoming = {src: Message(spec.exchanges, i, place) for src, i in others.items()}
+        self.sends = [self.outgoing[r].size if r in others else 0 for r in range(world)]
+        self.receives = [self.incoming[r].size if r in others else 0 for r in range(world)]
         # where each rank's message begins in the receive buffer
         self.starts = [self.blob * r for r in range(world)] if self.gather else [*accumulate([0, *self.receives[:-1]])]
         self._work: Any = None  #: of the message in flight
@@ -77,9 +83,10 @@ class GroupChannel:
             self._work = self.group._allgather_base(receive, send.to(self.host))
         else:
             send = torch.empty(sum(self.sends), dtype=torch.uint8, device=self.device)
-            for dst, start in enumerate(accumulate(self.sends[:-1], initial=0)):
+            starts = [*accumulate(self.sends[:-1], initial=0)]
+            for i, dst in enumerate(self.members):
                 if dst != rank:
-                    self.outgoing[dst].write([payloads[dst] for payloads in packed], send, start)
+                    self.outgoing[dst].write([payloads[i] for payloads in packed], send, starts[dst])
             receive = torch.empty(sum(self.receives), dtype=torch.uint8, device=self.host)
             self._work = self.group.alltoall_base(receive, send.to(self.host), self.receives, self.sends)
         self._arriving = receive
@@ -90,16 +97,16 @@ class GroupChannel:
     def get(self) -> list[Tensor]:
         spec, rank = self.spec, self.board.rank
         if self._arriving is None:
-            return no_message(spec, rank, self.device)
+            return no_message(spec, self.place, self.device)
         self.close()
         buffer = self._arriving.to(self.device)
         if not spec.late:
             self._arriving = None
         nothing: Payloads = [None] * len(spec.exchanges)
         arrived = [
-            nothing if src == rank else self.incoming[src].read(buffer, start) for src, start in enumerate(self.starts)
+            nothing if src == rank else self.incoming[src].read(buffer, self.starts[src]) for src in self.members
         ]
-        return assembled(spec, rank, arrived, self.device)
+        return assembled(spec, self.place, arrived, self.device)
 
     def close(self) -> None:
         """Wait for the message in flight."""

@@ -50,10 +50,10 @@ OPENING = "the other ranks to open the same plan"  #: what a rank waits for
 Offsets = tuple[int, int]
 
 
-def file_layout(specs: Sequence[ChannelSpec], rank: int, world: int) -> tuple[int, list[dict[int, Offsets]]]:
+def file_layout(specs: Sequence[ChannelSpec], rank: int) -> tuple[int, list[dict[int, Offsets]]]:
     """The size of a rank's file in bytes, and by channel and reader where its messages lie. Every rank computes it.
 
-    A message that is the same for all readers lies there once.
+    Readers are counted as the channel's exchanges count them. A message that is the same for all readers lies there once.
     """
     size = TOKEN + FLAG * (2 * len(specs) + 1)
     size += -size % FLAG
@@ -61,13 +61,14 @@ def file_layout(specs: Sequence[ChannelSpec], rank: int, world: int) -> tuple[in
     for spec in specs:
         place: dict[int, Offsets] = {}
         broadcast = all(exchange.broadcast for exchange in spec.exchanges)
-        for reader in range(world):
-            if reader == rank:
+        own = spec.place(rank)
+        for reader in range(len(spec.members(rank))):
+            if reader == own:
                 continue
             if place and broadcast:
                 place[reader] = next(iter(place.values()))
                 continue
-            step = Message(spec.exchanges, rank, reader).size
+            step = Message(spec.exchanges, own, reader).size
             step += -step % FLAG
             place[reader] = size, size + step
             size += 2 * step
@@ -122,7 +123,10 @@ class MemoryChannel:
         self.spec = spec
         self.board = board
         self.number = 0  #: of the message put last
-        rank, world = board.rank, board.world
+        members, rank = spec.members(board.rank), spec.place(board.rank)
+        files, places = [files[each] for each in members], [places[each] for each in members]
+        world = len(members)
+        self.rank = rank  #: as the exchanges count it
         self.mine = files[rank]
         self.sent, self.read = sent_flag(index), read_flag(index)
         outgoing = {dst: Message(spec.exchanges, rank, dst) for dst in places[rank]}
@@ -163,7 +167,7 @@ class MemoryChannel:
     def get(self) -> list[Tensor]:
         for writer in self.writers:
             self._wait(writer, self.sent, self.number)
-        return assembled(self.spec, self.board.rank, self.incoming[self.number % 2], CPU)
+        return assembled(self.spec, self.rank, self.incoming[self.number % 2], CPU)
 
     def close(self) -> None:
         pass
@@ -201,7 +205,7 @@ def open_channels(specs: Sequence[ChannelSpec], board: Board, number: int) -> li
         OSError: the machine has not enough memory left for the files of all ranks.
         RankError: a rank failed or did not arrive.
     """
-    sizes, places = zip(*(file_layout(specs, rank, board.world) for rank in range(board.world)), strict=True)
+    sizes, places = zip(*(file_layout(specs, rank) for rank in range(board.world)), strict=True)
     check_available(
         sum(sizes),
         f"a call (its context is number {number}) with two buffers for each message of {board.world} ranks",

@@ -63,8 +63,8 @@ def snapshot(
         fingerprint(graph),
         cuts_of(program, cuts),
         nodes,
-        tuple(_exchange(node, each, rank) for node, some in planned.items() for each in some),
-        tuple(_message(node, [each.declared for each in some], planned[node]) for node, some in planned.items()),
+        tuple(_exchange(node, each, rank, world) for node, some in planned.items() for each in some),
+        tuple(_message(node, some, world) for node, some in planned.items()),
         gathered,
         estimated_in(program.graph),
         uncounted_in(program.graph, gathered),
@@ -83,7 +83,7 @@ def _by_node(graph: fx.Graph) -> dict[fx.Node, list[PlannedExchange]]:
 
 def _message_seconds(declared: tuple[Exchange, ...], world: int, target: Target) -> float:
     """Seconds of one message in an exact step, for the rank that receives most."""
-    return target.message(max(sum(each.received(rank) for each in declared) for rank in range(world)))
+    return target.message(max(sum(each.received(each.place(rank)) for each in declared) for rank in range(world)))
 
 
 def _node(
@@ -146,11 +146,11 @@ def _kind(node: fx.Node, program: Program) -> tuple[Kind, fx.Node | None]:
     return "operator", None
 
 
-def _exchange(node: fx.Node, each: PlannedExchange, rank: int) -> ExchangeRecord:
+def _exchange(node: fx.Node, each: PlannedExchange, rank: int, world: int) -> ExchangeRecord:
     declared = each.declared
     awaited = next((user for user in node.users if user.target is ops.wait), node)
     result = next((u.name for u in awaited.users if u.target is operator.getitem and u.args[1] == each.value), "")
-    ranks = range(declared.world)
+    ranks = range(world)
     return ExchangeRecord(
         each.id,
         node.name,
@@ -164,15 +164,15 @@ def _exchange(node: fx.Node, each: PlannedExchange, rank: int) -> ExchangeRecord
         declared.reason,
         tuple(declared.shape),
         str(declared.dtype).removeprefix("torch."),
-        exchange_text(declared, rank),
+        exchange_text(declared, declared.place(rank)),
         declared.bits if isinstance(declared, Fetch) else 0,
         tuple(each.received(r) for r in ranks),
         tuple(each.received(r, exact=False) for r in ranks),
     )
 
 
-def _message(node: fx.Node, declared: list[Exchange], planned: list[PlannedExchange]) -> MessageRecord:
-    ranks = range(declared[0].world)
+def _message(node: fx.Node, planned: list[PlannedExchange], world: int) -> MessageRecord:
+    declared, ranks = [each.declared for each in planned], range(world)
     return MessageRecord(
         node.name,
         tuple(each.id for each in planned),

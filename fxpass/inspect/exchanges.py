@@ -35,9 +35,10 @@ class PlannedExchange:
 
     def received(self, rank: int, *, exact: bool = True) -> int:
         """Bytes of payload that `rank` receives in an exact step, or in a displaced one."""
+        place = self.declared.place(rank)
         if exact:
-            return self.declared.received(rank)
-        return self.declared.wire.received(rank) if self.declared.repeated else 0
+            return self.declared.received(place)
+        return self.declared.wire.received(place) if self.declared.repeated else 0
 
     @property
     def bytes(self) -> int:
@@ -123,4 +124,5 @@ def padding_of(message: Sequence[Exchange], rank: int, *, exact: bool = True) ->
     """Bytes of padding that `rank` receives with a message over NCCL, in addition to the payloads."""
     if not exact and not message[0].repeated:
         return 0
-    return padding(tuple(message) if exact else tuple(each.wire for each in message), rank, message[0].world)
+    sent = tuple(message) if exact else tuple(each.wire for each in message)
+    return padding(sent, message[0].place(rank), message[0].world)

@@ -114,6 +114,11 @@ class _Arrived:
     payloads: tuple[Payload, ...]
     buffer: Value | None = None
 
+    @property
+    def senders(self) -> list[int]:
+        """Of the payloads, as the exchange counts ranks."""
+        return [self.exchange.place(each.sender) for each in self.payloads]
+
 
 def lines_of(program: StepProgram, forms: dict[Any, Form]) -> Lines:
     """The calls and messages of a step program.
@@ -159,7 +164,7 @@ class _Lister:
         payloads = tuple(
             Payload(value, place, each.role, self.rank, receiver)
             for place, (each, values) in enumerate(zip(exchanges, packed, strict=True))
-            for receiver, value in enumerate(values)
+            for receiver, value in zip(each.members(self.rank), values, strict=True)
             if value is not None
         )
         self.put.add(channel)
@@ -176,9 +181,10 @@ class _Lister:
 
     def received(self, exchange: Exchange, place: int) -> Iterator[Payload]:
         """What the others send of the exchange in this place of a message."""
-        for sender in range(exchange.world):
-            if sender != self.rank and exchange.numel(sender, self.rank):
-                value = Value(tuple(exchange.payload_shape(sender, self.rank)), exchange.dtype)
+        own = exchange.place(self.rank)
+        for source, sender in enumerate(exchange.members(self.rank)):
+            if sender != self.rank and exchange.numel(source, own):
+                value = Value(tuple(exchange.payload_shape(source, own)), exchange.dtype)
                 yield Payload(value, place, exchange.role, sender, self.rank)
 
     def whole(self, value: Any) -> Any:
@@ -186,9 +192,9 @@ class _Lister:
         if not isinstance(value, _Arrived):
             return value
         if value.buffer is None:
-            senders = [each.sender for each in value.payloads]
+            senders, rank = value.senders, value.exchange.place(self.rank)
             parts = [each.value for each in value.payloads]
-            value.buffer = self.call(value.node, receive_buffer, (value.exchange, self.rank, senders, parts))
+            value.buffer = self.call(value.node, receive_buffer, (value.exchange, rank, senders, parts))
         return value.buffer
 
     def called(self, node: fx.Node) -> Any:
@@ -197,9 +203,8 @@ class _Lister:
         if target is comm.unpack:
             x, received, exchange, rank = args
             if isinstance(received, _Arrived) and received.exchange == exchange and received.buffer is None:
-                senders = [each.sender for each in received.payloads]
                 parts = [each.value for each in received.payloads]
-                return self.call(node, unpack_parts, (x, exchange, rank, senders, parts))
+                return self.call(node, unpack_parts, (x, exchange, rank, received.senders, parts))
         target = OTHER_FORMS.get(target, target)
         args, kwargs = pytree.tree_map_only(_Arrived, self.whole, (args, kwargs))
         return self.call(node, target, args, kwargs)

@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .mesh import Axis
+
 Role = Literal[
     "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output", "inputs"
 ]  #: what an exchange is for
@@ -40,7 +42,7 @@ class Exchange:
         role: what it is for.
         shape: the shape of the whole operand; of partial results, the shape on each rank.
         dtype: the dtype of the operand, the payloads and the result.
-        world: the number of ranks.
+        world: the number of ranks that take part: those of one line of `axis`.
         reason: why it is needed, for reports.
         may_be_stale: set by the rule that declares the exchange, if the result stays close to the exact one when the
             other ranks' parts are those of an earlier step (law 4).
@@ -52,6 +54,8 @@ class Exchange:
             step uses b + trend (b - a). Each rank measures the trend on its own value, whose change in this step it
             knows, and clamps it to 0 … `forecast`: a change that reverses is not extrapolated.
         order: the operand's dims in memory order, outermost first; () for the usual order. Payloads have this order.
+        axis: the axis of the mesh along which it takes place; None: all ranks take part. Everywhere in an exchange,
+            ranks are counted by their place in a line of the axis.
     """
 
     role: Role
@@ -63,6 +67,20 @@ class Exchange:
     fresh: Freshness = field(default="sync", kw_only=True)
     forecast: float = field(default=0.0, kw_only=True)
     order: tuple[int, ...] = field(default=(), kw_only=True)
+    axis: Axis | None = field(default=None, kw_only=True)
+
+    def place(self, rank: int) -> int:
+        """The number by which the exchange counts a rank of the mesh."""
+        return rank if self.axis is None else self.axis.place(rank)
+
+    def members(self, rank: int) -> tuple[int, ...]:
+        """The ranks of the mesh that exchange with a rank, itself among them, as the exchange counts them."""
+        return tuple(range(self.world)) if self.axis is None else self.axis.members(rank)
+
+    @property
+    def lines(self) -> int:
+        """How many sets of ranks do this exchange, each among themselves."""
+        return 1 if self.axis is None else self.axis.lines
 
     @property
     def repeated(self) -> bool:
@@ -144,12 +162,13 @@ class Exchange:
     @property
     def bytes(self) -> int:
         """Bytes received by all ranks together."""
-        return sum(self.received(rank) for rank in range(self.world))
+        return self.lines * sum(self.received(rank) for rank in range(self.world))
 
     @property
     def messages(self) -> int:
         """Number of ordered pairs of ranks with a payload."""
-        return sum(self.numel(src, dst) > 0 for src in range(self.world) for dst in range(self.world))
+        pairs = sum(self.numel(src, dst) > 0 for src in range(self.world) for dst in range(self.world))
+        return self.lines * pairs
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from .mesh import Axis
+
 
 @dataclass(frozen=True, order=True)
 class Run:
@@ -259,10 +261,13 @@ class Layout:
         return Layout(dim, self.rows)
 
     def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-        """The shape of rank `rank`'s part of a value whose whole shape is `shape`."""
+        """The shape of rank `rank`'s part of a value whose whole shape is `shape`.
+
+        In a mesh the groups of ranks are laid out alike, one after the other.
+        """
         if self.dim is None:
             return tuple(shape)
-        return (*shape[: self.dim], self.sizes[rank], *shape[self.dim + 1 :])
+        return (*shape[: self.dim], self.sizes[rank % len(self.rows)], *shape[self.dim + 1 :])
 
     def __hash__(self) -> int:
         return self._hash
@@ -330,12 +335,21 @@ def _nearest(rows: Rows, dst: int, have: tuple[Rows, ...]) -> tuple[Rows, ...]:
 
 @dataclass(frozen=True)
 class PerRank:
-    """An argument of a partitioned graph with one value per rank."""
+    """An argument of a partitioned graph with one value per rank: of each patch, the same in all groups of a mesh.
+
+    Attributes:
+        axis: another axis, along which the values are.
+    """
 
     values: tuple[Any, ...]
+    axis: Axis | None = None
+
+    def of(self, rank: int) -> Any:
+        """The value of a rank."""
+        return self.values[rank % len(self.values) if self.axis is None else self.axis.place(rank)]
 
     def __repr__(self) -> str:
-        return "⟨" + ", ".join(map(str, self.values)) + "⟩"
+        return "⟨" + ", ".join(map(str, self.values)) + "⟩" + (f" along {self.axis}" if self.axis else "")
 
 
 def per_rank(values: Sequence[Any]) -> Any:

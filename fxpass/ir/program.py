@@ -158,7 +158,7 @@ def specialize(graph: fx.Graph, rank: int) -> fx.Graph:
 
 def _chosen(args: Any, rank: int) -> Any:
     if isinstance(args, PerRank):
-        return _chosen(args.values[rank], rank)
+        return _chosen(args.of(rank), rank)
     if isinstance(args, Exchange):
         return args
     if isinstance(args, (tuple, list)):

@@ -69,6 +69,14 @@ class ChannelSpec:
     #: that it gets of earlier steps, and gets it last
     closing: bool = False
 
+    def place(self, rank: int) -> int:
+        """The number by which the exchanges count a rank."""
+        return self.exchanges[0].place(rank)
+
+    def members(self, rank: int) -> tuple[int, ...]:
+        """The ranks that exchange with a rank, itself among them, as the exchanges count them."""
+        return self.exchanges[0].members(rank)
+
     def __str__(self) -> str:
         where = f" in {self.path}" if self.path else ""
         return f"{self.name}{where} ({', '.join(map(str, self.exchanges))})"
@@ -89,7 +97,7 @@ class StepProgram:
         total: Counter[str] = Counter()
         for node in self.graph.find_nodes(op="call_function", target=put):
             for each in self.channels[node.args[1]].exchanges:
-                total[each.role] += each.received(self.rank)
+                total[each.role] += each.received(each.place(self.rank))
         return dict(total)
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from . import ops
-from .exchange import DISPLACED
+from .exchange import DISPLACED, Exchange
 from .fetch import Fetch
 from .layout import Layout, PerRank, Rows, owned
 from .merge import Moments
@@ -65,9 +65,9 @@ def _local(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
 
 
 def _per_rank_values(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """A `PerRank` argument has one value per rank."""
+    """A `PerRank` argument has one value per rank, or per place on its axis."""
     for node in graph.nodes:
-        if any(len(each.values) != world for each in _per_rank((node.args, node.kwargs))):
+        if any(len(e.values) != (e.axis.size if e.axis else world) for e in _per_rank((node.args, node.kwargs))):
             yield node
 
 
@@ -111,8 +111,13 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
     for node, declared in exchanges_of(graph):
         for value, exchange in zip(node.args[0], declared, strict=True):  # type: ignore[arg-type]
             layout, shape = layout_of(value), value.meta["shape"]
-            right = exchange.world == world and exchange.shape == shape and exchange.dtype == value.meta["dtype"]
-            if isinstance(exchange, Fetch):
+            ranks = exchange.axis.size if exchange.axis else world
+            right = exchange.world == ranks and exchange.dtype == value.meta["dtype"]
+            if _along_samples(exchange):
+                right &= not layout.split and isinstance(exchange, Fetch) and _parts(exchange) == {shape}
+            elif exchange.shape != shape:
+                right = False
+            elif isinstance(exchange, Fetch):
                 everything = (Rows.interval(0, shape[exchange.dim]),) * world
                 right &= exchange.have == (layout.rows if layout.split else everything)
                 right &= layout.dim in (None, exchange.dim)
@@ -121,6 +126,16 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
             if not right:
                 yield node
                 break
+
+
+def _along_samples(exchange: Exchange) -> bool:
+    """Whether the exchange is among groups of ranks: its operands, each whole in its group, are parts of one value."""
+    return exchange.axis is not None and exchange.axis.name == "samples"
+
+
+def _parts(fetch: Fetch) -> set[tuple[int, ...]]:
+    """The shapes of the ranks' parts."""
+    return {(*fetch.shape[: fetch.dim], len(rows), *fetch.shape[fetch.dim + 1 :]) for rows in fetch.have}
 
 
 def _resulting(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
@@ -133,7 +148,7 @@ def _resulting(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
         if node.meta["dtype"] != exchange.dtype or any(
             exchange.result_shape(rank, layout.local_shape(shape, rank))
             != layout_of(node).local_shape(shape_of(node), rank)
-            for rank in range(world)
+            for rank in range(exchange.world)
         ):
             yield node
 

@@ -78,19 +78,30 @@ class Message:
     def partners(self) -> np.ndarray:
         """Whether two ranks take part together: [rank, rank]. In an all-gather all do."""
         if self.broadcast:
-            return np.ones_like(self.bytes, dtype=bool)
+            one = self.spec.exchanges[0]
+            return _of_all_lines(one, np.ones((one.world, one.world))) > 0
         return (self.bytes + self.bytes.T > 0) | np.eye(len(self.bytes), dtype=bool)
 
     def received_of(self, rank: int) -> dict[str, int]:
         """Bytes that a rank receives, by exchange."""
-        return {f"{self.id}.{i}": each.received(rank) for i, each in enumerate(self.spec.exchanges)}
+        return {f"{self.id}.{i}": each.received(each.place(rank)) for i, each in enumerate(self.spec.exchanges)}
 
 
 @lru_cache(maxsize=4096)
 def _bytes(exchange: Exchange) -> np.ndarray:
     ranks = range(exchange.world)
     size = exchange.dtype.itemsize
-    return np.array([[exchange.numel(src, dst) * size for dst in ranks] for src in ranks], dtype=float)
+    found = np.array([[exchange.numel(src, dst) * size for dst in ranks] for src in ranks], dtype=float)
+    return _of_all_lines(exchange, found)
+
+
+def _of_all_lines(exchange: Exchange, figures: np.ndarray) -> np.ndarray:
+    """Figures of pairs of ranks, as an exchange counts them, for all pairs of ranks of the mesh; others have 0."""
+    world = exchange.world * exchange.lines
+    found = np.zeros((world, world))
+    for members in {exchange.members(rank) for rank in range(world)}:
+        found[np.ix_(members, members)] = figures
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,9 +96,10 @@ class Prices:
             found: dict[Any, Counted] = {}
             counted: list[Counted] = []
             for rank in range(self.world):
-                kind = _kind_of_rank(declared, rank)
+                place = declared.place(rank)
+                kind = _kind_of_rank(declared, place)
                 if kind not in found:
-                    found[kind] = count_communication(target, declared, rank)
+                    found[kind] = count_communication(target, declared, place)
                 counted.append(found[kind])
             self._known[key] = Price(
                 max(each.kernels for each in counted),
@@ -170,7 +171,7 @@ def _counted(node: fx.Node, operands: list[_Operand], result: _Operand) -> Count
 
 @lru_cache(maxsize=1 << 14)
 def _kind_of_rank(declared: Exchange, rank: int) -> Any:
-    """Ranks with an equal value do the same work in an exchange."""
+    """Ranks with an equal value do the same work in an exchange, which counts them."""
     ranks = range(declared.world)
     received = tuple(declared.numel(src, rank) for src in ranks if src != rank)
     sent = tuple(declared.numel(rank, dst) for dst in ranks if dst != rank)
@@ -194,7 +195,8 @@ def _described(node: fx.Node) -> Any:
 def _part(node: fx.Node, rank: int) -> _Operand:
     """A value on one rank."""
     if window := _fetched(node):
-        rows = (*window.shape[: window.dim], len(window.want[rank]), *window.shape[window.dim + 1 :])
+        want = window.want[window.place(rank)]
+        rows = (*window.shape[: window.dim], len(want), *window.shape[window.dim + 1 :])
         return _Operand(rows, window.dtype)
     return _Operand(layout_of(node).local_shape(node.meta.get("shape", ()), rank), node.meta.get("dtype"))
 

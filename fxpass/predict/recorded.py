@@ -101,9 +101,10 @@ class RecordedChannel:
         self.node = name
         self.path = spec.path
         self.role = spec.exchanges[0].role
-        self.received = {f"{name}.{i}": each.received(rank) for i, each in enumerate(spec.exchanges)}
-        others = (other for other in range(spec.exchanges[0].world) if other != rank)
-        self.senders = [other for other in others if any(each.numel(other, rank) for each in spec.exchanges)]
+        own = spec.place(rank)
+        self.received = {f"{name}.{i}": each.received(own) for i, each in enumerate(spec.exchanges)}
+        others = (other for other in enumerate(spec.members(rank)) if other[1] != rank)
+        self.senders = [other for i, other in others if any(each.numel(i, own) for each in spec.exchanges)]
         self.log = log
         self.last: Flight | None = None
         self.ready, self.close = channel.ready, channel.close

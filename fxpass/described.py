@@ -1,0 +1,47 @@
+"""A plan as plain data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, for JSON."""
+    ranks = range(plan.world_size)
+    displaced = plan.bytes_received_per_rank_displaced
+    return {
+        "ranks": plan.world_size,
+        "mesh": [plan.mesh.groups, plan.mesh.patches],
+        "strategy": plan.strategy.name,
+        "target": plan.target.name,
+        "fingerprint": plan.fingerprint,
+        "cuts": {name: str(layout) for name, layout in plan.cuts.items()},
+        "flops_total": plan.flops_total,
+        "flops_per_rank": list(plan.flops_per_rank),
+        "estimated": plan.estimated,
+        "uncounted": plan.uncounted,
+        "bound": plan.bound,
+        "exchanges": [
+            {"id": e.id, "role": e.role, "bytes": e.bytes, "messages": e.messages, "node": e.node, "path": e.path,
+             "received": [e.received(rank) for rank in ranks],
+             "received_displaced": [e.received(rank, exact=False) for rank in ranks],
+             "reason": e.reason, "text": str(e.declared)}
+            for e in plan.exchanges
+        ],
+        "bytes_received_per_rank": list(plan.bytes_received_per_rank),
+        "bytes_received_per_rank_displaced": None if displaced is None else list(displaced),
+        "padding_received_per_rank": [plan.padding_received(rank) for rank in ranks],
+        "padding_received_per_rank_displaced": (
+            None if displaced is None else [plan.padding_received(rank, exact=False) for rank in ranks]
+        ),
+        "state_bytes_per_rank": list(plan.state_bytes_per_rank),
+        "fallbacks": [
+            {"exchanges": e.exchanges, "node": e.node, "path": e.path, "shapes": e.shapes, "bytes": e.bytes,
+             "reason": e.reason}
+            for e in plan.gathered
+        ],
+        "seconds": plan.seconds,
+    }  # fmt: skip

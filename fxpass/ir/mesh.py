@@ -1,0 +1,69 @@
+"""A mesh of ranks: groups that run different samples of a batch, each of ranks that run patches of these samples.
+
+Ranks are counted by group, then by patch::
+
+                 patch 0   patch 1   patch 2
+    group 0         0         1         2        lines of the axis "patches": (0 1 2), (3 4 5)
+    group 1         3         4         5        lines of the axis "samples": (0 3), (1 4), (2 5)
+
+An exchange takes place along one axis: the ranks of each line exchange among themselves, and the exchange counts them
+from 0 by their place in the line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a mesh.
+
+    Attributes:
+        size: ranks in a line.
+        stride: from one rank of a line to the next.
+        lines: the number of lines.
+    """
+
+    name: str
+    size: int
+    stride: int
+    lines: int
+
+    def place(self, rank: int) -> int:
+        """The place of a rank in its line."""
+        return rank // self.stride % self.size
+
+    def members(self, rank: int) -> tuple[int, ...]:
+        """The ranks of the line in which a rank is, by their places."""
+        first = rank - self.place(rank) * self.stride
+        return tuple(first + i * self.stride for i in range(self.size))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """`groups` groups of `patches` ranks."""
+
+    groups: int
+    patches: int
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return self.groups * self.patches
+
+    @property
+    def along_samples(self) -> Axis:
+        """The axis on which ranks hold the same patch of different samples."""
+        return Axis("samples", self.groups, self.patches, self.patches)
+
+    @property
+    def along_patches(self) -> Axis:
+        """The axis on which ranks hold different patches of the same samples."""
+        return Axis("patches", self.patches, 1, self.groups)
+
+    def __str__(self) -> str:
+        return f"{self.groups} x {self.patches}"

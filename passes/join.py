@@ -1,0 +1,95 @@
+"""join: from the graph of one group of ranks to that of all: groups take their samples, and outputs are gathered. Exact.
+
+The ranks of a group exchange along the axis "patches"; those that hold the same patch gather the outputs of all groups
+along the axis "samples".
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from ..ir import ops
+from ..ir.fetch import Fetch
+from ..ir.layout import WHOLE, PerRank, full
+from ..ir.mesh import Mesh
+from ..ir.nodes import append, append_copy
+from ..ir.program import shape_of
+from .samples import Samples
+
+
+def join(graph: fx.Graph, whole: fx.Graph, samples: Samples, mesh: Mesh) -> fx.Graph:
+    """The graph of all ranks of a mesh.
+
+    Args:
+        graph: the partitioned graph of one group.
+        whole: the program of all samples.
+    """
+    return _Joiner(whole, samples, mesh).run(graph)
+
+
+class _Joiner:
+    def __init__(self, whole: fx.Graph, samples: Samples, mesh: Mesh) -> None:
+        self.whole = {node.name: node for node in whole.nodes if node.op == "placeholder"}
+        (output,) = whole.find_nodes(op="output")
+        self.outputs: Sequence[fx.Node] = output.args[0]  # type: ignore[assignment]
+        self.samples = samples
+        self.mesh = mesh
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+
+    def run(self, graph: fx.Graph) -> fx.Graph:
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        for node in placeholders:
+            self.env[node] = append_copy(self.graph, node)
+        for node in placeholders:
+            if node.name in self.samples.taken:
+                self.env[node] = self._taken(node)
+        for node in graph.nodes:
+            if node.op == "output":
+                self.graph.output(self._gathered([self.env[each] for each in node.args[0]]))
+            elif node.op != "placeholder":
+                self.env[node] = new = append_copy(self.graph, node, self.env.__getitem__)
+                if node.target is ops.exchange:
+                    along = self.mesh.along_patches
+                    new.args = (new.args[0], tuple(replace(each, axis=along) for each in node.args[1]))
+        self.graph.lint()
+        return self.graph
+
+    def _taken(self, node: fx.Node) -> fx.Node:
+        """What a group takes of a placeholder."""
+        source, layout = self.env[node], self.samples.taken[node.name]
+        described = {"dtype": node.meta["dtype"], "layout": WHOLE, "path": "", "origin": node.name}
+        source.meta |= {"shape": shape_of(self.whole[node.name])}
+        rows = PerRank(layout.rows, self.mesh.along_samples)
+        return append(self.graph, ops.take, (source, layout.axis, rows), meta=described | {"shape": shape_of(node)})
+
+    def _gathered(self, parts: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+        """The outputs, of which the groups have computed `parts`: one message."""
+        split = [i for i, layout in enumerate(self.samples.results) if layout.split]
+        nodes = list(dict.fromkeys(parts[i] for i in split))
+        declared = {parts[i]: self._declared(i) for i in split}
+        about = {"path": nodes[0].meta.get("path", ""), "origin": nodes[0].meta.get("origin", nodes[0].name)}
+        gather = append(
+            self.graph, ops.exchange, (tuple(nodes), tuple(declared[node] for node in nodes)), meta=about
+        )
+        results: dict[fx.Node, fx.Node] = {}
+        for i, node in enumerate(nodes):
+            each = declared[node]
+            described: dict[str, Any] = {"shape": each.shape, "dtype": each.dtype, "layout": WHOLE}
+            results[node] = append(self.graph, operator.getitem, (gather, i), meta=about | described)
+        return tuple(results.get(node, node) if i in split else node for i, node in enumerate(parts))
+
+    def _declared(self, i: int) -> Fetch:
+        """The gather of an output along its batch."""
+        shape, layout = shape_of(self.outputs[i]), self.samples.results[i]
+        groups = self.mesh.groups
+        want = full(shape[layout.axis], groups)
+        return Fetch(
+            "output", shape, self.outputs[i].meta["dtype"], groups, "", layout.axis, layout.rows, want,
+            axis=self.mesh.along_samples,
+        )  # fmt: skip
