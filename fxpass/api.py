@@ -15,7 +15,8 @@ from torch import nn
 from .ir.advice import warn
 from .ir.program import Program
 from .ir.strategy import Strategy
-from .plan import Plan, check_target, check_world_size, groups_of, make_plan, strategy_of, target_of
+from .plan import Plan, make_plan
+from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
 from .predict.compare import slower_than_one
 from .runtime import distributed
 from .runtime.engine import Engine

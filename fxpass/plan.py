@@ -42,7 +42,7 @@ from .passes import Build, build
 from .passes.cost import flops, node_flops, totals
 from .passes.cuts import Tried
 from .passes.targets import Target, find
-from .predict.compare import choose
+from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
 from .predict.prediction import Prediction, predict
 
 if TYPE_CHECKING:
@@ -199,7 +199,9 @@ class Plan:
         own part.)
         """
         nodes = [declared for _, declared in exchanges_of(self.graph)]
-        return tuple(sum(kept_bytes(declared, declared[0].place(rank)) for declared in nodes) for rank in range(self.world_size))
+        return tuple(
+            sum(kept_bytes(declared, declared[0].place(rank)) for declared in nodes) for rank in range(self.world_size)
+        )
 
     @property
     def exact_steps(self) -> tuple[int, int] | None:
@@ -331,8 +333,8 @@ def make_plan(
     result: Build = build(program, world_size, machine, strategy, groups=groups)
     if result.mixed:
         warn(
-            f"the batch is not divided among {groups} groups of ranks, so all {world_size} ranks work on patches of all "
-            f"samples: {result.mixed}"
+            f"the batch is not divided among {groups} groups of ranks, so all {world_size} ranks work on patches of "
+            f"all samples: {result.mixed}"
         )
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
@@ -381,62 +383,3 @@ def plan(
     chosen = strategy_of(strategy, world_size // groups)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
     return make_plan(program, world_size, chosen, target, link, groups=groups, strict=strict)
-
-
-def groups_of(world_size: int, cfg: Any, data: Any) -> int:
-    """The number of groups among which the samples of a batch are divided.
-
-    Raises:
-        ValueError: `cfg` or `data` is no whole number of at least 1, or the ranks cannot be divided evenly.
-    """
-    for name, value in (("cfg", cfg), ("data", data)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    if world_size % (cfg * data):
-        raise ValueError(
-            f"{world_size} ranks cannot be divided into cfg x data = {cfg} x {data} groups of equal size; "
-            f"world_size must be a multiple of {cfg * data}"
-        )
-    return cfg * data
-
-
-def strategy_of(strategy: str | Strategy, patches: int) -> Strategy | Callable[[Program, Target], Strategy]:
-    """The strategy of that name; for "auto", what chooses one. Raises `ValueError` for an unknown name."""
-    if strategy == "auto":
-        return lambda program, target: choose(program, patches, target)
-    return Strategy.of(strategy)
-
-
-def check_world_size(world_size: Any) -> int:
-    """Raises `ValueError` unless `world_size` is a whole number of at least 1."""
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise ValueError(f"world_size must be a whole number of at least 1, not {world_size!r}")
-    return world_size
-
-
-def check_target(target: Any, link: str | None = None) -> None:
-    """Raises `ValueError` unless `target` is a `Target`, "auto", the name of a device or a file that describes one."""
-    if isinstance(target, Target) and link is None:
-        return
-    if not isinstance(target, str):
-        raise ValueError(f"target is a name, a file or (without link) a Target, not {target!r}")
-    find(target, link)
-
-
-def target_of(target: str | Target, program: Program, link: str | None = None) -> Target:
-    """The target of this name; "auto" follows the device of the program's tensors.
-
-    Args:
-        link: the name of the link between ranks; None: the one that the device names.
-
-    Raises:
-        ValueError: there is no such target or link; the message suggests the nearest.
-    """
-    if isinstance(target, Target):
-        return target
-    if target == "auto":
-        devices: Sequence[str] = [
-            n.meta["val"].device.type for n in program.graph.nodes if "val" in n.meta and "shape" in n.meta
-        ]
-        target = "gpu" if "cuda" in devices else "cpu"
-    return find(target, link)

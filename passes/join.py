@@ -1,4 +1,4 @@
-"""join: from the graph of one group of ranks to that of all: groups take their samples, and outputs are gathered. Exact.
+"""join: make the graph of all ranks from that of one group: groups take their samples, outputs are gathered. Exact.
 
 The ranks of a group exchange along the axis "patches"; those that hold the same patch gather the outputs of all groups
 along the axis "samples".
@@ -74,9 +74,7 @@ class _Joiner:
         nodes = list(dict.fromkeys(parts[i] for i in split))
         declared = {parts[i]: self._declared(i) for i in split}
         about = {"path": nodes[0].meta.get("path", ""), "origin": nodes[0].meta.get("origin", nodes[0].name)}
-        gather = append(
-            self.graph, ops.exchange, (tuple(nodes), tuple(declared[node] for node in nodes)), meta=about
-        )
+        gather = append(self.graph, ops.exchange, (tuple(nodes), tuple(declared[node] for node in nodes)), meta=about)
         results: dict[fx.Node, fx.Node] = {}
         for i, node in enumerate(nodes):
             each = declared[node]

@@ -32,6 +32,7 @@ from .cuts import downstream, inputs_with_rows
 from .decompose import count_work
 from .partition import Rule, partition
 from .trim import trim
+
 TRIES = 6  #: partitions of the graph until a guess of the inputs with a batch dim is given up
 
 
@@ -68,7 +69,7 @@ def divide(program: Program, groups: int, rules: Mapping[Any, Rule]) -> Samples:
         graph = trim(partition(program.graph, groups, cuts, rules), program.graph, groups, rules)
         try:
             return _divided(program, graph)
-        except _Mixed as mixed:
+        except _MixedError as mixed:
             reason = reason or SamplesError(mixed.reason)
             before = {node.name for node in reached([mixed.node], operator.attrgetter("all_input_nodes"))}
             wrong = [node for node in batched if node is not main and node.name in before]
@@ -79,7 +80,7 @@ def divide(program: Program, groups: int, rules: Mapping[Any, Rule]) -> Samples:
     raise reason
 
 
-class _Mixed(Exception):
+class _MixedError(Exception):
     """A node of a partitioned graph that does not treat all samples alike, and by themselves."""
 
     def __init__(self, node: fx.Node, what: str) -> None:
@@ -104,7 +105,7 @@ def _batched(program: Program, groups: int) -> tuple[fx.Node, list[fx.Node]]:
 
 
 def _divided(program: Program, graph: fx.Graph) -> Samples:
-    """Raises `_Mixed` unless a graph that is partitioned along the batch does the same on all parts."""
+    """Raises `_MixedError` unless a graph that is partitioned along the batch does the same on all parts."""
     takes: dict[fx.Node, fx.Node] = {}  #: placeholder -> what is taken of it
     for node in calls(graph):
         if node.target is ops.exchange:
@@ -112,16 +113,16 @@ def _divided(program: Program, graph: fx.Graph) -> Samples:
         elif _differs(node.args) or _differs(node.kwargs):
             source = node.args[0]
             if node.target is not ops.take or source.op != "placeholder":  # type: ignore[union-attr]
-                raise _Mixed(node, "depends on the place of a sample in the batch")
+                raise _MixedError(node, "depends on the place of a sample in the batch")
             takes[source] = node  # type: ignore[index]
     for source, node in takes.items():
         if len(source.users) > 1:
             user = next(user for user in source.users if user is not node)
-            raise _Mixed(user if user.op != "output" else node, "reads samples of other groups")
+            raise _MixedError(user if user.op != "output" else node, "reads samples of other groups")
     (output,) = graph.find_nodes(op="output")
     results = tuple(layout_of(each.args[0].args[0][0]) if _gathered(each) else WHOLE for each in output.args[0])  # type: ignore[union-attr]
     if not any(layout.split for layout in results):
-        raise _Mixed(output.args[0][0], "is an output that does not depend on the batch")  # type: ignore[index]
+        raise _MixedError(output.args[0][0], "is an output that does not depend on the batch")  # type: ignore[index]
     part = _one_group(graph, takes)
     count_work(part)
     taken = {source.name: layout_of(node) for source, node in takes.items()}
@@ -129,10 +130,11 @@ def _divided(program: Program, graph: fx.Graph) -> Samples:
 
 
 def _check_gather(node: fx.Node) -> None:
-    """Raises `_Mixed` if an exchange is anything but the gather of an output."""
+    """Raises `_MixedError` if an exchange is anything but the gather of an output."""
     declared: Exchange = node.args[1][0]  # type: ignore[index,assignment]
     if declared.role != "output":
-        raise _Mixed(node, f"mixes the samples of a batch ({declared.role}{declared.reason and ': '}{declared.reason})")
+        why = f"{declared.role}: {declared.reason}" if declared.reason else declared.role
+        raise _MixedError(node, f"mixes the samples of a batch ({why})")
 
 
 def _gathered(node: fx.Node) -> bool:
@@ -195,12 +197,12 @@ def _computed(part: fx.Graph, node: fx.Node, env: Mapping[fx.Node, Any], values:
     """A copy of an operator, named as in the whole program, with the value that it has on one group's samples.
 
     Raises:
-        _Mixed: it is none of those that programs in normal form have.
+        _MixedError: it is none of those that programs in normal form have.
     """
     spec = spec_of(node.target)
     plain = isinstance(node.target, OpOverload) and node.target not in ops.LOCAL
     if node.target is not operator.getitem and (not plain or (spec.form is not None and spec.rule is None)):
-        raise _Mixed(node, "cannot be computed on some of the samples by itself")
+        raise _MixedError(node, "cannot be computed on some of the samples by itself")
     args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
     about = {key: node.meta[key] for key in ("path", "origin")}
     new = part.create_node("call_function", node.target, args, kwargs, name=about["origin"])

@@ -53,7 +53,7 @@ Offsets = tuple[int, int]
 def file_layout(specs: Sequence[ChannelSpec], rank: int) -> tuple[int, list[dict[int, Offsets]]]:
     """The size of a rank's file in bytes, and by channel and reader where its messages lie. Every rank computes it.
 
-    Readers are counted as the channel's exchanges count them. A message that is the same for all readers lies there once.
+    Readers are counted as the channel's exchanges count them. A message that is the same for all lies there once.
     """
     size = TOKEN + FLAG * (2 * len(specs) + 1)
     size += -size % FLAG

@@ -38,7 +38,9 @@ def sizes_text(shape: Sequence[int], layout: Layout, rank: int) -> str:
     sizes = "x".join(map(str, layout.local_shape(shape, rank))) or "scalar"
     if layout.dim is None:
         return sizes
-    return f"{sizes} ({letters(len(shape))[layout.dim]}: {layout.sizes[rank % len(layout.rows)]} of {shape[layout.dim]})"
+    return (
+        f"{sizes} ({letters(len(shape))[layout.dim]}: {layout.sizes[rank % len(layout.rows)]} of {shape[layout.dim]})"
+    )
 
 
 def bytes_text(count: float) -> str:
@@ -86,7 +88,7 @@ def cuts_text(rows: Sequence[Rows], size: int) -> str:
 
 
 def exchange_text(exchange: Exchange, rank: int) -> str:
-    """What a rank receives, as the exchange counts it: `halo(H: 1 up, 1 down)`, `gather(L: 512 -> 4096)`, `moments(…)`."""
+    """What a rank, as the exchange counts it, receives: `halo(H: 1 up, 1 down)`, `gather(L: 5 -> 40)`, `moments`."""
     if not isinstance(exchange, Fetch):
         return str(exchange)
     dim = letters(len(exchange.shape))[exchange.dim]

@@ -140,7 +140,9 @@ class Steps:
         for mode, each in lowered.items():
             steps[mode] = step_of(each, graph, prices, target.link, launch)
         held: dict[Mode, Figures] = {mode: alive(each, program.inputs, prices) for mode, each in lowered.items()}
-        state = np.array([sum(kept_bytes(e, e[0].place(rank)) for _, e in exchanges_of(graph)) for rank in range(world)])
+        state = np.array(
+            [sum(kept_bytes(e, e[0].place(rank)) for _, e in exchanges_of(graph)) for rank in range(world)]
+        )
         both: Figures = state + np.maximum.reduce([each.max(0) for each in held.values()])
         most = int(both.argmax())
         memory = Memory(weights_of(program), int(state[most]), int(both[most] - state[most]))

@@ -65,7 +65,7 @@ def dump(
     from ...inspect.onnx_export import WEIGHTS, write_onnx
     from ...ir.strategy import Strategy
     from ...models.resolve import Options, resolve
-    from ...plan import check_target
+    from ...planning import check_target
     from .. import output as out
     from .check import refuse_large
     from .plan import check_rank
@@ -199,7 +199,7 @@ def built(program: Program, world_size: int, stage: str, target: str, strategy: 
     """The state of the passes after `stage`."""
     from ...ir.strategy import Strategy
     from ...passes import Build, build
-    from ...plan import target_of
+    from ...planning import target_of
 
     machine, fresh = target_of(target, program), Strategy.of(strategy)
     if stage == CAPTURED:

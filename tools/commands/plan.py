@@ -88,7 +88,7 @@ def make(
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
     from ...models.resolve import resolve
-    from ...plan import check_target, strategy_of
+    from ...planning import check_target, strategy_of
     from ...plan import plan as make_plan
 
     strategy_of(strategy, world_size)

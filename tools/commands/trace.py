@@ -55,7 +55,7 @@ def trace(
 def _recorded(model: str, world_size: int, strategy: str, sizes: dict[str, int | None]) -> str:
     """The timeline of processes that run a model."""
     from ...ir.progress import progress
-    from ...plan import strategy_of
+    from ...planning import strategy_of
     from ...predict.ranks import run_ranks
     from ...predict.recorded import Log, timeline
     from .. import trace_rank
