@@ -1,0 +1,70 @@
+"""Check the arguments of planning: world size, groups, target, strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .ir.program import Program
+from .ir.strategy import Strategy
+from .passes.targets import Target, find
+from .predict.compare import choose
+
+
+def groups_of(world_size: int, cfg: Any, data: Any) -> int:
+    """The number of groups among which the samples of a batch are divided.
+
+    Raises:
+        ValueError: `cfg` or `data` is no whole number of at least 1, or the ranks cannot be divided evenly.
+    """
+    for name, value in (("cfg", cfg), ("data", data)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if world_size % (cfg * data):
+        raise ValueError(
+            f"{world_size} ranks cannot be divided into cfg x data = {cfg} x {data} groups of equal size; "
+            f"world_size must be a multiple of {cfg * data}"
+        )
+    return cfg * data
+
+
+def strategy_of(strategy: str | Strategy, patches: int) -> Strategy | Callable[[Program, Target], Strategy]:
+    """The strategy of that name; for "auto", what chooses one. Raises `ValueError` for an unknown name."""
+    if strategy == "auto":
+        return lambda program, target: choose(program, patches, target)
+    return Strategy.of(strategy)
+
+
+def check_world_size(world_size: Any) -> int:
+    """Raises `ValueError` unless `world_size` is a whole number of at least 1."""
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size must be a whole number of at least 1, not {world_size!r}")
+    return world_size
+
+
+def check_target(target: Any, link: str | None = None) -> None:
+    """Raises `ValueError` unless `target` is a `Target`, "auto", the name of a device or a file that describes one."""
+    if isinstance(target, Target) and link is None:
+        return
+    if not isinstance(target, str):
+        raise ValueError(f"target is a name, a file or (without link) a Target, not {target!r}")
+    find(target, link)
+
+
+def target_of(target: str | Target, program: Program, link: str | None = None) -> Target:
+    """The target of this name; "auto" follows the device of the program's tensors.
+
+    Args:
+        link: the name of the link between ranks; None: the one that the device names.
+
+    Raises:
+        ValueError: there is no such target or link; the message suggests the nearest.
+    """
+    if isinstance(target, Target):
+        return target
+    if target == "auto":
+        devices: Sequence[str] = [
+            n.meta["val"].device.type for n in program.graph.nodes if "val" in n.meta and "shape" in n.meta
+        ]
+        target = "gpu" if "cuda" in devices else "cpu"
+    return find(target, link)
