@@ -88,8 +88,8 @@ def make(
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
     from ...models.resolve import resolve
-    from ...planning import check_target, strategy_of
     from ...plan import plan as make_plan
+    from ...planning import check_target, strategy_of
 
     strategy_of(strategy, world_size)
     check_target(target, link)
