@@ -25,9 +25,7 @@ def main(folder: Path) -> None:
     named: dict[str, Any] = {"cfg": 2, "strategy": "displaced", "warmup_steps": 2}
     lockstep: Any = fxpass.parallelize(block(), 4, executor="lockstep", **named)
     parallel: Any = fxpass.parallelize(block(), timeout=120, **named)
-    equal = []
-    for call in steps(6):
-        equal.append(torch.equal(parallel(*call)["sample"], lockstep(*call)["sample"]))
+    equal = [torch.equal(parallel(*call)["sample"], lockstep(*call)["sample"]) for call in steps(6)]
     runner = parallel._engine._all()[0].loaded.runner
     kinds = sorted({type(channel).__name__ for channel in runner.channels(0)})
     found = {"equal": equal, "traffic": dict(parallel.traffic), "kinds": kinds}
