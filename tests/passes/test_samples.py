@@ -171,9 +171,9 @@ def test_a_group_computes_what_depends_on_no_sample_once_and_the_rest_on_its_sam
 def test_the_graph_of_all_ranks_shows_what_each_group_takes_and_one_gather_of_the_outputs() -> None:
     made = divided(Guided().eval(), guided(2), 2, 2)
     takes = [n for n in made.current.nodes if n.target is ops.take and isinstance(n.args[2], PerRank)]
-    along = {n.args[0].name: n.args[2].axis.name for n in takes if n.args[2].axis}  # type: ignore[union-attr]
+    along = {n.args[0].name: n.args[2].axis.name for n in takes if n.args[2].axis}
     assert along == {"x_x": "samples", "x_text": "samples", "constant_ones_default": "samples"}
-    axes = [(each.role, each.axis.name) for _, declared in exchanges_of(made.current) for each in declared]  # type: ignore[union-attr]
+    axes = [(each.role, each.axis.name) for _, declared in exchanges_of(made.current) for each in declared]
     assert axes == [("output", "patches"), ("output", "samples")]
 
 

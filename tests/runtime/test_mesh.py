@@ -119,7 +119,8 @@ def test_ranks_under_torchrun_give_what_lockstep_gives_bit_for_bit(disable: str,
 def test_spawned_workers_give_what_lockstep_gives_bit_for_bit() -> None:
     named: dict[str, Any] = {"cfg": 2, "strategy": "displaced", "warmup_steps": 2}
     expected = lockstep(4, **named)
-    with fxpass.parallelize(block(), 4, executor="spawn", timeout=120, **named) as module:
+    model: Any = block()
+    with fxpass.parallelize(model, 4, executor="spawn", timeout=120, **named) as module:
         for call in steps(5):
             assert torch.equal(module(*call)["sample"], expected(*call)["sample"])
 
