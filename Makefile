@@ -17,7 +17,7 @@ JOBS    ?= 2
 N       ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz mutants study-tests slow zoo balance bench bench-displaced bench-link gpu gpu-tests lint format train-demo clean
+.PHONY: help demo test fuzz mutants study-tests slow zoo pipelines balance bench bench-displaced bench-link gpu gpu-tests lint format train-demo clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -33,6 +33,10 @@ help:
 # kept apart: with torchao there, diffusers has something to say at every import
 .venv/.quantised: .venv/.stamp
 	$(PY) -m pip install --quiet -e ".[quantised]"
+	@touch $@
+
+.venv/.pipelines: .venv/.stamp
+	$(PY) -m pip install --quiet -e ".[pipelines]"
 	@touch $@
 
 demo: .venv/.stamp  ## a picture from a prompt, on one device and on two
@@ -55,6 +59,9 @@ slow: .venv/.quantised  ## the slow tests: whole models, many ranks
 
 zoo: .venv/.stamp  ## sweep every denoiser, ControlNet and autoencoder class: docs/coverage.md (half an hour)
 	$(PY) -m fxpass.tools.sweeps.zoo
+
+pipelines: .venv/.pipelines  ## sweep every pipeline class, unsplit against split: docs/pipelines.md (an hour)
+	$(PY) -m fxpass.tools.sweeps.pipelines
 
 balance: .venv/.stamp  ## how evenly 8 ranks share the work of every published model: docs/balance.md
 	$(PY) -m fxpass.tools.sweeps.balance --ranks 8 --write

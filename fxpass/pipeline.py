@@ -13,7 +13,16 @@ from typing import Any
 from torch import nn
 
 from .ir.advice import warn
-from .models.pipelines import Announcer, autoencoders, beside, denoisers, methods_of, modules_text, pipelines_in
+from .models.pipelines import (
+    Announcer,
+    autoencoders,
+    beside,
+    denoisers,
+    methods_of,
+    modules_text,
+    never_denoises,
+    pipelines_in,
+)
 from .runtime.attached import attach, attach_again, attached_to, detach
 from .runtime.engine import Engine
 from .runtime.module import ParallelModule
@@ -37,14 +46,14 @@ def split_pipeline(pipeline: Any, engine_of: Callable[[nn.Module], Engine]) -> N
     """Let parts of a pipeline, and of the pipelines that it is made of, run on all ranks.
 
     These are denoisers, what runs beside them in each step, and autoencoders. The last two run unsplit, with a
-    warning, where they cannot be split.
+    warning, where they cannot be split. A pipeline that never denoises may have autoencoders only.
 
     Raises:
-        TypeError: there is no denoiser.
+        TypeError: there is no denoiser, and something that may be one, or no autoencoder either.
     """
     pipelines = pipelines_in(pipeline) if hasattr(pipeline, "__dict__") else []
     steps = [(each, name) for each in pipelines for name in denoisers(each)]
-    if not steps:
+    if not steps and not (all(map(never_denoises, pipelines)) and any(map(autoencoders, pipelines))):
         held = f" (its modules: {modules_text(pipeline)})" if pipelines else ""
         raise TypeError(
             f"{type(pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser, whose forward "

@@ -87,12 +87,21 @@ def modules_text(pipeline: Any) -> str:
     """The modules of a pipeline and their classes, for messages. Says which of them look like denoisers."""
 
     def text(name: str, module: nn.Module) -> str:
-        first, *more = [*inspect.signature(module.forward).parameters, ""]
-        alike = PICTURE.fullmatch(first) and len(more) > 1 and not methods_of(module)
-        note = f", which looks like a denoiser: its forward takes {', '.join([first, *more[:-1]])}"
-        return f"{name}: {type(module).__name__}{note if alike else ''}"
+        takes = ", ".join(inspect.signature(module.forward).parameters)
+        note = f", which looks like a denoiser: its forward takes {takes}"
+        return f"{name}: {type(module).__name__}{note if _is_alike(module) else ''}"
 
     return "; ".join(text(*each) for each in _modules(pipeline).items()) or "none"
+
+
+def never_denoises(pipeline: Any) -> bool:
+    """Whether a pipeline has no denoiser, and no module that looks like one, as one that only scales latents up."""
+    return not denoisers(pipeline) and not any(map(_is_alike, _modules(pipeline).values()))
+
+
+def _is_alike(module: nn.Module) -> bool:
+    first, *more = [*inspect.signature(module.forward).parameters, ""]
+    return bool(PICTURE.fullmatch(first)) and len(more) > 1 and not methods_of(module)
 
 
 def _modules(pipeline: Any) -> dict[str, nn.Module]:

@@ -102,7 +102,7 @@ class Engine:
         """The output of the model, or of one of its methods. Runs without autograd.
 
         Raises:
-            RuntimeError: the model is in training mode, the module was closed, or gradients are enabled and an input
+            RuntimeError: the module was closed, or gradients are enabled and the model is in training mode or an input
                 requires one.
             CaptureError: the model cannot be captured.
             GuardError: it turns an input that differs at every call into a Python number.
@@ -117,8 +117,11 @@ class Engine:
         with self.turn.taken(), torch.no_grad():
             if self._closed:
                 raise RuntimeError(f"this parallel module was closed ({self._closed}); call fxpass.parallelize again")
-            if self.model.training:
-                raise RuntimeError("the model is in training mode; fxpass runs inference only: call model.eval() first")
+            if self.model.training and gradients:
+                raise RuntimeError(
+                    "the model is in training mode and gradients are enabled; fxpass runs inference only: call "
+                    "model.eval() first, or call it under torch.no_grad()"
+                )
             try:
                 self.executor.begin(self._device(args, kwargs))
                 found = self._found(args, kwargs, method, gradients)
@@ -245,12 +248,12 @@ class Engine:
         """Whether a method that may run unsplit has to: nothing here trains, or computes gradients."""
         if method.most is None or self.strict or self._closed:
             return False
+        if not gradients:
+            return False
         if self.model.training:
             self._say_unsplit(method, "the model is in training mode (call model.eval() before)")
             return True
-        if not gradients or not any(
-            isinstance(each, Tensor) and each.requires_grad for each in leaves_of(args, kwargs)
-        ):
+        if not any(isinstance(each, Tensor) and each.requires_grad for each in leaves_of(args, kwargs)):
             return False
         self._say_unsplit(method, "an input requires a gradient")
         return True

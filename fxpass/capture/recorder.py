@@ -290,7 +290,7 @@ class Recorder(TorchDispatchMode):
                 device, dtype = self.autocast
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
             stack.enter_context(self)
-            return op.decompose(*args, **kwargs)
+            return _in_steps(op)(*args, **kwargs)
 
     def _cast_whole(self, op: OpOverload) -> bool:
         return kinds.is_cast_whole(op, self.autocast[0]) if self.autocast else True
@@ -359,6 +359,22 @@ def argument(op: OpOverload, args: Any, kwargs: dict[str, Any], name: str, defau
     names = kinds.argument_names(op)
     place = names.index(name) if name in names else len(args)
     return args[place] if place < len(args) else kwargs.get(name, default)
+
+
+def _in_steps(op: OpOverload) -> Any:
+    """A function of smaller operators that computes the same as a composite one."""
+    return _fill_diagonal if op is aten.fill_diagonal_.default else op.decompose
+
+
+def _fill_diagonal(x: Tensor, value: Any, wrap: bool = False) -> Tensor:
+    """`fill_diagonal_` without a look at memory, so that it works on any view."""
+    if wrap and x.dim() == 2 and x.shape[0] > x.shape[1]:
+        return aten.fill_diagonal_.default.decompose(x, value, wrap)
+    diagonal = x
+    for _ in range(x.dim() - 1):
+        diagonal = aten.diagonal.default(diagonal, 0, 0, -1)
+    aten.fill_.Scalar(diagonal, value)
+    return x
 
 
 def _positions(index: Any) -> list[Any]:

@@ -122,7 +122,18 @@ def narrow_types(m: Block, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("body", [filled, parts, data, masked, narrow_types], ids=lambda body: body.__name__)
+def diagonals(m: Block, x: Tensor) -> Tensor:
+    mask = torch.zeros(8, 8)
+    mask[:6, :6] = -torch.inf
+    mask[:6, :6].fill_diagonal_(0)
+    square, tall, deep = (x.T @ x).clone(), x.T[:, :3].clone(), x[:3, :3].expand(3, 3, 3).clone()
+    square.fill_diagonal_(2.0)
+    tall.fill_diagonal_(-1)
+    deep[:, :, :3].fill_diagonal_(5)
+    return mask.exp()[:6, :6] @ square + tall.sum() + (deep * deep.cumsum(0)).sum()
+
+
+@pytest.mark.parametrize("body", [filled, parts, data, masked, narrow_types, diagonals], ids=lambda body: body.__name__)
 def test_in_place_operators_are_made_functional(body: Any) -> None:
     captured(body)
 

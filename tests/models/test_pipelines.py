@@ -26,7 +26,7 @@ from fxpass.models.case import randomise_constants
 from fxpass.models.pipelines import beside, denoisers
 from fxpass.runtime.generation import Generation
 from tests.runtime.plans import Pipeline, block, inputs, whole
-from tests.tools.pipelines import write_pipeline
+from tests.tools.pipelines import VAE, write_pipeline
 
 
 class TextEncoder(nn.Module):
@@ -103,6 +103,18 @@ def test_the_error_for_an_unknown_pipeline_says_which_module_looks_like_a_denois
 
     with pytest.raises(TypeError, match=r"text: TextEncoder; net: Net, which looks like .*takes sample, level\)"):
         fxpass.parallelize(SimpleNamespace(text=TextEncoder(), net=Net()), 2)
+
+
+def test_a_pipeline_that_never_denoises_has_its_autoencoder_split() -> None:
+    torch.manual_seed(0)
+    vae: Any = AutoencoderKL(**VAE).eval()
+    pipeline = Pipeline(vae=vae, upsampler=nn.Conv2d(4, 4, 1))
+    z = torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        expected = vae.decode(z).sample
+        fxpass.parallelize(pipeline, 2, executor="lockstep")
+        torch.testing.assert_close(vae.decode(z).sample, expected, atol=1e-5, rtol=0)
+    assert exchanged(vae) == [True]
 
 
 def test_a_denoiser_under_another_name_is_split_and_exact() -> None:

@@ -392,10 +392,24 @@ def test_two_calls_per_step_are_two_contexts_whether_the_pipeline_names_them_or_
                 assert torch.allclose(expected, model(**at(branch, k)).sample, atol=1e-5) == (k == 0)
 
 
-def test_training_mode_is_refused(module: ParallelModule) -> None:
+def test_training_mode_is_refused_where_gradients_are_enabled(module: ParallelModule) -> None:
     module.train()
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
         module(*inputs())
+
+
+@torch.no_grad()
+def test_a_model_that_pipelines_leave_in_training_mode_is_split_and_captured_again_in_eval_mode() -> None:
+    class Modal(Block):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().forward(*args, **kwargs)
+            return {name: value + self.training for name, value in found.items()}
+
+    model: nn.Module = Modal()
+    split = parallel(model, LockstepExecutor(2))
+    for mode in (True, False, True):
+        model.train(mode)
+        torch.testing.assert_close(split(*inputs())["sample"], model(*inputs())["sample"])
 
 
 def test_a_closed_module_says_so(module: ParallelModule) -> None:

@@ -17,7 +17,7 @@ from fxpass.capture import Call
 from fxpass.models.case import Case
 from fxpass.models.zoo import zoo_case
 from fxpass.models.zoo.classes import available
-from fxpass.tools.sweeps import zoo
+from fxpass.tools.sweeps import apart, zoo
 from fxpass.tools.sweeps import zoo_case as measuring
 from fxpass.tools.sweeps.zoo_case import Found, Split
 from fxpass.tools.sweeps.zoo_report import report
@@ -89,8 +89,7 @@ def test_a_case_that_needs_too_much_memory_is_reported(
     failed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resource.setrlimit", lambda *_: None)
-    monkeypatch.setattr(zoo, "measure", lambda name, key: Found(name, key, failed=failed))
-    zoo._measure("tiny", "k", tmp_path, 3)
+    apart._measure(lambda name, key: Found(name, key, failed=failed).plain(), "tiny", "k", tmp_path, 3)
     found = zoo.read(tmp_path, "tiny")
     assert found is not None
     assert found.failed == "it took more than 3 GB"

@@ -79,12 +79,13 @@ class Found:
 
     @staticmethod
     def of(data: dict[str, Any]) -> Found:
-        """The inverse of `plain`, also from JSON."""
+        """The inverse of `plain`, also from JSON. Of a measurement that was stopped, there is little."""
+        data = {"kind": data["name"]} | data
         splits = {
             int(n): Split(**each | {"fallbacks": tuple(map(tuple, each["fallbacks"]))})
-            for n, each in data["splits"].items()
+            for n, each in data.get("splits", {}).items()
         }
-        lists = {"read": tuple(map(tuple, data["read"])), "blind": tuple(data.get("blind", ()))}
+        lists = {"read": tuple(map(tuple, data.get("read", ()))), "blind": tuple(data.get("blind", ()))}
         return Found(**data | {"splits": splits} | lists)
 
 
@@ -128,6 +129,11 @@ def measure(name: str, key: str) -> Found:
         traceback.print_exc()
         facts["failed"] = _sentence(error)
     return Found(name, key, **facts, seconds=time.perf_counter() - started)
+
+
+def plain(name: str, key: str) -> dict[str, Any]:
+    """The same as plain data."""
+    return measure(name, key).plain()
 
 
 def _facts(case: Case) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,9 @@
+"""How the pipelines of each family differ from the general construction."""
+
+from __future__ import annotations
+
+from ..recipe import Recipe
+from . import audio, flux, images, kandinsky, pixels, unets, videos, xl
+
+FAMILIES = (unets, xl, flux, images, kandinsky, pixels, videos, audio)
+RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES for name, recipe in family.RECIPES.items()}

@@ -1,0 +1,90 @@
+"""Write docs/pipelines.md from the results of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+
+from .pipelines_case import CALL, LIKE_NOISE, PICTURE, Found
+
+INTRODUCTION = """\
+# Pipelines
+
+    make pipelines
+
+Every pipeline class that diffusers {diffusers} exports, built small from configurations, with tiny text encoders and
+tokenizers made on the spot (`models/pipelines_zoo/`) and random weights. Each is called unsplit, then after
+`fxpass.parallelize(pipe, 2, executor="lockstep")`, with the same arguments and seeds, in float32, on torch {torch}.
+Results are *equal* if no value of any result (picture, video, sound or latent) differs by more than {picture:.0e},
+relative where values are larger than 1.
+
+Some samplers amplify any rounding. They are judged by every call of their denoisers on equal inputs (at most
+{call:.0e} of the largest value), and by what noise of that size does to the unsplit pipeline: the difference is at most
+{like:.0f} times that. They are marked *amplifies*.
+"""
+
+
+def report(found: Sequence[Found], old: Sequence[str]) -> str:
+    """The document. `old` names classes whose results are missing or outdated."""
+    lines = [
+        INTRODUCTION.format(
+            diffusers=version("diffusers"), torch=version("torch"), picture=PICTURE, call=CALL, like=LIKE_NOISE
+        ),
+        *_totals(found),
+        *([f"\nNot measured since the last change: {', '.join(old)}."] if old else []),
+        *_listed("Not equal", found, "wrong", lambda each: f"the result differs by {each.error:.0e}{_judged(each)}"),
+        *_listed("Refused", found, "refused", lambda each: each.refused),
+        *_listed("Not measured to the end", found, "failed", lambda each: each.failed),
+        *_listed("Without anything to split", found, "none", lambda each: each.none),
+        *_listed("Left out", found, "left out", lambda each: each.left_out),
+        "",
+        "## All that are split",
+        "",
+        "*Split*: the parts whose ranks exchange something. Other parts of the pipeline run as they are.",
+        "",
+        *_table([each for each in found if each.verdict in ("equal", "amplifies", "wrong")]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _totals(found: Sequence[Found]) -> Iterator[str]:
+    counts = {word: sum(each.verdict == word for each in found) for word in sorted({each.verdict for each in found})}
+    out, rest = counts.get("left out", 0), len(found) - counts.get("left out", 0)
+    yield f"{len(found)} classes; {out} ({out / max(1, len(found)):.1%}) are left out. Of the other {rest}:"
+    yield ""
+    yield "| | classes | share |"
+    yield "| --- | ---: | ---: |"
+    titles = {
+        "equal": "equal", "amplifies": "amplify rounding; every denoiser call is equal", "wrong": "not equal",
+        "refused": "refused", "failed": "not measured to the end", "none": "without anything to split",
+    }  # fmt: skip
+    for word, title in titles.items():
+        if count := counts.get(word, 0):
+            yield f"| {title} | {count} | {count / max(1, rest):.1%} |"
+
+
+def _listed(title: str, found: Sequence[Found], verdict: str, reason: Callable[[Found], str]) -> Iterator[str]:
+    chosen = [each for each in found if each.verdict == verdict]
+    if chosen:
+        yield from ("", f"**{title}**", "")
+        yield from (f"- {each.name}: {reason(each)}" for each in chosen)
+
+
+def _judged(found: Found) -> str:
+    if found.calls is None or found.noise is None:
+        return ""
+    return f"; denoiser calls by {found.calls:.0e}, equal noise changes the unsplit result by {found.noise:.0e}"
+
+
+def _table(found: Sequence[Found]) -> Iterator[str]:
+    yield "| pipeline | split | difference | |"
+    yield "| --- | --- | ---: | --- |"
+    for each in found:
+        notes = [each.verdict if each.verdict != "equal" else "", _judged(each).removeprefix("; "), each.blind]
+        notes += [f"unsplit: {_short(reason)}" for reason in each.whole]
+        cells = [each.name, ", ".join(each.split), f"{each.error:.0e}", "; ".join(filter(None, notes))]
+        yield "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def _short(reason: str) -> str:
+    return " ".join(reason.split())[:160]
