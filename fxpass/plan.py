@@ -240,7 +240,7 @@ class Plan:
         mode: Mode = "exact",
         *,
         model: nn.Module | None = None,
-        weights: str = "weights.bin",
+        weights: str | None = None,
     ) -> None:
         """Write the program of one step of a rank as an ONNX model; `docs/inspect.md` says what it holds.
 

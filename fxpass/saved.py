@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .inspect.files import replacing
+from .inspect.files import locked, replacing
 from .inspect.store import from_layout, read, to_layout
 from .ir.layout import Layout
 from .ir.program import Program, fingerprint
@@ -61,15 +61,19 @@ class SavedPlan:
 
 
 def save(plan: Plan, path: str | Path) -> None:
-    """Write a plan to a file; entries of other signatures, world sizes, groups and strategies stay."""
+    """Write a plan to a file; entries of other signatures, world sizes, groups and strategies stay.
+
+    Several processes may write to one file.
+    """
     path = Path(path)
     new = SavedPlan.of(plan)
-    kept = [each for each in load(path) if each.key != new.key] if path.exists() else []
-    text = json.dumps(
-        {"schema": SCHEMA, "version": VERSION, "plans": [_to_json(each) for each in [*kept, new]]}, indent=1
-    )
-    with replacing(path) as part:
-        part.write_text(text + "\n")
+    with locked(path):
+        kept = [each for each in load(path) if each.key != new.key] if path.exists() else []
+        text = json.dumps(
+            {"schema": SCHEMA, "version": VERSION, "plans": [_to_json(each) for each in [*kept, new]]}, indent=1
+        )
+        with replacing(path) as part:
+            part.write_text(text + "\n")
 
 
 def load(path: str | Path) -> tuple[SavedPlan, ...]:

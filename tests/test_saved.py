@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def test_a_file_keeps_its_plans_of_other_calls_and_replaces_those_of_the_same(tm
         ("sync", "sample (2, 4, 16, 8) torch.float32"),
     ]
     assert [each.name for each in tmp_path.iterdir()] == ["plans.json"]
+
+
+def test_plans_that_are_saved_at_once_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "plans.json"
+    made = [fxpass.plan(block(), *inputs(rows), world_size=2) for rows in range(8, 40, 4)]
+    with ThreadPoolExecutor(len(made)) as pool:
+        list(pool.map(lambda each: each.save(path), made))
+    assert len(load(path)) == len(made)
 
 
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(

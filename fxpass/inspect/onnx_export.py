@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,6 @@ from .store import to_json
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-WEIGHTS = "weights.bin"  #: the file of the weights, in the folder of the model
-
 
 def check_onnx() -> None:
     """Raises `MissingExtraError` unless everything that an export needs is installed."""
@@ -36,11 +35,13 @@ def check_onnx() -> None:
         raise missing(error) or error from None
 
 
-def check_weights(path: Path, weights: str) -> None:
-    """Raises `ValueError` unless `weights` is the name of another file in the folder of the model at `path`.
+def check_weights(path: Path, weights: str | None) -> None:
+    """Raises `ValueError` unless `weights` is None, or names another file in the folder of the model at `path`.
 
     A model finds its weights by their name in its own folder.
     """
+    if weights is None:
+        return
     if weights in ("", "..") or Path(weights).name != weights:
         raise ValueError(f"the weights lie in the folder of the model; give the name of a file, not {weights!r}")
     if weights == path.name:
@@ -55,7 +56,7 @@ def write_onnx(
     mode: Mode = "exact",
     *,
     model: nn.Module | None = None,
-    weights: str = WEIGHTS,
+    weights: str | None = None,
 ) -> None:
     """Write the step program of a mode of the rank of `snapshot`.
 
@@ -65,6 +66,7 @@ def write_onnx(
         snapshot: of the same graph; its exchanges become metadata of the file.
         model: its weights are written to the file `weights` beside `path`, which is the same for all ranks; None:
             weights are inputs.
+        weights: default: `weights-DIGEST.bin`, so that models with other weights can lie in the same folder.
 
     Raises:
         ValueError: there is no such mode, the weights of `model` have no values, or `weights` is no name of another
@@ -98,12 +100,22 @@ def write_onnx(
     (made,) = step_models([step], names, tensors)
     made.metadata_props.update({"fxpass.mode": step.mode, "fxpass.dump": to_json(replace(snapshot, nodes=()))})
     if model is not None:
-        outside = _save([tensors[name] for name in program.weights], path.parent / weights)
+        held = [tensors[name] for name in program.weights]
+        outside = _save(held, path.parent / (weights or f"weights-{_digest(held)}.bin"))
         for value in made.graph.initializers.values():
             value.const_value = outside.get(value.const_value, value.const_value)
     with replacing(path) as part:
         ir.save(made, part, format="protobuf")
         onnx.checker.check_model(str(part))
+
+
+def _digest(tensors: Sequence[ir.TensorProtocol]) -> str:
+    """Tells apart what files of weights hold: the names of the tensors, their kinds and their bytes."""
+    found = hashlib.blake2b(digest_size=6)
+    for tensor in tensors:
+        found.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+        found.update(tensor.tobytes())
+    return found.hexdigest()
 
 
 def _save(tensors: Sequence[ir.TensorProtocol], path: Path) -> dict[Any, ir.TensorProtocol]:

@@ -74,6 +74,8 @@ def translate(forms: Sequence[Form]) -> Pieces:
     nodes: list[list[ir.Node]] = [[] for _ in forms]
     for node in model.graph:
         owners = {owner[value] for value in _read(node) if value in owner}
+        if owners and _subgraphs(node):
+            raise UntranslatedError(forms[min(owners)], NotImplementedError(f"it is {node.op_type} with a subgraph"))
         assert len(owners) <= 1, f"{node.op_type} joins two operators"
         for i in owners:
             nodes[i].append(node)
@@ -162,11 +164,22 @@ def _count(form: Form) -> int:
 
 
 def _read(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads. Raises `NotImplementedError` if it has a subgraph, which may read more."""
+    """What a node and its subgraphs read."""
     yield from (value for value in node.inputs if value is not None)
+    for each in _subgraphs(node):
+        for inner in each:
+            yield from _read(inner)
+
+
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The graphs in a node that runs one of them (If) or repeats one (Loop)."""
+    found: list[ir.Graph] = []
     for attribute in node.attributes.values():
-        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            raise NotImplementedError(f"{node.op_type} has a subgraph")
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found += attribute.as_graphs()
+    return found
 
 
 def _first_line(error: BaseException) -> str:

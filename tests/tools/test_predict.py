@@ -92,6 +92,11 @@ def test_bars_of_a_measured_timeline_lie_in_the_steps_and_those_of_a_thread_do_n
                 assert times[-1][1] <= step["ts"] + step["dur"] + 0.01
 
 
+def test_a_dump_shows_the_strategy_that_auto_chooses() -> None:
+    command = ("dump", GOOD, "--target", "H100", "--unfold", "--strategy")
+    assert fxpass(*command, "auto").stdout == fxpass(*command, "sync").stdout != fxpass(*command, "displaced").stdout
+
+
 def test_a_timeline_of_the_strategy_auto_can_be_measured(tmp_path: Path) -> None:
     done = fxpass("trace", GOOD, "-n", 2, "--strategy", "auto", "--measured", "-o", tmp_path / "measured.json")
     assert done.exit_code == 0, done.stderr

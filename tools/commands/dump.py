@@ -62,10 +62,9 @@ def dump(
     """
     from ...capture import capture
     from ...inspect.draw import graphviz
-    from ...inspect.onnx_export import WEIGHTS, write_onnx
-    from ...ir.strategy import Strategy
+    from ...inspect.onnx_export import write_onnx
     from ...models.resolve import Options, resolve
-    from ...planning import check_target
+    from ...planning import check_target, strategy_of
     from .. import output as out
     from .check import refuse_large
     from .plan import check_rank
@@ -84,7 +83,7 @@ def dump(
     if diff is not None and format != "text":
         raise ValueError(f"--diff is text; it has no format {format!r}")
     check_rank(rank, world_size)
-    Strategy.of(strategy)
+    strategy_of(strategy, world_size)
     check_target(target)
     out.check(output)
     if format == "svg":
@@ -110,7 +109,7 @@ def dump(
         given = None if weights is None else resolved.module
         write_onnx(
             state.program, state.current, shown(state, stage), output, mode or "exact",
-            model=given, weights=weights or WEIGHTS,
+            model=given, weights=weights,
         )  # fmt: skip
         return
     snapshot = shown(state, stage).only(**wanted)
@@ -199,9 +198,10 @@ def built(program: Program, world_size: int, stage: str, target: str, strategy: 
     """The state of the passes after `stage`."""
     from ...ir.strategy import Strategy
     from ...passes import Build, build
-    from ...planning import target_of
+    from ...planning import strategy_of, target_of
 
-    machine, fresh = target_of(target, program), Strategy.of(strategy)
+    machine, chosen = target_of(target, program), strategy_of(strategy, world_size)
+    fresh = chosen if isinstance(chosen, Strategy) else chosen(program, machine)
     if stage == CAPTURED:
         return Build(program, world_size, machine, fresh)
     return build(program, world_size, machine, fresh, after=stage)
