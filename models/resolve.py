@@ -126,19 +126,19 @@ def _from_small(model: str, options: Options) -> Resolved:
 
 
 def _from_folder(folder: Path, options: Options) -> Resolved:
-    index = _read(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     if index is None:
-        return Resolved(folder.name, *_build(folder, None, options))
+        return Resolved(folder.name, *built(folder, None, options))
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
     denoiser = next((name for name in ("transformer", "unet") if name in parts), None)
     if denoiser is None:
         raise ResolveError(f"{folder} is a pipeline without `transformer` or `unet`: it has {', '.join(parts)}")
-    return Resolved(f"{folder.name}/{denoiser}", *_build(folder / denoiser, folder, options))
+    return Resolved(f"{folder.name}/{denoiser}", *built(folder / denoiser, folder, options))
 
 
-def _build(folder: Path, pipeline: Path | None, options: Options) -> tuple[nn.Module, tuple[()], dict[str, Any]]:
+def built(folder: Path, pipeline: Path | None, options: Options) -> tuple[nn.Module, tuple[()], dict[str, Any]]:
     """Build the model of one folder, with the inputs that its pipeline (if any) would pass."""
-    config = _read(folder / "config.json")
+    config = read_config(folder / "config.json")
     if config is None:
         raise ResolveError(f"{folder} has no config.json (a model) and no model_index.json (a pipeline)")
     kind = config.get("_class_name", "nothing")
@@ -168,8 +168,8 @@ def _inputs(module: nn.Module, config: dict[str, Any], pipeline: Path | None, op
             "and name it as package.module:factory"
         )
     entry = next((each for each in catalog.values() if config["_class_name"] == each.model.__name__), None)
-    scale, frame_scale = _scale(config, pipeline, entry), entry.frame_scale if entry else 1
-    rows, cols = _usual_size(config, entry)
+    scale, frame_scale = pixels_per_row(config, pipeline, entry), entry.frame_scale if entry else 1
+    rows, cols = usual_size(config, entry)
     height, width = options.height or options.width, options.width or options.height
     if height and width:
         if height % scale or width % scale:
@@ -186,7 +186,8 @@ def _inputs(module: nn.Module, config: dict[str, Any], pipeline: Path | None, op
     )
 
 
-def _usual_size(config: dict[str, Any], entry: Entry | None) -> tuple[int, int]:
+def usual_size(config: dict[str, Any], entry: Entry | None) -> tuple[int, int]:
+    """Rows and columns of a latent, where nothing else is asked for."""
     if config["_class_name"] == "AutoencoderKL":  # its sample_size counts pixels
         size = config.get("sample_size", 512) // 2 ** (len(config["block_out_channels"]) - 1)
         return size, size
@@ -198,9 +199,13 @@ def _usual_size(config: dict[str, Any], entry: Entry | None) -> tuple[int, int]:
     return entry.latent(entry.height, entry.width, entry.frames)[1:] if entry else (64, 64)
 
 
-def _scale(config: dict[str, Any], pipeline: Path | None, entry: Entry | None) -> int:
+def pixels_per_row(config: dict[str, Any], pipeline: Path | None, entry: Entry | None) -> int:
     """Pixels per row of the denoiser's sample: from the pipeline's autoencoder, else as for its class."""
-    vae = config if config["_class_name"] == "AutoencoderKL" else pipeline and _read(pipeline / "vae" / "config.json")
+    vae = (
+        config
+        if config["_class_name"] == "AutoencoderKL"
+        else pipeline and read_config(pipeline / "vae" / "config.json")
+    )
     channels = vae and (vae.get("encoder_block_out_channels") or vae.get("block_out_channels"))
     if channels:
         return 2 ** (len(channels) - 1)
@@ -211,14 +216,15 @@ def _scale(config: dict[str, Any], pipeline: Path | None, entry: Entry | None) -
 
 def _text_length(config: dict[str, Any], pipeline: Path | None) -> int | None:
     """UNets see the tokenizer's full padded length; pipelines of transformers choose a length of their own."""
-    tokenizer = pipeline and _read(pipeline / "tokenizer" / "tokenizer_config.json")
+    tokenizer = pipeline and read_config(pipeline / "tokenizer" / "tokenizer_config.json")
     if not tokenizer or not config["_class_name"].startswith("UNet"):
         return None
     length = tokenizer.get("model_max_length", 77)
     return length if length < 10_000 else None  # tokenizers without a limit write 1e30
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The configuration in a file; None if there is no such file."""
     if not path.is_file():
         return None
     try:

@@ -41,8 +41,7 @@ def show(out: Console, chosen: Prediction, others: Sequence[Prediction | Impossi
     times.add_row(f"{steps} steps", seconds_text(chosen.generation(steps)))
     out.print(times)
     memory = chosen.memory
-    parts = zip(("weights", "state", "activations"), (memory.weights, memory.state, memory.activations), strict=True)
-    needed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts)
+    needed = ", ".join(f"{name} {bytes_text(size)}" for name, size in memory.items())
     fits = {True: "fits", False: "does not fit", None: "whether it fits is unknown"}[chosen.fits]
     room = f" of {bytes_text(device.memory)}" if device.memory else ""
     out.print(f"memory of a device: {bytes_text(memory.total)}{room}, {fits} ({needed})", soft_wrap=True)

@@ -11,6 +11,7 @@ from ..ir.strategy import Strategy
 from ..passes import build, resume
 from ..passes.limits import WorldSizeError
 from ..passes.targets import Target
+from .parts import Parts
 from .prediction import Prediction, predict
 from .price import Prices
 
@@ -27,12 +28,19 @@ class Impossible:
 
 
 def compared(
-    program: Program, worlds: Sequence[int], strategies: Sequence[Strategy], target: Target, *, graphs: bool = False
+    program: Program,
+    worlds: Sequence[int],
+    strategies: Sequence[Strategy],
+    target: Target,
+    *,
+    graphs: bool = False,
+    parts: Parts | None = None,
 ) -> Iterator[Prediction | Impossible]:
     """Predict each number of ranks with each strategy; one rank once.
 
     Args:
         program: as captured, or normalized.
+        parts: of the pipeline beside its denoiser.
     """
     strategies = list(dict.fromkeys(strategies))
     for world in worlds:
@@ -46,7 +54,7 @@ def compared(
             with progress(f"predict {world} ranks, {strategy.name}"):
                 made = resume(replace(cut, strategy=strategy), after="trim")
                 found = predict(made.program, made.current, world, strategy, target, graphs=graphs, prices=prices)
-            yield found
+            yield found if parts is None else parts.with_memory(found)
 
 
 def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str | None:

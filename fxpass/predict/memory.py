@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -23,15 +23,26 @@ class Memory:
         weights: parameters, buffers and constants of the model; every rank has all of them.
         state: messages that the next step reads, and what forecasts, estimates and codes need of the steps before.
         activations: inputs, results of operators and copies of messages, where most of them are alive at once.
+        beside: weights of the other parts of the pipeline, by name.
+        decoding: activations of the decode that follows the last step.
     """
 
     weights: int
     state: int
     activations: int
+    beside: Mapping[str, int] = field(default_factory=dict)
+    decoding: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.state + self.activations
+        return self.weights + sum(self.beside.values()) + self.state + max(self.activations, self.decoding)
+
+    def items(self) -> list[tuple[str, int]]:
+        """What adds up to the total: (name, bytes)."""
+        alive = [("activations", self.activations)]
+        if self.decoding > self.activations:
+            alive = [("activations of decoding", self.decoding)]
+        return [("weights", self.weights), *self.beside.items(), ("state", self.state), *alive]
 
 
 def weights_of(program: Program) -> int:

@@ -220,12 +220,15 @@ def timeline(bars: list[Bar]) -> alt.TopLevelMixin | None:
 
 
 def memory(facts: Facts) -> alt.Chart:
-    """Weights, state and activations of the rank that needs most, over a step."""
+    """Weights, state and activations of the rank that needs most, over a step; also weights beside the denoiser."""
     held = facts.prediction.memory
+    fixed = {"weights": held.weights, "other parts": sum(held.beside.values()), "state": held.state}
+    names = [name for name in (*fixed, "activations") if fixed.get(name, 1) or name != "other parts"]
     rows = [
         {"done": done, "part": name, "order": i, "bytes": size, "size": bytes_text(size)}
         for done, alive in facts.memory()
-        for i, (name, size) in enumerate((("weights", held.weights), ("state", held.state), ("activations", alive)))
+        for i, name in enumerate(names)
+        for size in [fixed.get(name, alive)]
     ]
     return (
         alt.Chart(_data(rows), height=220)
@@ -236,7 +239,7 @@ def memory(facts: Facts) -> alt.Chart:
             ),
             y=alt.Y("bytes:Q", title="bytes", axis=alt.Axis(format="~s", tickCount=5)),
             order="order:Q",
-            color=alt.Color("part:N", title=None, sort=["weights", "state", "activations"]),
+            color=alt.Color("part:N", title=None, sort=names),
             tooltip=["part:N", "size:N"],
         )
     )

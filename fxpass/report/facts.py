@@ -16,6 +16,7 @@ from ..ir.strategy import Strategy
 from ..plan import Plan
 from ..predict.compare import Impossible, advice, compared
 from ..predict.events import Event
+from ..predict.parts import Parts
 from ..predict.prediction import Prediction, Steps
 from ..predict.price import Figures
 from ..predict.simulate import Simulation
@@ -66,6 +67,7 @@ class Facts:
         steps: of a generation.
         graphs: kernels are launched together, as CUDA graphs do.
         compare: also predict other numbers of ranks, and exact and displaced steps.
+        beside: the parts of the pipeline beside its denoiser; their memory counts, too.
     """
 
     model: str
@@ -73,12 +75,14 @@ class Facts:
     steps: int = 50
     graphs: bool = False
     compare: bool = True
+    beside: Parts | None = None
     timelines: dict[str, list[Bar]] = field(init=False)  #: by kind of step: "exact step", "displaced step"
 
     def __post_init__(self) -> None:
         plan = self.plan
         self.priced = Steps.of(plan.program, plan.graph, plan.world_size, plan.target, graphs=self.graphs)
-        self.prediction = self.priced.predict(plan.world_size, plan.strategy, plan.target, graphs=self.graphs)
+        made = self.priced.predict(plan.world_size, plan.strategy, plan.target, graphs=self.graphs)
+        self.prediction = made if self.beside is None else self.beside.with_memory(made)
         self.timelines = dict(self._timelines())
 
     @property
@@ -96,7 +100,7 @@ class Facts:
         mine = self.plan.strategy
         strategies = [Strategy.of("sync"), Strategy.of("displaced"), mine] if self.compare else [mine]
         worlds = sorted({*WORLDS, self.plan.world_size}) if self.compare else [1]
-        found = compared(self.plan.program, worlds, strategies, self.plan.target, graphs=self.graphs)
+        found = compared(self.plan.program, worlds, strategies, self.plan.target, graphs=self.graphs, parts=self.beside)
         return [e for e in found if isinstance(e, Impossible) or (e.world, e.strategy) != (self.plan.world_size, mine)]
 
     @property

@@ -164,7 +164,9 @@ def test_an_operator_whose_onnx_form_has_a_subgraph_is_named(tmp_path: Path, mon
 
     monkeypatch.setattr(onnx_pieces, "_exported", branching)
     made = plan(nn.Sequential(nn.Conv2d(4, 4, 1)).eval(), inputs()[0], world_size=2)
-    with pytest.raises(OnnxError, match=r"^aten.convolution.default has no ONNX form: .* Conv with a subgraph \(.* in 0\)$"):
+    with pytest.raises(
+        OnnxError, match=r"^aten.convolution.default has no ONNX form: .* Conv with a subgraph \(.* in 0\)$"
+    ):
         made.to_onnx(tmp_path / "model.onnx")
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from ...plan import Plan
     from ...predict.compare import Impossible
+    from ...predict.parts import Parts
     from ...predict.prediction import Prediction
 
 
@@ -54,15 +55,21 @@ def plan(
 ) -> None:
     """Show how a model is split over ranks. Takes seconds and no memory for weights.
 
-    With --target or --link, also predict how long a step and a generation take, and whether the memory suffices.
+    With --target or --link, also predict how long a step and a generation take, and whether the memory suffices (of a
+    pipeline, with its encoders and its autoencoder).
     """
     from ...models.resolve import Options
     from .. import output, predicted
     from ..console import console
+    from ..parts import parts_of
 
     output.check(to)
-    made = make(model, world_size, strategy, target, Options(height, width, frames, batch), strict, link)
-    prediction = made.predict(graphs=graphs) if target != "auto" or link is not None or compare else None
+    options = Options(height, width, frames, batch)
+    made = make(model, world_size, strategy, target, options, strict, link)
+    prediction, parts = None, None
+    if target != "auto" or link is not None or compare:
+        prediction, parts = made.predict(graphs=graphs), parts_of(model, options)
+        prediction = prediction if parts is None else parts.with_memory(prediction)
     if to is not None:
         more = {} if prediction is None else {"prediction": prediction.describe(steps)}
         output.write(to, json.dumps(made.describe() | more, indent=2))
@@ -71,7 +78,7 @@ def plan(
     out = console()
     show(out, model, made)
     if prediction is not None:
-        predicted.show(out, prediction, alternatives(made, compare, graphs), steps)
+        predicted.show(out, prediction, alternatives(made, compare, graphs, parts), steps)
     if to is not None:
         out.print(f"\nwritten to {to}")
 
@@ -98,14 +105,14 @@ def make(
     return make_plan(program, world_size=world_size, strategy=strategy, target=target, link=link, strict=strict)
 
 
-def alternatives(plan: Plan, compare: bool, graphs: bool) -> list[Prediction | Impossible]:
+def alternatives(plan: Plan, compare: bool, graphs: bool, parts: Parts | None = None) -> list[Prediction | Impossible]:
     """Predictions of one rank, and to compare also of other numbers of ranks, with exact and displaced steps."""
     from ...ir.strategy import Strategy
     from ...predict.compare import compared
 
     strategies = [plan.strategy, *(Strategy.of(name) for name in ("sync", "displaced"))] if compare else [plan.strategy]
     worlds = (1, 2, 4, 8) if compare else (1,)
-    return list(compared(plan.program, worlds, strategies, plan.target, graphs=graphs))
+    return list(compared(plan.program, worlds, strategies, plan.target, graphs=graphs, parts=parts))
 
 
 def check_rank(rank: int, world_size: int) -> None:

@@ -57,6 +57,7 @@ def report(
     from ...report.facts import Facts
     from ...report.page import check_report, page
     from .. import output as out
+    from ..parts import parts_of
     from .plan import make
 
     out.check(output)
@@ -64,8 +65,9 @@ def report(
     command = " ".join(["fxpass", *sys.argv[1:]])
     with recorded() as log:
         try:
-            plan = make(model, world_size, strategy, target, Options(height, width, frames, batch), link=link)
-            facts = Facts(model, plan, steps, graphs, compare)
+            options = Options(height, width, frames, batch)
+            plan = make(model, world_size, strategy, target, options, link=link)
+            facts = Facts(model, plan, steps, graphs, compare, parts_of(model, options))
             content = packed(command, log.getvalue(), facts) if bundle else page(facts)
         except (ValueError, LookupError, OSError):  # wrong arguments
             raise
