@@ -20,7 +20,7 @@ from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, full
 from fxpass.ir.merge import Reduce
 from fxpass.ir.step import ChannelSpec
-from fxpass.runtime.process_group import GroupChannel, padding
+from fxpass.runtime.process_group import GroupChannel, gathered, padding
 from tests.passes.harness import rows
 from tests.properties import given
 
@@ -110,8 +110,8 @@ def test_any_message_arrives_as_it_was_sent(data: st.DataObject, world: int, cou
         )
         wholes.append((torch.randn(shape) * 9).to(dtype))
     pairs = list(zip(exchanges, wholes, strict=True))
-    found, gathered = through_channels(exchanges, [[part(e, x, e.have[r]) for e, x in pairs] for r in range(world)])
-    assert len(set(gathered)) == 1
+    found, as_one = through_channels(exchanges, [[part(e, x, e.have[r]) for e, x in pairs] for r in range(world)])
+    assert len(set(as_one)) == 1
     for rank, results in enumerate(found):
         for (e, whole), result in zip(pairs, results, strict=True):
             assert torch.equal(result, part(e, whole, e.want[rank]))
@@ -119,9 +119,16 @@ def test_any_message_arrives_as_it_was_sent(data: st.DataObject, world: int, cou
 
 def test_messages_of_equal_size_from_all_ranks_are_gathered_however_small() -> None:
     total = Reduce("sum", (3,), torch.float32, 3)
-    found, gathered = through_channels([total], [[torch.full((3,), float(r))] for r in range(3)])
-    assert all(gathered)
+    found, as_one = through_channels([total], [[torch.full((3,), float(r))] for r in range(3)])
+    assert all(as_one)
     assert [result.tolist() for (result,) in found] == [[3.0] * 3] * 3
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_an_all_gather_of_equal_messages_pads_nothing(world: int) -> None:
+    total = Reduce("sum", (4,), torch.float32, world)
+    assert gathered((total,), world) == 16
+    assert padding((total,), 0, world) == 0
 
 
 class Attention(nn.Module):
