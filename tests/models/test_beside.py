@@ -33,8 +33,10 @@ def t5(cls: Any, config: Any, vocabulary: int) -> nn.Module:
 
 
 def qwen() -> nn.Module:
-    text: dict[str, Any] = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}  # fmt: skip
+    text: dict[str, Any] = {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+    }  # fmt: skip
     vision: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
