@@ -98,7 +98,8 @@ def exchange_text(exchange: Exchange, rank: int) -> str:
     everything = all(len(rows) == exchange.shape[exchange.dim] for rows in exchange.want)
     before, after = exchange.framed(rank)
     frame = f" + {before + after} of {exchange.fill:g}" if before + after else ""
-    return f"{'gather' if everything else 'move'}({dim}: {have} -> {want}{frame})"
+    along = " of all groups" if exchange.axis is not None and exchange.axis.name == "samples" else ""
+    return f"{'gather' if everything else 'move'}({dim}: {have} -> {want}{frame}{along})"
 
 
 def _halo(exchange: Fetch, rank: int) -> str:
