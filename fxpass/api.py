@@ -115,7 +115,11 @@ def parallelize(
             return make_plan(program, world, Strategy(), target, link, strict=strict)
         if saved:
             return plan_again(program, saved, target_of(target, program, link))
-        return make_plan(program, world, chosen, target, link, groups=groups, strict=strict)
+        together = cfg > 1 and data == 1
+        return make_plan(program, world, chosen, target, link, groups=groups, together=together, strict=strict)
+
+    def one_by_one(program: Program) -> Plan:
+        return make_plan(program, world, chosen, target, link, strict=strict)
 
     first = _executor(executor, world, timeout, group, compile)
     unused, turn = [first], Turn()
@@ -125,7 +129,7 @@ def parallelize(
         planner = _warning(planned, slow=(target, link) != ("auto", None))
         own = unused.pop() if unused else first.share()
         capturing = untiled if ignore_tiling else nullcontext
-        return Engine(model, planner, own, strict=strict, turn=turn, capturing=capturing)
+        return Engine(model, planner, own, strict=strict, turn=turn, capturing=capturing, apart=one_by_one)
 
     from .models.pipelines import untiled
     from .pipeline import split_module, split_pipeline

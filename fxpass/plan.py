@@ -38,9 +38,10 @@ from .ir.mesh import Mesh
 from .ir.program import Program, exchanges_of, fingerprint
 from .ir.step import Mode
 from .ir.strategy import Strategy
-from .passes import Build, build
+from .passes import Build, build, resume
 from .passes.cost import flops, node_flops, totals
 from .passes.cuts import Tried
+from .passes.samples import stacked
 from .passes.targets import Target, find
 from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
 from .predict.prediction import Prediction, predict
@@ -65,7 +66,8 @@ class Plan:
     cuts: dict[str, Layout]  #: layouts of the cut values, by name of input or value
     seconds: dict[str, float]  #: wall time of `capture`, of `plan`, and of each pass of the latter
     tried: tuple[Tried, ...] = ()  #: the candidates that the search for cuts judged, in order
-    groups: int = 1  #: of ranks, each of which runs different samples of the batch
+    groups: int = 1  #: of ranks, each of which runs different samples of the batch, or a call of its own
+    calls: int = 1  #: how many calls of the program run at once, each on a group of ranks
 
     @property
     def mesh(self) -> Mesh:
@@ -82,10 +84,12 @@ class Plan:
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: the file is there and holds no plans.
+            ValueError: the file is there and holds no plans, or this plan runs several calls at once.
         """
         from .saved import save
 
+        if self.calls > 1:
+            raise ValueError(f"this plan runs {self.calls} calls at once, and cannot be saved; plan with cfg=1")
         save(self, path)
 
     @property
@@ -120,7 +124,7 @@ class Plan:
     @cached_property
     def flops_total(self) -> int:
         """Floating-point operations of the model: matrix products, convolutions, attention."""
-        return flops(self.program.graph)
+        return self.calls * flops(self.program.graph)
 
     @cached_property
     def flops_per_rank(self) -> tuple[int, ...]:
@@ -316,6 +320,7 @@ def make_plan(
     link: str | None = None,
     *,
     groups: int = 1,
+    together: bool = False,
     strict: bool = False,
 ) -> Plan:
     """Plan a captured program for `world_size` ranks. Raises as `plan` does.
@@ -324,13 +329,18 @@ def make_plan(
         strategy: or what chooses one for the program and the target.
         groups: of ranks, among which the samples of a batch are divided, if they are independent; they divide
             `world_size`. Otherwise all ranks work on patches of all samples, and a warning says why.
+        together: where the batch cannot be divided, each group runs a call of its own instead, unless calls write to
+            arguments or leave something behind. Inputs and outputs are stacked then.
     """
     check_world_size(world_size)
     started = time.perf_counter()
     machine = target_of(target, program, link)
     if not isinstance(strategy, Strategy):
         strategy = strategy(program, machine)
-    result: Build = build(program, world_size, machine, strategy, groups=groups)
+    result: Build = build(program, world_size, machine, strategy, groups=groups, after="samples")
+    if result.mixed and together and not program.written and not program.changes:
+        result = replace(result, samples=stacked(result.program, groups), mixed="")
+    result = resume(result, after="samples")
     if result.mixed:
         warn(
             f"the batch is not divided among {groups} groups of ranks, so all {world_size} ranks work on patches of "
@@ -340,7 +350,7 @@ def make_plan(
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
         result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.tried,
-        result.mesh.groups,
+        result.mesh.groups, result.samples.calls if result.samples else 1,
     )  # fmt: skip
     if strict and plan.gathered:
         raise FallbackError(

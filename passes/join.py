@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..ir import ops
@@ -63,14 +64,32 @@ class _Joiner:
     def _taken(self, node: fx.Node) -> fx.Node:
         """What a group takes of a placeholder."""
         source, layout = self.env[node], self.samples.taken[node.name]
-        described = {"dtype": node.meta["dtype"], "layout": WHOLE, "path": "", "origin": node.name}
-        source.meta |= {"shape": shape_of(self.whole[node.name])}
+        described: dict[str, Any] = {"dtype": node.meta["dtype"], "layout": WHOLE, "path": "", "origin": node.name}
+        described |= {"shape": shape_of(node)}
+        source.meta |= {"shape": self._shape(self.whole[node.name])}
+        if self.samples.calls > 1:
+            call = PerRank(tuple(range(self.samples.calls)), self.mesh.along_samples)
+            return append(self.graph, torch.ops.aten.select.int, (source, 0, call), meta=described)
         rows = PerRank(layout.rows, self.mesh.along_samples)
-        return append(self.graph, ops.take, (source, layout.axis, rows), meta=described | {"shape": shape_of(node)})
+        return append(self.graph, ops.take, (source, layout.axis, rows), meta=described)
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of an input or output of all groups."""
+        return (self.samples.calls, *shape_of(node)) if self.samples.calls > 1 else shape_of(node)
+
+    def _stacked(self, part: fx.Node) -> fx.Node:
+        """A group's output as its part of those of all calls."""
+        if self.samples.calls == 1:
+            return part
+        meta = {key: part.meta[key] for key in ("dtype", "layout", "path", "origin") if key in part.meta}
+        return append(
+            self.graph, torch.ops.aten.unsqueeze.default, (part, 0), meta=meta | {"shape": (1, *shape_of(part))}
+        )
 
     def _gathered(self, parts: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         """The outputs, of which the groups have computed `parts`: one message."""
         split = [i for i, layout in enumerate(self.samples.results) if layout.split]
+        parts = [self._stacked(part) for part in parts]
         nodes = list(dict.fromkeys(parts[i] for i in split))
         declared = {parts[i]: self._declared(i) for i in split}
         about = {"path": nodes[0].meta.get("path", ""), "origin": nodes[0].meta.get("origin", nodes[0].name)}
@@ -84,7 +103,7 @@ class _Joiner:
 
     def _declared(self, i: int) -> Fetch:
         """The gather of an output along its batch."""
-        shape, layout = shape_of(self.outputs[i]), self.samples.results[i]
+        shape, layout = self._shape(self.outputs[i]), self.samples.results[i]
         groups = self.mesh.groups
         want = full(shape[layout.axis], groups)
         return Fetch(

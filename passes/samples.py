@@ -48,11 +48,20 @@ class Samples:
         program: of the samples of one group, in normal form.
         taken: what each group takes of a placeholder of the whole program, by its name.
         results: of each output, the part that each group computes; WHOLE if all compute the same.
+        calls: 1; or how many calls are stacked along a new dim 0 of all inputs and outputs: each group runs one.
     """
 
     program: Program
     taken: Mapping[str, Layout]
     results: tuple[Layout, ...]
+    calls: int = 1
+
+
+def stacked(program: Program, calls: int) -> Samples:
+    """The program as it is, of which each group runs a call of its own."""
+    each = Layout(0, even(calls, calls))
+    (output,) = program.graph.find_nodes(op="output")
+    return Samples(program, dict.fromkeys(program.inputs, each), (each,) * len(output.args[0]), calls)
 
 
 def divide(program: Program, groups: int, rules: Mapping[Any, Rule]) -> Samples:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ..capture import (
     CaptureError,
     GuardError,
     Method,
+    arranged,
     broken_guard,
     capture_call,
     check_memory,
@@ -28,12 +31,14 @@ from ..capture.structure import Structure, WeightTable
 from ..capture.unread import Unread
 from ..ir.advice import warn
 from ..ir.program import Program
-from ..ir.step import EXACT
 from ..passes.limits import WorldSizeError
 from .clock import Clock
+from .deferred import plain
+from .entry import Entry, question_of
 from .errors import DisagreementError
-from .executor import Executor, Loaded, PlanLike, Question, Report, device_of
+from .executor import Executor, PlanLike, Report, device_of
 from .generation import Generation, Generations
+from .together import Together, Waiting
 from .turn import Turn
 
 SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
@@ -41,18 +46,6 @@ GUARDED = 4  #: programs kept of one signature that differ only in guarded value
 UNSPLIT = (CaptureError, GuardError, WorldSizeError)  #: errors after which a call of a method runs unsplit
 
 Planner = Callable[[Program], PlanLike]
-
-
-@dataclass(eq=False)
-class Entry:
-    """A captured program with its plan, loaded by the executor."""
-
-    captured: Program
-    plan: PlanLike
-    loaded: Loaded
-    weights: WeightTable
-    clock: Clock | None  #: None if every step is exact
-    hooks: bool  #: whether it holds the hooks of the model itself
 
 
 class Engine:
@@ -71,9 +64,11 @@ class Engine:
         strict: bool = False,
         turn: Turn | None = None,
         capturing: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
+        apart: Planner | None = None,
     ) -> None:
         """
         Args:
+            apart: plans calls one by one, where those of the planner's plans do not come together.
             capturing: given the model, what it is captured in: a context that changes options of it, and back.
             turn: of all engines whose executors share processes; default: its own.
         """
@@ -83,6 +78,8 @@ class Engine:
         self._capturing = capturing
         self.plan: PlanLike | None = None
         self._planner = planner
+        self._apart = apart or planner
+        self._waiting = Waiting()
         self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
         self._structure: Structure | None = None
         self._unread = Unread()
@@ -114,6 +111,7 @@ class Engine:
         gradients = torch.is_grad_enabled()
         if method is not None and self._must_be_plain(method, gradients, args, kwargs):
             return method.function(*args, **kwargs)
+        plain(leaves_of(args, kwargs))  # computes results that are deferred: this thread must not have the turn
         with self.turn.taken(), torch.no_grad():
             if self._closed:
                 raise RuntimeError(f"this parallel module was closed ({self._closed}); call fxpass.parallelize again")
@@ -122,7 +120,7 @@ class Engine:
                     "the model is in training mode and gradients are enabled; fxpass runs inference only: call "
                     "model.eval() first, or call it under torch.no_grad()"
                 )
-            try:
+            with self._failing():
                 self.executor.begin(self._device(args, kwargs))
                 found = self._found(args, kwargs, method, gradients)
                 if found is None:
@@ -130,20 +128,62 @@ class Engine:
                     return self._run_unsplit(method, args, kwargs)
                 call, entry = found
                 self.plan = entry.plan
-                generation = self._generations.current()
-                generation.calls += 1
-                step = entry.loaded.decide(call.tensors, _question(entry.clock, call.tensors, generation))
-                self._say_idle(generation)
-                outputs = entry.loaded.run(entry.weights.tensors(), call.tensors, step)
-            except BaseException as error:
-                for each in self._all():
-                    if each.clock and isinstance(error, DisagreementError):
-                        each.clock.forget()
-                    elif each.clock:  # some exchanges may already have sent this step's values
-                        each.clock.restart()
-                self.executor.failed(error)
-                raise
+                generation, weights = self._generations.current(), entry.weights.tensors()
+                if entry.plan.calls > 1:
+                    run = partial(self._run, entry)
+                    found = self._waiting.add(entry, call, Together(entry.plan, weights, generation, run), self._use)
+                    return arranged(entry.plan.program, iter(found), call)[0]
+                outputs = self._run(entry, weights, call.tensors, generation)
             return returned(entry.plan.program, outputs, call)
+
+    def _run(
+        self, entry: Entry, weights: Sequence[Tensor], inputs: Sequence[Tensor], generation: Generation
+    ) -> list[Tensor]:
+        """The flat outputs of a step."""
+        generation.calls += 1
+        step = entry.loaded.decide(inputs, question_of(entry.clock, inputs, generation))
+        self._say_idle(generation)
+        return entry.loaded.run(weights, inputs, step)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """If the body raises, no later call reads what it has left, and the other ranks hear of it."""
+        try:
+            yield
+        except BaseException as error:
+            for each in self._all():
+                if each.clock and isinstance(error, DisagreementError):
+                    each.clock.forget()
+                elif each.clock:  # some exchanges may already have sent this step's values
+                    each.clock.restart()
+            self.executor.failed(error)
+            raise
+
+    # -- calls that run together ----------------------------------------------------------------------------------
+
+    def _use(self) -> None:
+        """Run the calls that wait, because a result is used."""
+        inside = self.turn.holder == get_ident()
+        with nullcontext() if inside else self.turn.taken(), torch.no_grad(), self._failing():
+            if not inside:
+                self.executor.begin(self._device(self._waiting.inputs))
+            self._waiting.run(early=True)
+
+    def complete(self) -> None:
+        """Run the calls that wait as if the others had come."""
+        with self.turn.taken(), torch.no_grad(), self._failing():
+            self._waiting.run(early=False)
+
+    def _run_apart(self, entry: Entry, call: Call) -> None:
+        """Plan an entry's calls one by one from now on."""
+        count, entry.apart = entry.plan.calls, False
+        warn(
+            f"{type(self.model).__name__}: {count} calls that could run at once did not come one after the other (the "
+            f"result of one was used before the next, or the next has other shapes), so from now on all "
+            f"{self.executor.world_size} ranks work on patches of each call; batched guidance would be divided"
+        )
+        entry.loaded.release()
+        self._load(entry, self._apart(entry.captured), call)
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
         """Begin a generation in this thread, with its timesteps if they are known: no earlier state is read."""
@@ -160,6 +200,8 @@ class Engine:
             if not self._closed:
                 self._closed = why
                 try:
+                    with suppress(Exception), torch.no_grad():  # whoever uses a result that has failed hears of it
+                        self._waiting.run(early=False)
                     self._forget()
                 finally:
                     self._entries.clear()
@@ -224,6 +266,7 @@ class Engine:
         call = None
         try:
             call = Call.of(self.model, args, kwargs, method)
+            call = replace(call, tensors=plain(call.tensors))
             if gradients:
                 call.refuse_gradients()
             self._update()
@@ -234,6 +277,8 @@ class Engine:
             if any(call.key == key or call.differs(key) for key in self._unsplit):
                 return None
             entry = self._entry(call)
+            if entry.apart:
+                self._run_apart(entry, call)
             check_memory(entry.captured, self.model, call)
             return call, entry
         except UNSPLIT as error:
@@ -289,7 +334,7 @@ class Engine:
         self._entries.move_to_end(call.key)
         for entry in [entry for entry in entries if outdated(entry.captured, self.model)]:
             entries.remove(entry)
-            entry.loaded.release()
+            self._release(entry)
         broken = None
         for entry in entries:
             broken = broken_guard(entry.captured, self.model, call.tensors)
@@ -301,7 +346,7 @@ class Engine:
         if broken is not None and len(entries) >= GUARDED:
             if self._in_a_row >= GUARDED:
                 raise guard_error(broken)
-            entries.pop(0).loaded.release()
+            self._release(entries.pop(0))
         self._in_a_row += 1
         try:
             return self._capture(call, entries)
@@ -309,7 +354,7 @@ class Engine:
             if not call.unread:
                 raise
             while entries:
-                entries.pop().loaded.release()
+                self._release(entries.pop())
             return self._entry(self._unread.refute(call))
         finally:
             if entries:
@@ -321,38 +366,49 @@ class Engine:
         with torch.inference_mode(False), self._capturing(self.model):
             program = capture_call(self.model, call)
         plan = self._planner(program)
-        table = WeightTable(self.model, list(plan.program.weights.values()))
         while self.signatures >= SIGNATURES:
             self._evict()
-        loaded = self.executor.load(plan, table.tensors(), call.tensors)
-        exact = plan.exact_steps
-        clock = None if exact is None else Clock.of(plan.program, *exact)
-        if clock is not None and clock.timestep is None:
+        entry = Entry(program, hooks=call.method is None)
+        self._load(entry, plan, call)
+        if entry.clock is not None and entry.clock.timestep is None:
             names = ", ".join(program.input_paths)
             warn(
                 f"{type(self.model).__name__} has no input that is known to be a timestep (its inputs: {names}), so "
                 "its steps cannot be told apart: all of them are exact"
             )
-        entry = Entry(program, plan, loaded, table, clock, hooks=call.method is None)
         entries.append(entry)
         known = [*self._all(), entry]
         changes = [change for each in known for change in each.captured.changes]
         self._structure = Structure(self.model, changes, hooks=any(each.hooks for each in known))
         return entry
 
+    def _load(self, entry: Entry, plan: PlanLike, call: Call) -> None:
+        """Let an entry run by a plan."""
+        table = WeightTable(self.model, list(plan.program.weights.values()))
+        inputs = [torch.stack([x] * plan.calls) for x in call.tensors] if plan.calls > 1 else call.tensors
+        entry.loaded = self.executor.load(plan, table.tensors(), inputs)
+        exact = plan.exact_steps
+        entry.clock = None if exact is None else Clock.of(plan.program, *exact)
+        entry.plan, entry.weights = plan, table
+
+    def _release(self, entry: Entry) -> None:
+        if self._waiting.entry is entry:
+            self._waiting.run(early=False)
+        entry.loaded.release()
+
     def _all(self) -> list[Entry]:
         return [entry for entries in self._entries.values() for entry in entries]
 
     def _evict(self) -> None:
         key = next(key for key, entries in self._entries.items() if entries)
-        self._entries[key].pop(0).loaded.release()
+        self._release(self._entries[key].pop(0))
         if not self._entries[key]:
             del self._entries[key]
             self._evicted.add(hash(key))
 
     def _forget(self) -> None:
         for entry in self._all():
-            entry.loaded.release()
+            self._release(entry)
         self._entries.clear()
         self._evicted.clear()
         self._structure = None
@@ -360,12 +416,3 @@ class Engine:
 
 def leaves_of(*arguments: Any) -> list[Any]:
     return pytree.tree_leaves(arguments)
-
-
-def _question(clock: Clock | None, tensors: Sequence[Tensor], generation: Generation) -> Question:
-    """How to run a call: what a clock decides, or an exact step."""
-    number, call = generation.number, generation.calls if generation.announced else 0
-    if clock is None:
-        return Question((), lambda _: EXACT, number, call)
-    decide = lambda values: clock.step(tensors, generation, values)  # noqa: E731
-    return Question(clock.facts(tensors, generation), decide, number, call, clock.digest(generation))

@@ -59,6 +59,10 @@ class PlanLike(Protocol):
     def fingerprint(self) -> Any: ...  # a str; type checkers do not take a cached property for one
     @property
     def exact_steps(self) -> tuple[int, int] | None: ...
+    @property
+    def calls(self) -> int:
+        """How many calls run at once: inputs and outputs are stacked, [calls, *shape]."""
+        ...
 
 
 class Loaded(Protocol):

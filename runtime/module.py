@@ -150,8 +150,10 @@ class ParallelModule(nn.Module):
         """
         with self.generation():
             self(*args, **kwargs)
+            self._engine.complete()
             for number in range(1, self._engine.kinds):
                 self._engine.later(Call.of(self._model, args, kwargs), number)(self)
+                self._engine.complete()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Warn, and change nothing: `fxpass.parallelize(…, compile=True)` is what compiles the ranks' programs."""

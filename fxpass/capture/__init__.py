@@ -1,6 +1,6 @@
 """From a model and example inputs to one functional ATen graph on whole tensors."""
 
-from .arguments import check_memory, returned, unsplit
+from .arguments import arranged, check_memory, returned, unsplit
 from .call import Call, Method
 from .capture import capture, capture_call
 from .errors import CaptureError, GuardError
@@ -11,6 +11,7 @@ __all__ = [
     "CaptureError",
     "GuardError",
     "Method",
+    "arranged",
     "broken_guard",
     "capture",
     "capture_call",

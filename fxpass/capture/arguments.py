@@ -104,8 +104,7 @@ def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
     written = [call.tensors[i] for i in program.written]
     shared = {_memory(tensor) for tensor in (*written, *program.constants.values())}
     supply = iter([tensor.clone() if _memory(tensor) in shared else tensor for tensor in outputs])
-    leaves = [_leaf(leaf, supply, call) for leaf in program.out_leaves]
-    output, entries = pytree.tree_unflatten(leaves, program.out_spec)
+    output, entries = arranged(program, supply, call)
     for tensor, value in zip(written, supply, strict=True):
         tensor.copy_(value)
     for change, new in zip(program.changes, entries, strict=True):
@@ -114,6 +113,12 @@ def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
         if held:
             mark_left_behind(tensors_in(new))
     return output
+
+
+def arranged(program: Program, outputs: Iterator[Tensor], call: Call) -> tuple[Any, Any]:
+    """What the model returns, made of the first `outputs`; and what it puts into each of its changes."""
+    leaves = [_leaf(leaf, outputs, call) for leaf in program.out_leaves]
+    return pytree.tree_unflatten(leaves, program.out_spec)
 
 
 def results_of(run: Callable[[dict[str, Any]], Any], call: Call, tensors: Sequence[Any]) -> list[Any]:

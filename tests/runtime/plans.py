@@ -35,6 +35,7 @@ class CutPlan:
     world_size: int
     fingerprint: str
     exact_steps: tuple[int, int] | None = None
+    calls: int = 1
 
 
 def cut_plan(program: Program, world_size: int, strategy: Strategy = SYNC) -> CutPlan:

@@ -111,7 +111,7 @@ def test_ranks_under_torchrun_give_what_lockstep_gives_bit_for_bit(disable: str,
     assert run.returncode == 0, run.stderr[-4000:]
     for rank in range(4):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["equal"] == [True] * 6
+        assert found["equal"] == [True] * (6 + 2 * 6)
         assert found["kinds"] == ["GroupChannel" if disable == "1" else "MemoryChannel"]
         assert set(found["traffic"]) > {"halo", "keys_values", "moments", "output"}
 
@@ -123,6 +123,9 @@ def test_spawned_workers_give_what_lockstep_gives_bit_for_bit() -> None:
     with fxpass.parallelize(model, 4, executor="spawn", timeout=120, **named) as module:
         for call in steps(5):
             assert torch.equal(module(*call)["sample"], expected(*call)["sample"])
+        for sample, timestep in steps(5, seed=1):  # one call for each sample
+            found, wanted = ([each(x, timestep)["sample"] for x in sample.split(1)] for each in (module, expected))
+            assert all(torch.equal(a + 0, b + 0) for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_saved_plan_has_its_groups(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""A captured program with its plan, and how its calls run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..capture.structure import WeightTable
+from ..ir.program import Program
+from ..ir.step import EXACT
+from .clock import Clock
+from .executor import Loaded, PlanLike, Question
+from .generation import Generation
+
+
+@dataclass(eq=False)
+class Entry:
+    """A captured program with its plan, loaded by the executor."""
+
+    captured: Program
+    hooks: bool  #: whether it holds the hooks of the model itself
+    plan: PlanLike = field(init=False)
+    loaded: Loaded = field(init=False)
+    weights: WeightTable = field(init=False)
+    clock: Clock | None = None  #: None if every step is exact
+    apart: bool = False  #: a call had to run before those came that its plan runs together with it
+
+
+def question_of(clock: Clock | None, tensors: Sequence[Tensor], generation: Generation) -> Question:
+    """How to run a call: what a clock decides, or an exact step."""
+    number, call = generation.number, generation.calls if generation.announced else 0
+    if clock is None:
+        return Question((), lambda _: EXACT, number, call)
+    decide = lambda values: clock.step(tensors, generation, values)  # noqa: E731
+    return Question(clock.facts(tensors, generation), decide, number, call, clock.digest(generation))

@@ -1,0 +1,154 @@
+"""Calls that run at once: as many as there are groups of ranks, each on a group of its own.
+
+Guidance that calls the model once for each branch gives no batch that could be divided. So a call of one branch waits:
+it returns deferred tensors, and runs together with the calls of the other branches, or when its result is used. The
+inputs of all are stacked, and each group takes those of its call. Where a call must run before the others have come,
+all groups run that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..capture import Call
+from .deferred import Source
+from .entry import Entry
+from .executor import PlanLike
+from .generation import Generation
+
+CHANGED = (
+    "the model's weights were changed before it was used, and it waited for the other guidance branch until then; use "
+    "the result before, or call fxpass.parallelize with cfg=1"
+)
+#: runs a step: (weights, stacked inputs, generation) -> stacked outputs
+Run = Callable[[Sequence[Tensor], Sequence[Tensor], Generation], Sequence[Tensor]]
+
+
+class Together:
+    """Calls of one program and one generation that wait for each other.
+
+    Args:
+        plan: runs several calls at once.
+        weights: the tensors of the model now, which the calls are to be computed with.
+    """
+
+    def __init__(self, plan: PlanLike, weights: Sequence[Tensor], generation: Generation, run: Run) -> None:
+        self.program = plan.program
+        self.count = plan.calls
+        self.generation = generation
+        self.ended = False
+        self.weights = list(weights)
+        self._places = _places(weights)
+        self._run = run
+        self.inputs: list[Tensor] = []  #: stacked: [count, *shape]
+        self._sources: list[Source] = []  #: of the calls that wait
+
+    def fits(self, other: Together) -> bool:
+        """Whether calls with the other's weights, in its generation, can run together with those that wait."""
+        return self.generation is other.generation and self._places == other._places
+
+    def add(self, call: Call, compute: Callable[[], None]) -> Sequence[Tensor]:
+        """Add a call; returns its results, deferred unless it is the last one.
+
+        The inputs are copied: the caller may change them before the calls run.
+
+        Args:
+            compute: runs the calls, when the result of one that waits is used.
+        """
+        place = len(self._sources)
+        if not place:
+            with torch.inference_mode(False):
+                self.inputs = [x.new_empty((self.count, *x.shape)) for x in call.tensors]
+        for x, stacked in zip(call.tensors, self.inputs, strict=True):
+            stacked[place].copy_(x)
+        if place + 1 == self.count:
+            return self._ran(place + 1)[place]
+        self._sources.append(Source(compute))
+        return self._sources[-1].results(self._like())
+
+    def run(self) -> None:
+        """Run the calls that wait, although not all have come.
+
+        Raises:
+            RankError: another rank failed. The results have the error, too.
+        """
+        count = len(self._sources)
+        for stacked in self.inputs:
+            stacked[count:].copy_(stacked[:1].expand_as(stacked[count:]))
+        if _places(self.weights) == self._places:
+            self._ran(count)
+        else:
+            self._fail(RuntimeError(CHANGED))
+
+    def _like(self) -> list[Tensor]:
+        """Tensors without data like the results of a call."""
+        (output,) = self.program.graph.find_nodes(op="output")
+        return [node.meta["val"] for node in output.args[0]]
+
+    def _ran(self, count: int) -> list[list[Tensor]]:
+        """The results of the first `count` calls; those that wait are given theirs."""
+        self.ended = True
+        try:
+            outputs = self._run(self.weights, self.inputs, self.generation)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        results = [[each[place] for each in outputs] for place in range(count)]
+        for source, own in zip(self._sources, results, strict=False):
+            source.give(own)
+        return results
+
+    def _fail(self, error: BaseException) -> None:
+        self.ended = True
+        for source in self._sources:
+            source.fail(error)
+
+
+def _places(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The address and the version of each weight."""
+    return [(each.data_ptr(), -1 if each.is_inference() else each._version) for each in weights]
+
+
+class Waiting:
+    """The calls of an engine that wait; of one entry at a time."""
+
+    def __init__(self) -> None:
+        self.entry: Entry | None = None
+        self._together: Together | None = None
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        """Of the calls that wait."""
+        return self._together.inputs if self._together else ()
+
+    def add(self, entry: Entry, call: Call, new: Together, use: Callable[[], None]) -> Sequence[Tensor]:
+        """The outputs of a call; deferred if it has to wait for others.
+
+        Args:
+            new: joins the calls that wait, if it fits.
+            use: runs the calls that wait, when a deferred output is used.
+        """
+        if self._together and (entry is not self.entry or not self._together.fits(new)):
+            self.run(early=new.generation is self._together.generation)
+        together = self._together or new
+        self.entry, self._together = entry, together
+        try:
+            return together.add(call, use)
+        finally:
+            if together.ended:
+                self.entry = self._together = None
+
+    def run(self, *, early: bool) -> None:
+        """Run the calls that wait.
+
+        Args:
+            early: calls of this entry do not come together: from the next one on, each runs by itself.
+        """
+        entry, together = self.entry, self._together
+        self.entry = self._together = None
+        if entry is not None and together is not None:
+            entry.apart = entry.apart or early
+            together.run()
