@@ -66,8 +66,10 @@ def parallelize(
         warmup_steps: number of exact steps before the first stale one; default: the strategy's.
         cfg: number of groups of ranks among which the guidance branches of a batch are divided: 2 for [negative,
             positive]. Each group of `world_size` / (`cfg` x `data`) ranks runs its samples in patches, and only outputs
-            travel between groups. A call whose batch cannot be divided, or whose samples depend on each other, runs on
-            all ranks in patches, and a warning says why. `decode` and `encode` do so always.
+            travel between groups. If the batch cannot be divided (guidance with a call for each branch),
+            `cfg` calls run at once, each on a group: the first ones return deferred tensors. Other calls (samples
+            depend on each other, arguments are written to) run on all ranks in patches, and a warning says why.
+            `decode` and `encode` do so always.
         data: number of groups among which the prompts of a batch are divided. `cfg` x `data` groups take equal parts of
             the batch, in its order.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this

@@ -41,7 +41,7 @@ from .ir.strategy import Strategy
 from .passes import Build, build, resume
 from .passes.cost import flops, node_flops, totals
 from .passes.cuts import Tried
-from .passes.samples import stacked
+from .passes.samples import IndivisibleError, stacked
 from .passes.targets import Target, find
 from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
 from .predict.prediction import Prediction, predict
@@ -329,8 +329,8 @@ def make_plan(
         strategy: or what chooses one for the program and the target.
         groups: of ranks, among which the samples of a batch are divided, if they are independent; they divide
             `world_size`. Otherwise all ranks work on patches of all samples, and a warning says why.
-        together: where the batch cannot be divided, each group runs a call of its own instead, unless calls write to
-            arguments or leave something behind. Inputs and outputs are stacked then.
+        together: where the batch cannot be divided evenly, each group runs a call of its own instead, unless calls
+            write to arguments or leave something behind. Inputs and outputs are stacked then.
     """
     check_world_size(world_size)
     started = time.perf_counter()
@@ -338,8 +338,8 @@ def make_plan(
     if not isinstance(strategy, Strategy):
         strategy = strategy(program, machine)
     result: Build = build(program, world_size, machine, strategy, groups=groups, after="samples")
-    if result.mixed and together and not program.written and not program.changes:
-        result = replace(result, samples=stacked(result.program, groups), mixed="")
+    if together and isinstance(result.mixed, IndivisibleError) and not program.written and not program.changes:
+        result = replace(result, samples=stacked(result.program, groups), mixed=None)
     result = resume(result, after="samples")
     if result.mixed:
         warn(

@@ -56,7 +56,7 @@ class Build:
     graph: fx.Graph | None = None  #: the partitioned graph
     groups: int = 1  #: asked for; the samples of a batch are divided among them, if they are independent
     samples: Samples | None = None  #: how they are divided; None if all ranks work on all samples
-    mixed: str = ""  #: why they are not divided although that was asked for
+    mixed: SamplesError | None = None  #: why they are not divided although that was asked for
 
     @property
     def current(self) -> fx.Graph:
@@ -96,7 +96,7 @@ def _samples(build: Build) -> Build:
     try:
         return replace(build, samples=divide(build.program, build.groups, RULES))
     except SamplesError as cannot:
-        return replace(build, mixed=str(cannot))
+        return replace(build, mixed=cannot)
 
 
 def _cuts(build: Build) -> Build:

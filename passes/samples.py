@@ -40,6 +40,10 @@ class SamplesError(Exception):
     """The samples of a batch cannot be divided among the groups; the message is the reason."""
 
 
+class IndivisibleError(SamplesError):
+    """There are too few of them, or as many as cannot be divided evenly."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """How the samples of a batch are divided.
@@ -108,7 +112,9 @@ def _batched(program: Program, groups: int) -> tuple[fx.Node, list[fx.Node]]:
     size = shape_of(main)[0]
     if size % groups:
         path = dict(zip(program.inputs, program.input_paths, strict=True))[main.name]
-        raise SamplesError(f"`{path}` has {size} sample{'s' * (size > 1)}, which {groups} groups cannot share equally")
+        raise IndivisibleError(
+            f"`{path}` has {size} sample{'s' * (size > 1)}, which {groups} groups cannot share equally"
+        )
     placeholders = [node for node in program.graph.nodes if node.name in program.inputs and "shape" in node.meta]
     return main, [node for node in placeholders if shape_of(node)[:1] == (size,)]
 

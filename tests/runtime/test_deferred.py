@@ -287,6 +287,7 @@ def test_warming_up_prepares_each_kind_of_step_of_calls_that_run_together() -> N
 
 def test_a_plan_for_calls_that_run_at_once_cannot_be_saved(tmp_path: Any) -> None:
     module, (one, two, timestep) = lockstep(), branches()
-    module(one, timestep), module(two, timestep)
+    for x in (one, two):
+        module(x, timestep)
     with pytest.raises(ValueError, match="runs 2 calls at once, and cannot be saved"):
         module.plan.save(tmp_path / "plans.json")

@@ -91,7 +91,7 @@ def test_a_model_that_mixes_samples_runs_in_patches_on_all_ranks_and_a_warning_s
 
 
 def test_a_call_with_one_sample_runs_in_patches_and_the_next_one_with_two_is_divided() -> None:
-    module = lockstep(2, cfg=2)
+    module = lockstep(2, data=2)
     sample, timestep = inputs()
     with pytest.warns(FxpassWarning, match=r"`sample` has 1 sample, which 2 groups cannot share equally"):
         one = module(sample[:1], timestep)["sample"]
