@@ -348,3 +348,14 @@ def test_a_model_without_memory_may_make_an_object_that_closes_over_itself() -> 
         program = capture(model, sample())
     assert len(program.weights) == 4
     assert all(isinstance(each, FakeTensor) for each in model.parameters()), "weights stay the model's"
+
+
+def test_a_table_that_no_input_changes_is_no_output() -> None:
+    base = torch.arange(6.0)
+
+    def put_table(m: Model, h: Tensor) -> None:
+        m.feat = base + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+    program = capture(Model(put_table).eval(), sample())
+    assert program.changes == ()
+    assert len(capture(Model(put_attribute).eval(), sample()).changes) == 1

@@ -227,3 +227,28 @@ def test_the_nearest_tokens_are_measured_from_the_own_ones_on_both_sides(
 ) -> None:
     found = _nearest(np.array(theirs), np.array([0, 10, 100]), count)
     assert sorted(found.tolist()) == nearest
+
+
+class Guided(Tokens):
+    """Tokens attend to those of an input that is the same at every step."""
+
+    def forward(self, x: Tensor, timestep: Tensor, hint: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = (
+            layer(h).unflatten(-1, (2, 4)).transpose(1, 2)
+            for layer, h in ((self.q, x + timestep), (self.k, hint), (self.v, hint))
+        )
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_keys_that_never_change_are_seen_whole() -> None:
+    torch.manual_seed(0)
+    network = Guided().double().eval()
+    strategy = Strategy("w", keys_values="stale", window=0.2, warmup_steps=1)
+    module: Any = fxpass.parallelize(network, 3, strategy=strategy, executor="lockstep")
+    x, hint = torch.randn(2, 2, 48, 8, dtype=torch.float64)
+    for step in range(3):
+        x = x + 0.01 * torch.randn_like(x)
+        time = torch.tensor([1.0 - step / 10], dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x, time, hint), network(x, time, hint), rtol=1e-9, atol=1e-9)
+    assert {each.declared.fresh for each in module.plan.exchanges} == {"frozen", "sync"}

@@ -301,14 +301,24 @@ def test_patches_are_cut_out_and_added_up_on_any_cut(example: Example, data: st.
     split_anywhere(data, example)
 
 
-@pytest.mark.parametrize(("stride", "padding", "dilation"), [((2, 1), (1, 0), (1, 1)), ((3, 2), (0, 1), (1, 2))])
+@pytest.mark.parametrize("first", [1, 4], ids="{} rows on the first rank".format)
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation"),
+    [((2, 1), (1, 0), (1, 1)), ((3, 2), (0, 1), (1, 2)), ((1, 1), (0, 0), (2, 1))],
+)
 def test_patches_are_added_up_on_every_rank_by_itself(
-    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], first: int
 ) -> None:
     named = {"kernel_size": (3, 2), "dilation": dilation, "padding": padding, "stride": stride}
     grid = [
-        (12 + 2 * p - d * (k - 1) - 1) // s + 1 for p, d, k, s in zip(padding, dilation, (3, 2), stride, strict=True)
+        (18 + 2 * p - d * (k - 1) - 1) // s + 1 for p, d, k, s in zip(padding, dilation, (3, 2), stride, strict=True)
     ]
-    rows = [(0, grid[1]), (grid[1], grid[0] * grid[1])]
-    found = split(partial(F.fold, output_size=(12, 12), **named), [randn(1, 12, prod(grid))], {0: cut(2, *rows)}, 2)
+    rows = [(0, first * grid[1]), (first * grid[1], grid[0] * grid[1])]
+    found = split(partial(F.fold, output_size=(18, 18), **named), [randn(1, 12, prod(grid))], {0: cut(2, *rows)}, 2)
     assert "fallback" not in found.roles
+
+
+@pytest.mark.parametrize(("size", "dilation"), [(3, 1), (3, 2), (5, 3)])
+def test_windows_that_keep_the_size_are_centred_on_their_own_row(size: int, dilation: int) -> None:
+    window = Window(size, 1, (size - 1) * dilation // 2, dilation)
+    assert window.centres(9).tolist() == list(range(9))

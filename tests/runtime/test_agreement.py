@@ -13,6 +13,7 @@ from torch import Tensor
 from fxpass.ir.step import EXACT
 from fxpass.ir.versions import versions
 from fxpass.runtime import agreement
+from fxpass.runtime.agreement import _first_difference
 from fxpass.runtime.errors import DisagreementError
 from fxpass.runtime.executor import Question
 from tests.runtime.test_clock import NoReads
@@ -118,3 +119,11 @@ def test_one_rank_alone_sends_nothing() -> None:
     network: Any = SimpleNamespace(board=SimpleNamespace(rank=0, world=1, call=1))
     check = agreement.CallCheck(network, ["x"], torch.device("cpu"), Counter())
     assert check.decide([torch.ones(2)], Question((), lambda _: EXACT)) == EXACT
+
+
+def test_one_difference_is_named_and_more_are_counted() -> None:
+    ours = {"plan": "a", "input x": "(2, 4)", "weight w": "1"}
+    one = _first_difference(1, ours, ours | {"weight w": "2"})
+    assert one == "rank 1 differs from rank 0 in the weight w: 2, rank 0 has 1"
+    two = _first_difference(1, ours, ours | {"weight w": "2", "input x": "(3, 4)"})
+    assert two == "rank 1 differs from rank 0 in the input x: (3, 4), rank 0 has (2, 4) (2 differences in all)"
