@@ -232,7 +232,7 @@ def test_the_nearest_tokens_are_measured_from_the_own_ones_on_both_sides(
 class Guided(Tokens):
     """Tokens attend to those of an input that is the same at every step."""
 
-    def forward(self, x: Tensor, timestep: Tensor, hint: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, timestep: Tensor, hint: Tensor) -> Tensor:
         q, k, v = (
             layer(h).unflatten(-1, (2, 4)).transpose(1, 2)
             for layer, h in ((self.q, x + timestep), (self.k, hint), (self.v, hint))
