@@ -7,6 +7,6 @@ families/                          by family, how pipelines differ from it: data
 
 from __future__ import annotations
 
-from .build import RECIPES, Small, build, names
+from .build import RECIPES, Small, build, files_of, names
 
-__all__ = ["RECIPES", "Small", "build", "names"]
+__all__ = ["RECIPES", "Small", "build", "files_of", "names"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .calls import arguments
-from .families import RECIPES
+from .families import FAMILIES, RECIPES
 from .parts import Parts
 from .recipe import Recipe
 
-__all__ = ["RECIPES", "Small", "build", "names"]
+__all__ = ["RECIPES", "Small", "build", "files_of", "names"]
 
 BASE = ("DiffusionPipeline",)
 
@@ -41,6 +43,12 @@ def names() -> list[str]:
     return [name for name in found if _is_pipeline(getattr(diffusers, name))]
 
 
+def files_of(name: str) -> list[Path]:
+    """The file of families that has the recipe of a class, if it has one."""
+    found = [family for family in FAMILIES if name in family.RECIPES]
+    return [Path(str(family.__file__)) for family in found]
+
+
 def build(name: str) -> Small:
     """A small pipeline of the class of this name.
 
@@ -56,6 +64,9 @@ def build(name: str) -> Small:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipeline = kind(**Parts(kind, recipe).arguments())
+    for constant, value in recipe.constants.items():
+        module = sys.modules[kind.__module__]
+        setattr(module if hasattr(module, constant) else pipeline, constant, value)
     pipeline.set_progress_bar_config(disable=True)
     return Small(pipeline, recipe)
 

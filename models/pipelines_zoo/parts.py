@@ -37,7 +37,8 @@ GENERAL: dict[str, dict[str, Any]] = {
     "UNet2DConditionModel": {"sample_size": 32},
     "UNet2DModel": {"sample_size": 32},
     "VQModel": {"lookup_from_codebook": True},
-    **dict.fromkeys(("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21"), _MOMENTS),
+    **dict.fromkeys(("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21"), _MOMENTS),
+    "AutoencoderKLWan": {**_MOMENTS, "scale_factor_spatial": 4},
 }
 
 
@@ -65,8 +66,14 @@ class Parts(Mapping[str, Any]):
     def arguments(self) -> dict[str, Any]:
         """All arguments of the pipeline's constructor; those with a plain default are left to it."""
         parameters = inspect.signature(self.kind.__init__).parameters
-        names = [name for name in self if name in self._recipe.parts or not _is_plain(parameters[name])]
+        names = [name for name in self if name in self._recipe.parts or not self._is_default(parameters[name])]
         return {name: self[name] for name in names}
+
+    def _is_default(self, parameter: inspect.Parameter) -> bool:
+        """Whether the constructor's default is as good: of numbers and flags, and of what most pipelines lack."""
+        if parameter.default is None:
+            return not (self._model_class(parameter.name) or parameter.name.startswith(("text_encoder", "tokenizer")))
+        return parameter.default is not inspect.Parameter.empty or parameter.name in ("args", "kwargs")
 
     def width(self, kind: Any) -> int:
         """How wide the text of the denoiser is that an encoder of this class should make."""
@@ -130,10 +137,6 @@ def _tokenizer(kind: Any) -> Any:
         return tokenizer(kind.__name__)
     except KeyError:
         return None
-
-
-def _is_plain(parameter: inspect.Parameter) -> bool:
-    return parameter.default not in (inspect.Parameter.empty, None) or parameter.name in ("args", "kwargs")
 
 
 def _scheduler(classes: list[Any], spec: Part) -> Any:

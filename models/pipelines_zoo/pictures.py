@@ -39,7 +39,7 @@ def _of_both(kind: Any) -> Any:
 
     words = tokenizer("Qwen2Tokenizer")
     words.image_token, words.video_token = "<|image_pad|>", "<|video_pad|>"
-    pictures = transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+    pictures = transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096)
     without_videos: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": checked})
     return without_videos(image_processor=pictures, tokenizer=words, chat_template=CHAT)
 

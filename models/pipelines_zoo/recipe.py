@@ -34,16 +34,20 @@ class Recipe:
         parts: by name: a `Part`; a dict, for options; an int, for the width of an encoder; a function of the `Parts`
             that are there, which returns the part; anything else, for the part itself.
         call: arguments that differ, by name; functions are called with the pipeline.
+        constants: names of the pipeline's module, or of the pipeline, that get other values: sizes that it insists on.
         left_out: why the pipeline is not built: the missing package or download.
     """
 
     parts: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     left_out: str = ""
 
     def __or__(self, other: Recipe) -> Recipe:
         """Both; the other wins."""
-        return Recipe({**self.parts, **other.parts}, {**self.call, **other.call}, other.left_out or self.left_out)
+        constants = {**self.constants, **other.constants}
+        reason = other.left_out or self.left_out
+        return Recipe({**self.parts, **other.parts}, {**self.call, **other.call}, constants, reason)
 
 
 def left_out(reason: str) -> Recipe:

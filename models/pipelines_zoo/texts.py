@@ -143,7 +143,18 @@ def _clap(width: int) -> dict[str, Any]:
     return {"text_config": text, "audio_config": audio, "projection_dim": width}
 
 
+def _t5_gemma(width: int) -> dict[str, Any]:
+    module = _decoder(width) | {"query_pre_attn_scalar": 8, "sliding_window": 16, "dropout_rate": 0.0}
+    return {"encoder": module, "decoder": module, "is_encoder_decoder": False, "vocab_size": VOCABULARY}
+
+
+def _t5_gemma_2(width: int) -> dict[str, Any]:
+    return _gemma_3(width) | {"text_config": _gemma_3(width)["text_config"] | {"dropout_rate": 0.0}}
+
+
 _CONFIGS: dict[str, Any] = {
+    "t5gemma": _t5_gemma,
+    "t5gemma2_encoder": _t5_gemma_2,
     "clip_text_model": _clip_text,
     "clip_vision_model": _vision,
     "siglip_vision_model": _vision,
@@ -173,8 +184,9 @@ def encoder(kind: Any, width: int, **options: Any) -> Any:
         options: entries of its configuration; those of nested ones as `{"text_config": {...}}`.
     """
     config_class = kind.config_class
-    make = _CONFIGS.get(config_class.model_type, _decoder)
-    config = make(width)
+    if kind.__name__ == "T5GemmaEncoder":
+        return kind(transformers.T5GemmaModuleConfig(**_t5_gemma(width)["encoder"])).eval().requires_grad_(False)
+    config = _CONFIGS.get(config_class.model_type, _decoder)(width)
     for key, value in options.items():
         config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
     return kind(config_class(**config)).eval().requires_grad_(False)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...models.pipelines_zoo import names
+from ...models.pipelines_zoo import files_of, names
 from ..checkout import ROOT
 from .apart import digest, kept, measured, sources
 from .pipelines_case import Found, measure
 from .pipelines_report import report
 
-SOURCES = ("fxpass", "passes", "runtime", "models/zoo", "models/pipelines_zoo", "tools/sweeps/pipelines_case.py")
+SOURCES = ("fxpass", "passes", "runtime", "models/zoo", "tools/sweeps/pipelines_case.py")
 
 
 def main() -> None:
@@ -28,17 +28,16 @@ def main() -> None:
     wanted = options.only or everything
     if unknown := set(wanted) - set(everything):
         raise SystemExit(f"diffusers exports no pipeline called {', '.join(sorted(unknown))}")
-    key = digest(sources(*SOURCES))
     if not options.report_only:
-        todo = [name for name in wanted if options.fresh or not _is_current(options.folder, name, key)]
+        todo = [name for name in wanted if options.fresh or not _is_current(options.folder, name)]
         print(f"{len(everything)} classes, {len(todo)} to measure", flush=True)
         limits = {"jobs": options.jobs, "seconds": options.seconds, "gigabytes": options.gigabytes}
-        keys = dict.fromkeys(todo, key)
+        keys = {name: key_of(name) for name in todo}
         for done, (name, data) in enumerate(measured(measure, keys, options.folder, **limits), 1):
             found = Found.of(data)
             print(f"{done:4d}/{len(todo)}  {found.seconds:6.1f} s  {name}: {found.verdict}{_more(found)}", flush=True)
     found = [Found.of(data) for name in everything if (data := kept(options.folder, name)) is not None]
-    old = [name for name in everything if not _is_current(options.folder, name, key)]
+    old = [name for name in everything if not _is_current(options.folder, name)]
     (ROOT / "docs" / "pipelines.md").write_text(report(found, old))
     print("written  docs/pipelines.md")
 
@@ -48,9 +47,15 @@ def _more(found: Found) -> str:
     return f": {reason}" if reason else f", {found.error:.0e}, split: {', '.join(found.split)}"
 
 
-def _is_current(folder: Path, name: str, key: str) -> bool:
+def key_of(name: str) -> str:
+    """A hash of what the result depends on: the compiler, how the class is built, torch and diffusers."""
+    construction = sorted((ROOT / "models" / "pipelines_zoo").glob("*.py"))
+    return digest([*sources(*SOURCES), *construction, *files_of(name)])
+
+
+def _is_current(folder: Path, name: str) -> bool:
     data = kept(folder, name)
-    return data is not None and data["key"] == key
+    return data is not None and data["key"] == key_of(name)
 
 
 def _options() -> argparse.Namespace:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..recipe import Part, Recipe
+from ..pictures import embedding
+from ..recipe import Part, Recipe, left_out
 
 _mono: dict[str, Any] = {"in_channels": 1, "out_channels": 1}
 _vocoder: dict[str, Any] = {
@@ -15,11 +16,15 @@ _spoken = Recipe(
     {"unet": Part("audio_ldm"), "vae": _mono, "vocoder": _vocoder, "text_encoder": 20}, {"audio_length_in_s": 0.016}
 )
 _seconds: dict[str, Any] = {"text_encoder_dim": 12, "conditioning_dim": 12, "min_value": 0, "max_value": 64}
-_encoder_only = Part(width=12, options={"is_encoder_decoder": False})
+
+_third = Recipe(
+    {"text_encoder": 12, "duration_embedder": {"output_dim": 12}, "transformer": {"global_cond_dim": 12}},
+    {"duration": 0.1, "min_seconds": 0.0, "silence_padding_duration": 0.0},
+)
 
 RECIPES: dict[str, Recipe] = {
     "AudioLDMPipeline": _spoken,
-    "MusicLDMPipeline": _spoken,
+    "LongCatAudioDiTPipeline": Recipe({"vae": {"latent_dim": 8, "encoder_latent_dim": 16}}),
     "AudioLDM2Pipeline": Recipe(
         {
             "vae": _mono,
@@ -40,8 +45,26 @@ RECIPES: dict[str, Recipe] = {
         },
         {"audio_end_in_s": 2.0},
     ),
-    **{
-        f"StableAudio3{kind}Pipeline": Recipe({"text_encoder": _encoder_only})
-        for kind in ("", "Inpaint", "AudioToAudio")
-    },
+    "MusicLDMPipeline": left_out("needs transformers 4: it reads the text features as one tensor"),
+    "StableAudio3Pipeline": _third,
+    "StableAudio3InpaintPipeline": _third
+    | Recipe(call={"audio": lambda _: embedding(1, 2, 64), "mask_start_seconds": 0.0, "mask_end_seconds": 1.0}),
+    "StableAudio3AudioToAudioPipeline": _third | Recipe(call={"audio": lambda _: embedding(1, 2, 64)}),
+    "AceStepPipeline": Recipe(
+        {
+            "text_encoder": Part(kind="Qwen3Model", width=24),
+            "condition_encoder": {
+                "hidden_size": 24,
+                "intermediate_size": 48,
+                "text_hidden_dim": 24,
+                "timbre_hidden_dim": 4,
+                "num_lyric_encoder_hidden_layers": 1,
+                "num_timbre_encoder_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 12,
+            },
+        },
+        {"audio_duration": 0.1, "max_text_length": 64, "max_lyric_length": 32},
+    ),
 }

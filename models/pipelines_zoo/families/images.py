@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..pictures import mask, picture
-from ..recipe import Part, Recipe
+from ..recipe import OMIT, Part, Recipe, left_out
 from .flux import layers
 
 _sd3 = Recipe({"text_encoder": 8, "text_encoder_2": 12, "text_encoder_3": 24})
@@ -31,7 +31,21 @@ def _chroma(parts: Any) -> Any:
     return transformer
 
 
+_z = Recipe({"transformer": Part("z_image"), "text_encoder": Part(kind="Qwen3Model")})
 _pixart = Recipe({"transformer": Part("pixart_sigma")})
+_smaller = Recipe(constants={"calculate_dimensions": lambda area, ratio: (64, 64, None)})
+_longcat = Recipe({"transformer": {"in_channels": 64}, "vae": {"latent_channels": 16}})
+#: sixteen pixels per row of the latent
+_fibo = Recipe(
+    {
+        "transformer": {"in_channels": 4, "joint_attention_dim": 48, "text_encoder_dim": 24},
+        "vae": Part("vae_wan22_decode", options={
+            "dim_mult": [1, 2, 2, 2], "temperal_downsample": [False, True, True], "scale_factor_spatial": 16,
+            "latents_mean": [0.1, -0.1, 0.2, 0.0], "latents_std": [0.9, 1.1, 1.0, 0.8],
+        }),
+        "text_encoder": 24,
+    }
+)  # fmt: skip
 RECIPES: dict[str, Recipe] = {
     **{f"StableDiffusion3{kind}Pipeline": _sd3 for kind in ("", "Img2Img", "PAG", "PAGImg2Img")},
     "StableDiffusion3ControlNetPipeline": _sd3 | Recipe({"controlnet": {"extra_conditioning_channels": 0}}),
@@ -66,13 +80,25 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "HunyuanImageRefinerPipeline": Recipe(
-        {"transformer": Part("hunyuan_image_refiner", options={"in_channels": 8, "out_channels": 4})}
+        {"transformer": Part("hunyuan_image_refiner", options={"in_channels": 16, "out_channels": 8})}
     ),
-    "Ideogram4Pipeline": Recipe({"text_encoder": Part(kind="Qwen3VLModel")}, {"guidance_schedule": [3.0, 2.0]}),
+    "Ideogram4Pipeline": Recipe(
+        {
+            "transformer": {"in_channels": 32},
+            "unconditional_transformer": {"in_channels": 32},
+            "text_encoder": Part(kind="Qwen3VLModel", width=12),
+        },
+        {"guidance_schedule": [3.0, 2.0], "max_sequence_length": 64},
+        {"QWEN3_VL_ACTIVATION_LAYERS": (0, 1)},
+    ),
     "Krea2Pipeline": Recipe(
-        {"text_encoder": Part(options={"text_config": layers(4)}), "text_encoder_select_layers": (1, 2, 3)}
+        {
+            "transformer": {"in_channels": 32},
+            "unconditional_transformer": {"in_channels": 32},
+            "text_encoder": Part(options={"text_config": layers(4)}),
+            "text_encoder_select_layers": (1, 2, 3),
+        }
     ),
-    "BriaFiboEditPipeline": Recipe(call={"prompt": '{"edit_instruction": "a red circle"}'}),
     "CogView4ControlPipeline": Recipe({"transformer": {"in_channels": 8}}),
     **dict.fromkeys(("SanaPipeline", "SanaPAGPipeline"), _sana),
     "SanaControlNetPipeline": _sana,
@@ -82,10 +108,12 @@ RECIPES: dict[str, Recipe] = {
     ),
     "Lumina2Pipeline": Recipe({"text_encoder": Part(kind="Gemma2Model")}),
     "LuminaPipeline": Recipe({"text_encoder": Part(kind="GemmaModel")}),
+    **{f"ZImage{kind}Pipeline": _z for kind in ("", "Img2Img", "Inpaint")},
     **{
-        f"ZImage{kind}Pipeline": Recipe({"text_encoder": Part(kind="Qwen3Model")})
-        for kind in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint", "Omni")
+        f"ZImage{kind}Pipeline": _z | Recipe({"controlnet": Part(f"controlnet_z_image{case}")})
+        for kind, case in (("ControlNet", ""), ("ControlNetInpaint", "_refiner"))
     },
+    "ZImageOmniPipeline": _z | Recipe({"transformer": Part("z_image_omni"), "siglip": 20}),
     **{
         f"QwenImage{kind}Pipeline": _qwen
         for kind in (
@@ -104,4 +132,35 @@ RECIPES: dict[str, Recipe] = {
     "AmusedPipeline": Recipe({"scheduler": {"mask_token_id": 33}}),
     "AmusedImg2ImgPipeline": Recipe({"scheduler": {"mask_token_id": 33}}),
     "AmusedInpaintPipeline": Recipe({"scheduler": {"mask_token_id": 33}}),
+    "QwenImage21Pipeline": Recipe(
+        {"vae": {"z_dim": 16, "latents_mean": [0.1, -0.1] * 8, "latents_std": [0.9, 1.1] * 8}},
+        {"output_resolution": 64, "image": OMIT},
+    ),
+    "QwenImageControlNetInpaintPipeline": _qwen
+    | Recipe({"controlnet": {"extra_condition_channels": 4}}, {"control_mask": lambda _: mask()}),
+    **{f"QwenImage{kind}Pipeline": _qwen | _smaller for kind in ("Edit", "EditInpaint")},
+    "QwenImageEditPlusPipeline": _qwen
+    | Recipe(
+        constants={
+            "CONDITION_IMAGE_SIZE": 32 * 32,
+            "VAE_IMAGE_SIZE": 64 * 64,
+            "calculate_dimensions": lambda area, ratio: (64, 64),
+        }
+    ),
+    "QwenImageLayeredPipeline": _qwen
+    | Recipe(
+        {"transformer": Part("qwen_image_layered")},
+        {"layers": 2},
+        {"calculate_dimensions": lambda area, ratio: (64, 64)},
+    ),
+    "LongCatImagePipeline": _longcat | Recipe(call={"enable_prompt_rewrite": False}),
+    "LongCatImageEditPipeline": _longcat | Recipe(constants={"calculate_dimensions": lambda area, ratio: (64, 64)}),
+    "NucleusMoEImagePipeline": Recipe(call={"return_index": -1}),
+    "OmniGenPipeline": left_out("needs the package torchvision"),
+    "BriaFiboPipeline": _fibo,
+    "BriaFiboEditPipeline": _fibo | Recipe(call={"prompt": '{"edit_instruction": "a red circle"}'}),
+    "BriaFibo2Pipeline": Recipe(
+        {"text_encoder": Part(width=8, options={"text_config": layers(36)}), "transformer": {"in_channels": 8}},
+        {"image": OMIT},
+    ),
 }

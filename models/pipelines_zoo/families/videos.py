@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..pictures import video
+from ..pictures import embedding, video
 from ..recipe import OMIT, Part, Recipe, left_out
+from .images import EIGHTH
+from .unets import words_and_pictures
 
 _cog: dict[str, Any] = {
     "transformer": {"max_text_seq_length": 16, "sample_height": 16, "sample_width": 16, "sample_frames": 9}
@@ -28,6 +30,32 @@ class Harmless:
 _cosmos = Recipe({"safety_checker": lambda _: Harmless()})
 _pictured = {"image_encoder": 24, "image_processor": Part()}
 
+_seeing: dict[str, Any] = {"image_encoder": 12, "image_processor": Part()}
+_upsampler: dict[str, Any] = {"in_channels": 8, "mid_channels": 32, "num_blocks_per_stage": 1}
+_sounding = {"audio_in_channels": 16, "audio_out_channels": 16}
+_ltx_2 = Recipe(
+    {
+        "connectors": {
+            "caption_channels": 24,
+            "text_proj_in_factor": 3,
+            **{
+                f"{kind}_connector_{key}": value
+                for kind in ("video", "audio")
+                for key, value in (
+                    ("num_attention_heads", 2), ("attention_head_dim", 12),
+                    ("num_layers", 1), ("num_learnable_registers", 8),
+                )
+            },
+        },
+        "vocoder": {
+            "in_channels": 32, "hidden_channels": 32, "upsample_kernel_sizes": [4, 4], "upsample_factors": [2, 2],
+            "resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3]],
+        },
+        "audio_vae": {"base_channels": 16},
+        "transformer": _sounding,
+    }
+)  # fmt: skip
+
 RECIPES: dict[str, Recipe] = {
     "AnyFlowPipeline": Recipe(call={"video": OMIT}),
     "AnyFlowFARPipeline": Recipe(call={"video": OMIT, "chunk_partition": (1, 2)}),
@@ -49,9 +77,32 @@ RECIPES: dict[str, Recipe] = {
             "3Omni",
         )
     },
-    "CosmosVideoToWorldPipeline": _cosmos | Recipe(call={"image": OMIT}),
-    "Cosmos2VideoToWorldPipeline": _cosmos | Recipe(call={"video": OMIT}),
-    "Cosmos3OmniPipeline": _cosmos | Recipe(call={"video": OMIT}),
+    "CosmosVideoToWorldPipeline": _cosmos | Recipe({"transformer": {"in_channels": 5}}, {"image": OMIT}),
+    "Cosmos2VideoToWorldPipeline": _cosmos | Recipe({"transformer": {"in_channels": 5}}, {"video": OMIT}),
+    "Cosmos3OmniPipeline": _cosmos | Recipe({"transformer": {"vocab_size": 640}}, {"video": OMIT}),
+    "Cosmos2_5_PredictBasePipeline": _cosmos
+    | Recipe(
+        {
+            "text_encoder": 24,
+            "transformer": Part(
+                "cosmos2",
+                options={
+                    "in_channels": 5,
+                    "use_crossattn_projection": True,
+                    "crossattn_proj_in_channels": 48,
+                    "encoder_hidden_states_channels": 24,
+                },
+            ),
+        },
+        {"video": OMIT, "image": OMIT},
+    ),
+    "Cosmos2_5_TransferPipeline": left_out("needs the package torchvision"),
+    "EasyAnimateInpaintPipeline": Recipe(
+        call={
+            "video": lambda _: embedding(1, 3, 9, 64, 64).sigmoid(),
+            "mask_video": lambda _: (embedding(1, 1, 9, 64, 64) > 0).float(),
+        }
+    ),
     "EasyAnimatePipeline": Recipe({"transformer": {"in_channels": 4, "out_channels": 4}}),
     "EasyAnimateControlPipeline": left_out(
         "diffusers' own call fails: it gives `encode_prompt` an argument that it does not take"
@@ -61,12 +112,13 @@ RECIPES: dict[str, Recipe] = {
         {"text_encoder": 24, "text_encoder_2": 12, "image_encoder": 20, "transformer": {"target_size": 64}}
     ),
     "HunyuanVideoFramepackPipeline": Recipe({"image_encoder": 12}),
-    "HunyuanVideoImageToVideoPipeline": Recipe({"transformer": Part("hunyuan_video_replace")}),
-    "Kandinsky5I2IPipeline": Recipe({"text_encoder_2": 20}, {"max_sequence_length": 1024}),
-    "Kandinsky5T2IPipeline": Recipe({"text_encoder_2": 20}),
+    "HunyuanVideoImageToVideoPipeline": Recipe(
+        {"transformer": Part("hunyuan_video_replace"), "text_encoder": Part(options={"pad_token_id": 0})}
+    ),
+    "Kandinsky5T2IPipeline": Recipe({"text_encoder_2": 20, "transformer": {"visual_cond": False}}),
     "Kandinsky5T2VPipeline": Recipe({"text_encoder_2": 20}),
     "Kandinsky5I2VPipeline": Recipe({"text_encoder_2": 20}),
-    "Kandinsky6TI2VAPipeline": Recipe({"text_encoder_2": 20}),
+    "Kandinsky6TI2VAPipeline": Recipe({"text_encoder_2": 20}, {"sample_audio": False}),
     **dict.fromkeys(
         ("SanaVideoPipeline", "SanaImageToVideoPipeline"),
         Recipe({"vae": Part(kind="AutoencoderKLWan"), "text_encoder": Part(kind="Gemma2Model")}),
@@ -76,4 +128,54 @@ RECIPES: dict[str, Recipe] = {
     "HeliosPyramidPipeline": Recipe(call={"video": OMIT}),
     "LattePipeline": Recipe(call={"video_length": 3}),
     **{f"HunyuanVideo{kind}Pipeline": Recipe() for kind in ()},
+    "LTX2LatentUpsamplePipeline": Recipe({"latent_upsampler": _upsampler}),
+    "LTXLatentUpsamplePipeline": Recipe({"latent_upsampler": _upsampler}),
+    **{f"LTX2{kind}Pipeline": _ltx_2 for kind in ("", "Condition", "HDR", "InContext", "DFRTemporalRefine")},
+    "LTX2ImageToVideoPipeline": _ltx_2 | Recipe(call={"image_crf": 0}),
+    "LTX2VideoDiffusionDecodePipeline": Recipe(
+        {"scheduler": Part(kind="FlowMatchEulerDiscreteScheduler"), "vae": None},
+        {"latents": lambda _: embedding(1, 4, 3, 8, 8)},
+    ),
+    "ChronoEditPipeline": Recipe({"transformer": {"in_channels": 12}, **_seeing}),
+    "WanImageToVideoPipeline": Recipe(
+        {"transformer": Part("wan_i2v", options={"in_channels": 12}), "transformer_2": None, **_seeing}
+    ),
+    "WanAnimatePipeline": Recipe(
+        _seeing,
+        {
+            "pose_video": lambda _: video(5),
+            "face_video": lambda _: video(5),
+            "segment_frame_length": 5,
+            "prev_segment_conditioning_frames": 1,
+            "video": OMIT,
+            "background_video": OMIT,
+            "mask_video": OMIT,
+        },
+    ),
+    "Kandinsky5I2IPipeline": Recipe(
+        {"text_encoder_2": 20, "vae": EIGHTH}, {"max_sequence_length": 1024}, {"resolutions": [(64, 64)]}
+    ),
+    "LucyEditPipeline": Recipe({"transformer": {"in_channels": 8}}),
+    "MochiPipeline": Recipe({"transformer": {"in_channels": 12}, "vae": {"latent_channels": 12}}),
+    **dict.fromkeys(
+        ("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
+        Recipe(
+            {
+                "guider": Part(kind="ClassifierFreeGuidance"),
+                "transformer": {"image_embed_dim": 24},
+                "scheduler": Part(kind="FlowMatchEulerDiscreteScheduler"),
+            }
+        ),
+    ),
+    "SkyReelsV2ImageToVideoPipeline": Recipe(
+        {
+            "transformer": Part("skyreels_v2", options={"in_channels": 12}),
+            "image_processor": words_and_pictures,
+            "image_encoder": 12,
+        }
+    ),
+    "HunyuanSkyreelsImageToVideoPipeline": Recipe({"transformer": {"in_channels": 8}}),
+    "Kandinsky6SRPipeline": Recipe({"latent_upscaler": {"in_channels": 4, "stage_channels": (32, 32, 32)}}),
+    "LTX2DFRPipeline": _ltx_2 | Recipe({"transformer": {**_sounding, "use_keyframes_abs_pos_embedding": True}}),
+    "WanVACEPipeline": Recipe({"transformer": {"vace_in_channels": 24}, "transformer_2": None}),
 }
