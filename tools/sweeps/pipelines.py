@@ -1,20 +1,23 @@
-"""Sweep the pipelines: whether each class gives the unsplit result when split; writes docs/pipelines.md.
+"""Sweep the pipelines: whether each class, and each use of one, gives the unsplit result; writes docs/pipelines.md.
 
     python -m fxpass.tools.sweeps.pipelines [--only NAME ...] [--fresh] [--report-only]
                                             [--jobs 1] [--seconds 300] [--gigabytes 8]
 
-Each class is measured in a process of its own (`pipelines_case`), within limits of time and memory. Results are kept
-in `out/pipelines/`, one file per class, so that an interrupted sweep goes on. A class is measured again when how it is
-built, the compiler, torch or diffusers has changed.
+Each class is measured in a process of its own (`pipelines_case`), within limits of time and memory, and so is each use
+(`pipeline_uses`). Results are kept in `out/pipelines/`, one file each, so that an interrupted sweep goes on. A class is
+measured again when how it is built, the compiler, torch or diffusers has changed.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ...models.pipelines_zoo import files_of, names
+from ...models.pipelines_zoo.uses import USES
 from ..checkout import ROOT
+from . import pipeline_uses
 from .apart import digest, kept, measured, sources
 from .pipelines_case import Found, measure
 from .pipelines_report import report
@@ -31,14 +34,15 @@ def main() -> None:
     if not options.report_only:
         todo = [name for name in wanted if options.fresh or not _is_current(options.folder, name)]
         print(f"{len(everything)} classes, {len(todo)} to measure", flush=True)
-        limits = {"jobs": options.jobs, "seconds": options.seconds, "gigabytes": options.gigabytes}
+        limits: dict[str, Any] = {"jobs": options.jobs, "seconds": options.seconds, "gigabytes": options.gigabytes}
         keys = {name: key_of(name) for name in todo}
         for done, (name, data) in enumerate(measured(measure, keys, options.folder, **limits), 1):
             found = Found.of(data)
             print(f"{done:4d}/{len(todo)}  {found.seconds:6.1f} s  {name}: {found.verdict}{_more(found)}", flush=True)
+        _sweep_uses(options, limits)
     found = [Found.of(data) for name in everything if (data := kept(options.folder, name)) is not None]
     old = [name for name in everything if not _is_current(options.folder, name)]
-    (ROOT / "docs" / "pipelines.md").write_text(report(found, old))
+    (ROOT / "docs" / "pipelines.md").write_text(report(found, old, _uses(options.folder)))
     print("written  docs/pipelines.md")
 
 
@@ -47,10 +51,33 @@ def _more(found: Found) -> str:
     return f": {reason}" if reason else f", {found.error:.0e}, split: {', '.join(found.split)}"
 
 
+def _sweep_uses(options: argparse.Namespace, limits: dict[str, Any]) -> None:
+    key = digest([*_construction(), *sources("models/pipelines_zoo/uses.py", "tools/sweeps/pipeline_uses.py")])
+    todo = [name for name in USES if options.fresh or (kept(options.folder / "uses", name) or {}).get("key") != key]
+    keys = dict.fromkeys([] if options.only else todo, key)
+    for name, data in measured(pipeline_uses.measure, keys, options.folder / "uses", **limits):
+        said = data["failed"] or ", ".join(f"{order}: {data[order]}" for order in pipeline_uses.ORDERS)
+        print(f"{USES[name].title}: {said}", flush=True)
+
+
+def _uses(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The outcomes of each use that was measured, by its title."""
+    found = {name: kept(folder / "uses", name) for name in USES}
+    return {
+        USES[name].title: tuple(data.get(order, data["failed"]) for order in pipeline_uses.ORDERS)
+        for name, data in found.items()
+        if data is not None
+    }
+
+
+def _construction() -> list[Path]:
+    files = sorted((ROOT / "models" / "pipelines_zoo").glob("*.py"))
+    return [*sources(*SOURCES), *(file for file in files if file.name != "uses.py")]
+
+
 def key_of(name: str) -> str:
     """A hash of what the result depends on: the compiler, how the class is built, torch and diffusers."""
-    construction = sorted((ROOT / "models" / "pipelines_zoo").glob("*.py"))
-    return digest([*sources(*SOURCES), *construction, *files_of(name)])
+    return digest([*_construction(), *files_of(name)])
 
 
 def _is_current(folder: Path, name: str) -> bool:

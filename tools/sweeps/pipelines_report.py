@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from .pipelines_case import CALL, LIKE_NOISE, PICTURE, Found
@@ -24,8 +24,16 @@ Some samplers amplify any rounding. They are judged by every call of their denoi
 """
 
 
-def report(found: Sequence[Found], old: Sequence[str]) -> str:
-    """The document. `old` names classes whose results are missing or outdated."""
+USING = """\
+## What people do with them
+
+Each is done to a small Stable Diffusion pipeline *before* `parallelize`, and *after* it, when the pipeline has already
+run split; the result is compared with that of an unsplit pipeline of which the same was done.
+"""
+
+
+def report(found: Sequence[Found], old: Sequence[str], uses: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The document. `old` names classes whose results are missing or outdated; `uses` has outcomes by title."""
     lines = [
         INTRODUCTION.format(
             diffusers=version("diffusers"), torch=version("torch"), picture=PICTURE, call=CALL, like=LIKE_NOISE
@@ -37,6 +45,7 @@ def report(found: Sequence[Found], old: Sequence[str]) -> str:
         *_listed("Not measured to the end", found, "failed", lambda each: each.failed),
         *_listed("Without anything to split", found, "none", lambda each: each.none),
         *_listed("Left out", found, "left out", lambda each: each.left_out),
+        *_used(uses or {}),
         "",
         "## All that are split",
         "",
@@ -61,6 +70,12 @@ def _totals(found: Sequence[Found]) -> Iterator[str]:
     for word, title in titles.items():
         if count := counts.get(word, 0):
             yield f"| {title} | {count} | {count / max(1, rest):.1%} |"
+
+
+def _used(uses: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    if uses:
+        yield from ("", USING, "| what is done | before | after |", "| --- | --- | --- |")
+        yield from (f"| {' | '.join((title, *outcomes))} |" for title, outcomes in uses.items())
 
 
 def _listed(title: str, found: Sequence[Found], verdict: str, reason: Callable[[Found], str]) -> Iterator[str]:

@@ -1,0 +1,34 @@
+"""What people do with pipelines, before and after `parallelize`: the result is that of an unsplit pipeline."""
+
+from __future__ import annotations
+
+import pytest
+
+from fxpass.models.pipelines_zoo.uses import USES
+from fxpass.tools.sweeps.pipeline_uses import outcome
+
+#: uses that run at every change; the others are slow tests, and all are in docs/pipelines.md
+QUICK = ("failed", "ip_adapter")
+
+
+def marked(name: str) -> object:
+    use = USES[name]
+    marks = [] if name in QUICK else [pytest.mark.slow]
+    if use.missing:
+        marks.append(pytest.mark.skip(reason=f"needs the package {use.missing}"))
+    return pytest.param(name, marks=marks)
+
+
+def is_right(name: str, found: str) -> bool:
+    refused = USES[name].refused
+    return found.startswith(f"refused: {refused}") if refused else found == "equal"
+
+
+@pytest.mark.parametrize("name", map(marked, USES))
+def test_what_is_done_before_parallelize_is_kept(name: str) -> None:
+    assert is_right(name, outcome(name, "before"))
+
+
+@pytest.mark.parametrize("name", map(marked, USES))
+def test_what_is_done_after_parallelize_is_followed(name: str) -> None:
+    assert is_right(name, outcome(name, "after"))
