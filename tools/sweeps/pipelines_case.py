@@ -1,8 +1,9 @@
 """Measure one pipeline class: build it small, run it unsplit and split over two ranks, and compare the results.
 
-Where the results differ by more than rounding, some sampler may amplify it. Then each call of each denoiser is made
-again on equal inputs, and the unsplit pipeline is run with noise of the size of their differences: a pipeline whose
-denoisers are exact, and whose result changes as much by such noise, amplifies.
+Where the results differ by more than rounding, some sampler may amplify it, or a picture is rounded to whole numbers.
+Then each call of a denoiser and each `decode` is made again on equal inputs, and the unsplit pipeline is run with noise
+of the size of their differences: a pipeline whose parts are exact, and whose result changes as much by such noise,
+amplifies.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 
 import fxpass
 
-from ...models.pipelines import autoencoders, beside, denoisers, pipelines_in
+from ...models.pipelines import autoencoders, beside, denoisers, methods_of, pipelines_in
 from ...models.pipelines_zoo import Small, build
 from ...models.pipelines_zoo.build import tensors
 
 RANKS = 2
 PICTURE = 1e-4  #: largest difference that counts as equal, of results whose values lie within 1, relative above
-CALL = 1e-5  #: largest relative difference of a denoiser's output on equal inputs
+CALL = 1e-5  #: largest relative difference of a part's output on equal inputs
 LIKE_NOISE = 10.0  #: an amplified difference is at most so many times what equal noise does
 MOVED = 1e-3  #: least standard deviation of some result
 
@@ -42,7 +43,7 @@ class Found:
     refused: str = ""  #: the error of the split call, where the unsplit one worked
     failed: str = ""  #: what stopped the measurement
     error: float = float("nan")  #: largest difference of a result
-    calls: float | None = None  #: largest relative difference of a denoiser's call on equal inputs, if compared
+    calls: float | None = None  #: largest relative difference of a part's call on equal inputs, if compared
     noise: float | None = None  #: change of the unsplit result by such noise
     split: tuple[str, ...] = ()  #: parts that exchanged something
     whole: tuple[str, ...] = ()  #: parts that ran unsplit, with the reason
@@ -86,6 +87,8 @@ def measure(name: str, key: str) -> dict[str, Any]:
 def _facts(name: str) -> Iterator[dict[str, Any]]:
     small = build(name)
     expected = small.run()
+    if not all(bool(each.isfinite().all()) for each in expected):
+        raise ArithmeticError("the unsplit result is not finite")
     yield {"blind": _blind(expected)}
     try:
         fxpass.parallelize(small.pipeline, RANKS, executor="lockstep")
@@ -130,49 +133,60 @@ def split_parts(pipeline: Any) -> tuple[str, ...]:
 
 
 def of_calls(name: str) -> float:
-    """The largest relative difference of any call of a denoiser, or of what runs beside it, on equal inputs."""
+    """The largest relative difference of any call of a part, on equal inputs."""
     small = build(name)
-    calls: list[tuple[nn.Module, Any, Any, list[Tensor]]] = []
+    calls: list[tuple[nn.Module, str, Any, Any, list[Tensor]]] = []
 
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((module, _copied(args), _copied(kwargs), [each.clone() for each in tensors(_plain(output))]))
+    def note(module: nn.Module, method: str, args: Any, kwargs: Any, output: Any) -> None:
+        wanted = [each.clone() for each in tensors(_plain(output))]
+        calls.append((module, method, _copied(args), _copied(kwargs), wanted))
 
-    with _hooked(small, note):
+    with _overheard(small, note):
         small.run()
     fxpass.parallelize(small.pipeline, RANKS, executor="lockstep")
     worst = 0.0
-    for module, args, kwargs, expected in calls:
+    for module, method, args, kwargs, expected in calls:
         with torch.no_grad():
-            found = list(tensors(_plain(module(*args, **kwargs))))
+            found = list(tensors(_plain(getattr(module, method)(*args, **kwargs))))
         pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
         worst = max([worst, *(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs)])
     return worst
 
 
 def of_noise(name: str, expected: list[Tensor], size: float) -> float:
-    """How much the unsplit result changes if each output of a denoiser gets noise of at most that relative size."""
+    """How much the unsplit result changes if each output of a part gets noise of at most that relative size."""
     small, generator = build(name), torch.Generator().manual_seed(1)
 
-    def disturb(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def disturb(module: nn.Module, method: str, args: Any, kwargs: Any, output: Any) -> None:
         for each in tensors(_plain(output)):
             if each.is_floating_point():
                 noise = 2 * torch.rand(each.shape, generator=generator) - 1
                 each.add_((noise * size * float(each.abs().max())).to(each))
 
-    with _hooked(small, disturb):
+    with _overheard(small, disturb):
         return difference(small.run(), expected)
 
 
 @contextmanager
-def _hooked(small: Small, hook: Any) -> Iterator[None]:
-    names = {name for each in pipelines_in(small.pipeline) for name in (*denoisers(each), *beside(each))}
-    modules = [module for name, module in parts(small.pipeline).items() if name in names]
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+def _overheard(small: Small, hear: Any) -> Iterator[None]:
+    """Call `hear(module, method, args, kwargs, output)` after each call of a denoiser, and each `decode`."""
+    undo: list[Any] = []
+    for module in parts(small.pipeline).values():
+        method = "decode" if methods_of(module) else "forward"
+        plain = getattr(module, method)
+
+        def heard(*args: Any, _plain: Any = plain, _key: Any = (module, method), **kwargs: Any) -> Any:
+            output = _plain(*args, **kwargs)
+            hear(*_key, args, kwargs, output)
+            return output
+
+        setattr(module, method, heard)
+        undo.append((module, method))
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, method in undo:
+            delattr(module, method)
 
 
 @contextmanager
@@ -188,12 +202,8 @@ def _heard() -> Iterator[list[str]]:
 
 def _blind(expected: list[Tensor]) -> str:
     """Why equality of the results says little; nothing if it says something."""
-    values = [each.double() for each in expected if each.numel() > 1]
-    if not all(bool(each.isfinite().all()) for each in values):
-        return "the unsplit result is not finite"
-    if not any(float(each.std()) > MOVED for each in values):
-        return "the unsplit result is constant"
-    return ""
+    moving = any(float(each.double().std()) > MOVED for each in expected if each.numel() > 1)
+    return "" if moving else "the unsplit result is nearly constant"
 
 
 def _plain(output: Any) -> Any:

@@ -18,7 +18,7 @@ tokenizers made on the spot (`models/pipelines_zoo/`) and random weights. Each i
 Results are *equal* if no value of any result (picture, video, sound or latent) differs by more than {picture:.0e},
 relative where values are larger than 1.
 
-Some samplers amplify any rounding. They are judged by every call of their denoisers on equal inputs (at most
+Some samplers amplify any rounding. They are judged by every call of their parts on equal inputs (at most
 {call:.0e} of the largest value), and by what noise of that size does to the unsplit pipeline: the difference is at most
 {like:.0f} times that. They are marked *amplifies*.
 """
@@ -64,7 +64,7 @@ def _totals(found: Sequence[Found]) -> Iterator[str]:
     yield "| | classes | share |"
     yield "| --- | ---: | ---: |"
     titles = {
-        "equal": "equal", "amplifies": "amplify rounding; every denoiser call is equal", "wrong": "not equal",
+        "equal": "equal", "amplifies": "amplify rounding; every call of their parts is equal", "wrong": "not equal",
         "refused": "refused", "failed": "not measured to the end", "none": "without anything to split",
     }  # fmt: skip
     for word, title in titles.items():
@@ -88,7 +88,7 @@ def _listed(title: str, found: Sequence[Found], verdict: str, reason: Callable[[
 def _judged(found: Found) -> str:
     if found.calls is None or found.noise is None:
         return ""
-    return f"; denoiser calls by {found.calls:.0e}, equal noise changes the unsplit result by {found.noise:.0e}"
+    return f"; calls by {found.calls:.0e}, equal noise changes the unsplit result by {found.noise:.0e}"
 
 
 def _table(found: Sequence[Found]) -> Iterator[str]:

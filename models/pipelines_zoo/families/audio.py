@@ -11,6 +11,7 @@ _mono: dict[str, Any] = {"in_channels": 1, "out_channels": 1}
 _vocoder: dict[str, Any] = {
     "model_in_dim": 16, "sampling_rate": 16000, "upsample_initial_channel": 16, "upsample_rates": [2, 2],
     "upsample_kernel_sizes": [4, 4], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]],
+    "initializer_range": 0.3,
 }  # fmt: skip
 _spoken = Recipe(
     {"unet": Part("audio_ldm"), "vae": _mono, "vocoder": _vocoder, "text_encoder": 20}, {"audio_length_in_s": 0.016}

@@ -113,7 +113,6 @@ RECIPES: dict[str, Recipe] = {
         f"ZImage{kind}Pipeline": _z | Recipe({"controlnet": Part(f"controlnet_z_image{case}")})
         for kind, case in (("ControlNet", ""), ("ControlNetInpaint", "_refiner"))
     },
-    "ZImageOmniPipeline": _z | Recipe({"transformer": Part("z_image_omni"), "siglip": 20}),
     **{
         f"QwenImage{kind}Pipeline": _qwen
         for kind in (

@@ -124,14 +124,13 @@ RECIPES: dict[str, Recipe] = {
         Recipe({"vae": Part(kind="AutoencoderKLWan"), "text_encoder": Part(kind="Gemma2Model")}),
     ),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Recipe(call={"overlap_history": 1}),
-    "HeliosPipeline": Recipe(call={"video": OMIT}),
+    "HeliosPipeline": Recipe({"scheduler": {"stages": 1, "stage_range": [0, 1]}}, {"video": OMIT}),
     "HeliosPyramidPipeline": Recipe(call={"video": OMIT}),
     "LattePipeline": Recipe(call={"video_length": 3}),
     **{f"HunyuanVideo{kind}Pipeline": Recipe() for kind in ()},
     "LTX2LatentUpsamplePipeline": Recipe({"latent_upsampler": _upsampler}),
     "LTXLatentUpsamplePipeline": Recipe({"latent_upsampler": _upsampler}),
     **{f"LTX2{kind}Pipeline": _ltx_2 for kind in ("", "Condition", "HDR", "InContext", "DFRTemporalRefine")},
-    "LTX2ImageToVideoPipeline": _ltx_2 | Recipe(call={"image_crf": 0}),
     "LTX2VideoDiffusionDecodePipeline": Recipe(
         {"scheduler": Part(kind="FlowMatchEulerDiscreteScheduler"), "vae": None},
         {"latents": lambda _: embedding(1, 4, 3, 8, 8)},
@@ -175,7 +174,6 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "HunyuanSkyreelsImageToVideoPipeline": Recipe({"transformer": {"in_channels": 8}}),
-    "Kandinsky6SRPipeline": Recipe({"latent_upscaler": {"in_channels": 4, "stage_channels": (32, 32, 32)}}),
     "LTX2DFRPipeline": _ltx_2 | Recipe({"transformer": {**_sounding, "use_keyframes_abs_pos_embedding": True}}),
     "WanVACEPipeline": Recipe({"transformer": {"vace_in_channels": 24}, "transformer_2": None}),
 }
