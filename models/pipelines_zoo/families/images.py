@@ -93,8 +93,6 @@ RECIPES: dict[str, Recipe] = {
     ),
     "Krea2Pipeline": Recipe(
         {
-            "transformer": {"in_channels": 32},
-            "unconditional_transformer": {"in_channels": 32},
             "text_encoder": Part(options={"text_config": layers(4)}),
             "text_encoder_select_layers": (1, 2, 3),
         }
