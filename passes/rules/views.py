@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import takewhile
 from math import prod
 
 import numpy as np
@@ -30,8 +31,14 @@ aten = torch.ops.aten
 def groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[range, range]]:
     """Minimal groups of dims with equal products: [2, 6, 4] -> [2, 3, 8] gives (0|0), (1,2|1,2).
 
+    Of shapes without elements, the equal dims at their beginning, and all others together.
+
     Raises `AssertionError` if the shapes have unlike numbers of elements.
     """
+    if 0 in source and 0 in target:
+        same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(source, target, strict=False))])
+        rest = range(same, len(source)), range(same, len(target))
+        return [(range(k, k + 1), range(k, k + 1)) for k in range(same)] + ([rest] if any(map(len, rest)) else [])
     result = []
     i = j = 0
     while i < len(source) or j < len(target):

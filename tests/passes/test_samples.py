@@ -197,3 +197,14 @@ def test_a_model_whose_outputs_do_not_depend_on_the_batch_is_not_divided() -> No
     made = divided(lambda x, y: y.sin(), [torch.randn(4, 3, 2), torch.randn(3)], 2)
     assert made.samples is None
     assert "does not depend on the batch" in str(made.mixed)
+
+
+def test_values_without_elements_are_divided() -> None:
+    """As the image tokens of a video model that is called without an image."""
+
+    def model(x: Tensor, image: Tensor) -> Tensor:
+        heads = image.unflatten(2, (2, 3)).transpose(1, 2)
+        return torch.cat([x, heads.transpose(1, 2).flatten(2)], 1) * 2
+
+    made = divided(model, [torch.randn(4, 5, 6), torch.randn(4, 0, 6)], 2)
+    assert made.samples is not None, made.mixed
