@@ -56,6 +56,7 @@ class Build:
     graph: fx.Graph | None = None  #: the partitioned graph
     groups: int = 1  #: asked for; the samples of a batch are divided among them, if they are independent
     samples: Samples | None = None  #: how they are divided; None if all ranks work on all samples
+    joined: bool = False  #: whether the graph is that of all groups
     mixed: SamplesError | None = None  #: why they are not divided although that was asked for
 
     @property
@@ -67,6 +68,11 @@ class Build:
     def part(self) -> Program:
         """The program of one group's samples; of all where they are not divided."""
         return self.samples.program if self.samples else self.program
+
+    @property
+    def of_one_group(self) -> bool:
+        """Whether the present graph is for the ranks of one group."""
+        return self.samples is not None and not self.joined
 
     @property
     def mesh(self) -> Mesh:
@@ -132,7 +138,8 @@ def _bucket(build: Build) -> Build:
 def _join(build: Build) -> Build:
     if build.samples is None:
         return build
-    return replace(build, graph=join(build.current, build.program.graph, build.samples, build.mesh))
+    graph = join(build.current, build.program.graph, build.samples, build.mesh)
+    return replace(build, graph=graph, joined=True)
 
 
 def _schedule(build: Build) -> Build:

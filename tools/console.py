@@ -22,6 +22,11 @@ LinkName = Annotated[
     str | None,
     typer.Option("--link", metavar="NAME", help="What joins the ranks: nvlink4, pcie4, ….", show_default=False),
 ]
+Cfg = Annotated[
+    int,
+    typer.Option("--cfg", min=1, help="Groups of ranks for the guidance branches of a batch."),
+]
+Data = Annotated[int, typer.Option("--data", min=1, help="Groups of ranks for the prompts of a batch.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps of a generation.")]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Launch kernels as CUDA graphs, not one by one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse models with operators that cannot be split.")]

@@ -31,6 +31,16 @@ def test_plan_shows_cuts_work_and_received_bytes() -> None:
         assert word in text
 
 
+def test_plan_and_dump_divide_the_batch_among_groups_of_ranks() -> None:
+    divided = ("small:unet_sd", "-n", 4, "--cfg", 2, "--batch", 2)
+    text = fxpass("plan", *divided).stdout
+    assert "on 4 ranks (2 x 2: groups x patches)" in text
+    assert "at most 4.00 times as fast" in text
+    for stage in ("partition", "join"):
+        shown = fxpass("dump", *divided, "--rank", 3, "--after", stage).stdout
+        assert ("gather(B: 1 -> 2 of all groups)" in shown) == (stage == "join")
+
+
 def test_plan_shows_displaced_steps_of_stale_strategies_only() -> None:
     exact = fxpass("plan", "small:unet_sd").stdout
     assert "an exact step" not in exact
@@ -200,6 +210,8 @@ def test_models_lists_the_catalog_and_the_small_models() -> None:
         (("trace", "small:unet_sd", "-o", "-", "--target", "h10"), "did you mean H100?"),
         (("trace", "small:unet_sd", "-o", "tests"), "tests is a folder"),
         (("plan", GOOD, "--json", "tests"), "tests is a folder"),
+        (("plan", "small:unet_sd", "-n", 4, "--cfg", 3), "4 ranks cannot be divided into cfg x data = 3 x 1 groups"),
+        (("dump", "small:unet_sd", "--data", 3), "2 ranks cannot be divided into cfg x data = 1 x 3 groups"),
         (("plan", GOOD, "-n", 17), "cannot be shared among 17 ranks"),
         (("plan", "tests.tools.models:uncapturable"), "models.py:"),
         (("dump", "small:unet_sd", "--after", "normalise"), "did you mean 'normalize'?"),

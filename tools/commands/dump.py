@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
+from ..console import Batch, Cfg, Data, Frames, Height, Model, StrategyName, TargetName, Width, World
 
 if TYPE_CHECKING:
     from ...inspect.record import Snapshot
@@ -50,6 +50,8 @@ def dump(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = None,
     strategy: StrategyName = "sync",
+    cfg: Cfg = 1,
+    data: Data = 1,
     target: TargetName = "auto",
     height: Height = None,
     width: Width = None,
@@ -64,7 +66,7 @@ def dump(
     from ...inspect.draw import graphviz
     from ...inspect.onnx_export import write_onnx
     from ...models.resolve import Options, resolve
-    from ...planning import check_target, strategy_of
+    from ...planning import check_target, groups_of, strategy_of
     from .. import output as out
     from .check import refuse_large
     from .plan import check_rank
@@ -83,7 +85,8 @@ def dump(
     if diff is not None and format != "text":
         raise ValueError(f"--diff is text; it has no format {format!r}")
     check_rank(rank, world_size)
-    strategy_of(strategy, world_size)
+    groups = groups_of(world_size, cfg, data)
+    strategy_of(strategy, world_size // groups)
     check_target(target)
     out.check(output)
     if format == "svg":
@@ -100,11 +103,11 @@ def dump(
     if diff is not None:
         names = stages()
         before = names[names.index(diff) - 1]
-        first = built(program, world_size, before, target, strategy)
+        first = built(program, world_size, before, target, strategy, groups)
         out.write(output, difference(shown(first, before), shown(following(first, diff), diff), wanted))
         return
     stage = after or stages()[-1]
-    state = built(program, world_size, stage, target, strategy)
+    state = built(program, world_size, stage, target, strategy, groups)
     if format == "onnx":
         given = None if weights is None else resolved.module
         write_onnx(
@@ -164,9 +167,10 @@ def taken(model: str, state: Build, rank: int, stage: str) -> Snapshot:
     """The snapshot of a state of the passes."""
     from ...inspect.collect import snapshot
 
+    program, ranks = (state.part, state.mesh.patches) if state.of_one_group else (state.program, state.world)
     return snapshot(
-        state.program, state.current, world=state.world, target=state.target, cuts=state.cuts,
-        rank=rank, model=model, stage=stage, strategy=state.strategy.name,
+        program, state.current, world=ranks, target=state.target, cuts=state.cuts,
+        rank=rank % ranks, model=model, stage=stage, strategy=state.strategy.name,
     )  # fmt: skip
 
 
@@ -194,17 +198,17 @@ def difference(old: Snapshot, new: Snapshot, wanted: Mapping[str, Any]) -> str:
     return "\n".join(coloured) or f"{new.stage} changed nothing"
 
 
-def built(program: Program, world_size: int, stage: str, target: str, strategy: str) -> Build:
+def built(program: Program, world_size: int, stage: str, target: str, strategy: str, groups: int) -> Build:
     """The state of the passes after `stage`."""
     from ...ir.strategy import Strategy
     from ...passes import Build, build
     from ...planning import strategy_of, target_of
 
-    machine, chosen = target_of(target, program), strategy_of(strategy, world_size)
+    machine, chosen = target_of(target, program), strategy_of(strategy, world_size // groups)
     fresh = chosen if isinstance(chosen, Strategy) else chosen(program, machine)
     if stage == CAPTURED:
-        return Build(program, world_size, machine, fresh)
-    return build(program, world_size, machine, fresh, after=stage)
+        return Build(program, world_size, machine, fresh, groups=groups)
+    return build(program, world_size, machine, fresh, groups=groups, after=stage)
 
 
 def following(state: Build, name: str) -> Build:
@@ -214,5 +218,5 @@ def following(state: Build, name: str) -> Build:
 
     (each,) = (each for each in PASSES if each.name == name)
     state = each.run(state)
-    verify(state.current, each.ensures, state.world)
+    verify(state.current, each.ensures, state.mesh.patches)
     return state

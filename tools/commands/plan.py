@@ -10,6 +10,8 @@ import typer
 
 from ..console import (
     Batch,
+    Cfg,
+    Data,
     Frames,
     Graphs,
     Height,
@@ -37,6 +39,8 @@ def plan(
     model: Model,
     world_size: World = 2,
     strategy: StrategyName = "sync",
+    cfg: Cfg = 1,
+    data: Data = 1,
     target: TargetName = "auto",
     link: LinkName = None,
     steps: Steps = 50,
@@ -65,7 +69,7 @@ def plan(
 
     output.check(to)
     options = Options(height, width, frames, batch)
-    made = make(model, world_size, strategy, target, options, strict, link)
+    made = make(model, world_size, strategy, target, options, strict, link, cfg, data)
     prediction, parts = None, None
     if target != "auto" or link is not None or compare:
         prediction, parts = made.predict(graphs=graphs), parts_of(model, options)
@@ -91,18 +95,22 @@ def make(
     options: Any,
     strict: bool = False,
     link: str | None = None,
+    cfg: int = 1,
+    data: int = 1,
 ) -> Plan:
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
     from ...models.resolve import resolve
     from ...plan import plan as make_plan
-    from ...planning import check_target, strategy_of
+    from ...planning import check_target, groups_of, strategy_of
 
-    strategy_of(strategy, world_size)
+    strategy_of(strategy, world_size // groups_of(world_size, cfg, data))
     check_target(target, link)
     resolved = resolve(model, options)
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
-    return make_plan(program, world_size=world_size, strategy=strategy, target=target, link=link, strict=strict)
+    return make_plan(
+        program, world_size=world_size, strategy=strategy, cfg=cfg, data=data, target=target, link=link, strict=strict
+    )
 
 
 def alternatives(plan: Plan, compare: bool, graphs: bool, parts: Parts | None = None) -> list[Prediction | Impossible]:
@@ -126,7 +134,9 @@ def show(out: Console, model: str, plan: Plan) -> None:
     from ...inspect.words import flops_text
 
     out.print(
-        f"{model} on {plan.world_size} ranks, strategy {plan.strategy.name}, target {plan.target.name}", style="bold"
+        f"{model} on {plan.world_size} ranks{f' ({plan.mesh}: groups x patches)' * (plan.groups > 1)}, "
+        f"strategy {plan.strategy.name}, target {plan.target.name}",
+        style="bold",
     )
     out.print(_cuts(plan))
     out.print(
