@@ -17,7 +17,9 @@ MAIN = ("transformer", "unet", "transformer_2", "prior")  #: attributes that hol
 ENDING = "maybe_free_model_hooks"  #: the method that pipelines call last
 HALVES = ("decode", "encode")  #: methods of an autoencoder
 TILING = "use_tiling"  #: the attribute of an autoencoder that says whether it works tile by tile
-TIMESTEP = re.compile(r"t|ts|times?|timesteps?|timestep_ratio|sigmas?|noise_(levels?|labels?|time)|decoder_noise_time")
+TIMESTEP = re.compile(
+    r"t|ts|r|times?|timesteps?|timestep_ratio|sigmas?|noise_(levels?|labels?|time)|decoder_noise_time"
+)
 BESIDE = re.compile(r"ControlNet|Adapter")  #: classes that work beside a denoiser
 PICTURE = re.compile(r"x|samples?|latents?|hidden_states|img|image")  #: what a forward may call its picture
 

@@ -52,6 +52,15 @@ def test_denoisers_are_found_under_any_name_the_main_one_first() -> None:
     assert beside(held) == ["controlnet"]
 
 
+class Ratio(nn.Module):
+    def forward(self, x: Tensor, r: Tensor, effnet: Tensor) -> Tensor:
+        return x
+
+
+def test_a_denoiser_that_takes_its_time_as_a_ratio_is_found() -> None:
+    assert denoisers(Pipeline(decoder=Ratio(), text_encoder=TextEncoder())) == ["decoder"]
+
+
 def test_a_real_denoiser_is_found_by_its_forward() -> None:
     model = UNet2DConditionModel(
         block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, cross_attention_dim=8, sample_size=8,

@@ -20,7 +20,7 @@ _seconds: dict[str, Any] = {"text_encoder_dim": 12, "conditioning_dim": 12, "min
 
 _third = Recipe(
     {"text_encoder": 12, "duration_embedder": {"output_dim": 12}, "transformer": {"global_cond_dim": 12}},
-    {"duration": 0.1, "min_seconds": 0.0, "silence_padding_duration": 0.0},
+    {"duration": 0.1, "silence_padding_duration": 0.0},
 )
 
 RECIPES: dict[str, Recipe] = {

@@ -27,6 +27,7 @@ RECIPES: dict[str, Recipe] = {
             "learned_classifier_free_sampling_embeddings": {"learnable": False},
         }
     ),
+    **dict.fromkeys(("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline"), Recipe(call={"negative_prompt": OMIT})),
     "ZImageOmniPipeline": left_out("runs in bfloat16 only, which it casts its pictures to, so rounding shows"),
     "Kandinsky6SRPipeline": Recipe(
         {"latent_upscaler": {"in_channels": 4, "stage_channels": (32, 32, 32)}},
