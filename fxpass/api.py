@@ -60,9 +60,10 @@ def parallelize(
     Args:
         model_or_pipeline: a model in eval mode, or a pipeline.
         world_size: number of ranks; default: the size of the process group, else the number of CUDA devices.
-        strategy: a `Strategy` or the name of a preset: "sync" (exact), "displaced" (stale, see `Strategy`), … "auto" is
-            "displaced" where it is predicted to be faster on `target` and `link`, else "sync". Default: that of `plan`,
-            else "sync".
+        strategy: a `Strategy` or the name of a preset: "sync" (exact), "displaced" (stale, see `Strategy`), … "auto"
+            takes what is predicted to be fastest on `target` and `link`: "displaced" or "sync", the number of groups
+            (see `cfg`), and fewer ranks if that is faster; the others then do the same once more. Default: that of
+            `plan`, else "sync".
         warmup_steps: number of exact steps before the first stale one; default: the strategy's.
         cfg: number of groups of ranks among which the guidance branches of a batch are divided: 2 for [negative,
             positive]. Each group of `world_size` / (`cfg` x `data`) ranks runs its samples in patches, and only outputs
@@ -108,7 +109,11 @@ def parallelize(
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(saved[0].world_size if saved else world_size, executor, group)
     groups = groups_of(world, cfg, data)
-    chosen = saved[0].strategy if saved else strategy_of("sync" if strategy is None else strategy, world // groups)
+    chosen = (
+        saved[0].strategy
+        if saved
+        else strategy_of("sync" if strategy is None else strategy, graphs=compile is True or "graph" in str(compile))
+    )
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +42,7 @@ from .passes.cost import flops, node_flops, totals
 from .passes.cuts import Tried
 from .passes.samples import IndivisibleError, stacked
 from .passes.targets import Target, find
-from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
+from .planning import Chooser, check_target, check_world_size, groups_of, strategy_of, target_of
 from .predict.prediction import Prediction, predict
 
 if TYPE_CHECKING:
@@ -68,11 +67,22 @@ class Plan:
     tried: tuple[Tried, ...] = ()  #: the candidates that the search for cuts judged, in order
     groups: int = 1  #: of ranks, each of which runs different samples of the batch, or a call of its own
     calls: int = 1  #: how many calls of the program run at once, each on a group of ranks
+    copies: int = 1  #: so many groups do the same: fewer ranks are faster (`strategy="auto"`)
 
     @property
     def mesh(self) -> Mesh:
         """How the ranks are arranged: groups that run different samples, each of ranks that run patches of these."""
         return Mesh(self.groups, self.world_size // self.groups)
+
+    @property
+    def arrangement(self) -> str:
+        """The ranks in words, for messages: "4 ranks (2 groups of 2 patches)"."""
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        if self.groups == 1:
+            return ranks
+        patches = self.mesh.patches
+        same = f", {self.copies} groups do the same" if self.copies > 1 else ""
+        return f"{ranks} ({self.groups} groups of {patches} patch{'es' * (patches > 1)}{same})"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -298,8 +308,7 @@ class Plan:
         cuts = "; ".join(f"{name} {layout}" for name, layout in self.cuts.items()) or "nothing"
         slowest = max(self.flops_per_rank, default=0)
         lines = [
-            f"plan for {self.world_size} ranks{f' ({self.mesh}: groups x patches)' * (self.groups > 1)}, "
-            f"strategy {self.strategy.name}",
+            f"plan for {self.arrangement}, strategy {self.strategy.name}",
             f"  split      {cuts}",
             f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest rank {slowest / 1e9:.2f}"
             f" (at most {self.bound:.2f} times as fast)",
@@ -315,7 +324,7 @@ class Plan:
 def make_plan(
     program: Program,
     world_size: int,
-    strategy: Strategy | Callable[[Program, Target], Strategy],
+    strategy: Strategy | Chooser,
     target: str | Target = "auto",
     link: str | None = None,
     *,
@@ -326,7 +335,7 @@ def make_plan(
     """Plan a captured program for `world_size` ranks. Raises as `plan` does.
 
     Args:
-        strategy: or what chooses one for the program and the target.
+        strategy: or what chooses one, and the mesh.
         groups: of ranks, among which the samples of a batch are divided, if they are independent; they divide
             `world_size`. Otherwise all ranks work on patches of all samples, and a warning says why.
         together: where the batch cannot be divided evenly, each group runs a call of its own instead, unless calls
@@ -335,9 +344,11 @@ def make_plan(
     check_world_size(world_size)
     started = time.perf_counter()
     machine = target_of(target, program, link)
+    copies = 1
     if not isinstance(strategy, Strategy):
-        strategy = strategy(program, machine)
-    result: Build = build(program, world_size, machine, strategy, groups=groups, after="samples")
+        choice = strategy(program, world_size, groups, machine)
+        strategy, groups, copies = choice.strategy, choice.groups, choice.copies
+    result: Build = build(program, world_size, machine, strategy, groups=groups, copies=copies, after="samples")
     if together and isinstance(result.mixed, IndivisibleError) and not program.written and not program.changes:
         result = replace(result, samples=stacked(result.program, groups), mixed=None)
     result = resume(result, after="samples")
@@ -350,7 +361,7 @@ def make_plan(
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
         result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.tried,
-        result.mesh.groups, result.samples.calls if result.samples else 1,
+        result.mesh.groups, result.samples.calls if result.samples else 1, result.copies,
     )  # fmt: skip
     if strict and plan.gathered:
         raise FallbackError(
@@ -381,7 +392,8 @@ def plan(
     """Plan `model(*args, **kwargs)` on `world_size` ranks without running it. Weight-free (fake) models work.
 
     `target` names a device, or a file that describes one; `link` what joins the ranks (docs/targets.md lists both).
-    `strategy="auto"` is "displaced" if it is predicted to be faster there, else "sync"; planning takes twice as long.
+    `strategy="auto"` takes what is predicted to be fastest there: "displaced" or "sync", any number of groups, and
+    fewer ranks if that is faster (`Plan.copies`). Planning takes several times as long.
     `cfg` and `data` are those of `parallelize`.
 
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if it cannot be split over
@@ -390,6 +402,6 @@ def plan(
     check_world_size(world_size)
     groups = groups_of(world_size, cfg, data)
     check_target(target, link)
-    chosen = strategy_of(strategy, world_size // groups)
+    chosen = strategy_of(strategy)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
     return make_plan(program, world_size, chosen, target, link, groups=groups, strict=strict)

@@ -8,7 +8,7 @@ from typing import Any
 from .ir.program import Program
 from .ir.strategy import Strategy
 from .passes.targets import Target, find
-from .predict.compare import choose
+from .predict.choose import Choice, choose, choose_strategy
 
 
 def groups_of(world_size: int, cfg: Any, data: Any) -> int:
@@ -28,11 +28,26 @@ def groups_of(world_size: int, cfg: Any, data: Any) -> int:
     return cfg * data
 
 
-def strategy_of(strategy: str | Strategy, patches: int) -> Strategy | Callable[[Program, Target], Strategy]:
-    """The strategy of that name; for "auto", what chooses one. Raises `ValueError` for an unknown name."""
-    if strategy == "auto":
-        return lambda program, target: choose(program, patches, target)
-    return Strategy.of(strategy)
+#: chooses how so many ranks, divided into so many groups (1: any number), share a program
+Chooser = Callable[[Program, int, int, Target], Choice]
+
+
+def strategy_of(strategy: str | Strategy, *, graphs: bool = False) -> Strategy | Chooser:
+    """The strategy of that name; for "auto", what chooses one and the mesh.
+
+    Args:
+        graphs: kernels are launched together, as CUDA graphs do.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+
+    def chosen(program: Program, world: int, groups: int, target: Target) -> Choice:
+        if groups > 1:
+            return Choice(choose_strategy(program, world // groups, target, graphs=graphs), groups)
+        return choose(program, world, target, graphs=graphs)
+
+    return chosen if strategy == "auto" else Strategy.of(strategy)
 
 
 def check_world_size(world_size: Any) -> int:

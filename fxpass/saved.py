@@ -5,7 +5,8 @@ strategy::
 
     {"schema": "fxpass.plans", "version": 1, "plans": [
       {"fxpass": "0.2.0", "torch": "2.13.0", "inputs": ["sample (1, 4, 64, 64) torch.float32", ...],
-       "program": fingerprint of the whole program, "world_size": 4, "groups": 1, "strategy": {fields of Strategy},
+       "program": fingerprint of the whole program, "world_size": 4, "groups": 1,
+       "copies": 1, "strategy": {fields of Strategy},
        "cuts": {value: {"dim": 2, "rows": [runs of each rank]}}, "plan": fingerprint of the plan}]}
 """
 
@@ -43,6 +44,7 @@ class SavedPlan:
     program: str
     world_size: int
     groups: int
+    copies: int
     strategy: Strategy
     cuts: dict[str, Layout]
     plan: str
@@ -51,13 +53,13 @@ class SavedPlan:
     def of(plan: Plan) -> SavedPlan:
         whole = plan.program
         inputs, cuts = tuple(_inputs(whole)), dict(plan.cuts)
-        ranks = plan.world_size, plan.groups
+        ranks = plan.world_size, plan.groups, plan.copies
         return SavedPlan(*versions(), inputs, fingerprint(whole.graph), *ranks, plan.strategy, cuts, plan.fingerprint)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells entries of one file apart."""
-        return self.program, self.world_size, self.groups, self.strategy
+        return self.program, self.world_size, self.groups, self.copies, self.strategy
 
 
 def save(plan: Plan, path: str | Path) -> None:
@@ -102,12 +104,14 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
     if not fitting:
         raise ValueError(_misfit(program, plans, here))
     saved = fitting[0]
-    ranks, groups = saved.world_size, saved.groups
-    result = build(program, ranks, target, saved.strategy, groups=groups, cuts=saved.cuts)
+    ranks, groups, copies = saved.world_size, saved.groups, saved.copies
+    result = build(program, ranks, target, saved.strategy, groups=groups // copies, copies=copies, cuts=saved.cuts)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     cuts = dict(saved.cuts)
-    plan = Plan(result.program, result.graph, ranks, saved.strategy, target, cuts, seconds, groups=groups)
+    plan = Plan(
+        result.program, result.graph, ranks, saved.strategy, target, cuts, seconds, groups=groups, copies=copies
+    )
     if plan.fingerprint != saved.plan:
         raise ValueError("these cuts give another plan than when they were saved; make it anew (Plan.save)")
     return plan

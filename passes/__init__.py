@@ -34,7 +34,7 @@ from .narrow import narrow
 from .normalize import normalize
 from .partition import partition
 from .rules import RULES
-from .samples import Samples, SamplesError, divide
+from .samples import Samples, SamplesError, copied, divide, undivided
 from .schedule import schedule
 from .targets import Target
 from .trim import trim
@@ -55,6 +55,7 @@ class Build:
     best: Candidate | None = None  #: the winner of the search: a cache of `partition` and `trim` for its cuts
     graph: fx.Graph | None = None  #: the partitioned graph
     groups: int = 1  #: asked for; the samples of a batch are divided among them, if they are independent
+    copies: int = 1  #: so many groups work on the same samples
     samples: Samples | None = None  #: how they are divided; None if all ranks work on all samples
     joined: bool = False  #: whether the graph is that of all groups
     mixed: SamplesError | None = None  #: why they are not divided although that was asked for
@@ -77,7 +78,7 @@ class Build:
     @property
     def mesh(self) -> Mesh:
         """How the ranks are arranged."""
-        groups = self.groups if self.samples else 1
+        groups = self.groups * self.copies if self.samples else 1
         return Mesh(groups, self.world // groups)
 
 
@@ -97,12 +98,13 @@ def _normalize(build: Build) -> Build:
 
 
 def _samples(build: Build) -> Build:
-    if build.groups == 1:
+    if build.groups == build.copies == 1:
         return build
     try:
-        return replace(build, samples=divide(build.program, build.groups, RULES))
+        samples = divide(build.program, build.groups, RULES) if build.groups > 1 else undivided(build.program)
     except SamplesError as cannot:
         return replace(build, mixed=cannot)
+    return replace(build, samples=copied(samples, build.copies))
 
 
 def _cuts(build: Build) -> Build:
@@ -167,12 +169,14 @@ def build(
     strategy: Strategy,
     *,
     groups: int = 1,
+    copies: int = 1,
     after: str | None = None,
     cuts: Mapping[str, Layout] | None = None,
 ) -> Build:
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
-    The samples of a batch are divided among `groups` groups of ranks, which divide `world`, if they are independent.
+    The samples of a batch are divided among `groups` groups of ranks, if they are independent; each part is computed by
+    `copies` of them, of which the first is heard. All of them divide `world`.
     With `cuts`, which are known from an earlier search, all passes run but that search.
 
     Raises `ValueError` if no pass has the name `after`, `WorldSizeError` if so many ranks cannot share the model.
@@ -181,7 +185,7 @@ def build(
     if after is not None and after not in names:
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
-    start = Build(program, world, target, strategy, groups=groups)
+    start = Build(program, world, target, strategy, groups=groups, copies=copies)
     if cuts is not None:
         found = _run(start, PASSES[: names.index("cuts")])
         return resume(replace(found, cuts=cuts), after="cuts")

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..ir import ops
 from ..ir.fetch import Fetch
-from ..ir.layout import WHOLE, PerRank, full
+from ..ir.layout import WHOLE, PerRank, full, owned
 from ..ir.mesh import Mesh
 from ..ir.nodes import append, append_copy
 from ..ir.program import shape_of
@@ -105,8 +105,8 @@ class _Joiner:
         """The gather of an output along its batch."""
         shape, layout = self._shape(self.outputs[i]), self.samples.results[i]
         groups = self.mesh.groups
-        want = full(shape[layout.axis], groups)
+        want, owners = full(shape[layout.axis], groups), owned(layout.rows)
         return Fetch(
             "output", shape, self.outputs[i].meta["dtype"], groups, "", layout.axis, layout.rows, want,
-            axis=self.mesh.along_samples,
+            owners=() if owners == layout.rows else owners, axis=self.mesh.along_samples,
         )  # fmt: skip

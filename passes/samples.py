@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from ..capture.fakes import form_of
 from ..ir import ops
 from ..ir.exchange import Exchange
-from ..ir.layout import WHOLE, Layout, PerRank, even
+from ..ir.layout import WHOLE, Layout, PerRank, even, full
 from ..ir.operators import spec_of
 from ..ir.program import Program, calls, layout_of, reached, shape_of
 from .cuts import downstream, inputs_with_rows
@@ -66,6 +66,28 @@ def stacked(program: Program, calls: int) -> Samples:
     each = Layout(0, even(calls, calls))
     (output,) = program.graph.find_nodes(op="output")
     return Samples(program, dict.fromkeys(program.inputs, each), (each,) * len(output.args[0]), calls)
+
+
+def undivided(program: Program) -> Samples:
+    """All samples, for one group. Raises `SamplesError` if no output has entries that can be gathered."""
+    (output,) = program.graph.find_nodes(op="output")
+    shapes = [shape_of(each) for each in output.args[0]]
+    results = tuple(Layout(0, full(shape[0], 1)) if prod(shape) and shape else WHOLE for shape in shapes)
+    if not any(each.split for each in results):
+        raise SamplesError("no output can be gathered from one group")
+    return Samples(program, {}, results)
+
+
+def copied(samples: Samples, copies: int) -> Samples:
+    """Let so many groups work on each part; those that do the same come one after the other."""
+
+    def again(layout: Layout) -> Layout:
+        return Layout(layout.dim, tuple(rows for rows in layout.rows for _ in range(copies)))
+
+    if copies == 1:
+        return samples
+    taken = {name: again(layout) for name, layout in samples.taken.items()}
+    return replace(samples, taken=taken, results=tuple(again(r) if r.split else r for r in samples.results))
 
 
 def divide(program: Program, groups: int, rules: Mapping[Any, Rule]) -> Samples:

@@ -77,18 +77,6 @@ def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str 
     return f"{' with '.join(better)} would be faster: {theirs:.3g} s instead of {mine:.3g} s for {steps} steps"
 
 
-def choose(program: Program, world: int, target: Target) -> Strategy:
-    """`displaced` if its generations are predicted to be faster than exact ones; else `sync`.
-
-    Args:
-        program: as captured, or normalized.
-    """
-    exact, displaced = Strategy.of("sync"), Strategy.of("displaced")
-    found = [each for each in compared(program, (world,), (exact, displaced), target) if isinstance(each, Prediction)]
-    faster = len(found) == 2 and found[1].generation(USUAL) * CLEARLY < found[0].generation(USUAL)
-    return displaced if faster else exact
-
-
 def slower_than_one(program: Program, predicted: Prediction) -> str | None:
     """A sentence if one rank is predicted to be faster; None if it is not."""
     (one,) = compared(program, (1,), (Strategy.of("sync"),), predicted.target, graphs=predicted.graphs)

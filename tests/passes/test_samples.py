@@ -208,3 +208,22 @@ def test_values_without_elements_are_divided() -> None:
 
     made = divided(model, [torch.randn(4, 5, 6), torch.randn(4, 0, 6)], 2)
     assert made.samples is not None, made.mixed
+
+
+@pytest.mark.parametrize(("groups", "copies", "patches"), [(1, 2, 2), (2, 2, 1), (2, 2, 2), (1, 3, 1)])
+def test_groups_that_do_the_same_give_all_ranks_the_bits_of_the_first(groups: int, copies: int, patches: int) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.Conv2d(3, 2, 3, padding=1)).eval()
+    x = torch.randn(4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    program = capture(module, x)
+    cuts = {program.inputs[0]: Layout(2, even(8, patches))} if patches > 1 else {}
+    world = groups * copies * patches
+    made = build(program, world, find("cpu"), SYNC, groups=groups, copies=copies, cuts=cuts)
+    assert (made.mesh.groups, made.mesh.patches) == (groups * copies, patches)
+    first, *others = ran(module, made, [x])
+    with torch.no_grad():
+        assert_equal(first, [module(x)], "outputs")
+    assert all(torch.equal(each, first[0]) for (each,) in others)
+    assert made.graph is not None
+    (gather,) = [e for _, message in exchanges_of(made.graph) for e in message if e.axis and e.axis.name == "samples"]
+    sent = [sum(gather.numel(src, dst) for dst in range(gather.world)) > 0 for src in range(gather.world)]
+    assert sent == [i % copies == 0 for i in range(groups * copies)]  # the others of a part are not heard

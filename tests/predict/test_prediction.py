@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from fxpass.capture import capture
 from fxpass.ir.step import Mode
 from fxpass.ir.strategy import Strategy
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.passes.targets import Target, find
 from fxpass.plan import plan
-from fxpass.predict.compare import Impossible, advice, choose, compared, slower_than_one
+from fxpass.predict.choose import choose, choose_strategy
+from fxpass.predict.compare import Impossible, advice, compared, slower_than_one
 from fxpass.predict.events import step_of
 from fxpass.predict.prediction import Prediction, predict
 from fxpass.predict.price import Prices
@@ -127,13 +129,36 @@ def test_advice_does_not_name_what_does_not_fit() -> None:
 
 def test_the_strategy_auto_is_displaced_where_messages_take_long_and_else_exact() -> None:
     program = planned().program
-    assert choose(program, 2, over(latency=1e-2)).name == "displaced"
-    assert choose(program, 2, over(latency=0.0, bandwidth=1e15)).name == "sync"
-    assert choose(program, 1, over(latency=1e-2)).name == "sync"
-    assert choose(program, 100, SLOW).name == "sync"  # so many ranks are refused when they are planned
-    assert (
-        plan(block(), *inputs(), world_size=2, strategy="auto", target=over(latency=1e-2)).strategy.name == "displaced"
-    )
+    assert choose_strategy(program, 2, over(latency=1e-2)).name == "displaced"
+    assert choose_strategy(program, 2, over(latency=0.0, bandwidth=1e15)).name == "sync"
+    assert choose_strategy(program, 1, over(latency=1e-2)).name == "sync"
+    assert choose_strategy(program, 100, SLOW).name == "sync"  # so many ranks are refused when they are planned
+
+
+def test_auto_divides_the_guidance_branches_of_a_batch_where_messages_take_long() -> None:
+    choice = choose(planned().program, 2, over(latency=1e-3))
+    assert (choice.groups, choice.copies, choice.strategy.name) == (2, 1, "sync")
+
+
+def test_auto_leaves_ranks_over_where_fewer_are_faster() -> None:
+    sample, timestep = inputs()
+    one = capture(block(), sample[:1], timestep)
+    choice = choose(one, 4, over(latency=1.0))
+    assert (choice.groups, choice.copies, choice.strategy.name) == (1, 4, "sync")
+    fast = over(latency=0.0, bandwidth=1e15)
+    assert choose(one, 4, fast).copies == choose(one, 1, fast).copies == 1
+    assert choose(one, 100, fast).copies > 1  # 100 ranks cannot share 16 rows
+
+
+def test_a_plan_for_auto_has_the_mesh_that_is_predicted_to_be_fastest() -> None:
+    target = over(latency=1e-3)
+    made = plan(block(), *inputs(), world_size=4, strategy="auto", target=target)
+    choice = choose(made.program, 4, target)
+    groups = choice.groups * choice.copies
+    assert (made.mesh.groups, made.copies, made.strategy) == (groups, choice.copies, choice.strategy)
+    assert made.predict() == choice.prediction
+    divided = plan(block(), *inputs(), world_size=4, strategy="auto", cfg=2, target=over(latency=10.0))
+    assert (divided.mesh.groups, divided.copies) == (2, 1)  # as it was asked for
 
 
 def test_a_split_that_is_slower_than_one_rank_is_noticed() -> None:

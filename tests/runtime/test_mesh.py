@@ -143,7 +143,7 @@ def test_a_saved_plan_has_its_groups(tmp_path: Path) -> None:
 def test_plans_of_different_meshes_have_different_fingerprints() -> None:
     plans = [fxpass.plan(block(), *inputs(), world_size=4, cfg=cfg) for cfg in (1, 2)]
     assert plans[0].fingerprint != plans[1].fingerprint
-    assert "4 ranks (2 x 2: groups x patches)" in str(plans[1])
+    assert "4 ranks (2 groups of 2 patches)" in str(plans[1])
 
 
 @pytest.mark.parametrize(
@@ -163,3 +163,42 @@ def test_a_number_of_groups_that_makes_no_sense_is_refused_at_once(named: dict[s
         lockstep(4, **named)
     with pytest.raises(ValueError, match=re.escape(words)):
         fxpass.plan(block(), *inputs(), world_size=4, **named)
+
+
+SLOW = """
+[devices.slow]
+description = "a slow one"
+link = "slow"
+matrix = { float32 = 6e10 }
+bandwidth = 8e9
+[devices.slow.sources]
+matrix = "made up"
+bandwidth = "made up"
+
+[links.slow]
+description = "a slow one"
+medium = "ports"
+latency = 1.0
+bandwidth = 1e9
+[links.slow.sources]
+latency = "made up"
+bandwidth = "made up"
+"""  #: a target whose messages take a second
+
+
+@pytest.mark.parametrize("executor", ["lockstep", "spawn"])
+def test_ranks_that_are_left_over_do_the_same_once_more(executor: str, tmp_path: Path) -> None:
+    link = tmp_path / "slow.toml"
+    link.write_text(SLOW)
+    named: dict[str, Any] = {"strategy": "auto", "target": str(link), "executor": executor}
+    module: Any = fxpass.parallelize(block(), 2, **named)
+    sample, timestep = (each[:1] for each in inputs())
+    try:
+        torch.testing.assert_close(module(sample, timestep)["sample"], whole(block(), sample, timestep))
+        assert (module.plan.mesh, module.plan.copies) == (Mesh(2, 1), 2)
+        module.plan.save(tmp_path / "plans.json")
+    finally:
+        module.close()
+    again: Any = fxpass.parallelize(block(), plan=tmp_path / "plans.json", executor="lockstep")
+    torch.testing.assert_close(again(sample, timestep)["sample"], whole(block(), sample, timestep))
+    assert (again.plan.mesh, again.plan.copies) == (Mesh(2, 1), 2)

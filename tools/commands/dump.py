@@ -86,7 +86,7 @@ def dump(
         raise ValueError(f"--diff is text; it has no format {format!r}")
     check_rank(rank, world_size)
     groups = groups_of(world_size, cfg, data)
-    strategy_of(strategy, world_size // groups)
+    strategy_of(strategy)
     check_target(target)
     out.check(output)
     if format == "svg":
@@ -203,12 +203,17 @@ def built(program: Program, world_size: int, stage: str, target: str, strategy: 
     from ...ir.strategy import Strategy
     from ...passes import Build, build
     from ...planning import strategy_of, target_of
+    from ...predict.choose import Choice
 
-    machine, chosen = target_of(target, program), strategy_of(strategy, world_size // groups)
-    fresh = chosen if isinstance(chosen, Strategy) else chosen(program, machine)
+    machine, chosen = target_of(target, program), strategy_of(strategy)
+    if isinstance(chosen, Strategy):
+        choice = Choice(chosen, groups)
+    else:
+        choice = chosen(program, world_size, groups, machine)
+    fresh, groups, copies = choice.strategy, choice.groups, choice.copies
     if stage == CAPTURED:
-        return Build(program, world_size, machine, fresh, groups=groups)
-    return build(program, world_size, machine, fresh, groups=groups, after=stage)
+        return Build(program, world_size, machine, fresh, groups=groups, copies=copies)
+    return build(program, world_size, machine, fresh, groups=groups, copies=copies, after=stage)
 
 
 def following(state: Build, name: str) -> Build:

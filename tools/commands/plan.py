@@ -69,7 +69,7 @@ def plan(
 
     output.check(to)
     options = Options(height, width, frames, batch)
-    made = make(model, world_size, strategy, target, options, strict, link, cfg, data)
+    made = make(model, world_size, strategy, target, options, strict, link, cfg, data, graphs)
     prediction, parts = None, None
     if target != "auto" or link is not None or compare:
         prediction, parts = made.predict(graphs=graphs), parts_of(model, options)
@@ -97,20 +97,19 @@ def make(
     link: str | None = None,
     cfg: int = 1,
     data: int = 1,
+    graphs: bool = False,
 ) -> Plan:
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
     from ...models.resolve import resolve
-    from ...plan import plan as make_plan
+    from ...plan import make_plan
     from ...planning import check_target, groups_of, strategy_of
 
-    strategy_of(strategy, world_size // groups_of(world_size, cfg, data))
+    groups, chosen = groups_of(world_size, cfg, data), strategy_of(strategy, graphs=graphs)
     check_target(target, link)
     resolved = resolve(model, options)
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
-    return make_plan(
-        program, world_size=world_size, strategy=strategy, cfg=cfg, data=data, target=target, link=link, strict=strict
-    )
+    return make_plan(program, world_size, chosen, target, link, groups=groups, strict=strict)
 
 
 def alternatives(plan: Plan, compare: bool, graphs: bool, parts: Parts | None = None) -> list[Prediction | Impossible]:
@@ -133,11 +132,7 @@ def show(out: Console, model: str, plan: Plan) -> None:
     """Print a plan as tables."""
     from ...inspect.words import flops_text
 
-    out.print(
-        f"{model} on {plan.world_size} ranks{f' ({plan.mesh}: groups x patches)' * (plan.groups > 1)}, "
-        f"strategy {plan.strategy.name}, target {plan.target.name}",
-        style="bold",
-    )
+    out.print(f"{model} on {plan.arrangement}, strategy {plan.strategy.name}, target {plan.target.name}", style="bold")
     out.print(_cuts(plan))
     out.print(
         f"\nwork {flops_text(plan.flops_total)}, slowest rank {flops_text(max(plan.flops_per_rank))}: "

@@ -61,7 +61,7 @@ def _recorded(model: str, world_size: int, strategy: str, sizes: dict[str, int |
     from .. import trace_rank
     from .check import refuse_large
 
-    strategy_of(strategy, world_size)
+    strategy_of(strategy)
     refuse_large(model)
     request = {"model": model, "options": sizes, "strategy": strategy}
     trace_rank.planned(request, world_size)  # what is wrong is said here, once
