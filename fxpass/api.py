@@ -109,11 +109,8 @@ def parallelize(
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(saved[0].world_size if saved else world_size, executor, group)
     groups = groups_of(world, cfg, data)
-    chosen = (
-        saved[0].strategy
-        if saved
-        else strategy_of("sync" if strategy is None else strategy, graphs=compile is True or "graph" in str(compile))
-    )
+    graphs, named = compile is True or "graph" in str(compile), "sync" if strategy is None else strategy
+    chosen = saved[0].strategy if saved else strategy_of(named, graphs=graphs)
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
 

@@ -34,7 +34,7 @@ def test_plan_shows_cuts_work_and_received_bytes() -> None:
 def test_plan_and_dump_divide_the_batch_among_groups_of_ranks() -> None:
     divided = ("small:unet_sd", "-n", 4, "--cfg", 2, "--batch", 2)
     text = fxpass("plan", *divided).stdout
-    assert "on 4 ranks (2 x 2: groups x patches)" in text
+    assert "on 4 ranks (2 groups of 2 patches)" in text
     assert "at most 4.00 times as fast" in text
     for stage in ("partition", "join"):
         shown = fxpass("dump", *divided, "--rank", 3, "--after", stage).stdout

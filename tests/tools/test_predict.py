@@ -92,9 +92,10 @@ def test_bars_of_a_measured_timeline_lie_in_the_steps_and_those_of_a_thread_do_n
                 assert times[-1][1] <= step["ts"] + step["dur"] + 0.01
 
 
-def test_a_dump_shows_the_strategy_that_auto_chooses() -> None:
+def test_a_dump_shows_the_mesh_and_the_strategy_that_auto_chooses() -> None:
     command = ("dump", GOOD, "--target", "H100", "--unfold", "--strategy")
-    assert fxpass(*command, "auto").stdout == fxpass(*command, "sync").stdout != fxpass(*command, "displaced").stdout
+    divided = fxpass(*command, "sync", "--cfg", 2).stdout
+    assert fxpass(*command, "auto").stdout == divided != fxpass(*command, "sync").stdout
 
 
 def test_a_timeline_of_the_strategy_auto_can_be_measured(tmp_path: Path) -> None:
