@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
@@ -39,7 +40,7 @@ def report(found: Sequence[Found], old: Sequence[str], uses: Mapping[str, Sequen
             diffusers=version("diffusers"), torch=version("torch"), picture=PICTURE, call=CALL, like=LIKE_NOISE
         ),
         *_totals(found),
-        *([f"\nNot measured since the last change: {', '.join(old)}."] if old else []),
+        *_outdated(found, old),
         *_listed("Not equal", found, "wrong", lambda each: f"the result differs by {each.error:.0e}{_judged(each)}"),
         *_listed("Refused", found, "refused", lambda each: each.refused),
         *_listed("Not measured to the end", found, "failed", lambda each: each.failed),
@@ -72,17 +73,26 @@ def _totals(found: Sequence[Found]) -> Iterator[str]:
             yield f"| {title} | {count} | {count / max(1, rest):.1%} |"
 
 
+def _outdated(found: Sequence[Found], old: Sequence[str]) -> Iterator[str]:
+    """Says which results are missing, and how many are of an earlier state of the code."""
+    missing = [name for name in old if name not in {each.name for each in found}]
+    if missing:
+        yield f"\nNot measured: {', '.join(missing)}."
+    if earlier := len(old) - len(missing):
+        yield f"\n{earlier} of these results are of an earlier state of the code; `make pipelines` measures them again."
+
+
 def _used(uses: Mapping[str, Sequence[str]]) -> Iterator[str]:
     if uses:
         yield from ("", USING, "| what is done | before | after |", "| --- | --- | --- |")
-        yield from (f"| {' | '.join((title, *outcomes))} |" for title, outcomes in uses.items())
+        yield from (f"| {' | '.join((title, *map(_short, outcomes)))} |" for title, outcomes in uses.items())
 
 
 def _listed(title: str, found: Sequence[Found], verdict: str, reason: Callable[[Found], str]) -> Iterator[str]:
     chosen = [each for each in found if each.verdict == verdict]
     if chosen:
         yield from ("", f"**{title}**", "")
-        yield from (f"- {each.name}: {reason(each)}" for each in chosen)
+        yield from (f"- {each.name}: {_short(reason(each), 400)}" for each in chosen)
 
 
 def _judged(found: Found) -> str:
@@ -101,5 +111,7 @@ def _table(found: Sequence[Found]) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
-def _short(reason: str) -> str:
-    return " ".join(reason.split())[:160]
+def _short(reason: str, most: int = 160) -> str:
+    """A reason in one line, without the folder in which packages are installed."""
+    line = re.sub(r"\S*/site-packages/", "", " ".join(reason.split()))
+    return line if len(line) <= most else f"{line[: most - 2]} …"
