@@ -142,7 +142,14 @@ def test_the_design_lists_every_folder_once() -> None:
     packages = tomllib.loads(text_of("pyproject.toml"))["tool"]["setuptools"]["packages"]
     inner = ("fxpass.ir", "fxpass.capture", "fxpass.inspect", "fxpass.predict", "fxpass.report")
     names = [name.removeprefix("fxpass.") for name in packages if name not in ("fxpass", *inner)]
-    folders = {"fxpass/", "benchmarks/", "tests/", "docs/", *(f"{name.replace('.', '/')}/" for name in inner)}
+    folders = {
+        "fxpass/",
+        "benchmarks/",
+        "examples/",
+        "tests/",
+        "docs/",
+        *(f"{name.replace('.', '/')}/" for name in inner),
+    }
     folders |= {f"{name.replace('.', '/')}/" for name in names}
     assert sorted(re.findall(r"^\| `([\w/]+/)` \|", text_of("docs/design.md"), re.MULTILINE)) == sorted(folders)
 
