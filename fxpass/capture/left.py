@@ -1,8 +1,8 @@
 """Find what a forward call leaves behind in Python state: attributes, lists and dicts that outlive the call.
 
-`State` copies every table (dict, list, cell) that the forward can reach. After the recorded run it lists the changes
-and undoes them. Tensors that the run put there become outputs of the program; a `Change` with a `Place` says where each
-call puts them.
+`State` copies every table (dict, list, cell, class) that the forward can reach. After the recorded run it lists the
+changes and undoes them. Tensors that the run put there become outputs of the program; a `Change` with a `Place` says
+where each call puts them.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class _Saved:
             for name in self.names:
                 self.table.pop(name, None)
             self.table.update(contents)
+        elif isinstance(self.table, type):
+            for name in [name for name in now if name not in contents]:
+                delattr(self.table, name)
+            for name in [name for name in contents if contents[name] is not now.get(name)]:
+                setattr(self.table, name, contents[name])
         elif type(self.table) is CellType:
             self.table.cell_contents = contents.get("cell_contents")
         else:
@@ -112,6 +117,7 @@ class State:
                 if name not in OF_EVERY_MODULE:
                     self.add(place.then(name), value)
         for kind in classes_of(self._model):
+            self._add(Place(kind.__qualname__, kind), kind)
             for name, value in list(vars(kind).items()):
                 self.add(Place(f"{kind.__qualname__}.{name}", value), value, 3)
 
@@ -186,7 +192,7 @@ class State:
         for saved in list(self._tables.values()):
             for key, value in saved.now().items():
                 first, number = saved.first.get(key), _number(value)
-                if number is None or value is first or not is_number(first) or type(saved.table) is CellType:
+                if number is None or value is first or not is_number(first) or not _has_items(saved.table):
                     continue
                 if same_number(first, number):
                     saved.table[key] = first
@@ -204,6 +210,10 @@ class State:
                 saved = self._tables.get(id(table))
                 if saved is not None and len(saved.first) < len(table):
                     del table[len(saved.first) :]
+
+
+def _has_items(table: Any) -> bool:
+    return not isinstance(table, (CellType, type))
 
 
 def _in_this_call(frame: FrameType, name: str) -> bool:
@@ -267,6 +277,11 @@ def outputs_of(changes: Changes, recorder: Recorder, reader: Reader, ran: bool) 
         fixed = all(map(reader.is_constant, _nodes(put, recorder)))
         if fixed or _moved(put, recorder, read) or _put_back(put, recorder, reader):
             continue  # each call puts the same there
+        if isinstance(put.place.root, type) and not put.place.keys:
+            raise CaptureError(
+                f"the model keeps a value of the call in its class, as {put.place.then(put.key).name}; "
+                "keep it in an attribute of the module, where each call can put it anew"
+            )
         if ran and not _every_call_does(put, read):
             raise CaptureError(
                 f"the model keeps values from call to call in {put.place.then(put.key).name}; return them instead"

@@ -29,7 +29,9 @@ def table_of(value: Any) -> Any:
 
 
 def entries(table: Any) -> dict[Any, Any]:
-    """What a table holds now, by key."""
+    """What a table holds now, by key. A class is a table of its attributes."""
+    if isinstance(table, type):
+        return {name: value for name, value in vars(table).items() if not name.startswith("__")}
     if type(table) is CellType:
         try:
             return {"cell_contents": table.cell_contents}
@@ -69,7 +71,7 @@ class Place:
         """Raises `KeyError` if nothing is there any more."""
         value = self.root
         for key in self.keys:
-            value = inner(value)[key]
+            value = (entries if isinstance(value, type) else inner)(value)[key]
         return value
 
 

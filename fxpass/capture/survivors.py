@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Container, Iterable
 from sys import getrefcount
-from types import CellType, FrameType, ModuleType
+from types import CellType, FrameType, FunctionType, MemberDescriptorType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import CaptureError
@@ -37,7 +38,8 @@ def refuse_survivors(recorder: Recorder) -> None:
     if not _survivors(recorder):
         return
     gc.collect()
-    survivors = _survivors(recorder)  # values in reference cycles are gone by now
+    _clear_caches(_survivors(recorder))
+    survivors = _survivors(recorder)  # values in reference cycles and caches are gone by now
     found = _Holders(recorder, survivors)
     for tensor in survivors:
         if id(tensor) in found.first:
@@ -50,8 +52,25 @@ def refuse_survivors(recorder: Recorder) -> None:
 
 
 def release_survivors(recorder: Recorder) -> None:
-    """Remove recorded values from each list, dict, set and cell."""
+    """Remove recorded values from each list, dict, set, cell, slot and `functools.lru_cache`."""
+    _clear_caches(_survivors(recorder))
     _Holders(recorder, _survivors(recorder)).release()
+
+
+def _clear_caches(survivors: list[Tensor]) -> None:
+    """Clear every `functools.lru_cache` that holds one of `survivors` in a key or a result. Later calls fill it."""
+    wanted = {id(value) for value in survivors}
+    for cached in [each for each in gc.get_objects() if type(each) is _LRU_CACHE] if wanted else ():
+        if _contains(cached, wanted):
+            cached.cache_clear()
+
+
+def _contains(holder: Any, wanted: set[int], depth: int = 4) -> bool:
+    """Whether `holder` refers to an object with one of the ids `wanted`, directly or through containers."""
+    found = gc.get_referents(holder)
+    return any(id(each) in wanted for each in found) or (
+        depth > 0 and any(_contains(each, wanted, depth - 1) for each in found if not isinstance(each, _NO_CONTAINERS))
+    )
 
 
 def _survivors(recorder: Recorder) -> list[Tensor]:
@@ -78,8 +97,9 @@ class _Holders:
     def __init__(self, recorder: Recorder, survivors: list[Tensor]) -> None:
         self.first: dict[int, Any] = {}  #: id of a value -> what was found first to hold it
         self._containers: list[Any] = []
+        self._others: list[Any] = []  #: objects that are no containers, through which a value is held
         self._sources = {id(value): id(value) for value in survivors}  # id of what to remove -> of the value in it
-        self._ours = recorder.containers() | {id(survivors), id(self.first), id(self._containers)}
+        self._ours = recorder.containers() | {id(survivors), id(self.first), id(self._containers), id(self._others)}
         level: list[Any] = survivors
         for _ in range(4):
             level = self._above(level)
@@ -101,6 +121,7 @@ class _Holders:
             elif held and id(holder) not in self._sources:
                 self._sources[id(holder)] = held[0]
                 others.append(holder)
+        self._others += others
         return others
 
     def describe(self, value: Tensor) -> str:
@@ -111,9 +132,39 @@ class _Holders:
         return f"a {type(holder).__name__}"
 
     def release(self) -> None:
-        """Remove the values, and the objects through which they are held, from all containers."""
+        """Remove the values from containers and slots, and other objects that hold them from containers.
+
+        Classes and Python modules lose no attribute: a value there becomes None, another object stays.
+        """
+        for other in self._others:
+            if _empty_slots(other, self._sources):
+                del self._sources[id(other)]
+        spaces = self._namespaces()
         for holder in self._containers:
-            _remove(holder, self._sources)
+            if id(holder) not in spaces:
+                _remove(holder, self._sources)
+                continue
+            for name in [name for name, value in holder.items() if self._sources.get(id(value)) == id(value)]:
+                setattr(spaces[id(holder)], name, None)  # a write to a class's dict itself would leave Python's cache
+
+    def _namespaces(self) -> dict[int, type | ModuleType]:
+        """The classes and Python modules whose attributes are among the containers, by the id of that dict."""
+        dicts = [each for each in self._containers if isinstance(each, dict)]
+        owners = [each for each in gc.get_referrers(*dicts) if isinstance(each, (type, ModuleType))] if dicts else []
+        return {
+            id(each): owner for owner in owners for each in gc.get_referents(owner) if any(each is one for one in dicts)
+        }
+
+
+def _empty_slots(holder: Any, unwanted: Container[int]) -> bool:
+    """Empty the `__slots__` of an object that hold what has one of the ids `unwanted`; whether any did."""
+    found = False
+    for kind in type(holder).__mro__:
+        for slot in vars(kind).values() if "__slots__" in vars(kind) else ():
+            if isinstance(slot, MemberDescriptorType) and id(getattr(holder, slot.__name__, None)) in unwanted:
+                slot.__delete__(holder)
+                found = True
+    return found
 
 
 def _remove(holder: Any, unwanted: Container[int]) -> None:
@@ -179,3 +230,6 @@ def _counted() -> int:
 
 
 _COUNTED = _counted()
+_LRU_CACHE = type(functools.lru_cache(len))
+#: what leads from a cache to much else, not to its keys and results
+_NO_CONTAINERS = (Tensor, nn.Module, type, ModuleType, FunctionType)
