@@ -65,12 +65,16 @@ def _clear_caches(survivors: list[Tensor]) -> None:
             cached.cache_clear()
 
 
-def _contains(holder: Any, wanted: set[int], depth: int = 4) -> bool:
-    """Whether `holder` refers to an object with one of the ids `wanted`, directly or through containers."""
-    found = gc.get_referents(holder)
-    return any(id(each) in wanted for each in found) or (
-        depth > 0 and any(_contains(each, wanted, depth - 1) for each in found if not isinstance(each, _NO_CONTAINERS))
-    )
+def _contains(cached: Any, wanted: set[int]) -> bool:
+    """Whether a cache refers to an object with one of the ids `wanted`, directly or through up to four containers."""
+    level, seen = [cached], set[int]()
+    for _ in range(5):
+        level = [each for each in gc.get_referents(*level) if id(each) not in seen]
+        if any(id(each) in wanted for each in level):
+            return True
+        seen.update(map(id, level))
+        level = [each for each in level if not isinstance(each, _NO_CONTAINERS)]
+    return False
 
 
 def _survivors(recorder: Recorder) -> list[Tensor]:
