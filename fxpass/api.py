@@ -72,7 +72,7 @@ def parallelize(
             depend on each other, arguments are written to) run on all ranks in patches, and a warning says why.
             `decode` and `encode` do so always.
         data: number of groups among which the prompts of a batch are divided. `cfg` x `data` groups take equal parts of
-            the batch, in its order.
+            the batch, in its order. With `data` above 1, calls of single branches are not run at once.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers), "lockstep" (all ranks in this process, in turn), or "auto":
             distributed if there are several processes, else spawn.
@@ -175,8 +175,8 @@ def _selected(
     saved = load(path)
     wanted = None if strategy is None else Strategy.of(strategy)
     found = [s for s in saved if world_size in (None, s.world_size) and wanted in (None, s.strategy)]
-    found = [s for s in found if groups in (1, s.groups)]
-    kinds = {(each.world_size, each.groups, each.strategy) for each in found}
+    found = [s for s in found if groups in (1, s.groups // s.copies)]
+    kinds = {(each.world_size, each.groups, each.copies, each.strategy) for each in found}
     if len(kinds) == 1:
         return tuple(found)
     kind = "world_size={0.world_size}, strategy={0.strategy.name!r}"

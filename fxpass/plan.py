@@ -361,7 +361,7 @@ def make_plan(
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
         result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.tried,
-        result.mesh.groups, result.samples.calls if result.samples else 1, result.copies,
+        result.mesh.groups, result.samples.calls if result.samples else 1, result.copies if result.samples else 1,
     )  # fmt: skip
     if strict and plan.gathered:
         raise FallbackError(

@@ -3,7 +3,7 @@
 A file is JSON. It has one entry for each signature (shapes and options of a call), world size, number of groups and
 strategy::
 
-    {"schema": "fxpass.plans", "version": 1, "plans": [
+    {"schema": "fxpass.plans", "version": 2, "plans": [
       {"fxpass": "0.2.0", "torch": "2.13.0", "inputs": ["sample (1, 4, 64, 64) torch.float32", ...],
        "program": fingerprint of the whole program, "world_size": 4, "groups": 1,
        "copies": 1, "strategy": {fields of Strategy},
@@ -157,4 +157,8 @@ def _from_json(data: dict[str, Any]) -> SavedPlan:
     values["inputs"] = tuple(values["inputs"])
     values["strategy"] = Strategy(**strategy)
     values["cuts"] = {name: to_layout(layout) for name, layout in data["cuts"].items()}
-    return SavedPlan(**values)
+    saved = SavedPlan(**values)
+    ranks = saved.world_size, saved.groups, saved.copies
+    if not all(isinstance(each, int) and each > 0 for each in ranks) or ranks[0] % ranks[1] or ranks[1] % ranks[2]:
+        raise ValueError(f"{ranks[0]!r} ranks in {ranks[1]!r} groups, of which {ranks[2]!r} do the same")
+    return saved

@@ -113,10 +113,10 @@ class DeferredTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA:
+        if func in METADATA and _waits(args[0]):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in DEFERRED and _waits(args[0]) and not _has_tensors((args[1:], kwargs)):
+        if func in DEFERRED and _waits(args[0]) and _fixed((args[1:], kwargs)):
             return args[0].source.later(func, args, kwargs)
         args, kwargs = plain((args, kwargs))
         return func(*args, **kwargs)
@@ -143,9 +143,8 @@ def value_of(deferred: DeferredTensor) -> Tensor:
     Raises:
         RuntimeError: it was not computed.
     """
-    if _waits(deferred):
-        assert deferred.source.run is not None
-        deferred.source.run()
+    if _waits(deferred) and (run := deferred.source.run) is not None:  # else another thread gives it its value
+        run()
     if deferred.error is not None:
         raise RuntimeError(f"this result of an earlier call was not computed: {deferred.error}") from deferred.error
     assert deferred.value is not None
@@ -156,5 +155,10 @@ def _waits(x: Any) -> bool:
     return isinstance(x, DeferredTensor) and x.value is None and x.error is None
 
 
-def _has_tensors(tree: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree))
+def _fixed(tree: Any) -> bool:
+    """Whether nobody can change arguments before they are used: no lists, tensors or arrays."""
+    if isinstance(tree, slice):
+        return _fixed((tree.start, tree.stop, tree.step))
+    if isinstance(tree, (tuple, dict)):
+        return all(map(_fixed, tree.values() if isinstance(tree, dict) else tree))
+    return tree is None or tree is Ellipsis or isinstance(tree, (int, str, torch.dtype, torch.memory_format))

@@ -26,6 +26,7 @@ from ..capture import (
     guard_error,
     outdated,
     returned,
+    written,
 )
 from ..capture.structure import Structure, WeightTable
 from ..capture.unread import Unread
@@ -130,8 +131,9 @@ class Engine:
                 self.plan = entry.plan
                 generation, weights = self._generations.current(), entry.weights.tensors()
                 if entry.plan.calls > 1:
-                    run = partial(self._run, entry)
-                    found = self._waiting.add(entry, call, Together(entry.plan, weights, generation, run), self._use)
+                    run, changed = partial(self._run, entry), partial(written, entry.captured)
+                    new = Together(entry.plan, weights, generation, run, changed)
+                    found = self._waiting.add(entry, call, new, self._use)
                     return arranged(entry.plan.program, iter(found), call)[0]
                 outputs = self._run(entry, weights, call.tensors, generation)
             return returned(entry.plan.program, outputs, call)
@@ -177,13 +179,18 @@ class Engine:
     def _run_apart(self, entry: Entry, call: Call) -> None:
         """Plan an entry's calls one by one from now on."""
         count, entry.apart = entry.plan.calls, False
+        try:
+            plan = self._apart(entry.captured)
+        except WorldSizeError:
+            entry.together_only = True
+            return
         warn(
             f"{type(self.model).__name__}: {count} calls that could run at once did not come one after the other (the "
             f"result of one was used before the next, or the next has other shapes), so from now on all "
             f"{self.executor.world_size} ranks work on patches of each call; batched guidance would be divided"
         )
         entry.loaded.release()
-        self._load(entry, self._apart(entry.captured), call)
+        self._load(entry, plan, call)
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
         """Begin a generation in this thread, with its timesteps if they are known: no earlier state is read."""
@@ -193,6 +200,11 @@ class Engine:
     def generation(self, timesteps: Sequence[float] = ()) -> Generation:
         """A generation of this module, to be entered."""
         return self._generations.new(timesteps)
+
+    def give_up(self, why: str) -> None:
+        """Give up calls that wait for others: their results are errors. The other ranks may take no further part."""
+        with self.turn.taken():
+            self._waiting.fail(why)
 
     def close(self, why: str = "close() was called") -> None:
         """Release everything on all ranks; later calls raise."""

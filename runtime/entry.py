@@ -26,6 +26,7 @@ class Entry:
     weights: WeightTable = field(init=False)
     clock: Clock | None = None  #: None if every step is exact
     apart: bool = False  #: a call had to run before those came that its plan runs together with it
+    together_only: bool = False  #: all ranks cannot share one call: a call that comes alone runs on every group
 
 
 def question_of(clock: Clock | None, tensors: Sequence[Tensor], generation: Generation) -> Question:

@@ -174,6 +174,8 @@ class ParallelModule(nn.Module):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._engine.give_up(f"the block of the parallel module was left with {type(error).__name__}")
         self.close()
 
     # -- everything else is forwarded to the model ----------------------------------------------------------

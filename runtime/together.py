@@ -20,7 +20,7 @@ from .executor import PlanLike
 from .generation import Generation
 
 CHANGED = (
-    "the model's weights were changed before it was used, and it waited for the other guidance branch until then; use "
+    "the model's tensors were changed before it was used, and it waited for the other guidance branch until then; use "
     "the result before, or call fxpass.parallelize with cfg=1"
 )
 #: runs a step: (weights, stacked inputs, generation) -> stacked outputs
@@ -33,10 +33,19 @@ class Together:
     Args:
         plan: runs several calls at once.
         weights: the tensors of the model now, which the calls are to be computed with.
+        written: whether another tensor that the program reads was written to since.
     """
 
-    def __init__(self, plan: PlanLike, weights: Sequence[Tensor], generation: Generation, run: Run) -> None:
+    def __init__(
+        self,
+        plan: PlanLike,
+        weights: Sequence[Tensor],
+        generation: Generation,
+        run: Run,
+        written: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.program = plan.program
+        self._written = written
         self.count = plan.calls
         self.generation = generation
         self.ended = False
@@ -78,10 +87,10 @@ class Together:
         count = len(self._sources)
         for stacked in self.inputs:
             stacked[count:].copy_(stacked[:1].expand_as(stacked[count:]))
-        if _places(self.weights) == self._places:
+        if _places(self.weights) == self._places and not self._written():
             self._ran(count)
         else:
-            self._fail(RuntimeError(CHANGED))
+            self.fail(RuntimeError(CHANGED))
 
     def _like(self) -> list[Tensor]:
         """Tensors without data like the results of a call."""
@@ -94,14 +103,15 @@ class Together:
         try:
             outputs = self._run(self.weights, self.inputs, self.generation)
         except BaseException as error:
-            self._fail(error)
+            self.fail(error)
             raise
         results = [[each[place] for each in outputs] for place in range(count)]
         for source, own in zip(self._sources, results, strict=False):
             source.give(own)
         return results
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """Tell all that waits why there are no results."""
         self.ended = True
         for source in self._sources:
             source.fail(error)
@@ -150,5 +160,12 @@ class Waiting:
         entry, together = self.entry, self._together
         self.entry = self._together = None
         if entry is not None and together is not None:
-            entry.apart = entry.apart or early
             together.run()
+            entry.apart = entry.apart or (early and not entry.together_only)  # not if a rank disagrees or has failed
+
+    def fail(self, why: str) -> None:
+        """Give up the calls that wait: whoever uses their results hears why."""
+        together = self._together
+        self.entry = self._together = None
+        if together is not None:
+            together.fail(RuntimeError(why))

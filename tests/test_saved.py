@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,25 @@ def test_plans_that_are_saved_at_once_are_all_kept(tmp_path: Path) -> None:
     with ThreadPoolExecutor(len(made)) as pool:
         list(pool.map(lambda each: each.save(path), made))
     assert len(load(path)) == len(made)
+
+
+@pytest.mark.parametrize("ranks", [{"copies": 0}, {"copies": 4}, {"groups": "x"}, {"groups": 3}, {"world_size": 0}])
+def test_numbers_of_ranks_that_cannot_be_are_damage(ranks: dict[str, Any], tmp_path: Path) -> None:
+    saved(path := tmp_path / "plans.json")
+    data = json.loads(path.read_text())
+    data["plans"][0] |= ranks
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"is damaged: ValueError: .* ranks in .* groups"):
+        load(path)
+
+
+def test_groups_that_do_the_same_are_not_those_that_were_asked_for(tmp_path: Path) -> None:
+    plan = saved(path := tmp_path / "plans.json")
+    replace(plan, groups=2, copies=2).save(path)
+    with pytest.raises(ValueError, match="several kinds of plans"):
+        fxpass.parallelize(block(), plan=path, executor="lockstep")
+    with pytest.raises(ValueError, match="no plan of this kind"):
+        fxpass.parallelize(block(), plan=path, cfg=2, executor="lockstep")
 
 
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(

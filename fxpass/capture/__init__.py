@@ -4,7 +4,7 @@ from .arguments import arranged, check_memory, returned, unsplit
 from .call import Call, Method
 from .capture import capture, capture_call
 from .errors import CaptureError, GuardError
-from .guards import broken_guard, guard_error, outdated
+from .guards import broken_guard, guard_error, outdated, written
 
 __all__ = [
     "Call",
@@ -20,4 +20,5 @@ __all__ = [
     "outdated",
     "returned",
     "unsplit",
+    "written",
 ]

@@ -46,9 +46,12 @@ def outdated(program: Program, model: nn.Module) -> bool:
     """
     if any(lookup(model, name) is not program.constants[place] for place, name in program.attributes.items()):
         return True
-    if any(version(program.constants[place]) != seen for place, seen in program.versions.items()):
-        return True
-    return program.reads is not None and program.reads.changed()
+    return written(program) or (program.reads is not None and program.reads.changed())
+
+
+def written(program: Program) -> bool:
+    """Whether a constant that the program reads was written to since capture."""
+    return any(version(program.constants[place]) != seen for place, seen in program.versions.items())
 
 
 def version(tensor: Tensor) -> int:

@@ -234,9 +234,88 @@ def test_a_result_whose_weights_have_changed_before_it_was_computed_is_an_error(
     with torch.no_grad():
         model.conv_in.weight.mul_(2)
     second = module(two, timestep)["sample"]
-    with pytest.raises(RuntimeError, match=r"not computed: the model's weights were changed before it was used"):
+    with pytest.raises(RuntimeError, match=r"not computed: the model's tensors were changed before it was used"):
         first.mean()
     torch.testing.assert_close(second + 0, whole(model, two, timestep))
+
+
+class Scaled(Block):
+    """Reads a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.by = [torch.ones(1)]
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+        return {"sample": super().forward(sample, timestep)["sample"] * self.by[0]}
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_result_is_an_error_if_another_tensor_of_the_model_was_written_to_before_it_was_computed(
+    paired: bool,
+) -> None:
+    model = Scaled().eval()
+    module, (one, two, timestep) = lockstep(model=model), branches()
+    first = module(one, timestep)["sample"]
+    model.by[0].mul_(3)
+    if paired:
+        second = module(two, timestep)["sample"]
+        torch.testing.assert_close(second + 0, whole(model, two, timestep))
+    with pytest.raises(RuntimeError, match="the model's tensors were changed before it was used"):
+        first.mean()
+
+
+def test_the_shape_of_a_result_follows_changes_in_place() -> None:
+    module, (one, two, timestep) = lockstep(), branches()
+    first = module(one, timestep)["sample"]
+    module(two, timestep)
+    first.squeeze_(0)
+    assert (first.shape, first.ndim, len(first)) == ((4, 16, 8), 3, 4)
+
+
+@pytest.mark.parametrize("make", [list, torch.tensor])
+def test_positions_that_change_after_a_slice_was_taken_are_those_of_the_slice(make: Callable[[Any], Any]) -> None:
+    module, (one, two, timestep) = lockstep(), branches()
+    positions = make([0])
+    part = module(one, timestep)["sample"][:, positions]
+    positions[0] = 3
+    module(two, timestep)
+    torch.testing.assert_close(part + 0, whole(block(), one, timestep)[:, :1])
+
+
+def test_calls_still_run_together_after_one_failed_that_was_alone(
+    monkeypatch: pytest.MonkeyPatch, runs: list[Any]
+) -> None:
+    module, (one, two, timestep) = lockstep(), branches()
+    first = module(one, timestep)["sample"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LockstepPlan, "run", lambda *_: {}["nothing"])
+        with pytest.raises(KeyError):
+            first.mean()
+    for _ in range(2):
+        results = [module(x, timestep)["sample"] for x in (one, two)]
+    assert len(runs) == 2
+    torch.testing.assert_close(results[0] + 0, whole(block(), one, timestep))
+
+
+def test_a_call_that_all_ranks_cannot_share_runs_alone_on_every_group() -> None:
+    sample, timestep = inputs(rows=12)
+    module = lockstep(24)  # groups of 12 ranks share 12 rows; 24 ranks cannot
+    for _ in range(3):
+        for x in sample.split(1):
+            torch.testing.assert_close(module(x, timestep)["sample"] + 0, whole(block(), x, timestep))
+    assert module.plan.mesh == Mesh(2, 12)
+
+
+def test_what_waits_when_an_error_ends_the_block_is_given_up(runs: list[Any]) -> None:
+    one, _, timestep = branches()
+    module = lockstep()
+    first = module(one, timestep)["sample"]
+    with pytest.raises(KeyError), module:
+        raise KeyError
+    with pytest.raises(RuntimeError, match="left with KeyError"):
+        first.mean()
+    assert not runs
 
 
 def test_when_the_calls_fail_both_results_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
