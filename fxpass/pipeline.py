@@ -59,6 +59,11 @@ def split_pipeline(pipeline: Any, engine_of: Callable[[nn.Module], Engine]) -> N
             f"{type(pipeline).__name__} is neither an nn.Module nor a pipeline with a denoiser, whose forward "
             f"takes a timestep{held}; give parallelize the model itself"
         )
+    if not steps:
+        warn(
+            f"{type(pipeline).__name__} has no denoiser, whose forward takes a timestep (its modules: "
+            f"{modules_text(pipeline)}), so only its autoencoders are split"
+        )
     needed = {id(_model(getattr(*place))) for place in steps}
     places = [(each, name) for each in pipelines for name in _names(each)]
     models = {id(_model(value)): value for value in (getattr(*place) for place in places)}

@@ -81,8 +81,13 @@ def _of_folder(folder: Path, options: Options) -> Held:
 
 
 def _sizes(folder: Path, dtype: torch.dtype) -> Iterator[int]:
-    """Bytes of the weights in a folder, as they are when floating-point numbers have become `dtype`."""
-    for path in sorted(folder.glob("*.safetensors")):
+    """Bytes of the weights in a folder, as they are when floating-point numbers have become `dtype`.
+
+    Variants (`model.fp16.safetensors` beside `model.safetensors`) hold the same once more.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    dots = min((path.name.count(".") for path in paths), default=0)
+    for path in (path for path in paths if path.name.count(".") == dots):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, tensor in header.items():
