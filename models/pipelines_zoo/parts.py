@@ -143,7 +143,9 @@ def _scheduler(classes: list[Any], spec: Part) -> Any:
     names = [each.__name__ for each in classes]
     if names[0] in ("KarrasDiffusionSchedulers", "SchedulerMixin"):
         classes = [diffusers.DDIMScheduler]
-    return classes[0](**spec.options)
+    # pipelines warn of the older defaults, and replace them
+    options = {"steps_offset": 1, "clip_sample": False} if classes[0] is diffusers.DDIMScheduler else {}
+    return classes[0](**options | spec.options)
 
 
 def _class(name: str) -> Any:

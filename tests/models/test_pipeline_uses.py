@@ -24,11 +24,11 @@ def is_right(name: str, found: str) -> bool:
     return found.startswith(f"refused: {refused}") if refused else found == "equal"
 
 
-@pytest.mark.parametrize("name", map(marked, USES))
+@pytest.mark.parametrize("name", [marked(name) for name in USES])
 def test_what_is_done_before_parallelize_is_kept(name: str) -> None:
     assert is_right(name, outcome(name, "before"))
 
 
-@pytest.mark.parametrize("name", map(marked, USES))
+@pytest.mark.parametrize("name", [marked(name) for name in USES])
 def test_what_is_done_after_parallelize_is_followed(name: str) -> None:
     assert is_right(name, outcome(name, "after"))

@@ -194,7 +194,8 @@ def test_ranks_that_are_left_over_do_the_same_once_more(executor: str, tmp_path:
     module: Any = fxpass.parallelize(block(), 2, **named)
     sample, timestep = (each[:1] for each in inputs())
     try:
-        torch.testing.assert_close(module(sample, timestep)["sample"], whole(block(), sample, timestep))
+        with pytest.warns(FxpassWarning, match="2 ranks over slow would be slower than 1"):  # one message is sent
+            torch.testing.assert_close(module(sample, timestep)["sample"], whole(block(), sample, timestep))
         assert (module.plan.mesh, module.plan.copies) == (Mesh(2, 1), 2)
         module.plan.save(tmp_path / "plans.json")
     finally:
