@@ -13,7 +13,7 @@ import torch
 from .catalog import catalog
 from .catalog.parts import BESIDE, ENCODERS
 from .library import diffusers
-from .resolve import Options, Resolved, built, pixels_per_row, read_config, resolve, usual_size
+from .resolve import Options, Resolved, built, denoiser_of, pixels_per_row, read_config, resolve, usual_size
 from .wrappers import Decode
 
 
@@ -63,7 +63,7 @@ def _of_catalog(model: str, options: Options) -> Held:
 def _of_folder(folder: Path, options: Options) -> Held:
     index = read_config(folder / "model_index.json") or {}
     parts = [name for name in index if (folder / name / "config.json").is_file()]
-    denoiser = next((name for name in ("transformer", "unet") if name in parts), None)
+    denoiser = denoiser_of(parts)
     dtype = options.dtype or torch.float32
     weights = {name: sum(_sizes(folder / name, dtype)) for name in parts if name != denoiser}
     decoder = None

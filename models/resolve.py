@@ -130,10 +130,15 @@ def _from_folder(folder: Path, options: Options) -> Resolved:
     if index is None:
         return Resolved(folder.name, *built(folder, None, options))
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
-    denoiser = next((name for name in ("transformer", "unet") if name in parts), None)
+    denoiser = denoiser_of(parts)
     if denoiser is None:
         raise ResolveError(f"{folder} is a pipeline without `transformer` or `unet`: it has {', '.join(parts)}")
     return Resolved(f"{folder.name}/{denoiser}", *built(folder / denoiser, folder, options))
+
+
+def denoiser_of(parts: Iterable[str]) -> str | None:
+    """Which of the parts of a pipeline is its denoiser."""
+    return next((name for name in ("transformer", "unet") if name in parts), None)
 
 
 def built(folder: Path, pipeline: Path | None, options: Options) -> tuple[nn.Module, tuple[()], dict[str, Any]]:

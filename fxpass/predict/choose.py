@@ -59,6 +59,7 @@ def choose(program: Program, world: int, target: Target, *, graphs: bool = False
         graphs: kernels are launched together, as CUDA graphs do.
     """
     found: list[Choice] = []
+    program = build(program, world, target, SYNC, after="normalize").program  # once for all
     for groups in _divisors(world):
         if groups > 1 and build(program, world, target, SYNC, groups=groups, after="samples").mixed:
             continue

@@ -59,22 +59,23 @@ def _clip() -> Any:
 
 def _of_bytes(kind: str, *special: str, marks: tuple[str, ...] = MARKS) -> Callable[[], Any]:
     def make() -> Any:
-        units = _numbered([*special, *sorted(ByteLevel.alphabet())])
-        found = getattr(transformers, kind)(vocab=units, merges=[])
-        found.add_special_tokens({"additional_special_tokens": list(marks)})
-        return found
+        return _marked(kind, [*special, *sorted(ByteLevel.alphabet())], marks)
 
     return make
 
 
 def _of_pieces(kind: str, *special: str) -> Callable[[], Any]:
     def make() -> Any:
-        units = _numbered([*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS])
-        found = getattr(transformers, kind)(vocab=units, merges=[])
-        found.add_special_tokens({"additional_special_tokens": list(MARKS)})
-        return found
+        return _marked(kind, [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS], MARKS)
 
     return make
+
+
+def _marked(kind: str, units: list[str], marks: tuple[str, ...]) -> Any:
+    """A tokenizer that merges nothing."""
+    found = getattr(transformers, kind)(vocab=_numbered(units), merges=[])
+    found.add_special_tokens({"additional_special_tokens": list(marks)})
+    return found
 
 
 def _of_scores(kind: str, *special: str) -> Callable[[], Any]:

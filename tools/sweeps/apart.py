@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -38,6 +39,25 @@ def measured(
         }
         for one in as_completed(waiting):
             yield waiting[one], one.result()
+
+
+def options_of(description: str | None, what: str, folder: str, *, jobs: int, seconds: float) -> argparse.Namespace:
+    """The command line of a sweep.
+
+    Args:
+        what: it measures: "cases".
+        folder: where its results are kept, in `out/`.
+        jobs, seconds: defaults.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"these {what} only")
+    parser.add_argument("--fresh", action="store_true", help="measure again what has a current result")
+    parser.add_argument("--report-only", action="store_true", help="only write the table")
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"how many {what} at a time")
+    parser.add_argument("--seconds", type=float, default=seconds, help="time limit of each")
+    parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of each")
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / folder, help="where results are kept")
+    return parser.parse_args()
 
 
 def kept(folder: Path, name: str) -> dict[str, Any] | None:

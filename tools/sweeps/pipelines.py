@@ -18,7 +18,7 @@ from ...models.pipelines_zoo import files_of, names
 from ...models.pipelines_zoo.uses import USES
 from ..checkout import ROOT
 from . import pipeline_uses
-from .apart import digest, kept, measured, sources
+from .apart import digest, kept, measured, options_of, sources
 from .pipelines_case import Found, measure
 from .pipelines_report import report
 
@@ -26,7 +26,7 @@ SOURCES = ("fxpass", "passes", "runtime", "models/zoo", "tools/sweeps/pipelines_
 
 
 def main() -> None:
-    options = _options()
+    options = options_of(__doc__, "classes", "pipelines", jobs=1, seconds=300)
     everything = names()
     wanted = options.only or everything
     if unknown := set(wanted) - set(everything):
@@ -83,18 +83,6 @@ def key_of(name: str) -> str:
 def _is_current(folder: Path, name: str) -> bool:
     data = kept(folder, name)
     return data is not None and data["key"] == key_of(name)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these classes only")
-    parser.add_argument("--fresh", action="store_true", help="measure again what has a current result")
-    parser.add_argument("--report-only", action="store_true", help="only write the table")
-    parser.add_argument("--jobs", type=int, default=1, help="how many classes at a time")
-    parser.add_argument("--seconds", type=float, default=300, help="time limit of a class")
-    parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of a class")
-    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "pipelines", help="where results are kept")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ Each case is measured in a process of its own (`zoo_case`), within limits of tim
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from ...models.case import Case
 from ...models.zoo import CASES, sources_of
 from ..checkout import ROOT
-from .apart import digest, kept, measured, sources
+from .apart import digest, kept, measured, options_of, sources
 from .zoo_case import Found, plain
 
 SOURCES = ("fxpass", "passes", "runtime", "models/inputs")  #: folders whose sources the results depend on
@@ -24,7 +23,7 @@ SHARED = ("models/case.py", "models/wrappers.py", "tools/sweeps/zoo_case.py")
 
 
 def main() -> None:
-    options = _options()
+    options = options_of(__doc__, "cases", "zoo", jobs=2, seconds=180)
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if not options.only or case.name in options.only]
@@ -74,18 +73,6 @@ def key_of(case: Case) -> str:
 def _is_current(folder: Path, case: Case) -> bool:
     found = read(folder, case.name)
     return found is not None and found.key == key_of(case)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these cases only")
-    parser.add_argument("--fresh", action="store_true", help="measure again what has a current result")
-    parser.add_argument("--report-only", action="store_true", help="only write the table")
-    parser.add_argument("--jobs", type=int, default=2, help="how many cases at a time")
-    parser.add_argument("--seconds", type=float, default=180, help="time limit of a case")
-    parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of a case")
-    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "zoo", help="where results are kept")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
