@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -20,33 +19,23 @@ from ..capture import (
     GuardError,
     Method,
     arranged,
-    broken_guard,
-    capture_call,
     check_memory,
-    guard_error,
-    outdated,
     returned,
     written,
 )
-from ..capture.structure import Structure, WeightTable
-from ..capture.unread import Unread
+from ..capture.structure import Structure
 from ..ir.advice import warn
-from ..ir.program import Program
 from ..passes.limits import WorldSizeError
-from .clock import Clock
 from .deferred import plain
 from .entry import Entry, question_of
 from .errors import DisagreementError
 from .executor import Executor, PlanLike, Report, device_of
 from .generation import Generation, Generations
+from .programs import Planner, Programs
 from .together import Together, Waiting
 from .turn import Turn
 
-SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
-GUARDED = 4  #: programs kept of one signature that differ only in guarded values; more captures in a row are an error
 UNSPLIT = (CaptureError, GuardError, WorldSizeError)  #: errors after which a call of a method runs unsplit
-
-Planner = Callable[[Program], PlanLike]
 
 
 class Engine:
@@ -76,14 +65,10 @@ class Engine:
         self.model = model
         self.executor = executor
         self.strict = strict
-        self._capturing = capturing
         self.plan: PlanLike | None = None
-        self._planner = planner
         self._apart = apart or planner
         self._waiting = Waiting()
-        self._entries: OrderedDict[Any, list[Entry]] = OrderedDict()
-        self._structure: Structure | None = None
-        self._unread = Unread()
+        self.programs = Programs(model, planner, executor, self._complete, capturing)
         self._unsplit: set[Any] = set()  # keys of calls that cannot be split
         self._unsplit_structure: Structure | None = None  # of the model after the first of them
         self.turn = turn or Turn()
@@ -91,10 +76,7 @@ class Engine:
         self.before_call: list[Callable[[], None]] = []  #: each finds generations that nobody has announced yet
         self.calls = 0  #: how many calls were begun
         self._generations = Generations()
-        self._evicted: set[int] = set()  # hashes of the keys whose programs were evicted
-        self._hinted = False  # whether the warning about evictions was given
         self._said_idle = False  # whether the warning about steps that are all exact was given
-        self._in_a_row = 0  # captures since the last call that reused a program
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None = None) -> Any:
         """The output of the model, or of one of its methods. Runs without autograd.
@@ -153,7 +135,7 @@ class Engine:
         try:
             yield
         except BaseException as error:
-            for each in self._all():
+            for each in self.programs.all():
                 if each.clock and isinstance(error, DisagreementError):
                     each.clock.forget()
                 elif each.clock:  # some exchanges may already have sent this step's values
@@ -176,6 +158,11 @@ class Engine:
         with self.turn.taken(), torch.no_grad(), self._failing():
             self._waiting.run(early=False)
 
+    def _complete(self, entry: Entry) -> None:
+        """Run the calls of an entry that wait: it is about to be released."""
+        if self._waiting.entry is entry:
+            self._waiting.run(early=False)
+
     def _run_apart(self, entry: Entry, call: Call) -> None:
         """Plan an entry's calls one by one from now on."""
         count, entry.apart = entry.plan.calls, False
@@ -189,8 +176,7 @@ class Engine:
             f"result of one was used before the next, or the next has other shapes), so from now on all "
             f"{self.executor.world_size} ranks work on patches of each call; batched guidance would be divided"
         )
-        entry.loaded.release()
-        self._load(entry, plan, call)
+        self.programs.load(entry, plan, call)
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
         """Begin a generation in this thread, with its timesteps if they are known: no earlier state is read."""
@@ -214,9 +200,9 @@ class Engine:
                 try:
                     with suppress(Exception), torch.no_grad():  # whoever uses a result that has failed hears of it
                         self._waiting.run(early=False)
-                    self._forget()
+                    self.programs.forget()
                 finally:
-                    self._entries.clear()
+                    self.programs.clear()
                     self.executor.close()
 
     @property
@@ -236,7 +222,7 @@ class Engine:
         Args:
             number: of the step, from 0.
         """
-        clock = next((each.clock for each in self._all() if each.plan is self.plan), None)
+        clock = next((each.clock for each in self.programs.all() if each.plan is self.plan), None)
         tensors, numbers = list(call.tensors), dict(call.numbers)
         if clock is not None and (i := clock.timestep) is not None:
             whole = not tensors[i].is_floating_point()
@@ -247,14 +233,9 @@ class Engine:
         return lambda module: call.run(module, call.rebuild(call.with_numbers(tensors)))
 
     @property
-    def signatures(self) -> int:
-        """The number of programs kept."""
-        return sum(map(len, self._entries.values()))
-
-    @property
     def compiled(self) -> list[Report]:
         """Compilation reports of the programs kept, for this process's rank."""
-        return [report for entry in self._all() for report in entry.loaded.compiled]
+        return [report for entry in self.programs.all() for report in entry.loaded.compiled]
 
     def _say_idle(self, generation: Generation) -> None:
         """Warn once of a generation without displaced steps, when it ends."""
@@ -281,14 +262,14 @@ class Engine:
             call = replace(call, tensors=plain(call.tensors))
             if gradients:
                 call.refuse_gradients()
-            self._update()
+            self.programs.update()
             structure = self._unsplit_structure
             if structure is not None and not structure.untouched() and not structure.refresh():
                 self._unsplit.clear()
             # an argument that is perhaps not read, like a generator of random numbers, makes no difference here
             if any(call.key == key or call.differs(key) for key in self._unsplit):
                 return None
-            entry = self._entry(call)
+            entry = self.programs.entry(call)
             if entry.apart:
                 self._run_apart(entry, call)
             check_memory(entry.captured, self.model, call)
@@ -323,107 +304,6 @@ class Engine:
 
     def _say_unsplit(self, method: Method, why: str) -> None:
         warn(f"{type(self.model).__name__}.{method.name} runs unsplit on every rank: {why}")
-
-    def _update(self) -> None:
-        """Forget all programs if the structure of the model has changed since they were captured."""
-        if self._structure is not None and not self._structure.untouched():
-            if self._structure.refresh():
-                for entry in self._all():
-                    entry.weights = WeightTable(self.model, list(entry.plan.program.weights.values()))
-            else:
-                self._forget()
-
-    def _entry(self, call: Call) -> Entry:
-        if hash(call.key) in self._evicted and not self._hinted:
-            self._hinted = True
-            warn(
-                f"{type(self.model).__name__} is captured again for a kind of call that it was captured for before: "
-                f"only the programs of the {SIGNATURES} latest kinds (shapes, options) are kept; make all calls of one "
-                "kind before those of the next, or bring the inputs to fewer shapes"
-            )
-        call = self._unread.reduced(call, self._entries)
-        entries = self._entries.setdefault(call.key, [])
-        self._entries.move_to_end(call.key)
-        for entry in [entry for entry in entries if outdated(entry.captured, self.model)]:
-            entries.remove(entry)
-            self._release(entry)
-        broken = None
-        for entry in entries:
-            broken = broken_guard(entry.captured, self.model, call.tensors)
-            if broken is None:
-                entries.remove(entry)
-                entries.append(entry)  # ordered from least to most recently used
-                self._in_a_row = 0
-                return entry
-        if broken is not None and len(entries) >= GUARDED:
-            if self._in_a_row >= GUARDED:
-                raise guard_error(broken)
-            self._release(entries.pop(0))
-        self._in_a_row += 1
-        try:
-            return self._capture(call, entries)
-        except CaptureError:
-            if not call.unread:
-                raise
-            while entries:
-                self._release(entries.pop())
-            return self._entry(self._unread.refute(call))
-        finally:
-            if entries:
-                self._entries[call.key] = entries
-            else:
-                self._entries.pop(call.key, None)
-
-    def _capture(self, call: Call, entries: list[Entry]) -> Entry:
-        with torch.inference_mode(False), self._capturing(self.model):
-            program = capture_call(self.model, call)
-        plan = self._planner(program)
-        while self.signatures >= SIGNATURES:
-            self._evict()
-        entry = Entry(program, hooks=call.method is None)
-        self._load(entry, plan, call)
-        if entry.clock is not None and entry.clock.timestep is None:
-            names = ", ".join(program.input_paths)
-            warn(
-                f"{type(self.model).__name__} has no input that is known to be a timestep (its inputs: {names}), so "
-                "its steps cannot be told apart: all of them are exact"
-            )
-        entries.append(entry)
-        known = [*self._all(), entry]
-        changes = [change for each in known for change in each.captured.changes]
-        self._structure = Structure(self.model, changes, hooks=any(each.hooks for each in known))
-        return entry
-
-    def _load(self, entry: Entry, plan: PlanLike, call: Call) -> None:
-        """Let an entry run by a plan."""
-        table = WeightTable(self.model, list(plan.program.weights.values()))
-        inputs = [torch.stack([x] * plan.calls) for x in call.tensors] if plan.calls > 1 else call.tensors
-        entry.loaded = self.executor.load(plan, table.tensors(), inputs)
-        exact = plan.exact_steps
-        entry.clock = None if exact is None else Clock.of(plan.program, *exact)
-        entry.plan, entry.weights = plan, table
-
-    def _release(self, entry: Entry) -> None:
-        if self._waiting.entry is entry:
-            self._waiting.run(early=False)
-        entry.loaded.release()
-
-    def _all(self) -> list[Entry]:
-        return [entry for entries in self._entries.values() for entry in entries]
-
-    def _evict(self) -> None:
-        key = next(key for key, entries in self._entries.items() if entries)
-        self._release(self._entries[key].pop(0))
-        if not self._entries[key]:
-            del self._entries[key]
-            self._evicted.add(hash(key))
-
-    def _forget(self) -> None:
-        for entry in self._all():
-            self._release(entry)
-        self._entries.clear()
-        self._evicted.clear()
-        self._structure = None
 
 
 def leaves_of(*arguments: Any) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..capture.structure import WeightTable
 from ..ir.program import Program
@@ -17,16 +17,22 @@ from .generation import Generation
 
 @dataclass(eq=False)
 class Entry:
-    """A captured program with its plan, loaded by the executor."""
+    """A captured program; with a plan, loaded by the executor, once one is needed."""
 
     captured: Program
     hooks: bool  #: whether it holds the hooks of the model itself
+    weights: WeightTable = field(init=False)  #: of the plan's program, or of the captured one as long as there is none
+    planned: bool = False  #: whether it has what follows
     plan: PlanLike = field(init=False)
     loaded: Loaded = field(init=False)
-    weights: WeightTable = field(init=False)
     clock: Clock | None = None  #: None if every step is exact
     apart: bool = False  #: a call had to run before those came that its plan runs together with it
     together_only: bool = False  #: all ranks cannot share one call: a call that comes alone runs on every group
+
+    def look_up(self, model: nn.Module) -> None:
+        """Find the weights in the model."""
+        program = self.plan.program if self.planned else self.captured
+        self.weights = WeightTable(model, list(program.weights.values()))
 
 
 def question_of(clock: Clock | None, tensors: Sequence[Tensor], generation: Generation) -> Question:

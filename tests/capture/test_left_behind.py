@@ -117,8 +117,8 @@ def test_a_value_that_the_forward_keeps_is_that_of_the_latest_call(keep: Any, ra
         module(x)
         for found, value in zip(READERS[keep](model), expected, strict=True):
             torch.testing.assert_close(found, value)
-    assert module._engine.signatures == 1
-    assert module._engine._in_a_row == 0  # nothing was captured again
+    assert len(module._engine.programs) == 1
+    assert module._engine.programs.in_a_row == 0  # nothing was captured again
 
 
 def test_a_forward_hook_that_appends_fires_once_in_each_call() -> None:
@@ -167,7 +167,7 @@ def test_a_container_that_the_caller_replaces_is_filled_in_its_place() -> None:
         module(x)
         with torch.no_grad():
             torch.testing.assert_close(model.store["mean"], model.first(x).mean())
-    assert module._engine._in_a_row == 0
+    assert module._engine.programs.in_a_row == 0
 
 
 class Bank:

@@ -61,13 +61,13 @@ def check(model: nn.Module, change: Callable[[], None], *others: Any) -> None:
         before = module(x, *others)
         torch.testing.assert_close(before, model(x, *others))
         module(x + 1, *others)
-        assert module._engine._in_a_row == 0
+        assert module._engine.programs.in_a_row == 0
         change()
         expected = model(x, *others)
         torch.testing.assert_close(module(x, *others), expected)
         assert (before - expected).abs().max() > 1e-2
         module(x + 1, *others)
-        assert module._engine._in_a_row == 0
+        assert module._engine.programs.in_a_row == 0
 
 
 def test_a_variable_of_a_function_in_an_attribute() -> None:

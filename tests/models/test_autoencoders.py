@@ -63,7 +63,7 @@ def test_decode_and_encode_of_an_autoencoder_are_split_and_exact(name: str, rank
             assert_exact(getattr(split, method)(given), getattr(model, method)(given))
         assert sum(split.traffic.values()) > received
         assert split.plan.bound > 1.2
-    assert split._engine.signatures == 2
+    assert len(split._engine.programs) == 2
 
 
 def test_only_methods_that_both_exist_and_take_a_tensor_are_an_autoencoders() -> None:
@@ -118,8 +118,8 @@ def test_decodes_with_new_generators_share_one_program() -> None:
     z = torch.randn(1, 4, 16, 16)
     for _ in range(4):
         assert_exact(split.decode(z, generator=torch.Generator()), model.decode(z))
-    assert split._engine.signatures == 2  # the second call finds out that the generator is not read
-    assert split._engine._in_a_row == 0
+    assert len(split._engine.programs) == 2  # the second call finds out that the generator is not read
+    assert split._engine.programs.in_a_row == 0
 
 
 @torch.no_grad()
@@ -219,7 +219,7 @@ def test_a_loop_over_frames_that_is_too_long_is_recorded_once_only(monkeypatch: 
     model, inputs = autoencoder("vae_wan")
     split: Any = fxpass.parallelize(model, 2, executor="lockstep")
     assert said(lambda: assert_exact(split.decode(inputs["decode"]), model.decode(inputs["decode"])), "over frames")
-    monkeypatch.setattr("fxpass.runtime.engine.capture_call", lambda *_: 1 / 0)
+    monkeypatch.setattr("fxpass.runtime.programs.capture_call", lambda *_: 1 / 0)
     assert_exact(split.decode(inputs["decode"]), model.decode(inputs["decode"]))  # its first run left a cache behind
 
 
@@ -235,8 +235,8 @@ def test_tiling_can_be_ignored_where_a_call_is_split_and_stays_where_it_is_not(m
     for _ in range(2):
         assert_exact(split.decode(z), whole)
     assert split.use_tiling
-    assert split._engine.signatures == 1
-    assert split._engine._in_a_row == 0
+    assert len(split._engine.programs) == 1
+    assert split._engine.programs.in_a_row == 0
     monkeypatch.setattr("fxpass.runtime.module.OPERATORS", 50)
     again: Any = fxpass.parallelize(model, 2, executor="lockstep", ignore_tiling=True)
     assert said(lambda: assert_exact(again.decode(z), tiled), "runs unsplit")

@@ -200,7 +200,7 @@ def test_every_rank_returns_the_same_though_text_is_on_all_of_them() -> None:
     with torch.no_grad(), fxpass.parallelize(model, 2, strategy="displaced", executor="lockstep", warmup_steps=1) as m:
         first = chosen.inputs(rows=32, seed=3, module=model)
         m(**first)
-        (entry,) = m._engine._all()
+        (entry,) = m._engine.programs.all()
         other = chosen.inputs(rows=32, seed=4, module=model)
         tensors = [first[p] if "text" in p else other.get(p, first.get(p)) for p in entry.plan.program.input_paths]
         step = Step(0, exact=False)
@@ -373,7 +373,7 @@ def test_state_between_steps_has_the_bytes_of_the_plan_and_does_not_grow(name: s
     for generation in range(200 if name == "displaced" else 3):
         for call in steps(4, seed=generation % 3):
             module(*call)
-        (entry,) = module._engine._all()
+        (entry,) = module._engine.programs.all()
         if generation == 1:
             first = _kept(entry.loaded)
     assert _kept(entry.loaded) == first

@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
         found, expected = ([each(x, timestep)["sample"] for x in sample.split(1)] for each in (apart, alone))
         equal += [torch.equal(a + 0, b + 0) for a, b in zip(found, expected, strict=True)]
     assert apart.plan.calls == 2
-    runner = parallel._engine._all()[0].loaded.runner
+    runner = parallel._engine.programs.all()[0].loaded.runner
     kinds = sorted({type(channel).__name__ for channel in runner.channels(0)})
     found = {"equal": equal, "traffic": dict(parallel.traffic), "kinds": kinds}
     (folder / f"{RANK}.json").write_text(json.dumps(found))

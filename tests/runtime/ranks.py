@@ -95,7 +95,7 @@ def held() -> dict[str, int]:
     with parallel(wide, DistributedExecutor(WORLD, timeout=60), Strategy.of("stale_gn")) as module:
         for call in steps(8, rows=512):
             module(*call)
-        (entry,) = module._engine._all()
+        (entry,) = module._engine.programs.all()
         declared = [each for _, some in exchanges_of(entry.plan.graph) for each in some]
         stale = [each for each in declared if each.fresh == "stale"]
         used = shared_memory() - before

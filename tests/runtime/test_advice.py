@@ -13,9 +13,9 @@ from diffusers import DDIMScheduler
 import fxpass
 from fxpass.ir.merge import Reduce
 from fxpass.ir.step import ChannelSpec
-from fxpass.runtime.engine import SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.programs import SIGNATURES
 from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.plans import Block, Pipeline, block, inputs, parallel, whole
 
@@ -58,7 +58,7 @@ def test_after_an_interrupt_the_message_names_it_and_the_module_can_be_replaced(
     model = block()
     module = parallel(model, SpawnExecutor(2, timeout=60))
     module(*inputs())
-    (entry,) = module._engine._all()
+    (entry,) = module._engine.programs.all()
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

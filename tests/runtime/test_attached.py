@@ -70,9 +70,9 @@ def test_parallel_finds_the_handle_of_a_part_or_says_what_to_do() -> None:
     assert type(handle) is ParallelModule
     assert fxpass.parallel(handle) is handle
     torch.testing.assert_close(handle(*inputs())["sample"], EXPECTED)
-    assert handle._engine.signatures == 1
+    assert len(handle._engine.programs) == 1
     pipe.unet(*inputs())
-    assert handle._engine.signatures == 1  # the handle and the part share programs
+    assert len(handle._engine.programs) == 1  # the handle and the part share programs
     with pytest.raises(ValueError, match=r"Block is not parallel: call fxpass\.parallelize on it"):
         fxpass.parallel(block())
 
@@ -257,7 +257,7 @@ def test_a_forward_hook_of_a_part_runs_once_in_each_call() -> None:
     for _ in range(3):
         pipe.unet(*inputs())
     assert len(seen) == 3
-    assert fxpass.parallel(pipe.unet)._engine._in_a_row == 0  # what it does is no part of the program
+    assert fxpass.parallel(pipe.unet)._engine.programs.in_a_row == 0  # what it does is no part of the program
     torch.testing.assert_close(seen[0], float(EXPECTED.sum()), rtol=1e-3, atol=1e-3)
 
 
@@ -273,7 +273,7 @@ def test_a_part_that_calls_itself_is_split_as_one_call() -> None:
     pipe: Any = Pipeline(unet=model, scheduler=DDIMScheduler())
     fxpass.parallelize(pipe, 2, executor="lockstep")
     assert_split(model, expected)
-    assert fxpass.parallel(model)._engine.signatures == 1
+    assert len(fxpass.parallel(model)._engine.programs) == 1
 
 
 def test_a_part_that_changes_is_captured_again_and_otherwise_not() -> None:
@@ -281,10 +281,10 @@ def test_a_part_that_changes_is_captured_again_and_otherwise_not() -> None:
     engine: Any = fxpass.parallel(pipe.unet)._engine
     for _ in range(3):
         assert_split(pipe.unet, EXPECTED)
-    assert engine._in_a_row == 0
+    assert engine.programs.in_a_row == 0
     pipe.unet.scale = 2.0
     assert_split(pipe.unet, 2 * EXPECTED)
-    assert engine.signatures == 1
+    assert len(engine.programs) == 1
 
 
 def test_a_part_runs_under_torch_compile_and_a_warning_names_the_option() -> None:

@@ -18,9 +18,9 @@ import fxpass
 from fxpass.capture import GuardError
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case
-from fxpass.runtime.engine import GUARDED, SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.programs import GUARDED, SIGNATURES
 from tests.runtime.plans import Block, block, inputs, parallel, steps, whole
 
 
@@ -241,7 +241,7 @@ def test_a_changed_structure_is_captured_anew(module: ParallelModule, model: Blo
     model.key = nn.Sequential(model.key, nn.Linear(16, 16))  # as an adapter does
     check(module, model)
     assert module.plan is not plan
-    assert module._engine.signatures == 1
+    assert len(module._engine.programs) == 1
 
 
 def test_a_changed_class_attribute_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_programs_are_kept_per_signature_and_bounded(module: ParallelModule, mod
     assert module.plan is plan
     for rows in range(20, 20 + 2 * SIGNATURES, 2):
         module(*inputs(rows))
-    assert module._engine.signatures == SIGNATURES
+    assert len(module._engine.programs) == SIGNATURES
     with pytest.warns(UserWarning, match="captured again"):
         check(module, model)
     assert module.plan is not plan
@@ -325,10 +325,10 @@ def test_an_input_that_became_a_number_is_guarded() -> None:
     with torch.no_grad():
         for times in (1, 3, 1):
             torch.testing.assert_close(module(sample, torch.tensor(times)), model(sample, torch.tensor(times)))
-    assert module._engine.signatures == 2
+    assert len(module._engine.programs) == 2
     for times in (2, 4, 5):
         torch.testing.assert_close(module(sample, torch.tensor(times)), model(sample, torch.tensor(times)))
-    assert module._engine.signatures == GUARDED  # as with prompts of ever other lengths, used for many steps each
+    assert len(module._engine.programs) == GUARDED  # as with prompts of ever other lengths, used for many steps each
     module(sample, torch.tensor(1))
     module(sample, torch.tensor(5))
     for times in (6, 7, 8, 9):
@@ -345,8 +345,8 @@ def test_of_the_programs_of_one_kind_of_call_the_least_recently_used_is_evicted(
     calls = [(inputs()[0], 1), (inputs()[0], 3), *((inputs(18 + 2 * k)[0], 1) for k in range(SIGNATURES - 1))]
     for sample, times in calls:
         module(sample, torch.tensor(times))
-    assert module._engine.signatures == SIGNATURES
-    monkeypatch.setattr("fxpass.runtime.engine.capture_call", lambda *_: 1 / 0)
+    assert len(module._engine.programs) == SIGNATURES
+    monkeypatch.setattr("fxpass.runtime.programs.capture_call", lambda *_: 1 / 0)
     for sample, times in calls[1:]:
         torch.testing.assert_close(module(sample, torch.tensor(times)), model(sample, torch.tensor(times)))
     with pytest.raises(ZeroDivisionError):

@@ -187,14 +187,14 @@ def test_a_release_that_fails_still_closes_the_executor() -> None:
     executor = LockstepExecutor(2)
     module = parallel(block(), executor)
     module(*inputs())
-    (entry,) = module._engine._all()
+    (entry,) = module._engine.programs.all()
     closed: list[bool] = []
     executor.close = lambda: closed.append(True)
     entry.loaded.release = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         module.close()
     assert closed == [True]
-    assert module._engine.signatures == 0
+    assert len(module._engine.programs) == 0
 
 
 def test_a_stale_strategy_warns_where_all_steps_will_be_exact() -> None:

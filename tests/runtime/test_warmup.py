@@ -17,7 +17,7 @@ def test_after_a_warmup_no_step_of_a_generation_is_captured_or_made_anew(
 ) -> None:
     module: Any = fxpass.parallelize(block(), 2, strategy=strategy, executor="lockstep")
     module.warmup(*inputs())
-    monkeypatch.setattr("fxpass.runtime.engine.capture_call", lambda *_: 1 / 0)
+    monkeypatch.setattr("fxpass.runtime.programs.capture_call", lambda *_: 1 / 0)
     made: list[Any] = []
     plain = step_runner.step_code
     monkeypatch.setattr(step_runner, "step_code", lambda *args, **kwargs: made.append(args) or plain(*args, **kwargs))
@@ -35,6 +35,6 @@ def test_a_warmup_also_takes_timesteps_as_numbers() -> None:
 
     module: Any = fxpass.parallelize(Numbered().eval(), 2, strategy="displaced", executor="lockstep")
     module.warmup(inputs()[0], 0.9)
-    assert module._engine.signatures == 1
+    assert len(module._engine.programs) == 1
     assert module.plan.exact_steps == (4, 1)
     assert module._engine.calls == 6
