@@ -39,6 +39,7 @@ GENERAL: dict[str, dict[str, Any]] = {
     "VQModel": {"lookup_from_codebook": True},
     **dict.fromkeys(("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21"), _MOMENTS),
     "AutoencoderKLWan": {**_MOMENTS, "scale_factor_spatial": 4},
+    "AutoencoderKLLTX2Video": {"decoder_inject_noise": False},  # as the published ones
 }
 
 

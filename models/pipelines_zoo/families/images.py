@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..pictures import mask, picture
+import torch
+from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProcessor
+
+from ..pictures import SIZE, mask, picture
 from ..recipe import OMIT, Part, Recipe, left_out
 from .flux import layers
 
@@ -20,7 +23,8 @@ _lengths = {"text_len": 77, "text_len_t5": 256}
 _bert_and_t5 = Recipe({"text_encoder": 24, "text_encoder_2": 16, "transformer": _lengths, "vae": EIGHTH})
 _dc: dict[str, Any] = {"latent_channels": 4}
 _sana = Recipe({"vae": _dc, "text_encoder": Part(kind="Gemma2Model")}, {"complex_human_instruction": None})
-_qwen = Recipe({"vae": {"latents_mean": [0.1] * 4, "latents_std": [0.9] * 4}})
+_moments = {"latents_mean": [0.1] * 4, "latents_std": [0.9] * 4}
+_qwen = Recipe({"vae": _moments})
 
 
 def _chroma(parts: Any) -> Any:
@@ -29,6 +33,13 @@ def _chroma(parts: Any) -> Any:
     transformer: Any = model("chroma")
     transformer.register_to_config(guidance_embeds=False)  # this pipeline reads it, though the class has none
     return transformer
+
+
+class _SmallImages(JoyImageEditImageProcessor):
+    """Makes small images: the real one resizes to one of a few sizes of about 1024 * 1024 pixels."""
+
+    def get_default_height_width(self, *_: Any) -> tuple[int, int]:
+        return SIZE, SIZE
 
 
 _z = Recipe({"transformer": Part("z_image"), "text_encoder": Part(kind="Qwen3Model")})
@@ -71,6 +82,14 @@ RECIPES: dict[str, Recipe] = {
     ),
     **dict.fromkeys(("HunyuanDiTPipeline", "HunyuanDiTPAGPipeline"), _bert_and_t5),
     "HunyuanDiTControlNetPipeline": _bert_and_t5 | Recipe({"controlnet": _lengths}),
+    "GlmImagePipeline": Recipe(
+        {"processor": None, "vision_language_encoder": None, "vae": _moments},
+        {"image": OMIT, "prior_token_ids": lambda _: torch.arange(256)[None] % 32},
+    ),
+    **dict.fromkeys(
+        ("JoyImageEditPipeline", "JoyImageEditPlusPipeline"),
+        Recipe(constants={"vae_image_processor": _SmallImages(), "image_processor": _SmallImages()}),
+    ),
     "HunyuanImagePipeline": Recipe(
         {
             "transformer": {"in_channels": 8, "out_channels": 8, "text_embed_2_dim": 20},
@@ -107,10 +126,9 @@ RECIPES: dict[str, Recipe] = {
     "Lumina2Pipeline": Recipe({"text_encoder": Part(kind="Gemma2Model")}),
     "LuminaPipeline": Recipe({"text_encoder": Part(kind="GemmaModel")}),
     **{f"ZImage{kind}Pipeline": _z for kind in ("", "Img2Img", "Inpaint")},
-    **{
-        f"ZImage{kind}Pipeline": _z | Recipe({"controlnet": Part(f"controlnet_z_image{case}")})
-        for kind, case in (("ControlNet", ""), ("ControlNetInpaint", "_refiner"))
-    },
+    "ZImageControlNetPipeline": _z | Recipe({"controlnet": Part("controlnet_z_image")}),
+    "ZImageControlNetInpaintPipeline": _z
+    | Recipe({"controlnet": Part("controlnet_z_image_refiner", options={"control_in_dim": 9})}),
     **{
         f"QwenImage{kind}Pipeline": _qwen
         for kind in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..pictures import embedding, video
+from ..pictures import FRAMES, embedding, video
 from ..recipe import OMIT, Part, Recipe, left_out
 from .images import EIGHTH
 from .unets import words_and_pictures
@@ -56,6 +56,19 @@ _ltx_2 = Recipe(
     }
 )  # fmt: skip
 
+#: of the small autoencoder, which pipelines read
+STRIDES: dict[str, Any] = {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
+_keyed = _ltx_2 | Recipe({"transformer": {**_sounding, "use_keyframes_abs_pos_embedding": True}})
+#: a short prompt template; where the picture's 16 tokens and the prompt begin, with a token for each letter
+_around_a_picture: dict[str, Any] = {
+    "template": (
+        "<|start_header_id|>system<|end_header_id|>\n\n<image>\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "crop_start": 21, "image_emb_start": 10, "image_emb_end": 26, "image_emb_len": 16,
+}  # fmt: skip
+
 RECIPES: dict[str, Recipe] = {
     "AnyFlowPipeline": Recipe(call={"video": OMIT}),
     "AnyFlowFARPipeline": Recipe(call={"video": OMIT, "chunk_partition": (1, 2)}),
@@ -98,10 +111,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "Cosmos2_5_TransferPipeline": left_out("needs the package torchvision"),
     "EasyAnimateInpaintPipeline": Recipe(
-        call={
+        {"transformer": {"in_channels": 12, "resize_inpaint_mask_directly": False}},
+        {
             "video": lambda _: embedding(1, 3, 9, 64, 64).sigmoid(),
             "mask_video": lambda _: (embedding(1, 1, 9, 64, 64) > 0).float(),
-        }
+        },
     ),
     "EasyAnimatePipeline": Recipe({"transformer": {"in_channels": 4, "out_channels": 4}}),
     "EasyAnimateControlPipeline": left_out(
@@ -113,15 +127,19 @@ RECIPES: dict[str, Recipe] = {
     ),
     "HunyuanVideoFramepackPipeline": Recipe({"image_encoder": 12}),
     "HunyuanVideoImageToVideoPipeline": Recipe(
-        {"transformer": Part("hunyuan_video_replace"), "text_encoder": Part(options={"pad_token_id": 0})}
+        {
+            "transformer": Part("hunyuan_video_replace"),
+            "text_encoder": Part(options={"pad_token_id": 2, "image_token_index": 355}),
+        },
+        {"prompt_template": _around_a_picture, "max_sequence_length": 32},
     ),
     "Kandinsky5T2IPipeline": Recipe({"text_encoder_2": 20, "transformer": {"visual_cond": False}}),
     "Kandinsky5T2VPipeline": Recipe({"text_encoder_2": 20}),
-    "Kandinsky5I2VPipeline": Recipe({"text_encoder_2": 20}),
+    "Kandinsky5I2VPipeline": Recipe({"text_encoder_2": 20}, {"num_frames": 25}),
     "Kandinsky6TI2VAPipeline": Recipe({"text_encoder_2": 20}, {"sample_audio": False}),
     **dict.fromkeys(
         ("SanaVideoPipeline", "SanaImageToVideoPipeline"),
-        Recipe({"vae": Part(kind="AutoencoderKLWan"), "text_encoder": Part(kind="Gemma2Model")}),
+        Recipe({"vae": Part(kind="AutoencoderKLWan"), "text_encoder": Part(kind="Gemma2Model")}, {"frames": FRAMES}),
     ),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Recipe(call={"overlap_history": 1}),
     "HeliosPipeline": Recipe({"scheduler": {"stages": 1, "stage_range": [0, 1]}}, {"video": OMIT}),
@@ -174,6 +192,28 @@ RECIPES: dict[str, Recipe] = {
         }
     ),
     "HunyuanSkyreelsImageToVideoPipeline": Recipe({"transformer": {"in_channels": 8}}),
-    "LTX2DFRPipeline": _ltx_2 | Recipe({"transformer": {**_sounding, "use_keyframes_abs_pos_embedding": True}}),
+    "LTX2DFRPipeline": _keyed,
+    "LTX2DFRTemporalRefinePipeline": _keyed
+    | Recipe(
+        {
+            "temporal_latent_upsampler": _upsampler | {"spatial_upsample": False, "temporal_upsample": True},
+            "vae": STRIDES,
+        },
+        {
+            "latents": lambda _: embedding(1, 8, 3, 8, 8),
+            "keyframes_latents": lambda _: embedding(1, 8, 2, 8, 8, seed=1),
+            "keyframe_positions": [4, 8],
+            "audio_latents": lambda _: embedding(1, 8, 12, 2, seed=2),
+            "sigmas": [0.9, 0.5],
+        },
+    ),
+    "SanaWMPipeline": Recipe(
+        {
+            "transformer": {"in_channels": 8, "chunk_plucker_channels": 24},
+            "text_encoder": Part(kind="Gemma2Model"),
+            "vae": STRIDES | {"timestep_conditioning": False},
+        },
+        {"action": "w-8", "intrinsics": [64.0, 64.0, 32.0, 32.0], "chi_prompt": ["Describe: "]},
+    ),
     "WanVACEPipeline": Recipe({"transformer": {"vace_in_channels": 24}, "transformer_2": None}),
 }
