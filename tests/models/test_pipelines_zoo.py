@@ -11,7 +11,17 @@ from torch import Tensor
 import fxpass
 from fxpass.models.pipelines_zoo import RECIPES, build, names
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.tools.sweeps.pipelines_case import PICTURE, Found, difference, measure, split_parts
+from fxpass.tools.sweeps.pipelines_case import (
+    CALL_DOUBLE,
+    PICTURE,
+    Found,
+    difference,
+    measure,
+    of_calls,
+    outputs,
+    overheard,
+    split_parts,
+)
 
 #: classes of different kinds, and the parts that exchange something in each
 SLICE: dict[str, tuple[str, ...]] = {
@@ -71,6 +81,9 @@ def test_classes_that_are_left_out_say_why() -> None:
         ({"error": 1e-3, "calls": 1e-6, "noise": 5e-4}, "amplifies"),
         ({"error": 1e-3, "calls": 1e-6, "noise": 5e-6}, "wrong"),
         ({"error": 1e-3, "calls": 1e-3, "noise": 5e-4}, "wrong"),
+        ({"error": 1e-3, "calls": 1e-4, "double": 1e-13, "noise": 5e-4}, "amplifies"),
+        ({"error": 1e-3, "calls": 1e-4, "double": 1e-7, "noise": 5e-4}, "wrong"),
+        ({"error": 1e-3, "calls": float("nan"), "double": float("nan"), "noise": 5e-4}, "wrong"),
         ({"error": float("nan"), "calls": 1e-6, "noise": 5e-4}, "wrong"),
     ],
 )
@@ -84,4 +97,18 @@ def test_differences_are_relative_where_values_are_large_and_never_hide_nan_or_s
     x = torch.tensor([1.0, 200.0])
     assert difference([x + 0.02], [x]) == pytest.approx(1e-4, rel=1e-3)
     assert not difference([x * float("nan")], [x]) <= PICTURE
+    assert not difference([x, x * float("nan")], [x, x]) <= PICTURE
     assert difference([x[:1]], [x]) == float("inf")
+
+
+def test_encoders_are_heard_as_denoisers_and_decoders_are() -> None:
+    small = build("StableDiffusionImg2ImgPipeline")
+    heard: list[tuple[str, int]] = []
+    with overheard(small, lambda call, output: heard.append((call.method, len(outputs(output))))):
+        small.run()
+    assert [heard[0], heard[1], heard[-1]] == [("encode", 1), ("forward", 1), ("decode", 1)]
+    assert not {"forward", "encode", "decode"} & {*vars(small.pipeline.unet), *vars(small.pipeline.vae)}
+
+
+def test_calls_in_float64_are_equal_to_far_more_digits() -> None:
+    assert of_calls("ConsistencyModelPipeline", torch.float64) <= CALL_DOUBLE

@@ -30,6 +30,10 @@ def test_a_stopped_measurement_is_a_failed_one() -> None:
         ({"error": 1e-2}, "- TinyPipeline: the result differs by 1e-02"),
         ({"error": float("nan")}, "- TinyPipeline: the result differs by nan"),
         ({"error": 1e-2, "calls": 1e-6, "noise": 9e-3}, "| unet, vae | 1e-02 | amplifies; calls by 1e-06"),
+        (
+            {"error": 1e-2, "calls": 1e-4, "double": 3e-13, "noise": 9e-3},
+            "| amplifies; calls by 1e-04 (in float64 by 3e-13), equal noise",
+        ),
         ({"refused": "CaptureError: no"}, "- TinyPipeline: CaptureError: no"),
         ({"failed": "ValueError: no"}, "- TinyPipeline: ValueError: no"),
         ({"none": "TypeError: no denoiser"}, "- TinyPipeline: TypeError: no denoiser"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
-from .pipelines_case import CALL, LIKE_NOISE, PICTURE, Found
+from .pipelines_case import CALL, CALL_DOUBLE, LIKE_NOISE, PICTURE, Found
 
 INTRODUCTION = """\
 # Pipelines
@@ -19,8 +19,9 @@ tokenizers made on the spot (`models/pipelines_zoo/`) and random weights. Each i
 Results are *equal* if no value of any result (picture, video, sound or latent) differs by more than {picture:.0e},
 relative where values are larger than 1.
 
-Some samplers amplify any rounding. They are judged by every call of their parts on equal inputs (at most
-{call:.0e} of the largest value), and by what noise of that size does to the unsplit pipeline: the difference is at most
+Some samplers amplify any rounding, and so does a picture that is rounded to whole numbers. They are judged by every
+call of their parts on equal inputs (at most {call:.0e} of the largest value; where a part itself amplifies rounding, at
+most {double:.0e} in float64), and by what noise of that size does to the unsplit pipeline: the difference is at most
 {like:.0f} times that. They are marked *amplifies*.
 """
 
@@ -37,7 +38,12 @@ def report(found: Sequence[Found], old: Sequence[str], uses: Mapping[str, Sequen
     """The document. `old` names classes whose results are missing or outdated; `uses` has outcomes by title."""
     lines = [
         INTRODUCTION.format(
-            diffusers=version("diffusers"), torch=version("torch"), picture=PICTURE, call=CALL, like=LIKE_NOISE
+            diffusers=version("diffusers"),
+            torch=version("torch"),
+            picture=PICTURE,
+            call=CALL,
+            double=CALL_DOUBLE,
+            like=LIKE_NOISE,
         ),
         *_totals(found),
         *_outdated(found, old),
@@ -98,7 +104,8 @@ def _listed(title: str, found: Sequence[Found], verdict: str, reason: Callable[[
 def _judged(found: Found) -> str:
     if found.calls is None or found.noise is None:
         return ""
-    return f"; calls by {found.calls:.0e}, equal noise changes the unsplit result by {found.noise:.0e}"
+    double = "" if found.double is None else f" (in float64 by {found.double:.0e})"
+    return f"; calls by {found.calls:.0e}{double}, equal noise changes the unsplit result by {found.noise:.0e}"
 
 
 def _table(found: Sequence[Found]) -> Iterator[str]:

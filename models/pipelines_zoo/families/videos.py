@@ -28,6 +28,7 @@ class Harmless:
 
 
 _cosmos = Recipe({"safety_checker": lambda _: Harmless()})
+_cosmos_2 = _cosmos | Recipe({"scheduler": {"use_karras_sigmas": True}})
 _pictured = {"image_encoder": 24, "image_processor": Part()}
 
 _seeing: dict[str, Any] = {"image_encoder": 12, "image_processor": Part()}
@@ -83,15 +84,14 @@ RECIPES: dict[str, Recipe] = {
         for kind in (
             "TextToWorld",
             "VideoToWorld",
-            "2TextToImage",
-            "2VideoToWorld",
             "2_5_PredictBase",
             "2_5_Transfer",
             "3Omni",
         )
     },
     "CosmosVideoToWorldPipeline": _cosmos | Recipe({"transformer": {"in_channels": 5}}, {"image": OMIT}),
-    "Cosmos2VideoToWorldPipeline": _cosmos | Recipe({"transformer": {"in_channels": 5}}, {"video": OMIT}),
+    "Cosmos2TextToImagePipeline": _cosmos_2,
+    "Cosmos2VideoToWorldPipeline": _cosmos_2 | Recipe({"transformer": {"in_channels": 5}}, {"video": OMIT}),
     "Cosmos3OmniPipeline": _cosmos | Recipe({"transformer": {"vocab_size": 640}}, {"video": OMIT}),
     "Cosmos2_5_PredictBasePipeline": _cosmos
     | Recipe(
