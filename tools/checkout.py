@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,3 +19,12 @@ def demo_folder(name: str) -> Path:
             f"repository, give --pipeline FOLDER, or train it: python -m fxpass.tools.demo.{TRAINING[name]}"
         )
     return folder
+
+
+def head() -> str:
+    """The commit of the clone, with `-dirty` after it if a tracked file has changed since; empty without git."""
+    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

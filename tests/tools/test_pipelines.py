@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fxpass.models.pipelines_zoo import files_of, names
+from fxpass.tools.checkout import head
+from fxpass.tools.sweeps import pipelines
 from fxpass.tools.sweeps.pipelines_case import Found
 from fxpass.tools.sweeps.pipelines_report import report
 
@@ -46,6 +49,29 @@ def test_the_report_of_pipelines_lists_every_problem(changes: dict[str, Any], to
     other = replace(GOOD, name="OtherPipeline")
     assert told not in report([GOOD, other], [])
     assert told in report([replace(GOOD, **changes), other], [])
+
+
+def test_the_report_says_at_which_commit_each_result_was_measured() -> None:
+    usual = [replace(GOOD, name=f"{letter}Pipeline", commit="abc") for letter in "AB"]
+    assert "Measured at commit abc." in report(usual, [])
+    text = report([*usual, replace(GOOD, commit="def"), replace(GOOD, name="Wrong", error=1.0)], [])
+    assert "Measured at commit abc, but for 2 results that say where." in text
+    assert "| TinyPipeline | unet, vae | 1e-07 | measured at def |" in text
+    assert "- Wrong: the result differs by 1e+00 (measured at an unknown commit)" in text
+
+
+def test_a_sweep_keeps_the_commit_of_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        pipelines, "measured", lambda *_, **__: [("UNet", {"name": "UNet", "key": "k", "failed": "no"})]
+    )
+    monkeypatch.setattr(pipelines, "names", lambda: ["UNet"])
+    monkeypatch.setattr(pipelines, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr("sys.argv", ["pipelines", "--only", "UNet", "--folder", str(tmp_path / "out")])
+    (tmp_path / "out").mkdir()
+    pipelines.main()
+    assert json.loads((tmp_path / "out" / "UNet.json").read_text())["commit"] == head()
+    assert f"Measured at commit {head()}." in (tmp_path / "docs" / "pipelines.md").read_text()
 
 
 def test_the_report_has_a_row_for_each_use() -> None:

@@ -66,6 +66,13 @@ def kept(folder: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def keep(folder: Path, name: str, found: dict[str, Any]) -> None:
+    """Keep the result of a name."""
+    path = folder / f"{name}.json"
+    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def digest(paths: Iterable[Path], packages: tuple[str, ...] = ("torch", "diffusers")) -> str:
     """A hash of files and of the versions of packages."""
     return _digest(tuple(paths), packages)
@@ -101,7 +108,7 @@ def _in_process(
         failed = f"its process ended with {process.exitcode}"
     if (found := kept(folder, name)) is None:
         found = {"name": name, "key": key, "failed": failed}
-        _keep(folder, name, found)
+        keep(folder, name, found)
     return found
 
 
@@ -116,10 +123,4 @@ def _measure(measure: Measure, name: str, key: str, folder: Path, gigabytes: flo
     found = measure(name, key)
     if "MemoryError" in found["failed"] or "can't allocate memory" in found["failed"]:
         found["failed"] = f"it took more than {gigabytes:g} GB"
-    _keep(folder, name, found)
-
-
-def _keep(folder: Path, name: str, found: dict[str, Any]) -> None:
-    path = folder / f"{name}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1))
-    os.replace(path.with_suffix(".tmp"), path)
+    keep(folder, name, found)

@@ -16,9 +16,9 @@ from typing import Any
 
 from ...models.pipelines_zoo import files_of, names
 from ...models.pipelines_zoo.uses import USES
-from ..checkout import ROOT
+from ..checkout import ROOT, head
 from . import pipeline_uses
-from .apart import digest, kept, measured, options_of, sources
+from .apart import digest, keep, kept, measured, options_of, sources
 from .pipelines_case import Found, measure
 from .pipelines_report import report
 
@@ -36,7 +36,9 @@ def main() -> None:
         print(f"{len(everything)} classes, {len(todo)} to measure", flush=True)
         limits: dict[str, Any] = {"jobs": options.jobs, "seconds": options.seconds, "gigabytes": options.gigabytes}
         keys = {name: key_of(name) for name in todo}
+        commit = head()
         for done, (name, data) in enumerate(measured(measure, keys, options.folder, **limits), 1):
+            keep(options.folder, name, data := data | {"commit": commit})
             found = Found.of(data)
             print(f"{done:4d}/{len(todo)}  {found.seconds:6.1f} s  {name}: {found.verdict}{_more(found)}", flush=True)
         _sweep_uses(options, limits)

@@ -51,6 +51,7 @@ class Found:
     whole: tuple[str, ...] = ()  #: parts that ran unsplit, with the reason
     blind: str = ""  #: why equality says little
     seconds: float = 0.0
+    commit: str = ""  #: of the code that was measured
 
     @property
     def verdict(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
@@ -46,7 +47,7 @@ def report(found: Sequence[Found], old: Sequence[str], uses: Mapping[str, Sequen
             like=LIKE_NOISE,
         ),
         *_totals(found),
-        *_outdated(found, old),
+        *_measured(found, old),
         *_listed("Not equal", found, "wrong", lambda each: f"the result differs by {each.error:.0e}{_judged(each)}"),
         *_listed("Refused", found, "refused", lambda each: each.refused),
         *_listed("Not measured to the end", found, "failed", lambda each: each.failed),
@@ -58,7 +59,7 @@ def report(found: Sequence[Found], old: Sequence[str], uses: Mapping[str, Sequen
         "",
         "*Split*: the parts whose ranks exchange something. Other parts of the pipeline run as they are.",
         "",
-        *_table([each for each in found if each.verdict in ("equal", "amplifies", "wrong")]),
+        *_table([each for each in found if each.verdict in ("equal", "amplifies", "wrong")], _usual(found)),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -79,13 +80,27 @@ def _totals(found: Sequence[Found]) -> Iterator[str]:
             yield f"| {title} | {count} | {count / max(1, rest):.1%} |"
 
 
-def _outdated(found: Sequence[Found], old: Sequence[str]) -> Iterator[str]:
-    """Says which results are missing, and how many are of an earlier state of the code."""
+def _measured(found: Sequence[Found], old: Sequence[str]) -> Iterator[str]:
+    """Says at which commit results were measured, and which are missing or of an earlier state of the code."""
+    usual = _usual(found)
+    others = len([each for each in found if each.commit != usual])
+    yield f"\nMeasured at commit {usual or 'unknown'}" + (
+        f", but for {others} results that say where." if others else "."
+    )
     missing = [name for name in old if name not in {each.name for each in found}]
     if missing:
         yield f"\nNot measured: {', '.join(missing)}."
     if earlier := len(old) - len(missing):
-        yield f"\n{earlier} of these results are of an earlier state of the code; `make pipelines` measures them again."
+        yield f"\nThe code has changed since {earlier} of these results; `make pipelines` measures them again."
+
+
+def _usual(found: Sequence[Found]) -> str:
+    """The commit at which most results were measured."""
+    return Counter(each.commit for each in found).most_common(1)[0][0] if found else ""
+
+
+def _where(each: Found, usual: str) -> str:
+    return f"measured at {each.commit or 'an unknown commit'}" if each.commit != usual else ""
 
 
 def _used(uses: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -98,7 +113,9 @@ def _listed(title: str, found: Sequence[Found], verdict: str, reason: Callable[[
     chosen = [each for each in found if each.verdict == verdict]
     if chosen:
         yield from ("", f"**{title}**", "")
-        yield from (f"- {each.name}: {_short(reason(each), 400)}" for each in chosen)
+        for each in chosen:
+            where = _where(each, _usual(found))
+            yield f"- {each.name}: {_short(reason(each), 400)}" + (f" ({where})" if where else "")
 
 
 def _judged(found: Found) -> str:
@@ -108,12 +125,12 @@ def _judged(found: Found) -> str:
     return f"; calls by {found.calls:.0e}{double}, equal noise changes the unsplit result by {found.noise:.0e}"
 
 
-def _table(found: Sequence[Found]) -> Iterator[str]:
+def _table(found: Sequence[Found], usual: str) -> Iterator[str]:
     yield "| pipeline | split | difference | |"
     yield "| --- | --- | ---: | --- |"
     for each in found:
         notes = [each.verdict if each.verdict != "equal" else "", _judged(each).removeprefix("; "), each.blind]
-        notes += [f"unsplit: {_short(reason)}" for reason in each.whole]
+        notes += [*(f"unsplit: {_short(reason)}" for reason in each.whole), _where(each, usual)]
         cells = [each.name, ", ".join(each.split), f"{each.error:.0e}", "; ".join(filter(None, notes))]
         yield "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
