@@ -61,9 +61,10 @@ def test_the_report_says_at_which_commit_each_result_was_measured() -> None:
 
 
 def test_a_sweep_keeps_the_commit_of_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        pipelines, "measured", lambda *_, **__: [("UNet", {"name": "UNet", "key": "k", "failed": "no"})]
-    )
+    def measured(_: Any, keys: dict[str, str], *__: Any, **___: Any) -> list[tuple[str, dict[str, Any]]]:
+        return [(name, {"name": name, "key": key, "failed": "no"}) for name, key in keys.items()]
+
+    monkeypatch.setattr(pipelines, "measured", measured)
     monkeypatch.setattr(pipelines, "names", lambda: ["UNet"])
     monkeypatch.setattr(pipelines, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
