@@ -22,9 +22,11 @@ def demo_folder(name: str) -> Path:
 
 
 def head() -> str:
-    """The commit of the clone, with `-dirty` after it if a tracked file has changed since; empty without git."""
-    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
+    """The commit of the clone, with `-dirty` after it if a file but those in docs/ has changed; empty without git."""
+    command = ("git", "describe", "--always", "--exclude=*")
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+    changed = subprocess.run(("git", "diff", "--quiet", "HEAD", "--", ".", ":!docs"), cwd=ROOT, check=False).returncode
+    return f"{commit}-dirty" if changed else commit
