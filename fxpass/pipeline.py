@@ -25,6 +25,7 @@ from .models.pipelines import (
 )
 from .runtime.attached import attach, attach_again, attached_to, detach
 from .runtime.engine import Engine
+from .runtime.feeds import connect
 from .runtime.module import ParallelModule
 
 #: the parallel modules of each pipeline, by its id, so that they outlive hooks that replace their methods
@@ -75,6 +76,10 @@ def split_pipeline(pipeline: Any, engine_of: Callable[[nn.Module], Engine]) -> N
         modules[key] = split_module(model, lambda _, key=key: engines[key], required=key in needed)
         if attached_to(_model(model)) is None:
             attach(modules[key])
+    connect(
+        (engines[key] for key in needed),
+        (engines[id(_model(getattr(each, name)))] for each in pipelines for name in beside(each)),
+    )
     for each, name in places:
         value = getattr(each, name)
         if type(value) is ParallelModule:

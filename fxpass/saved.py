@@ -29,6 +29,7 @@ from .passes import build
 from .passes.normalize import normalize
 from .passes.targets import Target
 from .plan import Plan
+from .runtime.errors import NoPlanError
 
 SCHEMA = "fxpass.plans"
 VERSION = 2  #: of the schema
@@ -102,7 +103,7 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
     whole, here = fingerprint(normalize(program).graph), versions()
     fitting = [each for each in plans if each.program == whole and (each.fxpass, each.torch) == here]
     if not fitting:
-        raise ValueError(_misfit(program, plans, here))
+        raise NoPlanError(_misfit(program, plans, here))
     saved = fitting[0]
     ranks, groups, copies = saved.world_size, saved.groups, saved.copies
     result = build(program, ranks, target, saved.strategy, groups=groups // copies, copies=copies, cuts=saved.cuts)
@@ -113,7 +114,7 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
         result.program, result.graph, ranks, saved.strategy, target, cuts, seconds, groups=groups, copies=copies
     )
     if plan.fingerprint != saved.plan:
-        raise ValueError("these cuts give another plan than when they were saved; make it anew (Plan.save)")
+        raise NoPlanError("these cuts give another plan than when they were saved; make it anew (Plan.save)")
     return plan
 
 

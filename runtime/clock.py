@@ -73,6 +73,7 @@ class Clock:
         warmup_steps: exact steps at the beginning of a generation, at least one.
         cooldown_steps: exact steps at its end.
         names: of the inputs, for messages.
+        others: the indices of inputs that are no conditioning either.
     """
 
     timestep: int | None
@@ -80,6 +81,7 @@ class Clock:
     warmup_steps: int
     cooldown_steps: int = 0
     names: Sequence[str] = ()
+    others: frozenset[int] = frozenset()
     contexts: list[Context] = field(default_factory=list)
     calls: int = 0
 
@@ -89,7 +91,8 @@ class Clock:
         found = moving(program)
         if found is None:
             return Clock(None, 0, warmup_steps)
-        return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps, program.input_paths)
+        paths = program.input_paths
+        return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps, paths, found.others)
 
     def facts(self, tensors: Sequence[Tensor], generation: Generation) -> list[Tensor]:
         """What `step` reads of a call's inputs, without a wait for their device: float64 [n] each.
@@ -176,8 +179,11 @@ class Clock:
             context.broken = True
 
     def _conditioning(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs beside sample and timestep."""
-        return [tensor for i, tensor in enumerate(tensors) if i not in (self.timestep, self.sample)]
+        """The inputs beside those that move."""
+        return [tensor for i, tensor in enumerate(tensors) if self._is_conditioning(i)]
+
+    def _is_conditioning(self, i: int) -> bool:
+        return i not in (self.timestep, self.sample) and i not in self.others
 
     def _broken(self, context: Context, time: list[float], correlates: bool) -> str:
         """Why a call does not continue a context; empty if it does.
@@ -218,7 +224,7 @@ class Clock:
         others = [c for c in self.contexts if c.generation is generation and _mean(c.timestep) > _mean(time)]
         if not others or self.timestep is None:
             return ""
-        names = [name for i, name in enumerate(self.names) if i not in (self.timestep, self.sample)]
+        names = [name for i, name in enumerate(self.names) if self._is_conditioning(i)]
         pairs = zip(names, others[-1].conditioning, conditioning, strict=False)
         changed = [name for name, before, now in pairs if not torch.equal(before, now)]
         return f"other inputs than the sample and the timestep change from step to step ({', '.join(changed[:3])})"

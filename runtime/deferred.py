@@ -6,12 +6,16 @@ deferred as well. Any other use computes it, and works on the value, a plain ten
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ..capture.guards import version
 
 #: what is known before the value is
 METADATA: set[Any] = {
@@ -33,8 +37,39 @@ DEFERRED: set[Any] = {
 }
 
 
+class Step:
+    """A function of deferred tensors, and the tensors that it makes. These keep it alive, and it does not keep them.
+
+    Args:
+        args, kwargs: nobody else changes them.
+    """
+
+    def __init__(self, func: Any, args: Any, kwargs: Any) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.made: list[weakref.ref[DeferredTensor]] = []
+
+    def evaluate(self) -> None:
+        """Give the tensors their values, or the reason why there are none."""
+        try:
+            args, kwargs = pytree.tree_map_only(DeferredTensor, _known, (self.args, self.kwargs))
+            found = pytree.tree_leaves(self.func(*args, **kwargs))
+        except Exception as error:
+            self.fail(error)
+            return
+        for reference, value in zip(self.made, found, strict=True):
+            _give(reference, value)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the tensors why they have no values."""
+        for reference in self.made:
+            if (each := reference()) is not None:
+                each.error = error
+
+
 class Source:
     """A call that has not run yet, and all tensors that are deferred because of it, in the order of their making.
+
+    Several threads may use its tensors.
 
     Args:
         run: runs the call, and then gives `give` its results, or `fail` the reason why there are none.
@@ -42,8 +77,10 @@ class Source:
 
     def __init__(self, run: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
-        self._results: list[DeferredTensor] = []
-        self._later: list[tuple[Any, Any, Any, list[DeferredTensor]]] = []
+        self._results: list[weakref.ref[DeferredTensor]] = []
+        self._steps: list[weakref.ref[Step]] = []
+        self._ended: BaseException | bool = False  #: True once the results have values; or why they have none
+        self._lock = threading.RLock()
 
     def results(self, like: Sequence[Tensor]) -> list[DeferredTensor]:
         """The results of the call.
@@ -51,63 +88,84 @@ class Source:
         Args:
             like: tensors of their shapes, dtypes and devices.
         """
-        self._results = [DeferredTensor(self, each, each.device) for each in like]
-        return self._results
+        made = [DeferredTensor(self, each, each.device, None, place) for place, each in enumerate(like)]
+        self._results = [weakref.ref(each) for each in made]
+        return made
+
+    def takes(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether the results of a function with a deferred tensor among its arguments are deferred, too."""
+        return func in DEFERRED and bool(args) and _waits(args[0]) and _fixed((args[1:], kwargs))
 
     def later(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What a function of a deferred tensor, its first argument, returns: deferred tensors."""
-        base: DeferredTensor = args[0]
-        shaped = torch.empty(base.shape, dtype=base.dtype, device="meta")
-        leaves, spec = pytree.tree_flatten(func(shaped, *args[1:], **kwargs))
-        made = [DeferredTensor(self, each, base.device) for each in leaves]
-        self._later.append((func, args, kwargs, made))
+        """What a function of deferred tensors returns: deferred tensors."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        device = next(each.device for each in leaves if isinstance(each, DeferredTensor))
+        shaped = pytree.tree_map_only(Tensor, _without_data, (args, kwargs))
+        found, spec = pytree.tree_flatten(func(*shaped[0], **shaped[1]))
+        step = Step(func, args, kwargs)
+        made = [DeferredTensor(self, each, device, step, place) for place, each in enumerate(found)]
+        step.made = [weakref.ref(each) for each in made]
+        with self._lock:
+            if self._ended is False:
+                self._steps.append(weakref.ref(step))
+            elif self._ended is True:
+                step.evaluate()
+            else:
+                step.fail(self._ended)
         return pytree.tree_unflatten(made, spec)
 
     def give(self, values: Sequence[Tensor]) -> None:
         """Give all tensors their values, before anything writes to the results."""
-        for each, value in zip(self._results, values, strict=True):
-            each.value = value
-        for func, args, kwargs, made in self._later:
-            try:
-                found = pytree.tree_leaves(func(args[0].value, *args[1:], **kwargs))
-            except Exception as error:
-                for each in made:
-                    each.error = error
-                continue
-            for each, value in zip(made, found, strict=True):
-                each.value = value
-        self._end()
+        with self._lock:
+            for reference, value in zip(self._results, values, strict=True):
+                _give(reference, value)
+            for step in self._end(True):
+                step.evaluate()
 
     def fail(self, error: BaseException) -> None:
         """Tell all tensors why they have no values."""
-        for each in [*self._results, *(each for *_, made in self._later for each in made)]:
-            each.error = error
-        self._end()
+        with self._lock:
+            for reference in self._results:
+                if (each := reference()) is not None:
+                    each.error = error
+            for step in self._end(error):
+                step.fail(error)
 
-    def _end(self) -> None:
-        self.run = None
-        self._results, self._later = [], []
+    def _end(self, ended: BaseException | bool) -> list[Step]:
+        """The steps whose results are still used."""
+        steps = [step for reference in self._steps if (step := reference()) is not None]
+        self.run, self._ended, self._steps = None, ended, []
+        return steps
 
 
 class DeferredTensor(Tensor):
     """A tensor whose value another call computes.
 
     Attributes:
+        step: what made it of other deferred tensors; None if it is a result of the call.
+        place: which of the results it is, of the step or of the call.
         value: None until it is computed.
-        error: why it was not; None if nothing went wrong.
+        version: the version of the value when it was new.
+        error: why it was not computed; None if nothing went wrong.
     """
 
     source: Source
+    step: Step | None
+    place: int
     value: Tensor | None
+    version: int
     error: BaseException | None
 
     @staticmethod
-    def __new__(cls, source: Source, like: Tensor, device: torch.device) -> DeferredTensor:
+    def __new__(
+        cls, source: Source, like: Tensor, device: torch.device, step: Step | None, place: int
+    ) -> DeferredTensor:
         made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)  # type: ignore[attr-defined]
-        made.source, made.value, made.error = source, None, None
+        made.source, made.step, made.place = source, step, place
+        made.value, made.version, made.error = None, 0, None
         return made
 
-    def __init__(self, source: Source, like: Tensor, device: torch.device) -> None:
+    def __init__(self, source: Source, like: Tensor, device: torch.device, step: Step | None, place: int) -> None:
         super().__init__()
 
     @classmethod
@@ -116,8 +174,10 @@ class DeferredTensor(Tensor):
         if func in METADATA and _waits(args[0]):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in DEFERRED and _waits(args[0]) and _fixed((args[1:], kwargs)):
-            return args[0].source.later(func, args, kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        source = next((each.source for each in leaves if isinstance(each, DeferredTensor)), None)
+        if source is not None and source.takes(func, args, kwargs):
+            return source.later(func, args, kwargs)
         args, kwargs = plain((args, kwargs))
         return func(*args, **kwargs)
 
@@ -145,10 +205,25 @@ def value_of(deferred: DeferredTensor) -> Tensor:
     """
     if _waits(deferred) and (run := deferred.source.run) is not None:  # else another thread gives it its value
         run()
+    with deferred.source._lock:
+        return _known(deferred)
+
+
+def _known(deferred: DeferredTensor) -> Tensor:
+    """The value of a deferred tensor whose source has run."""
     if deferred.error is not None:
         raise RuntimeError(f"this result of an earlier call was not computed: {deferred.error}") from deferred.error
     assert deferred.value is not None
     return deferred.value
+
+
+def _give(reference: weakref.ref[DeferredTensor], value: Tensor) -> None:
+    if (deferred := reference()) is not None:
+        deferred.value, deferred.version = value, version(value)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _waits(x: Any) -> bool:

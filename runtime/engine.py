@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import replace
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ from .programs import Planner, Programs
 from .together import Together, Waiting
 from .turn import Turn
 
+if TYPE_CHECKING:
+    from .feeds import Feeder, Joints
+
+APART = object()  #: instead of a result: the call runs by itself
 UNSPLIT = (CaptureError, GuardError, WorldSizeError)  #: errors after which a call of a method runs unsplit
 
 
@@ -68,7 +72,10 @@ class Engine:
         self.plan: PlanLike | None = None
         self._apart = apart or planner
         self._waiting = Waiting()
-        self.programs = Programs(model, planner, executor, self._complete, capturing)
+        self.planner = planner
+        self.programs = Programs(model, planner, executor, self._waiting.release, capturing)
+        self.feeder: Feeder | None = None  #: lets calls wait for a denoiser that takes their results
+        self.joints: Joints | None = None  #: runs calls together with a part whose results they take
         self._unsplit: set[Any] = set()  # keys of calls that cannot be split
         self._unsplit_structure: Structure | None = None  # of the model after the first of them
         self.turn = turn or Turn()
@@ -94,6 +101,8 @@ class Engine:
         gradients = torch.is_grad_enabled()
         if method is not None and self._must_be_plain(method, gradients, args, kwargs):
             return method.function(*args, **kwargs)
+        if self.joints is not None and (joined := self.joints.run(self, args, kwargs, method)) is not APART:
+            return joined
         plain(leaves_of(args, kwargs))  # computes results that are deferred: this thread must not have the turn
         with self.turn.taken(), torch.no_grad():
             if self._closed:
@@ -107,11 +116,12 @@ class Engine:
                 self.executor.begin(self._device(args, kwargs))
                 found = self._found(args, kwargs, method, gradients)
                 if found is None:
-                    assert method is not None
                     return self._run_unsplit(method, args, kwargs)
-                call, entry = found
-                self.plan = entry.plan
-                generation, weights = self._generations.current(), entry.weights.tensors()
+                call, entry, waits = found
+                generation = self._generations.current()
+                if waits and self.feeder is not None:
+                    return self.feeder.defer(self, call, entry, generation)
+                self.plan, weights = entry.plan, entry.weights.tensors()
                 if entry.plan.calls > 1:
                     run, changed = partial(self._run, entry), partial(written, entry.captured)
                     new = Together(entry.plan, weights, generation, run, changed)
@@ -158,11 +168,6 @@ class Engine:
         with self.turn.taken(), torch.no_grad(), self._failing():
             self._waiting.run(early=False)
 
-    def _complete(self, entry: Entry) -> None:
-        """Run the calls of an entry that wait: it is about to be released."""
-        if self._waiting.entry is entry:
-            self._waiting.run(early=False)
-
     def _run_apart(self, entry: Entry, call: Call) -> None:
         """Plan an entry's calls one by one from now on."""
         count, entry.apart = entry.plan.calls, False
@@ -200,6 +205,9 @@ class Engine:
                 try:
                     with suppress(Exception), torch.no_grad():  # whoever uses a result that has failed hears of it
                         self._waiting.run(early=False)
+                    for each in (self.joints, self.feeder):
+                        if each is not None:
+                            each.close()
                     self.programs.forget()
                 finally:
                     self.programs.clear()
@@ -222,7 +230,7 @@ class Engine:
         Args:
             number: of the step, from 0.
         """
-        clock = next((each.clock for each in self.programs.all() if each.plan is self.plan), None)
+        clock = next((each.clock for each in self.programs.all() if each.planned and each.plan is self.plan), None)
         tensors, numbers = list(call.tensors), dict(call.numbers)
         if clock is not None and (i := clock.timestep) is not None:
             whole = not tensors[i].is_floating_point()
@@ -235,7 +243,8 @@ class Engine:
     @property
     def compiled(self) -> list[Report]:
         """Compilation reports of the programs kept, for this process's rank."""
-        return [report for entry in self.programs.all() for report in entry.loaded.compiled]
+        own = [report for entry in self.programs.all() if entry.planned for report in entry.loaded.compiled]
+        return own + [report for joint in self.joints or () for report in joint.compiled]
 
     def _say_idle(self, generation: Generation) -> None:
         """Warn once of a generation without displaced steps, when it ends."""
@@ -254,8 +263,8 @@ class Engine:
 
     def _found(
         self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool
-    ) -> tuple[Call, Entry] | None:
-        """A call with its program; None if it is of a method, and has to run unsplit."""
+    ) -> tuple[Call, Entry, bool] | None:
+        """A call with its program, and whether it waits for a denoiser; None if it has to run unsplit."""
         call = None
         try:
             call = Call.of(self.model, args, kwargs, method)
@@ -269,11 +278,16 @@ class Engine:
             # an argument that is perhaps not read, like a generator of random numbers, makes no difference here
             if any(call.key == key or call.differs(key) for key in self._unsplit):
                 return None
-            entry = self.programs.entry(call)
-            if entry.apart:
+            feeder = self.feeder
+            waits = feeder is not None and feeder.may_wait(self, call, self._generations.current())
+            entry = self.programs.entry(call, planned=not waits)
+            waits = waits and feeder is not None and feeder.fits(entry)
+            if not waits and not entry.planned:
+                self.programs.plan(entry, call)
+            if not waits and entry.apart:
                 self._run_apart(entry, call)
             check_memory(entry.captured, self.model, call)
-            return call, entry
+            return call, entry, waits
         except UNSPLIT as error:
             if method is None or method.most is None or self.strict:
                 raise
@@ -296,7 +310,8 @@ class Engine:
         self._say_unsplit(method, "an input requires a gradient")
         return True
 
-    def _run_unsplit(self, method: Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _run_unsplit(self, method: Method | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        assert method is not None
         result = method.function(*args, **kwargs)
         if self._unsplit_structure is None:  # the first run may leave attributes behind, as later ones do
             self._unsplit_structure = Structure(self.model, hooks=False)

@@ -22,6 +22,7 @@ class Entry:
     captured: Program
     hooks: bool  #: whether it holds the hooks of the model itself
     weights: WeightTable = field(init=False)  #: of the plan's program, or of the captured one as long as there is none
+    alone: bool = False  #: its calls never wait for a denoiser that takes their results
     planned: bool = False  #: whether it has what follows
     plan: PlanLike = field(init=False)
     loaded: Loaded = field(init=False)

@@ -21,3 +21,7 @@ class RankError(RuntimeError):
 
 class DisagreementError(RuntimeError):
     """The ranks differ in versions, weights, inputs or plans. The message names the difference."""
+
+
+class NoPlanError(ValueError):
+    """No plan can be used for a call. The message says why."""

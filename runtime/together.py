@@ -50,7 +50,7 @@ class Together:
         self.generation = generation
         self.ended = False
         self.weights = list(weights)
-        self._places = _places(weights)
+        self._places = places(weights)
         self._run = run
         self.inputs: list[Tensor] = []  #: stacked: [count, *shape]
         self._sources: list[Source] = []  #: of the calls that wait
@@ -87,7 +87,7 @@ class Together:
         count = len(self._sources)
         for stacked in self.inputs:
             stacked[count:].copy_(stacked[:1].expand_as(stacked[count:]))
-        if _places(self.weights) == self._places and not self._written():
+        if places(self.weights) == self._places and not self._written():
             self._ran(count)
         else:
             self.fail(RuntimeError(CHANGED))
@@ -117,7 +117,7 @@ class Together:
             source.fail(error)
 
 
-def _places(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+def places(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
     """The address and the version of each weight."""
     return [(each.data_ptr(), -1 if each.is_inference() else each._version) for each in weights]
 
@@ -162,6 +162,11 @@ class Waiting:
         if entry is not None and together is not None:
             together.run()
             entry.apart = entry.apart or (early and not entry.together_only)  # not if a rank disagrees or has failed
+
+    def release(self, entry: Entry) -> None:
+        """Run the calls that wait if they are of this entry, which is about to be released."""
+        if self.entry is entry:
+            self.run(early=False)
 
     def fail(self, why: str) -> None:
         """Give up the calls that wait: whoever uses their results hears why."""

@@ -69,7 +69,7 @@ class Call:
             TypeError: the arguments do not fit the signature.
             CaptureError: an argument may hold tensors that cannot be found.
         """
-        arguments, positional = _bind(model.forward if method is None else method.function, args, kwargs)
+        arguments, positional = bind(model.forward if method is None else method.function, args, kwargs)
         leaves, spec = pytree.tree_flatten_with_path(opened(arguments))
         tensors: list[Tensor] = []
         paths: list[str] = []
@@ -161,10 +161,14 @@ class Call:
         return [tensor if i in lifted else self.numbers.get(i, tensor) for i, tensor in enumerate(tensors)]
 
 
-def _bind(
+def bind(
     function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The arguments by name, and the names of those that were passed by position."""
+    """The arguments by name, and the names of those that were passed by position.
+
+    Raises:
+        TypeError: they do not fit the signature.
+    """
     signature = inspect.signature(function)
     bound = signature.bind(*args, **kwargs)
     parameters = signature.parameters

@@ -12,14 +12,22 @@ from torch import fx
 from .program import Program, shape_of
 
 TIMESTEP = re.compile(r"(^|[._])(t|ts|times?|timesteps?|sigmas?|noise_(levels?|labels?))(\.\d+)?$")
+INDEX = re.compile(r"(\.\d+)+$")  #: at the end of a path: the place in a list
 
 
 @dataclass(frozen=True)
 class Moving:
-    """The indices of the timestep and the sample among a program's inputs."""
+    """The indices of the timestep and the sample among a program's inputs.
+
+    Attributes:
+        others: of inputs that say nothing about the conditioning: those that the program does not read, other items of
+            the list that the sample is in (`x.1` beside `x.0`), and the timestep and the sample of other parts, where a
+            program is made of several (`part.sample` beside `denoiser.sample`).
+    """
 
     timestep: int
     sample: int
+    others: frozenset[int] = frozenset()
 
 
 def moving(program: Program) -> Moving | None:
@@ -36,13 +44,21 @@ def moving(program: Program) -> Moving | None:
     outputs: Sequence[Any] = tuple(output.args[0])
     if not times or not outputs:
         return None
-    return Moving(times[0], _most_like(outputs[0], inputs))
+    timestep, sample = times[0], _most_like(outputs[0], inputs)
+    names = [INDEX.sub("", path) for path in program.input_paths]
+    within = [name.partition(".")[2] for name in names]
+    lists, parts = ({of[i] for i in (timestep, sample)} for of in (names, within))
+    same = [names[i] in lists or within[i] in parts - {""} for i in range(len(names))]
+    others = {i for i, node in enumerate(inputs) if same[i] or not node.users}
+    return Moving(timestep, sample, frozenset(others - {timestep, sample}))
 
 
 def moving_names(program: Program) -> set[str]:
     """The placeholders of the inputs that change from step to step; all inputs if that is unknown."""
     found = moving(program)
-    return set(program.inputs) if found is None else {program.inputs[found.timestep], program.inputs[found.sample]}
+    if found is None:
+        return set(program.inputs)
+    return {program.inputs[i] for i in (found.timestep, found.sample, *found.others)}
 
 
 def _most_like(output: fx.Node, inputs: Sequence[fx.Node]) -> int:

@@ -1,0 +1,294 @@
+"""A part of a pipeline that feeds a denoiser runs in one program with it (`joint.py`).
+
+A call of such a part waits: it returns deferred tensors. What the pipeline does with them before it gives them to the
+denoiser (scale, add, concatenate, cast) is recorded. The denoiser's call runs everything at once. Every other use of a
+result runs the part alone and unsplit, in this process only: ranks need not do the same with results.
+
+Which calls wait depends on calls alone, which all ranks make alike. A part whose results a denoiser took twice, or that
+cannot run in one program with it, never waits again; one whose results no denoiser took waits again in the next
+generation.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..capture import Call, Method, arranged, bind, outdated, unsplit
+from ..capture.guards import version
+from ..ir.program import Program
+from .deferred import DEFERRED, DeferredTensor, Source, plain
+from .engine import APART, UNSPLIT, Engine
+from .entry import Entry
+from .errors import NoPlanError
+from .executor import PlanLike
+from .generation import Generation
+from .joint import Joint, write
+from .together import places
+
+log = logging.getLogger("fxpass")
+
+CHANGED = (
+    "the module was changed (its tensors, an adapter, an attribute) between its call and the call of the denoiser that "
+    "takes its results; change it before or after both calls"
+)
+#: functions that combine tensors and numbers
+COMBINING = frozenset(
+    {
+        *(Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.neg, Tensor.__rsub__, Tensor.__rdiv__),
+        *(torch.add, torch.sub, torch.subtract, torch.mul, torch.multiply, torch.div, torch.neg),
+    }
+)
+#: functions of results of a part, whose own results are deferred
+RECORDED = DEFERRED | COMBINING | {torch.cat, torch.concat, torch.stack, torch.zeros_like, Tensor.to, Tensor.repeat}
+_STATIC = (int, float, slice, torch.dtype, torch.memory_format, type(None), type(...))
+
+
+class Feed(Source):
+    """A call of a part, whose results a denoiser may take.
+
+    The inputs are copied, because the caller may change them.
+
+    Args:
+        engine: of the part.
+    """
+
+    def __init__(self, engine: Engine, entry: Entry, call: Call, generation: Generation) -> None:
+        super().__init__(self._compute)
+        self.engine, self.entry, self.call, self.generation = engine, entry, call, generation
+        self.joined = False  #: a denoiser has taken the results
+        self._versions = [version(each) for each in call.tensors]
+        self._changes = engine.programs.changes
+        self._places = places(entry.weights.tensors())
+        copies: dict[int, Tensor] = {}
+        with torch.inference_mode(False):
+            for each in call.tensors:
+                copies.setdefault(id(each), each.clone())
+        self._copies = [copies[id(each)] for each in call.tensors]
+
+    def takes(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether results of a function are deferred, also after the values of its arguments were computed."""
+        if func not in RECORDED or "out" in kwargs:
+            return False
+        leaves = pytree.tree_leaves((args, kwargs))
+        device = self.call.tensors[0].device
+
+        def fits(leaf: Any) -> bool:
+            if isinstance(leaf, DeferredTensor):
+                return leaf.source is self and unwritten(leaf)
+            if isinstance(leaf, Tensor):
+                alike = not leaf.ndim or leaf.device == device
+                return func is not Tensor.to and type(leaf) is Tensor and alike and not leaf.requires_grad
+            return isinstance(leaf, _STATIC)
+
+        return all(map(fits, leaves))
+
+    def later(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Keep copies of what the caller may change."""
+        args, kwargs = pytree.tree_map(lambda x: x.clone() if type(x) is Tensor else x, (args, kwargs))
+        return super().later(func, args, kwargs)
+
+    def unchanged(self) -> bool:
+        """Whether the part is as it was at its call; this thread has the turn."""
+        programs = self.engine.programs
+        programs.update()
+        if programs.changes != self._changes or outdated(self.entry.captured, self.engine.model):
+            return False
+        return places(self.entry.weights.tensors()) == self._places
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the call, by name. Tensors that nobody has written to since are the caller's own."""
+        tensors = [
+            copied if each.is_inference() or version(each) != seen else each
+            for each, copied, seen in zip(self.call.tensors, self._copies, self._versions, strict=True)
+        ]
+        return self.call.rebuild(self.call.with_numbers(tensors))
+
+    def leaves(self) -> list[int]:
+        """For each tensor that the part returns, which leaf of its result it is."""
+        return [place for place, leaf in enumerate(self.entry.captured.out_leaves) if leaf is ...]
+
+    def _compute(self) -> None:
+        """Run the part alone, unsplit."""
+        turn, model = self.engine.turn, self.engine.model
+        inside = turn.holder == get_ident()
+        with nullcontext() if inside else turn.taken(), torch.no_grad(), torch.inference_mode(False):
+            if self.run is None:
+                return  # another thread was faster
+            if not self.unchanged():
+                self.fail(RuntimeError(CHANGED))
+                return
+            try:
+                with torch.autocast(self.call.tensors[0].device.type, enabled=False):
+                    found = unsplit(model, replace(self.call, tensors=tuple(self._copies)), self.entry.captured)
+            except BaseException as error:
+                self.fail(error)
+                raise
+            self.give(found)
+
+
+def unwritten(deferred: DeferredTensor) -> bool:
+    """Whether a deferred tensor still is what its recipe makes: nobody has written to its value."""
+    if deferred.error is not None:
+        return False
+    return deferred.value is None or version(deferred.value) == deferred.version
+
+
+class Feeder:
+    """Lets calls of a part wait for the denoiser."""
+
+    def __init__(self) -> None:
+        self.joints: weakref.WeakSet[JointEngine] = weakref.WeakSet()
+
+    def may_wait(self, engine: Engine, call: Call, generation: Generation) -> bool:
+        """Whether a call may wait, as far as is known before it was captured."""
+        return not generation.untaken and _is_plain(engine, call.method) and not _autocast()
+
+    def fits(self, entry: Entry) -> bool:
+        """Whether calls of a program may wait: they only return tensors, and may run in one program with a denoiser."""
+        program = entry.captured
+        new = all(leaf is ... or leaf is None for leaf in program.out_leaves)
+        return new and not entry.alone and not program.written and not program.changes
+
+    def defer(self, engine: Engine, call: Call, entry: Entry, generation: Generation) -> Any:
+        """What the part returns, with deferred tensors."""
+        (output,) = entry.captured.graph.find_nodes(op="output")
+        feed = Feed(engine, entry, call, generation)
+        generation.untaken = True
+        results = feed.results([node.meta["val"] for node in output.args[0]])
+        return arranged(entry.captured, iter(results), call)[0]
+
+    def close(self) -> None:
+        """Release the programs in which the part runs with a denoiser."""
+        for joint in self.joints:
+            joint.programs.forget()
+
+
+class JointEngine(Engine):
+    """Runs calls of a denoiser with a part that feeds it; a call that cannot be split so returns `APART`.
+
+    It shares executor, turn and generations with the denoiser's own engine, which releases its programs.
+    """
+
+    def __init__(self, engine: Engine, part: Engine) -> None:
+        def planner(program: Program) -> PlanLike:
+            plan = engine.planner(program)
+            if plan.calls > 1:
+                raise NoPlanError(f"{plan.calls} calls of the denoiser run at once")
+            return plan
+
+        model = Joint(engine.model, part.model)
+        super().__init__(model, planner, engine.executor, strict=engine.strict, turn=engine.turn)
+        self._generations = engine._generations
+        self.refused = ""  #: why the last call returned `APART`
+
+    def _found(self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool) -> Any:
+        try:
+            return super()._found(args, kwargs, method, gradients)
+        except (*UNSPLIT, NoPlanError) as error:
+            self.refused = str(error)
+            return None
+
+    def _run_unsplit(self, method: Method | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return APART
+
+
+class Joints:
+    """Runs calls of a denoiser that takes results of another part in one program with that part."""
+
+    def __init__(self) -> None:
+        self._engines: dict[int, JointEngine] = {}  #: by the id of the part's engine
+
+    def __iter__(self) -> Iterator[JointEngine]:
+        return iter(self._engines.values())
+
+    def run(self, engine: Engine, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None) -> Any:
+        """The result of a call of the denoiser; `APART` if it takes no results of a part, or runs by itself."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        feeds = {each.source for each in leaves if isinstance(each, DeferredTensor) and isinstance(each.source, Feed)}
+        if not feeds or not _is_plain(engine, method) or (engine.model.training and torch.is_grad_enabled()):
+            return APART
+        for feed in feeds:
+            if feed.joined:
+                _leave(feed, "a denoiser takes its results twice")
+        if len(feeds) > 1 or _autocast():
+            return APART
+        (feed,) = feeds
+        if feed.joined or feed.engine.turn is not engine.turn or feed.engine.ended:
+            return APART
+        arguments, _ = bind(engine.model.forward, args, kwargs)
+        leaves, spec = pytree.tree_flatten(arguments)
+        links = {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, DeferredTensor)}
+        links = {place: leaf for place, leaf in links.items() if leaf.source is feed}
+        if not all(map(unwritten, links.values())):
+            return APART
+        feed.joined, feed.generation.untaken = True, False
+        with engine.turn.taken():
+            if not feed.unchanged():
+                feed.fail(RuntimeError(CHANGED))
+                return APART
+        leaves = [None if place in links else leaf for place, leaf in enumerate(leaves)]
+        written = write(links, feed.leaves(), COMBINING)
+        joint = self._joint(engine, feed.engine)
+        result = joint(
+            (),
+            {
+                "denoiser": pytree.tree_unflatten(plain(leaves), spec),
+                "part": feed.arguments(),
+                "recipe": written.recipe,
+                "given": written.given,
+            },
+        )
+        if result is APART:
+            _leave(feed, joint.refused)
+        else:
+            engine.plan = feed.engine.plan = joint.plan
+        return result
+
+    def _joint(self, engine: Engine, part: Engine) -> JointEngine:
+        if id(part) not in self._engines:
+            joint = self._engines[id(part)] = JointEngine(engine, part)
+            if part.feeder is not None:
+                part.feeder.joints.add(joint)
+        return self._engines[id(part)]
+
+    def close(self) -> None:
+        """Release all programs."""
+        for joint in self:
+            joint.programs.forget()
+        self._engines.clear()
+
+
+def connect(denoisers: Iterable[Engine], parts: Iterable[Engine]) -> None:
+    """Let parts run in one program with the denoisers that take their results."""
+    for engine in denoisers:
+        engine.joints = Joints()
+    for engine in parts:
+        engine.feeder = Feeder()
+
+
+def _leave(feed: Feed, why: str) -> None:
+    """Let no further call of a program wait."""
+    if not feed.entry.alone:
+        feed.entry.alone = True
+        log.info("%s runs in a program of its own from now on: %s", type(feed.engine.model).__name__, why)
+
+
+def _is_plain(engine: Engine, method: Method | None) -> bool:
+    """Whether a call runs the forward of the model's class, and nothing around it."""
+    forward = type(engine.model).forward
+    return method is not None and getattr(method.function, "__func__", None) is forward
+
+
+def _autocast() -> bool:
+    kinds = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)]
+    return any(map(torch.is_autocast_enabled, kinds))

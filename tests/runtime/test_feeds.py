@@ -1,0 +1,414 @@
+"""A part that feeds a denoiser runs in one program with it, and no result of the part is gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+import fxpass
+from fxpass.ir.advice import FxpassWarning
+from fxpass.runtime.deferred import DeferredTensor
+from tests.runtime.plans import Pipeline, steps
+
+PROMPT = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
+HINT = torch.linspace(-1, 1, 2 * 3 * 16 * 8).reshape(2, 3, 16, 8)
+
+
+class Denoiser(nn.Module):
+    """It adds a residual at each of two resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.mix = nn.MultiheadAttention(8, 2, kdim=4, vdim=4, batch_first=True)
+        self.key = nn.Linear(8, 8)
+        self.conv_out = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, prompt: Tensor, residuals: Any = None, middle: Tensor | None = None
+    ) -> Tensor:
+        first = self.conv_in(sample) + timestep.view(-1, 1, 1, 1)
+        if residuals is not None:
+            first = first + residuals[0]
+        h = self.down(nn.functional.silu(first))
+        if middle is not None:
+            h = h + middle
+        tokens = h.flatten(2).transpose(1, 2)
+        tokens = tokens + nn.functional.scaled_dot_product_attention(tokens, self.key(tokens), tokens)
+        tokens = tokens + self.mix(tokens, prompt, prompt, need_weights=False)[0]
+        h = tokens.transpose(1, 2).reshape(h.shape)
+        return self.conv_out(nn.functional.interpolate(h, scale_factor=2.0) + first)
+
+
+class SmallControlNet(nn.Module):
+    """Returns a list of residuals and one for the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 8, 3, padding=1)
+        self.hint = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.gain = 1.0
+
+    def forward(self, sample: Tensor, timestep: Tensor, hint: Tensor, scale: float = 1.0) -> Any:
+        first = nn.functional.silu(self.conv_in(sample) + self.hint(hint) + timestep.view(-1, 1, 1, 1)) * self.gain
+        return [first * scale], self.down(first) * scale
+
+
+class Three(Pipeline):
+    """What a pipeline with a part beside its denoiser does in a step.
+
+    Attributes:
+        between: what is done with the residuals before the denoiser gets them.
+    """
+
+    between: Callable[[Any], Any]
+
+    def step(self, sample: Tensor, timestep: Tensor, scale: float = 1.0) -> Tensor:
+        half = self.half
+        fed = self.controlnet(sample[half], timestep, hint=HINT[half], scale=scale)
+        residuals, middle = self.between(fed)
+        return self.unet(sample, timestep, PROMPT, residuals=residuals, middle=middle)
+
+
+def pipeline(between: Callable[[Any], Any] = lambda fed: fed, half: slice = slice(None)) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = Denoiser().eval(), SmallControlNet().eval()
+    return Three(unet=parts[0], controlnet=parts[1], scheduler=DDIMScheduler(), between=between, half=half)
+
+
+def split(pipe: Any, world: int = 2, executor: str = "lockstep", **options: Any) -> Any:
+    return fxpass.parallelize(pipe, world, executor=executor, **options)
+
+
+def generation(pipe: Any, count: int = 6, scales: Sequence[float] = (1.0,) * 6) -> list[Tensor]:
+    """The results of the steps of a generation, each with its scale."""
+    pipe.scheduler.set_timesteps(count)
+    with torch.no_grad():
+        return [pipe.step(*given, scale) for given, scale in zip(steps(count), scales, strict=False)]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one + 0, other, rtol=0, atol=1e-5)
+
+
+def own_programs(pipe: Any) -> tuple[int, int]:
+    """How many programs of the denoiser alone, and of the part alone, were loaded."""
+    unet, part = (fxpass.parallel(each)._engine.programs.all() for each in (pipe.unet, pipe.controlnet))
+    return len(unet), sum(entry.planned for entry in part)
+
+
+def joint_of(pipe: Any) -> Any:
+    """What runs the denoiser with the part."""
+    (joint,) = fxpass.parallel(pipe.unet)._engine.joints or ()
+    return joint
+
+
+GUESS = slice(1, None)  #: the half of the batch that has a prompt
+
+
+def twice(each: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(each), each])
+
+
+BETWEEN: dict[str, tuple[Callable[[Any], Any], slice]] = {
+    "as they are": (lambda fed: fed, slice(None)),
+    "scaled": (lambda fed: ([0.5 * each for each in fed[0]], fed[1] / 3), slice(None)),
+    "scaled by a tensor": (lambda fed: ([each * torch.tensor(0.5) for each in fed[0]], -fed[1]), slice(None)),
+    "added": (lambda fed: ([sum([each, 2 * each, 1]) for each in fed[0]], fed[1] + HINT[:, :1, ::2, ::2]), slice(None)),
+    "for one half of the batch": (lambda fed: ([twice(each) for each in fed[0]], twice(fed[1])), GUESS),
+    "cast": (lambda fed: (tuple(each.to(dtype=torch.float64).float() for each in fed[0]), fed[1]), slice(None)),
+    "cut and joined": (lambda fed: ([torch.cat(each.chunk(2)) for each in fed[0]], fed[1][:, :]), slice(None)),
+    "left out": (lambda fed: (None, fed[1]), slice(None)),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_a_pipeline_does_with_residuals_becomes_part_of_one_program(name: str) -> None:
+    pipe = pipeline(*BETWEEN[name])
+    expected = generation(pipe, 2)
+    split(pipe)
+    close(generation(pipe, 2), expected)
+    assert own_programs(pipe) == (0, 0)
+    handle = fxpass.parallel(pipe.unet)
+    assert handle.plan is fxpass.parallel(pipe.controlnet).plan
+    assert handle.plan.bytes_by_role["output"] == 4 * expected[0].numel() // 2 * 2
+    assert not fxpass.parallel(pipe.controlnet).traffic
+    assert {"part.hint", "denoiser.sample"} <= set(handle.plan.program.input_paths)
+
+
+def test_no_byte_of_a_residual_is_gathered() -> None:
+    pipe, apart = pipeline(), pipeline(lambda fed: ([each.sin().asin() for each in fed[0]], fed[1] + 0))
+    roles = []
+    for each in (pipe, apart):
+        split(each)
+        generation(each, 3)
+        alone = [fxpass.parallel(part).plan.bytes_by_role for part in (each.unet, each.controlnet)]
+        roles.append(alone)
+    (joint, _), (unet, part) = roles
+    result = unet["output"]
+    assert joint["output"] == result
+    assert part["output"]  # the residuals
+    assert joint["halo"] <= unet["halo"] + part["halo"]
+
+
+def test_displaced_steps_cover_the_part_and_generations_are_equal() -> None:
+    pipe = pipeline()
+    expected = generation(pipe)
+    split(pipe, strategy="displaced", warmup_steps=2)
+    first = generation(pipe)
+    handle = fxpass.parallel(pipe.unet)
+    assert handle._engine._generations.current().displaced == 4
+    close(first[:2], expected[:2])
+    for stale, exact in zip(first[2:], expected[2:], strict=True):
+        assert 1e-6 < (stale - exact).norm() / exact.norm() < 0.05
+    again = generation(pipe)
+    assert all(map(torch.equal, first, again))
+    joint = joint_of(pipe)
+    plan: Any = joint.plan
+    stale = {each.path.partition(".")[0] for each in plan.exchanges if each.declared.fresh != "sync"}
+    assert {"denoiser", "part"} <= stale
+
+
+def test_a_scale_that_changes_gives_the_right_step_without_another_capture() -> None:
+    pipe = pipeline()
+    scales = (1.0, 1.0, 1.0, 0.0, 0.0)
+    expected = generation(pipe, 5, scales)
+    split(pipe, strategy="displaced", warmup_steps=1)
+    found = generation(pipe, 5, scales)
+    close([found[i] for i in (0, 3)], [expected[i] for i in (0, 3)])  # a step with another scale is exact
+    for stale, exact in zip(found, expected, strict=True):
+        assert (stale - exact).norm() / exact.norm() < 0.05
+    joint = joint_of(pipe)
+    assert len(joint.programs) == 1
+
+
+def test_numbers_that_residuals_are_scaled_by_may_change_without_another_capture() -> None:
+    pipe = pipeline(lambda fed: ([each * pipe.scale for each in fed[0]], fed[1] * (1 - pipe.scale)))
+    split(pipe)
+    for scale in (0.3, 0.0, 1.0):
+        pipe.scale = scale
+        found = generation(pipe, 1)
+        joint = joint_of(pipe)
+        assert len(joint.programs) == 1
+        expected = pipeline(lambda fed, scale=scale: ([each * scale for each in fed[0]], fed[1] * (1 - scale)))
+        close(found, generation(expected, 1))
+
+
+USES: dict[str, Callable[[Tensor], Any]] = {
+    "mean": lambda x: x.mean().item(),
+    "numpy": lambda x: float(x.numpy().sum()),
+    "repr": repr,
+    "sin": lambda x: x.sin(),
+    "comparison": lambda x: (x > 0).sum().item(),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_any_other_use_of_a_residual_computes_it_and_the_denoiser_runs_with_the_part_all_the_same(name: str) -> None:
+    pipe, seen = pipeline(), []
+
+    def look(fed: Any) -> Any:
+        seen.append(USES[name](fed[0][0]))
+        seen.append(USES[name](fed[1][:, 1:] * 2))
+        return [each * 2 for each in fed[0]], fed[1]
+
+    pipe.between = look
+    expected, values = generation(pipe, 2), list(seen)
+    seen.clear()
+    split(pipe)
+    close(generation(pipe, 2), expected)
+    if name != "repr":
+        torch.testing.assert_close(seen, values)
+    assert own_programs(pipe) == (0, 0)  # ranks need not agree on it
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_residual_that_is_written_to_reaches_the_denoiser_as_it_is(inference: bool) -> None:
+    def write(fed: Any) -> Any:
+        fed[0][0][:, 1:] = 0.0
+        return fed[0], fed[1].mul_(2)
+
+    pipe = pipeline(write)
+    expected = generation(pipe, 3)
+    split(pipe)
+    with torch.inference_mode(inference):
+        found = generation(pipe, 3)
+    close(found, expected)
+    assert own_programs(pipe) == (1, 1)  # from the second step on the part does not wait
+
+
+def test_inputs_that_change_before_the_denoiser_is_called_are_those_of_the_call() -> None:
+    pipe = pipeline()
+    sample, timestep = steps(1)[0]
+
+    def run() -> Tensor:
+        given = sample.clone()
+        with torch.no_grad():
+            residuals, middle = pipe.controlnet(given, timestep, hint=HINT)
+            given.zero_()
+            return pipe.unet(given, timestep, PROMPT, residuals=residuals, middle=middle)
+
+    expected = run()
+    split(pipe)
+    close([run()], [expected])
+    assert own_programs(pipe) == (0, 0)
+
+
+def test_residuals_that_two_calls_of_the_denoiser_take_are_computed_apart_from_then_on() -> None:
+    pipe = pipeline()
+
+    def step(sample: Tensor, timestep: Tensor, scale: float) -> Tensor:
+        residuals, middle = pipe.controlnet(sample, timestep, hint=HINT)
+        one, two = (pipe.unet(sample, timestep, p, residuals=residuals, middle=middle) for p in (PROMPT, -PROMPT))
+        return one + 2 * two
+
+    pipe.step = step
+    expected = generation(pipe, 3)
+    split(pipe)
+    close(generation(pipe, 3), expected)
+    assert own_programs(pipe) == (1, 1)
+    joint = joint_of(pipe)
+    calls = joint.calls
+    close(generation(pipe, 3), expected)
+    assert joint.calls == calls == 1
+
+
+def test_residuals_that_no_denoiser_takes_are_split_from_the_second_step_of_a_generation_on() -> None:
+    pipe = pipeline(lambda fed: ([each.sin() for each in fed[0]], fed[1].cos()))
+    expected = generation(pipe, 3)
+    split(pipe)
+    close(generation(pipe, 3), expected)
+    assert own_programs(pipe) == (1, 1)
+    assert fxpass.parallel(pipe.controlnet).traffic["output"]
+    pipe.between = lambda fed: fed
+    generation(pipe, 2)
+    joint = joint_of(pipe)
+    assert joint.calls == 2
+
+
+def test_a_part_that_is_changed_between_its_call_and_the_denoisers_is_an_error() -> None:
+    pipe = pipeline()
+    split(pipe)
+    generation(pipe, 1)
+
+    def change(fed: Any) -> Any:
+        pipe.controlnet.gain = 2.0
+        return fed
+
+    pipe.between = change
+    with pytest.raises(RuntimeError, match=r"was not computed: the module was changed .* before or after both calls"):
+        generation(pipe, 1)
+    pipe.between = lambda fed: fed
+    found = generation(pipe, 1)
+    fxpass.restore(pipe)
+    close(found, generation(pipe, 1))
+
+    def write(fed: Any) -> Any:
+        pipe.controlnet.hint.weight.mul_(2)
+        return fed
+
+    split(pipe)
+    pipe.between = write
+    with pytest.raises(RuntimeError, match=r"the module was changed \(its tensors"):
+        generation(pipe, 1)
+
+
+def test_a_change_of_either_part_between_two_steps_is_seen() -> None:
+    pipe = pipeline()
+    split(pipe)
+    generation(pipe, 1)
+    pipe.controlnet.gain = 0.5
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(2)
+    found = generation(pipe, 1)
+    fxpass.restore(pipe)
+    close(found, generation(pipe, 1))
+
+
+def test_batched_guidance_is_divided_and_calls_of_each_branch_run_with_residuals_that_are_gathered() -> None:
+    pipe = pipeline()
+    expected = generation(pipe, 2)
+    split(pipe, cfg=2)
+    close(generation(pipe, 2), expected)
+    plan: Any = fxpass.parallel(pipe.unet).plan
+    assert plan.mesh.groups == 2
+    assert plan.bytes_by_role == {"output": 4 * expected[0].numel()}
+
+
+def test_guidance_in_two_calls_keeps_its_groups_and_runs_apart_from_the_part() -> None:
+    pipe = pipeline()
+
+    def step(sample: Tensor, timestep: Tensor, scale: float) -> Tensor:
+        found = []
+        for i in range(2):
+            here = slice(i, i + 1)
+            residuals, middle = pipe.controlnet(sample[here], timestep, hint=HINT[here])
+            found.append(pipe.unet(sample[here], timestep, PROMPT[here], residuals=residuals, middle=middle))
+        return found[0] + 2 * (found[1] - found[0])
+
+    pipe.step = step
+    expected = generation(pipe, 3)
+    split(pipe, cfg=2)
+    with pytest.warns(FxpassWarning, match="did not come one after the other"):
+        close(generation(pipe, 3), expected)
+    assert own_programs(pipe) == (1, 1)
+
+
+def test_restore_and_close_leave_no_program_of_both_parts() -> None:
+    pipe = pipeline()
+    split(pipe)
+    generation(pipe, 1)
+    joint = joint_of(pipe)
+    fxpass.restore(pipe.controlnet)
+    assert not len(joint.programs)
+    found = generation(pipe, 1)
+    fxpass.restore(pipe)
+    close(found, generation(pipe, 1))
+    assert "forward" not in {**vars(pipe.unet), **vars(pipe.controlnet)}
+
+
+def test_a_residual_that_is_used_after_restore_has_its_value() -> None:
+    pipe = pipeline()
+    sample, timestep = steps(1)[0]
+    with torch.no_grad():
+        expected = pipe.controlnet(sample, timestep, hint=HINT)[1]
+        split(pipe)
+        found = pipe.controlnet(sample, timestep, hint=HINT)[1]
+        assert isinstance(found, DeferredTensor)
+        fxpass.restore(pipe)
+    torch.testing.assert_close(found + 0, expected)
+
+
+def test_under_autocast_the_part_runs_by_itself() -> None:
+    pipe = pipeline()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generation(pipe, 1)
+        split(pipe)
+        found = generation(pipe, 1)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0.02)
+    assert own_programs(pipe) == (1, 1)
+
+
+def test_workers_run_both_parts_in_one_program() -> None:
+    pipe = pipeline()
+    expected = generation(pipe, 3)
+    split(pipe, strategy="displaced", warmup_steps=1, executor="spawn")
+    try:
+        found = generation(pipe, 3)
+        again = generation(pipe, 3)
+        assert own_programs(pipe) == (0, 0)
+    finally:
+        fxpass.restore(pipe)
+    here = split(pipeline(), strategy="displaced", warmup_steps=1)
+    assert all(map(torch.equal, found, again))
+    close(found, generation(here, 3))
+    close(found[:1], expected[:1])
