@@ -31,3 +31,35 @@ def test_a_timestep_for_each_sample_is_taken_before_one_for_each_frame() -> None
     found = moving(program)
     assert found is not None
     assert program.input_paths[found.timestep] == "sigma"
+
+
+class Lists(nn.Module):
+    def forward(self, x: list[Tensor], t: Tensor, prompts: list[Tensor], name: Tensor | None = None) -> list[Tensor]:
+        return [each * t + prompt.mean() for each, prompt in zip(x, prompts, strict=True)]
+
+
+def test_all_items_of_the_samples_list_move_and_what_is_not_read_is_no_conditioning() -> None:
+    pictures, prompts = [torch.ones(4, 8, 8), torch.zeros(4, 8, 8)], [torch.ones(3, 5), torch.zeros(3, 5)]
+    program = fxpass.capture(Lists().eval(), pictures, torch.ones(()), prompts, torch.ones(2))
+    found = moving(program)
+    assert found is not None
+    assert program.input_paths[found.sample] == "x.0"
+    assert {program.input_paths[i] for i in found.others} == {"x.1", "name"}
+
+
+class Parts(nn.Module):
+    def forward(self, denoiser: dict[str, Tensor], part: dict[str, Tensor], sample: Tensor) -> Tensor:
+        fed = part["sample"].mean() * part["timestep"] + part["hint"].mean() + sample.mean()
+        return denoiser["sample"] * denoiser["timestep"] + fed
+
+
+def test_the_timestep_and_the_sample_of_another_part_move_with_the_denoisers() -> None:
+    ones = torch.ones(2, 4, 8, 8)
+    denoiser = {"sample": ones, "timestep": torch.ones(())}
+    part = {"sample": ones[:1].clone(), "timestep": torch.ones(1), "hint": ones.clone()}
+    program = fxpass.capture(Parts().eval(), denoiser, part, ones.clone())
+    found = moving(program)
+    assert found is not None
+    assert program.input_paths[found.timestep] == "denoiser.timestep"
+    assert program.input_paths[found.sample] == "denoiser.sample"
+    assert {program.input_paths[i] for i in found.others} == {"part.sample", "part.timestep"}

@@ -108,7 +108,8 @@ def own_programs(pipe: Any) -> tuple[int, int]:
 
 def joint_of(pipe: Any) -> Any:
     """What runs the denoiser with the part."""
-    (joint,) = fxpass.parallel(pipe.unet)._engine.joints or ()
+    joints: Any = fxpass.parallel(pipe.unet)._engine.joints
+    (joint,) = joints
     return joint
 
 
