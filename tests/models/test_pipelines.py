@@ -243,7 +243,8 @@ def test_a_controlnet_is_split_too_and_runs_unsplit_where_it_cannot_be(folder: P
     assert np.abs(expected - drawn(base)).max() > 1e-3
     fxpass.parallelize(pipe, 2, executor="lockstep")
     assert_same_picture(drawn(pipe, image=image), expected)
-    assert exchanged(pipe.unet, pipe.controlnet, pipe.vae) == [True, True, True]
+    assert exchanged(pipe.unet, pipe.controlnet, pipe.vae) == [True, False, True]
+    assert fxpass.parallel(pipe.controlnet).plan is fxpass.parallel(pipe.unet).plan  # both run in one program
     control.register_forward_pre_hook(lambda *_: None)
     control.conv_in.register_forward_hook(lambda module, args, output: output + 0 * torch.rand(1))
     with pytest.warns(fxpass.FxpassWarning, match=r"ControlNetModel\.forward runs unsplit on every rank"):

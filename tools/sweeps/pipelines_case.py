@@ -135,7 +135,9 @@ def parts(pipeline: Any) -> dict[str, nn.Module]:
 
 def split_parts(pipeline: Any) -> tuple[str, ...]:
     """The parts whose ranks have exchanged something."""
-    return tuple(name for name, module in parts(pipeline).items() if fxpass.parallel(module).traffic)
+    handles = {name: fxpass.parallel(module) for name, module in parts(pipeline).items()}
+    plans = {id(handle.plan) for handle in handles.values() if handle.traffic}  # several parts may run by one plan
+    return tuple(name for name, handle in handles.items() if id(handle.plan) in plans)
 
 
 @dataclass(frozen=True)
