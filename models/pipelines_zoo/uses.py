@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ class Use:
         call: arguments that differ from the usual ones.
         needs: the package that it needs.
         refused: how the error begins, where a split pipeline has to refuse it.
+        widely: it is also measured under a stale strategy, and with workers of their own.
     """
 
     title: str
@@ -38,6 +40,7 @@ class Use:
     call: Mapping[str, Any] = field(default_factory=dict)
     needs: str = ""
     refused: str = ""
+    widely: bool = False
 
     @property
     def missing(self) -> str:
@@ -175,6 +178,27 @@ def _unloaded_lora(pipe: Any) -> None:
     pipe.unload_lora_weights()
 
 
+def _swapped_lora(pipe: Any) -> None:
+    _lora(pipe)
+    other = {name: weight.flip(0) for name, weight in _lora_state(pipe).items()}
+    pipe.load_lora_weights(other, adapter_name="style", hotswap=True)
+
+
+def _torchao(pipe: Any) -> None:
+    torchao: Any = importlib.import_module("torchao.quantization")
+    torchao.quantize_(pipe.unet, torchao.Int8WeightOnlyConfig())
+
+
+def _quanto(pipe: Any) -> None:
+    quanto: Any = importlib.import_module("optimum.quanto")
+    quanto.quantize(pipe.unet, weights=quanto.qint8)
+    quanto.freeze(pipe.unet)
+
+
+def _layerwise_casting(pipe: Any) -> None:
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
 def _leaf_offload(pipe: Any) -> None:
     pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
 
@@ -186,16 +210,18 @@ def _embedding(_: Any) -> list[Tensor]:
 _half_way = {"strength": 0.4, "num_inference_steps": 5, "image": lambda _: picture()}
 
 USES: dict[str, Use] = {
-    "scheduler": Use("another scheduler", _scheduler),
-    "size": Use("another size", call={"height": 48, "width": 80}),
+    "scheduler": Use("another scheduler", _scheduler, widely=True),
+    "size": Use("another size", call={"height": 48, "width": 80}, widely=True),
     "sizes": Use("a second size after the first", _smaller_first),
-    "batch": Use("two prompts", call={"prompt": ["a red circle", "a box"], "negative_prompt": ["blue", ""]}),
+    "batch": Use(
+        "two prompts", call={"prompt": ["a red circle", "a box"], "negative_prompt": ["blue", ""]}, widely=True
+    ),
     "length": Use("embeddings of another length", call={
         "prompt": None, "negative_prompt": None, "prompt_embeds": lambda _: draw(1, LENGTH + 13, 24),
         "negative_prompt_embeds": lambda _: draw(1, LENGTH + 13, 24, seed=1),
     }),
     "guidance": Use("without guidance", call={"guidance_scale": 1.0}),
-    "from_pipe": Use("`from_pipe` to image-to-image", _image_to_image),
+    "from_pipe": Use("`from_pipe` to image-to-image", _image_to_image, widely=True),
     "from_pipe_back": Use("`from_pipe` there and back", _there_and_back),
     "auto": Use("`AutoPipelineForInpainting.from_pipe`", _automatic),
     "few_steps": Use("image-to-image with two steps of five", _image_to_image, _half_way),
@@ -206,19 +232,32 @@ USES: dict[str, Use] = {
     "to": Use("`pipe.to(\"cpu\")`", lambda pipe: pipe.to("cpu")),
     "dtype": Use("`pipe.to(torch.float64)`", lambda pipe: pipe.to(torch.float64)),
     "channels_last": Use("channels last", lambda pipe: pipe.unet.to(memory_format=torch.channels_last) and None),
-    "fused": Use("`fuse_qkv_projections`", lambda pipe: pipe.fuse_qkv_projections()),
+    "fused": Use("`fuse_qkv_projections`", lambda pipe: pipe.fuse_qkv_projections(), widely=True),
     "unfused": Use("`unfuse_qkv_projections`", _unfused),
     "freeu": Use("`enable_freeu`", _free_u),
     "slices": Use("`enable_attention_slicing`", lambda pipe: pipe.enable_attention_slicing()),
     "processors": Use("`set_attn_processor`", _processors),
-    "vae": Use("`vae.enable_slicing` and `enable_tiling`", _slices_and_tiles),
+    "vae": Use("`vae.enable_slicing` and `enable_tiling`", _slices_and_tiles, widely=True),
     "saved": Use("`save_pretrained`, and loaded again", _saved),
     "inversion": Use("textual inversion", _inversion, {"prompt": "a red <circle>"}),
-    "ip_adapter": Use("IP-Adapter loaded and scaled", _ip_adapter, {"ip_adapter_image_embeds": _embedding}),
+    "ip_adapter": Use(
+        "IP-Adapter loaded and scaled", _ip_adapter, {"ip_adapter_image_embeds": _embedding}, widely=True
+    ),
     "no_ip_adapter": Use("IP-Adapter unloaded", _no_ip_adapter),
     "lora": Use("LoRA loaded", _lora, needs="peft"),
-    "scaled_lora": Use("LoRA scaled", _scaled_lora, needs="peft"),
+    "scaled_lora": Use("LoRA scaled", _scaled_lora, needs="peft", widely=True),
     "fused_lora": Use("LoRA fused", _fused_lora, needs="peft"),
     "unloaded_lora": Use("LoRA unloaded", _unloaded_lora, needs="peft"),
+    "swapped_lora": Use("LoRA swapped (`hotswap=True`)", _swapped_lora, needs="peft", widely=True),
+    "torchao": Use("weights in int8 by torchao", _torchao, needs="torchao", widely=True),
+    "quanto": Use("weights in int8 by optimum-quanto", _quanto, needs="optimum"),
+    "layerwise_casting": Use(
+        "`enable_layerwise_casting` of the UNet", _layerwise_casting, refused="layerwise casting"
+    ),
+    "model_offload": Use(
+        "`enable_model_cpu_offload`",
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        refused="offloading of whole models",
+    ),
     "group_offload": Use("`enable_group_offload` of the UNet", _leaf_offload, refused="group offloading"),
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fxpass.models.pipelines_zoo.uses import USES
-from fxpass.tools.sweeps.pipeline_uses import outcome
+from fxpass.tools.sweeps.pipeline_uses import orders_of, outcome
 
 #: uses that run at every change; the others are slow tests, and all are in docs/pipelines.md
 QUICK = ("failed", "ip_adapter")
@@ -32,3 +32,15 @@ def test_what_is_done_before_parallelize_is_kept(name: str) -> None:
 @pytest.mark.parametrize("name", [marked(name) for name in USES])
 def test_what_is_done_after_parallelize_is_followed(name: str) -> None:
     assert is_right(name, outcome(name, "after"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [marked(name) for name in USES if "stale" in orders_of(name)])
+def test_what_is_done_after_parallelize_is_followed_under_a_stale_strategy(name: str) -> None:
+    assert outcome(name, "stale") == "equal"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [marked(name) for name in USES if "spawn" in orders_of(name)])
+def test_what_is_done_after_parallelize_reaches_workers_of_their_own(name: str) -> None:
+    assert outcome(name, "spawn") == "equal"

@@ -58,15 +58,18 @@ def _sweep_uses(options: argparse.Namespace, limits: dict[str, Any]) -> None:
     todo = [name for name in USES if options.fresh or (kept(options.folder / "uses", name) or {}).get("key") != key]
     keys = dict.fromkeys([] if options.only else todo, key)
     for name, data in measured(pipeline_uses.measure, keys, options.folder / "uses", **limits):
-        said = data["failed"] or ", ".join(f"{order}: {data[order]}" for order in pipeline_uses.ORDERS)
+        said = data["failed"] or ", ".join(f"{order}: {data[order]}" for order in pipeline_uses.orders_of(name))
         print(f"{USES[name].title}: {said}", flush=True)
 
 
 def _uses(folder: Path) -> dict[str, tuple[str, ...]]:
-    """The outcomes of each use that was measured, by its title."""
+    """The outcomes of each use that was measured, by its title; an empty one where it is not measured."""
     found = {name: kept(folder / "uses", name) for name in USES}
+    columns = (*pipeline_uses.ORDERS, *pipeline_uses.WIDELY)
     return {
-        USES[name].title: tuple(data.get(order, data["failed"]) for order in pipeline_uses.ORDERS)
+        USES[name].title: tuple(
+            data.get(order, data["failed"]) if order in pipeline_uses.orders_of(name) else "" for order in columns
+        )
         for name, data in found.items()
         if data is not None
     }
