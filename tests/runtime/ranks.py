@@ -30,6 +30,7 @@ from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.process_group import GroupChannel
 from fxpass.runtime.shared_memory import MemoryChannel
+from tests.runtime import feeding
 from tests.runtime.plans import Pipeline, block, inputs, parallel, steps, whole
 
 STRATEGIES = [
@@ -156,8 +157,27 @@ def pipeline() -> dict[str, Any]:
     return found | {"gone": executors[1]._ranks.network is None}
 
 
+def feeds() -> dict[str, Any]:
+    """A part that feeds a denoiser, as in lockstep; rank 0 looks at what the part returns, and rank 1 does not."""
+    named: dict[str, Any] = {"strategy": "displaced", "warmup_steps": 1}
+
+    def look(fed: Any) -> Any:
+        if RANK == 0:
+            fed[1][:, 1:].mean().item()
+        return [each * 0.5 for each in fed[0]], fed[1]
+
+    lockstep = feeding.pipeline(lambda fed: ([each * 0.5 for each in fed[0]], fed[1]))
+    expected = feeding.generation(fxpass.parallelize(lockstep, WORLD, executor="lockstep", **named), 4)
+    pipe = feeding.pipeline(look)
+    fxpass.parallelize(pipe, WORLD, executor="distributed", timeout=60, **named)
+    equal = [torch.equal(*pair) for _ in range(2) for pair in zip(feeding.generation(pipe, 4), expected, strict=True)]
+    alone = [len(fxpass.parallel(each).traffic) for each in (pipe.unet, pipe.controlnet)]
+    fxpass.restore(pipe)
+    return {"equal": equal, "alone": alone}
+
+
 def everything() -> dict[str, Any]:
-    seen: dict[str, Any] = {"endures": endures(), "pipeline": pipeline()}
+    seen: dict[str, Any] = {"endures": endures(), "pipeline": pipeline(), "feeds": feeds()}
     seen["other world"] = attempt(lambda: fxpass.parallelize(block(), WORLD + 1))
 
     model = block()

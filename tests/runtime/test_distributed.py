@@ -65,6 +65,15 @@ def test_the_parts_of_a_pipeline_share_connections_and_count_their_own_traffic(s
         assert len(set(rank["pipeline"]["traffic"])) == 2
 
 
+def test_a_part_feeds_its_denoiser_as_in_lockstep_though_rank_0_alone_looks_at_its_results(
+    seen: list[dict[str, Any]],
+) -> None:
+    for rank in seen:
+        assert rank["feeds"]["equal"] == [True] * 8
+        assert rank["feeds"]["alone"][0]
+        assert not rank["feeds"]["alone"][1]
+
+
 def test_displaced_steps_on_processes_equal_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> None:
     assert [rank["displaced"] for rank in seen] == [[True] * 6] * 2
 
