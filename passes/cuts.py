@@ -204,10 +204,16 @@ def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
 
 
 def inputs_with_rows(graph: fx.Graph, inputs: tuple[str, ...]) -> list[fx.Node]:
-    """The inputs that may be cut: those with three dims or more; if there are none, [batch, samples]."""
+    """The inputs that may be cut: of floating-point numbers those with three dims or more, or else [batch, samples].
+
+    If there are none of these, grids of whole numbers, such as [batch, rows, columns] of a codebook's entries.
+    """
     nodes = [n for n in graph.nodes if n.op == "placeholder" and n.name in inputs and "shape" in n.meta]
-    nodes = [n for n in nodes if n.meta["dtype"].is_floating_point]
-    return [n for n in nodes if len(shape_of(n)) >= 3] or [n for n in nodes if len(shape_of(n)) == 2]
+    real = [n for n in nodes if n.meta["dtype"].is_floating_point]
+    for chosen, least in ((real, 3), (real, 2), (nodes, 3)):
+        if found := [n for n in chosen if len(shape_of(n)) >= least]:
+            return found
+    return []
 
 
 def downstream(graph: fx.Graph) -> dict[fx.Node, int]:

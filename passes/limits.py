@@ -42,7 +42,8 @@ def refusal(
         shapes = ", ".join(f"{n.name} {list(shape_of(n))}" for n in given)
         return (
             "this model cannot be shared among ranks: none of its inputs has rows to cut, as a floating-point tensor "
-            "[batch, channels, height, width], [batch, tokens, channels] or [batch, samples] has; "
+            "[batch, channels, height, width], [batch, tokens, channels] or [batch, samples] has, or a grid of codes "
+            "[batch, rows, columns]; "
             f"it was given {shapes or 'no tensors'}"
         )
     advice = f"at most {most} ranks would do" if most else "run it on one rank"

@@ -32,6 +32,18 @@ def test_a_signal_without_channels_is_cut_along_its_samples() -> None:
     assert list(found.cuts.values()) == [Layout(1, even(16, 2))]
 
 
+def test_a_grid_of_codes_is_cut_where_nothing_else_can_be() -> None:
+    table, kernel = torch.randn(16, 4), torch.randn(3, 4, 3, 3)
+
+    class Codes(nn.Module):
+        def forward(self, codes: Tensor) -> Tensor:
+            return torch.conv2d(nn.functional.embedding(codes, table).permute(0, 3, 1, 2), kernel, padding=1)
+
+    found = make_plan(capture(Codes(), torch.randint(16, (1, 8, 8))), 2, Strategy.of("sync"))
+    assert list(found.cuts.values()) == [Layout(1, even(8, 2))]
+    assert not found.fallbacks
+
+
 def test_a_dim_that_needs_no_gathering_is_taken_before_one_that_does() -> None:
     kernel = torch.randn(4, 4, 1, 1)
     found = plan(lambda x: torch.conv2d(x + x.sin().sort(2)[0][:, :, :1], kernel), 2, 4, 16, 16)
