@@ -1,10 +1,12 @@
 """Predicted steps beside measured ones, on two one-thread ranks of this machine: `python -m benchmarks.accuracy`.
 
     python -m benchmarks.accuracy [--rounds 7] [--models unet mmdit] [--strategies sync displaced …]
+    python -m benchmarks.accuracy --rates 1gbit 300mbit 100mbit  # over an emulated network link
 
 The device and the links are calibrated first, in the same run; both ranks calibrate the device at the same time, as
-they also compute at the same time. Then steps of all strategies alternate in rounds. The report has, for each, the
-median of the measured steps, the prediction, and their ratio. With `FXPASS_SHM_DISABLE=1` gloo carries messages.
+they also compute at the same time. Then steps of all strategies, over all links, alternate in rounds. The report has,
+for each, the median of the measured steps, the prediction, and their ratio. With `FXPASS_SHM_DISABLE=1` gloo carries
+messages; over emulated links (benchmarks/emulated_link.py) it always does.
 """
 
 from __future__ import annotations
@@ -19,16 +21,22 @@ from dataclasses import asdict, replace
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import contenders, heading, in_rounds, on_two_processes, steppers
+from benchmarks import emulated_link
+from benchmarks.harness import contenders, heading, in_turns, on_two_processes, steppers, take_part
 from benchmarks.models import MODELS
 from fxpass.ir.strategy import PRESETS
 from fxpass.passes.targets import Device, Link, Target
 from fxpass.predict.calibrate import device_of
-from fxpass.predict.calibrate_links import links
+from fxpass.predict.calibrate_links import links, sockets
+from fxpass.predict.link_rank import Measured, measured
+from fxpass.runtime.board import Board
+from fxpass.runtime.network import Network
 from fxpass.runtime.shared_memory import DISABLE
 
 LINK = "FXPASS_ACCURACY_LINK"  #: environment variable: the calibrated link as JSON
 STEPS = 1  #: timed steps per turn, after an untimed one
+BURST = "1mbit"
+TIMEOUT = 60.0  #: seconds that a rank waits for the other while the link is calibrated
 
 
 def main() -> None:
@@ -36,21 +44,51 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--strategies", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--rates", nargs="+", type=emulated_link.amount, help="per second, as in 300mbit")
     options = parser.parse_args()
-    if LINK not in os.environ:
-        found = links()
-        name = "gloo" if os.environ.get(DISABLE, "0") != "0" or "shm" not in found else "shm"
-        os.environ[LINK] = json.dumps(asdict(found[name]))
-    on_two_processes("benchmarks.accuracy", reports(options.models, tuple(options.strategies), options.rounds))
+    wanted = options.models, tuple(options.strategies), options.rounds
+    if options.rates and "RANK" in os.environ:
+        limits = [emulated_link.Link(rate, BURST) for rate in options.rates]
+        take_part(reports(*wanted, limits))
+    elif options.rates:
+        emulated_link.on_linked_processes("benchmarks.accuracy")
+    else:
+        if LINK not in os.environ:
+            found = links()
+            name = "gloo" if os.environ.get(DISABLE, "0") != "0" or "shm" not in found else "shm"
+            os.environ[LINK] = json.dumps(asdict(found[name]))
+        on_two_processes("benchmarks.accuracy", reports(*wanted, [None]))
 
 
-def reports(models: list[str], strategies: tuple[str, ...], rounds: int) -> Iterator[str]:
-    """On both ranks: calibrate, then measure each model."""
-    target = Target(slower(), Link(**json.loads(os.environ[LINK])))
-    link = target.link
-    yield f"{link.name}: {link.latency * 1e6:.0f} us, {link.bandwidth / 1e9:.2f} GB/s; {target.device.description}"
+def reports(
+    models: list[str], strategies: tuple[str, ...], rounds: int, limits: list[emulated_link.Link | None]
+) -> Iterator[str]:
+    """On both ranks: calibrate, then measure each model.
+
+    Args:
+        limits: the limits of the emulated link that take turns; None: the link that was calibrated before.
+    """
+    device = slower()
+    ways = {limit: limited(limit) if limit else Link(**json.loads(os.environ[LINK])) for limit in limits}
+    yield device.description
+    for link in ways.values():
+        line = f"{link.name}: {link.latency * 1e6:.0f} us, {link.bandwidth / 1e6:.1f} MB/s"
+        if link.core_bandwidth:
+            line += f"; of the cores {link.core_latency * 1e6:.0f} us, {link.core_bandwidth / 1e6:.0f} MB/s"
+        yield line
     for name in models:
-        yield measure(name, strategies, target, rounds)
+        yield measure(name, strategies, {limit: Target(device, link) for limit, link in ways.items()}, rounds)
+
+
+def limited(limit: emulated_link.Link) -> Link:
+    """The link as both ranks measure it."""
+    emulated_link.checked(limit)
+    store = dist.PrefixStore(f"link/{limit.rate}", dist.distributed_c10d._get_default_store())
+    board = Board(store, dist.get_rank(), dist.get_world_size(), TIMEOUT)
+    mine = measured(Network(dist.group.WORLD, dist.group.WORLD, True, board))
+    both: list[Measured] = [mine, mine]
+    dist.all_gather_object(both, mine)
+    return sockets(limit.rate, both, f"gloo over {limit}", 1)
 
 
 def slower() -> Device:
@@ -70,19 +108,30 @@ def slower() -> Device:
 
 
 @torch.no_grad()
-def measure(name: str, strategies: tuple[str, ...], target: Target, rounds: int) -> str:
+def measure(
+    name: str, strategies: tuple[str, ...], targets: dict[emulated_link.Link | None, Target], rounds: int
+) -> str:
     model, ready = steppers(name, strategies)
     running = contenders(ready)
-    seconds = in_rounds(running, rounds, STEPS)
+    seconds: dict[tuple[emulated_link.Link | None, str], list[float]] = {}
+    for turn in range(rounds + 1):
+        for limit in targets:
+            if limit:
+                emulated_link.set_up(limit)
+            for strategy, found in in_turns(running, turn, STEPS).items():
+                if turn:  # the first turn warms up
+                    seconds.setdefault((limit, strategy), []).append(found)
     lines = [
         heading(name, model, f"{rounds} rounds, medians in seconds"),
-        "  strategy              measured  predicted   ratio",
+        "  link        strategy              measured  predicted   ratio",
     ]
-    for strategy, values in seconds.items():
+    for (limit, strategy), values in seconds.items():
+        target = targets[limit]
         prediction = ready[strategy].plan.predict(target)
         predicted = (prediction.steady or prediction.exact).seconds
-        measured = statistics.median(values)
-        lines.append(f"  {strategy:<20} {measured:9.4f}  {predicted:9.4f}  {predicted / measured:6.2f}")
+        middle = statistics.median(values)
+        ratio = predicted / middle
+        lines.append(f"  {target.link.name:<10}  {strategy:<20} {middle:9.4f}  {predicted:9.4f}  {ratio:6.2f}")
     return "\n".join(lines)
 
 

@@ -76,6 +76,9 @@ class Link:
         bandwidth: bytes per second: of a port in each direction, of the bus, of a copy.
         nodes: the number of machines, among which the ranks are divided evenly; the link joins these.
         overtake: whether what a step awaits overtakes messages for the next step; else messages go in order.
+        core_latency: seconds per message that threads of the link take from the cores that compute, whatever its size;
+            0 if they have cores of their own. Counted for messages that travel while the ranks compute.
+        core_bandwidth: bytes per second, sent and received, that these threads carry; 0: as above.
         inside: the link between the ranks of one machine, if there are several machines.
         sources: where each figure is from.
     """
@@ -87,6 +90,8 @@ class Link:
     bandwidth: float
     nodes: int = 1
     overtake: bool = False
+    core_latency: float = 0.0
+    core_bandwidth: float = 0.0
     inside: Link | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -191,7 +196,7 @@ def _made(kind: type[Any], name: str, entry: Any, where: str) -> Any:
 
 
 NUMBERS = {"matrix", "reached", "units", "bandwidth", "cache", "cache_bandwidth", "memory", "kernel", "launch"}
-NUMBERS |= {"latency", "nodes"}
+NUMBERS |= {"latency", "nodes", "core_latency", "core_bandwidth"}
 
 
 def find(target: str, link: str | None = None) -> Target:

@@ -27,7 +27,8 @@ def planned(request: dict[str, Any], world: int) -> tuple[Any, Plan]:
     torch.manual_seed(0)
     found = resolve(request["model"], Options(**request["options"], dtype=torch.float32, fake=False))
     found.module.eval()
-    return found, plan(found.module, *found.args, **found.kwargs, world_size=world, strategy=request["strategy"])
+    chosen = {name: request[name] for name in ("strategy", "cfg", "data")}
+    return found, plan(found.module, *found.args, **found.kwargs, world_size=world, **chosen)
 
 
 @torch.no_grad()

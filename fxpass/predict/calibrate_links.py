@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import replace
+from statistics import mean
 
-from ..passes.targets import Link, Medium
+from ..passes.targets import Link
 from ..runtime.shared_memory import DISABLE
-from .link_rank import SIZES, TIMEOUT
+from .link_rank import SIZES, TIMEOUT, Measured
 from .ranks import run_ranks
 
 WORLD = 2  #: ranks that exchange messages
@@ -17,24 +18,55 @@ SOURCE = "measured by fxpass calibrate, 2 processes of one thread"
 
 def links() -> dict[str, Link]:
     """The links between CPU processes of this machine, by name; gloo alone where they cannot share memory."""
-    found: dict[str, Link] = {}
-    shared, seconds = _measured({})
+    found = {}
+    seen = _measured({})
     where = "between processes of this machine"
-    if shared:  # each rank copies its part and those of all others
-        found["shm"] = _link("shm", f"shared memory {where}", "memory", seconds, WORLD)
-        _, seconds = _measured({DISABLE: "1"})
-    gloo = _link("gloo", f"gloo {where}", "bus", seconds, WORLD * (WORLD - 1))
-    return found | {"gloo": replace(gloo, overtake=True)}
+    if seen[0].shared:
+        found["shm"] = shared_memory(seen, f"shared memory {where}")
+        seen = _measured({DISABLE: "1"})
+    return found | {"gloo": sockets("gloo", seen, f"gloo {where}", WORLD * (WORLD - 1))}
 
 
-def _link(name: str, description: str, medium: Medium, seconds: tuple[float, float], parts: int) -> Link:
-    """The link that takes so many seconds for messages of `SIZES`, and carries so many parts of this size."""
-    small, large = seconds
-    bandwidth = parts * (SIZES[1] - SIZES[0]) / max(large - small, 1e-9)
-    return Link(name, description, medium, small, bandwidth, sources=dict.fromkeys(("latency", "bandwidth"), SOURCE))
+def shared_memory(seen: list[Measured], description: str) -> Link:
+    """The link of ranks that share memory: each copies its part and those of all others."""
+    latency, bandwidth = _figures([each.seconds for each in seen], WORLD)
+    return Link("shm", description, "memory", latency, bandwidth, sources=_sources("latency", "bandwidth"))
 
 
-def _measured(variables: Mapping[str, str]) -> tuple[bool, tuple[float, float]]:
-    """Whether the ranks share memory, and the seconds of messages of `SIZES`."""
-    result = json.loads(run_ranks("fxpass.predict.link_rank", (), WORLD, TIMEOUT, variables)[0])
-    return result["shared"], tuple(result["seconds"])
+def sockets(name: str, seen: list[Measured], description: str, parts: int) -> Link:
+    """The link of ranks joined by gloo, whose threads share their cores if the machine has no others.
+
+    Args:
+        parts: how many parts of `SIZES` it carries in an exchange: all of them if one bus joins all ranks, or those
+            that a rank receives if each rank has a port of its own.
+    """
+    latency, bandwidth = _figures([each.seconds for each in seen], parts)
+    shared = (os.cpu_count() or 1) <= len(seen)
+    core_latency, core_bandwidth = _figures([each.cores for each in seen], 2 * (WORLD - 1)) if shared else (0.0, 0.0)
+    return Link(
+        name,
+        description,
+        "bus" if parts > WORLD - 1 else "ports",
+        latency,
+        bandwidth,
+        overtake=True,
+        core_latency=core_latency,
+        core_bandwidth=core_bandwidth,
+        sources=_sources("latency", "bandwidth", "core_latency", "core_bandwidth"),
+    )
+
+
+def _figures(seconds: list[tuple[float, float]], parts: int) -> tuple[float, float]:
+    """Seconds of a small message, and bytes per second of such parts, of the mean of the ranks."""
+    small, large = (mean(each[size] for each in seconds) for size in range(2))
+    return small, parts * (SIZES[1] - SIZES[0]) / max(large - small, 1e-9)
+
+
+def _sources(*figures: str) -> dict[str, str]:
+    return dict.fromkeys(figures, SOURCE)
+
+
+def _measured(variables: Mapping[str, str]) -> list[Measured]:
+    """What each rank measures."""
+    found = map(json.loads, run_ranks("fxpass.predict.link_rank", (), WORLD, TIMEOUT, variables))
+    return [Measured(each["shared"], tuple(each["seconds"]), tuple(each["cores"])) for each in found]

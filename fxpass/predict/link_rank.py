@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -17,25 +18,49 @@ from ..ir.fetch import Fetch
 from ..ir.layout import even, full
 from ..ir.step import ChannelSpec
 from ..runtime.channels import Channel
+from ..runtime.network import Network
 from ..runtime.shared_memory import MemoryChannel
 from .ranks import join, leave
 
 SIZES = (1 << 10, 1 << 24)  #: bytes of each rank's part
 TURNS = (200, 12)  #: exchanges of each size that are timed
+UNTIMED = 3  #: exchanges before these
 TIMEOUT = 60.0  #: seconds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What exchanges of `SIZES` took on one rank.
+
+    Attributes:
+        shared: whether the ranks share memory.
+        seconds: of a put and its get, for each size: the median.
+        cores: processor seconds of this process's other threads in one exchange, for each size: the mean.
+    """
+
+    shared: bool
+    seconds: tuple[float, float]
+    cores: tuple[float, float]
 
 
 def main(port: int, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     store, network = join(port, rank, world, TIMEOUT)
+    leave(store, network, json.dumps(asdict(measured(network))))
+
+
+def measured(network: Network) -> Measured:
+    """Called by each rank: exchange values with all others."""
+    rank, world = network.board.rank, network.board.world
     exchanges = [_gather(world, size) for size in SIZES]
     specs = [ChannelSpec(f"exchange_{i}", "", (each,), False) for i, each in enumerate(exchanges)]
     channels = network.open(specs, torch.device("cpu"))
     found = [
-        _seconds(channel, exchange, rank, turns)
+        _exchange(channel, exchange, rank, turns)
         for channel, exchange, turns in zip(channels, exchanges, TURNS, strict=True)
     ]
-    leave(store, network, json.dumps({"shared": isinstance(channels[0], MemoryChannel), "seconds": found}))
+    (small, small_cores), (large, large_cores) = found
+    return Measured(isinstance(channels[0], MemoryChannel), (small, large), (small_cores, large_cores))
 
 
 def _gather(world: int, size: int) -> Fetch:
@@ -45,18 +70,25 @@ def _gather(world: int, size: int) -> Fetch:
     )
 
 
-def _seconds(channel: Channel, exchange: Fetch, rank: int, turns: int) -> float:
-    """The median time of a put and its get."""
+def _exchange(channel: Channel, exchange: Fetch, rank: int, turns: int) -> tuple[float, float]:
+    """The seconds of a put and its get, and the processor seconds of other threads meanwhile."""
     x = torch.ones(1, len(exchange.have[rank]), exchange.shape[2])
     packed = exchange.pack(rank, x)
     taken = []
-    for turn in range(turns + 3):
+    cores = 0.0
+    for turn in range(turns + UNTIMED):
+        if turn == UNTIMED:
+            cores = _other_threads()
         began = time.perf_counter()
         channel.put([packed])
         channel.get()
-        if turn >= 3:
-            taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[UNTIMED:]), (_other_threads() - cores) / turns
+
+
+def _other_threads() -> float:
+    """Processor seconds of this process so far, but for the calling thread."""
+    return time.process_time() - time.thread_time()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Elapsed:
     ended: Figures  #: since the first step began
     launching: float  #: the host launched kernels
     busy: Figures  #: the stream ran kernels
-    exposed: Figures  #: the stream waited for messages, or the rank copied them
+    exposed: Figures  #: the stream waited for messages, or the rank copied them, or the link's threads had the cores
 
 
 class Simulation:
@@ -88,6 +88,10 @@ class Simulation:
         elif message.late:
             self.late.add(message.spec.name)
         self.flights[message.spec.name] = put, began
+        if message.late:
+            taken = taken_from_cores(message, self.link)
+            self.stream = self.stream + taken
+            self.exposed += taken
 
     def _delay(self, began: Figures, lasts: Figures) -> None:
         """Let the messages for the next step wait while one that overtakes them is on its way."""
@@ -113,6 +117,13 @@ class Simulation:
         if self.link.medium == "memory":
             self.exposed += get.reading.seconds
         self._work(get.reading, get)
+
+
+def taken_from_cores(message: Message, link: Link) -> Figures:
+    """Seconds that the link's threads take from each rank's computing while the message travels."""
+    carried = message.sent + message.received
+    seconds = carried / link.core_bandwidth if link.core_bandwidth else np.zeros(len(carried))
+    return np.where(carried > 0, link.core_latency + seconds, 0.0)
 
 
 def transfer(message: Message, link: Link) -> Figures:

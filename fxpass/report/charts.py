@@ -10,6 +10,7 @@ import altair as alt
 
 from ..inspect.record import CutRecord
 from ..inspect.words import bytes_text, flops_text, seconds_text
+from ..ir.mesh import Mesh
 from .facts import Bar, Facts, Part
 
 NARROW = 0.002  #: modules below this share of the time are left out of the map
@@ -56,7 +57,7 @@ def _data(rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> alt.Data:
 def strips(facts: Facts) -> alt.TopLevelMixin | None:
     """Which rows of each value that is cut are on which rank."""
     cuts = facts.snapshot.cuts
-    rows = [row for cut in cuts for row in _strips(cut)]
+    rows = [row for cut in cuts for row in _strips(cut, facts.plan.mesh)]
     if not rows:
         return None
     base = alt.Chart(_data(rows), height=min(480, max(180, 26 * facts.plan.world_size)))
@@ -67,13 +68,13 @@ def strips(facts: Facts) -> alt.TopLevelMixin | None:
         y=y,
         y2="end:Q",
         color=alt.Color("rank:O", scale=_hues(facts), legend=None),
-        tooltip=["cut:N", "rank:O", "rows:N"],
+        tooltip=["cut:N", "ranks:N", "rows:N"],
     )
     names = base.mark_text(color="white", fontWeight="bold").encode(x=x, y="middle:Q", text="label:N")
     return blocks + names
 
 
-def _strips(cut: CutRecord) -> Iterator[dict[str, Any]]:
+def _strips(cut: CutRecord, mesh: Mesh) -> Iterator[dict[str, Any]]:
     size = cut.shape[cut.layout.axis]
     runs = [
         (rank, run.start + i * run.stride, run.length)
@@ -84,8 +85,10 @@ def _strips(cut: CutRecord) -> Iterator[dict[str, Any]]:
     for rank, start, length in runs[:STRIPES]:
         begin, end = start / size, (start + length) / size
         rows = f"{start} to {start + length - 1} of {size}"
-        label = f"rank {rank}" if end - begin > 0.03 and len(runs) <= 64 else ""
-        yield {"cut": cut.label, "rank": rank, "rows": rows, "begin": begin, "end": end} | {
+        holders = ", ".join(str(group * mesh.patches + rank) for group in range(mesh.groups))
+        name = f"rank{'s' * (mesh.groups > 1)} {holders}"
+        label = name if end - begin > 0.03 and len(runs) <= 64 else ""
+        yield {"cut": cut.label, "rank": rank, "ranks": name, "rows": rows, "begin": begin, "end": end} | {
             "middle": (begin + end) / 2, "label": label
         }  # fmt: skip
 
@@ -249,7 +252,7 @@ def alternatives(facts: Facts) -> alt.TopLevelMixin | None:
     """The time of a generation with other numbers of ranks and strategies."""
     rows = [
         {
-            "choice": "1 rank" if each.world == 1 else f"{each.world} ranks, {each.strategy.name}",
+            "choice": "1 rank" if each.world == 1 else f"{facts.ranks(each)}, {each.strategy.name}",
             "seconds": round(each.generation(facts.steps), 6),
             "takes": seconds_text(each.generation(facts.steps)),
             "memory": bytes_text(each.memory.total),

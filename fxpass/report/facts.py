@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from ..inspect.record import Snapshot
+from ..inspect.words import count_text
 from ..ir.comm import kept_bytes
 from ..ir.program import exchanges_of
 from ..ir.strategy import Strategy
@@ -101,7 +102,12 @@ class Facts:
         strategies = [Strategy.of("sync"), Strategy.of("displaced"), mine] if self.compare else [mine]
         worlds = sorted({*WORLDS, self.plan.world_size}) if self.compare else [1]
         found = compared(self.plan.program, worlds, strategies, self.plan.target, graphs=self.graphs, parts=self.beside)
-        return [e for e in found if isinstance(e, Impossible) or (e.world, e.strategy) != (self.plan.world_size, mine)]
+        shown = (self.plan.world_size, mine) if self.plan.groups == 1 else None  # others have patches alone
+        return [e for e in found if isinstance(e, Impossible) or (e.world, e.strategy) != shown]
+
+    def ranks(self, prediction: Prediction) -> str:
+        """The ranks of a choice in words."""
+        return self.plan.arrangement if prediction is self.prediction else count_text(prediction.world, "rank")
 
     @property
     def predictions(self) -> list[Prediction]:
@@ -128,7 +134,7 @@ class Facts:
         """Bytes that the rank keeps between steps, by module."""
         found: Counter[str] = Counter()
         for node, declared in exchanges_of(self.plan.graph):
-            found[node.meta.get("path", "")] += kept_bytes(declared, self.rank)
+            found[node.meta.get("path", "")] += kept_bytes(declared, declared[0].place(self.rank))
         return found
 
     def memory(self, points: int = 300) -> list[tuple[float, int]]:

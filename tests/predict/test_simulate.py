@@ -115,6 +115,14 @@ def test_what_a_step_awaits_overtakes_messages_for_the_next_where_the_link_allow
     assert ends(2, link(), *steps) == [[704.0, 704.0], [704.0, 704.0]]
 
 
+def test_threads_of_the_link_take_time_from_computing_while_a_message_travels() -> None:
+    over = link(core_latency=3.0, core_bandwidth=16.0)
+    late, awaited = message(gather(2, 64), late=True), message(gather(2, 64))
+    simulation = Simulation(2, over)
+    assert simulation.step(Step((work(1.0), put(late), work(90.0)))).ended.tolist() == [1 + 3 + 2 * 64 / 16 + 90] * 2
+    assert ends(2, over, (put(awaited), get(awaited))) == [[64.0, 64.0]]  # the cores would be idle
+
+
 def test_ranks_that_share_a_memory_copy_by_themselves() -> None:
     m = message(gather(3, 64))
     simulation = Simulation(3, link("memory", latency=1.0))

@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fxpass.passes.targets import find
 from tests.tools.command import fxpass
 
@@ -50,11 +52,13 @@ def test_comparing_shows_numbers_of_ranks_and_strategies() -> None:
     assert len(rows) == len(set(rows))
 
 
-def test_a_trace_goes_to_a_file_or_to_standard_output(tmp_path: Path) -> None:
-    fxpass("trace", GOOD, "-n", 3, "--target", "H100", "-o", tmp_path / "trace.json")
+@pytest.mark.parametrize("mesh", [("-n", 3), ("-n", 4, "--cfg", 2)], ids=["patches", "groups of patches"])
+def test_a_trace_goes_to_a_file_or_to_standard_output(mesh: tuple[Any, ...], tmp_path: Path) -> None:
+    command = ("trace", GOOD, *mesh, "--target", "H100", "-o")
+    fxpass(*command, tmp_path / "trace.json")
     written = (tmp_path / "trace.json").read_text()
-    assert {each["pid"] for each in json.loads(written)["traceEvents"]} == {0, 1, 2}
-    assert fxpass("trace", GOOD, "-n", 3, "--target", "H100", "-o", "-").stdout == written
+    assert {each["pid"] for each in json.loads(written)["traceEvents"]} == set(range(mesh[1]))
+    assert fxpass(*command, "-").stdout == written
 
 
 def bars(path: Path) -> list[dict[str, Any]]:

@@ -19,10 +19,12 @@ import pytest
 
 from fxpass.extras import MissingExtraError
 from fxpass.plan import plan
+from fxpass.predict.prediction import Prediction
 from fxpass.report.facts import Facts
 from fxpass.report.page import page
 from tests.inspect.plans import planned, small
 from tests.inspect.test_identifiers import of_plan
+from tests.runtime.plans import block, inputs
 from tests.tools.command import fxpass
 from tests.tools.models import unsplittable
 
@@ -70,6 +72,22 @@ def test_a_report_lists_every_exchange_with_its_identifier_and_bytes(strategy: s
     assert shown.ids("tr") == [each.id for each in made.exchanges]
     found = {each["id"]: (each["exact"], each["steady"]) for each in shown.data["records"]["exchanges"]}
     assert found == of_plan(made)
+
+
+def test_a_report_of_a_mesh_shows_the_ranks_of_all_groups() -> None:
+    made = plan(block(), *inputs(), world_size=4, cfg=2, strategy="displaced")
+    facts = Facts("block", made)
+    shown = Page(text := unescape(page(facts)))
+    assert "<h1>block on 4 ranks (2 groups of 2 patches)</h1>" in text
+    found = {each["id"]: (each["exact"], each["steady"]) for each in shown.data["records"]["exchanges"]}
+    assert found == of_plan(made)
+    assert all(f'"ranks":"ranks {a}, {b}"' in text for a, b in ((0, 2), (1, 3)))
+    assert {bar.rank for bars in facts.timelines.values() for bar in bars} == {0, 1, 2, 3}
+    assert {(each.world, each.strategy.name) for each in facts.alternatives if isinstance(each, Prediction)} >= {
+        (4, "displaced"),  # patches alone
+        (2, "sync"),
+    }
+    assert facts.parts[0].state == made.state_bytes_per_rank[facts.rank] > 0
 
 
 def test_a_report_names_fallbacks_with_reasons_and_their_exchanges() -> None:

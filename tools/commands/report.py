@@ -11,6 +11,8 @@ import typer
 
 from ..console import (
     Batch,
+    Cfg,
+    Data,
     Frames,
     Graphs,
     Height,
@@ -31,6 +33,8 @@ def report(
     ],
     world_size: World = 2,
     strategy: StrategyName = "sync",
+    cfg: Cfg = 1,
+    data: Data = 1,
     target: TargetName = "auto",
     link: LinkName = None,
     steps: Steps = 50,
@@ -66,7 +70,7 @@ def report(
     with recorded() as log:
         try:
             options = Options(height, width, frames, batch)
-            plan = make(model, world_size, strategy, target, options, link=link)
+            plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs)
             facts = Facts(model, plan, steps, graphs, compare, parts_of(model, options))
             content = packed(command, log.getvalue(), facts) if bundle else page(facts)
         except (ValueError, LookupError, OSError):  # wrong arguments

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import Batch, Frames, Graphs, Height, LinkName, Model, StrategyName, TargetName, Width, World
+from ..console import Batch, Cfg, Data, Frames, Graphs, Height, LinkName, Model, StrategyName, TargetName, Width, World
 
 
 def trace(
@@ -18,6 +18,8 @@ def trace(
     ],
     world_size: World = 2,
     strategy: StrategyName = "sync",
+    cfg: Cfg = 1,
+    data: Data = 1,
     target: TargetName = "auto",
     link: LinkName = None,
     graphs: Graphs = False,
@@ -45,14 +47,15 @@ def trace(
         if (target, link, graphs) != ("auto", None, False):
             raise ValueError("--measured runs on this machine: leave out --target, --link and --graphs")
         sizes = {"height": height, "width": width, "frames": frames, "batch": batch}
-        out.write(output, _recorded(model, world_size, strategy, sizes))
+        out.write(output, _recorded(model, world_size, strategy, cfg, data, sizes))
         return
-    plan = make(model, world_size, strategy, target, Options(height, width, frames, batch), link=link)
+    options = Options(height, width, frames, batch)
+    plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs)
     steps = Steps.of(plan.program, plan.graph, world_size, plan.target, graphs=graphs)
     out.write(output, timeline(steps, world_size, plan.target.link))
 
 
-def _recorded(model: str, world_size: int, strategy: str, sizes: dict[str, int | None]) -> str:
+def _recorded(model: str, world_size: int, strategy: str, cfg: int, data: int, sizes: dict[str, int | None]) -> str:
     """The timeline of processes that run a model."""
     from ...ir.progress import progress
     from ...planning import strategy_of
@@ -63,7 +66,7 @@ def _recorded(model: str, world_size: int, strategy: str, sizes: dict[str, int |
 
     strategy_of(strategy)
     refuse_large(model)
-    request = {"model": model, "options": sizes, "strategy": strategy}
+    request = {"model": model, "options": sizes, "strategy": strategy, "cfg": cfg, "data": data}
     trace_rank.planned(request, world_size)  # what is wrong is said here, once
     with progress(f"run {world_size} processes"):
         logs = run_ranks("fxpass.tools.trace_rank", [json.dumps(request)], world_size, trace_rank.TIMEOUT)
