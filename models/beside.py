@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -83,15 +83,27 @@ def _of_folder(folder: Path, options: Options) -> Held:
 def _sizes(folder: Path, dtype: torch.dtype) -> Iterator[int]:
     """Bytes of the weights in a folder, as they are when floating-point numbers have become `dtype`.
 
-    Variants (`model.fp16.safetensors` beside `model.safetensors`) hold the same once more.
+    Variants (`model.fp16.safetensors` beside `model.safetensors`), and files of the other format, hold the same once
+    more.
     """
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     dots = min((path.name.count(".") for path in paths), default=0)
     for path in (path for path in paths if path.name.count(".") == dots):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                first, last = tensor["data_offsets"]
-                floating = tensor["dtype"].startswith(("F", "BF"))
-                yield prod(tensor["shape"]) * dtype.itemsize if floating else last - first
+        for shape, size, floating in _of_safetensors(path) if path.suffix == ".safetensors" else _of_pickle(path):
+            yield prod(shape) * dtype.itemsize if floating else size
+
+
+def _of_safetensors(path: Path) -> Iterator[tuple[Sequence[int], int, bool]]:
+    """Of each tensor in a file: its shape, its bytes, and whether it has floating-point numbers."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            first, last = tensor["data_offsets"]
+            yield tensor["shape"], last - first, tensor["dtype"].startswith(("F", "BF"))
+
+
+def _of_pickle(path: Path) -> Iterator[tuple[Sequence[int], int, bool]]:
+    """The same of a file that `torch.save` wrote."""
+    for tensor in torch.load(path, map_location="meta", weights_only=True).values():
+        yield tensor.shape, tensor.nbytes, tensor.is_floating_point()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from .fold import Block, Group, fold, opened
+from .fold import RUNS, Block, Group, fold, opened
 from .record import Node, Snapshot
 from .words import bytes_text, count_text, flops_text
 
-LIMIT = 150  #: of boxes; more cannot be read
+LIMIT = 60  #: of boxes; more cannot be read
 MISSING = (
     "svg needs the program `dot` of Graphviz, which is not on the PATH: install it (apt install graphviz, brew install "
     "graphviz, or conda install graphviz), or use the format dot"
@@ -22,6 +22,9 @@ STYLE = """  graph [rankdir=TB, ranksep=0.35, nodesep=0.25, newrank=true, labell
   node [shape=box, style="filled,rounded", color="#55606b", margin="0.12,0.06", fontsize=10];
   node [fontname="Helvetica,Arial,sans-serif"];
   edge [color="#7c8894", arrowsize=0.6];"""
+REPEATS = " [style=dashed, constraint=false]"
+SHORTCUT = ' [constraint=false, color="#bcc4cb"]'
+Edge = tuple[str, str]  #: from box to box
 
 
 def graphviz() -> str:
@@ -57,8 +60,11 @@ def dot(snapshot: Snapshot, limit: int = LIMIT) -> str:
     title = f"{snapshot.model}, rank {snapshot.rank} of {snapshot.world}, after {snapshot.stage}".lstrip(", ")
     lines = ["digraph {", STYLE, f"  label={_quoted(title)};"]
     lines += drawing.lines()
-    for (a, b), repeats in drawing.edges().items():
-        lines.append(f"  {_quoted(a)} -> {_quoted(b)}{' [style=dashed, constraint=false]' if repeats else ''};")
+    edges = drawing.edges()
+    steps = drawing.steps(edges)
+    for (a, b), repeats in edges.items():
+        style = REPEATS if repeats else "" if (a, b) in steps else SHORTCUT
+        lines.append(f"  {_quoted(a)} -> {_quoted(b)}{style};")
     return "\n".join([*lines, "}"])
 
 
@@ -68,7 +74,7 @@ class _Drawing:
         self.root = fold(snapshot)
         self.alias: dict[str, str] = {}  #: path of a module -> path of the equal one that is drawn for it
         self.fallen = {each for gathered in snapshot.fallbacks for each in gathered.exchanges}
-        self.phase = _phases(snapshot)
+        self._visits: dict[tuple[str, bool], dict[str, int]] = {}
         _note_aliases(self.root, self.alias)
         self.ends = [node for node in snapshot.nodes if node.kind in ("input", "output")]
         self.open = {""}
@@ -94,26 +100,54 @@ class _Drawing:
 
     def _boxes(self, block: Block) -> int:
         """How many boxes an open module has."""
-        return len(block.groups) + len(self._own(block))
+        return sum(len(self._parts(group.first)) for group in block.groups) + len(self._own(block))
 
     def _own(self, block: Block) -> dict[int, list[Node]]:
-        """The nodes of an open module itself, by phase."""
-        found: dict[int, list[Node]] = {}
-        for node in block.nodes:
-            found.setdefault(self.phase[node.name], []).append(node)
-        return found
+        """The nodes of an open module itself, by visit."""
+        return _by_visit(block.nodes, self.visits(block.path, inside=False))
+
+    def _parts(self, block: Block) -> dict[int, list[Node]]:
+        """All nodes of a closed module, by visit."""
+        return _by_visit(block.inside(), self.visits(block.path, inside=True))
+
+    def visits(self, path: str, inside: bool) -> dict[str, int]:
+        """For each node of a module, how often values have left the module and come back before they reach it.
+
+        Nodes of different visits are in different boxes, so that few arrows lead back. What does not depend on these
+        values belongs to the last visit that it can.
+
+        Args:
+            inside: nodes of the modules inside are nodes of the module.
+        """
+        key = path, inside
+        if key not in self._visits:
+            around = f"{path}." if path else ""
+            own = {
+                node.name
+                for node in self.snapshot.nodes
+                if node.kind in RUNS and (node.path == path or (inside and node.path.startswith(around)))
+            }
+            left = dict.fromkeys(own, 0)  #: visits that follow that of a node, also for nodes that lead to the module
+            for node in reversed(self.snapshot.nodes):
+                if node.name in left:
+                    for each in node.operands:
+                        returns = each in own and node.name not in own
+                        left[each] = max(left.get(each, 0), left[node.name] + returns)
+            last = max((left[name] for name in own), default=0)
+            self._visits[key] = {name: last - left[name] for name in own}
+        return self._visits[key]
 
     def key(self, node: Node) -> str:
         """The box that a node is in."""
         if node.kind in ("input", "output"):
             return node.name
-        path = ""
+        own = path = ""
         for part in node.path.split(".") if node.path else ():
-            path = f"{path}.{part}" if path else part
+            own, path = (f"{each}.{part}" if each else part for each in (own, path))
             path = self.alias.get(path, path)
             if path not in self.open:
-                return f"module {path}"
-        return f"part {self.phase[node.name]} of {path}"
+                return _of_module(path, self.visits(own, inside=True)[node.name])
+        return f"part {self.visits(own, inside=False)[node.name]} of {path}"
 
     def lines(self) -> Iterator[str]:
         for node in self.ends:
@@ -122,10 +156,10 @@ class _Drawing:
         yield from self._inside(self.root, "  ")
 
     def _inside(self, block: Block, indent: str) -> Iterator[str]:
-        for phase, nodes in self._own(block).items():
+        for visit, nodes in self._own(block).items():
             counted = Counter(node.operator for node in nodes if node.kind == "operator").most_common(3)
             names = ", ".join(f"{name} x {n}" if n > 1 else name for name, n in counted)
-            yield indent + self._box(f"part {phase} of {block.path}", names or "exchanges", nodes)
+            yield indent + self._box(f"part {visit} of {block.path}", names or "exchanges", nodes)
         for group in block.groups:
             yield from self._group(group, indent)
 
@@ -137,7 +171,10 @@ class _Drawing:
         block, count = group.first, len(group.blocks)
         title = f"{count} x {block.kind or 'module'}\n{names}" if count > 1 else f"{names}  {block.kind}".rstrip()
         if block.path not in self.open:
-            yield indent + self._box(f"module {block.path}", title, list(block.inside()))
+            parts = self._parts(block)
+            for visit, nodes in parts.items():
+                more = f"\npart {visit + 1} of {len(parts)}" if len(parts) > 1 else ""
+                yield indent + self._box(_of_module(block.path, visit), f"{title}{more}", nodes)
             return
         yield f"{indent}subgraph {_quoted(f'cluster {block.path}')} {{"
         yield f'{indent}  label={_quoted(title)}; fontsize=11; color="#aab4be"; style="rounded";'
@@ -159,9 +196,9 @@ class _Drawing:
         colour = FALLBACK if self.fallen.intersection(ids) else EXCHANGE if ids else PLAIN
         return f"{_quoted(key)} [label={_quoted(chr(10).join(lines))}, fillcolor={_quoted(colour)}];"
 
-    def edges(self) -> dict[tuple[str, str], bool]:
+    def edges(self) -> dict[Edge, bool]:
         """From box to box, each once, in the order of the graph; whether all values go to the next of equal modules."""
-        found: dict[tuple[str, str], bool] = {}
+        found: dict[Edge, bool] = {}
         for node in self.snapshot.nodes:
             if node.kind not in ("weight", "constant"):
                 to = self.key(node)
@@ -171,6 +208,21 @@ class _Drawing:
                         edge = self.key(source), to
                         found[edge] = found.get(edge, True) and self._repeats(source, node)
         return {(a, b): repeats for (a, b), repeats in found.items() if a != b}
+
+    def steps(self, edges: Iterable[Edge]) -> set[Edge]:
+        """The edges that lead to a box that ends later, and past no other box that they could lead through."""
+        import networkx
+
+        ends: dict[str, int] = {}
+        for i, node in enumerate(self.snapshot.nodes):
+            if node.kind not in ("weight", "constant") and self._drawn(node):
+                ends[self.key(node)] = i
+        forward = networkx.DiGraph((a, b) for a, b in edges if ends[a] < ends[b])
+        return set(networkx.transitive_reduction(forward).edges)
+
+    def _drawn(self, node: Node) -> bool:
+        """Whether a node is in the first of equal modules, for which the box is drawn."""
+        return not any(each in self.alias for each in _around(node.path))
 
     def _repeats(self, source: Node, node: Node) -> bool:
         """Whether a value goes from one of equal neighbours to another one."""
@@ -182,27 +234,16 @@ class _Drawing:
         return False
 
 
-def _phases(snapshot: Snapshot) -> dict[str, int]:
-    """For each node, how often values go from inner modules back to its own module before they reach it.
+def _of_module(path: str, visit: int) -> str:
+    """The box of a closed module."""
+    return f"module {path}, visit {visit}" if visit else f"module {path}"
 
-    So the operators between two inner modules share a box, and do not share it with those before or after.
-    """
-    inside: dict[str, list[Node]] = {}
-    for node in snapshot.nodes:
-        parts = node.path.split(".") if node.path else []
-        for n in range(len(parts) + 1):
-            inside.setdefault(".".join(parts[:n]), []).append(node)
-    found: dict[str, int] = {}
-    for path, nodes in inside.items():
-        phase: dict[str, int] = {}
-        own = {node.name for node in nodes if node.path == path}
-        for node in nodes:
-            back = node.path == path
-            phase[node.name] = max(
-                (phase[each] + (back and each not in own) for each in node.operands if each in phase), default=0
-            )
-        found |= {name: phase[name] for name in own}
-    return found
+
+def _by_visit(nodes: Iterable[Node], visits: Mapping[str, int]) -> dict[int, list[Node]]:
+    found: dict[int, list[Node]] = {}
+    for node in nodes:
+        found.setdefault(visits[node.name], []).append(node)
+    return dict(sorted(found.items()))
 
 
 def _around(path: str) -> list[str]:

@@ -13,11 +13,12 @@ from typing import Any
 from .record import Node, Snapshot
 
 LISTED = 4  #: more modules are written as the first and the last
+RUNS = ("operator", "exchange", "wait", "result")  #: kinds of nodes that run
 
 
 @dataclass
 class Block:
-    """A module with the nodes that it runs, and groups of the modules inside, by first appearance."""
+    """A module with the nodes that it runs, and groups of the modules inside, in the order in which they run."""
 
     path: str
     kind: str  #: class; "" if the program does not know it
@@ -69,11 +70,13 @@ def opened(group: Group) -> tuple[str, Group]:
 def fold(snapshot: Snapshot) -> Block:
     """The tree of modules of a graph. Inputs, weights and outputs are left out."""
     root = _Tree("")
+    place = {node.name: i for i, node in enumerate(snapshot.nodes)}
     for node in snapshot.nodes:
-        if node.kind in ("operator", "exchange", "wait", "result"):
+        if node.kind in RUNS:
             root.at(node.path).nodes.append(node)
     numbers = _Numbers(snapshot)
     seen: dict[Any, str] = {}
+    root.sort(place)
     return _block(root, snapshot.modules, numbers, seen)
 
 
@@ -94,6 +97,19 @@ class _Tree:
         yield from self.nodes
         for child in self.children.values():
             yield from child.inside()
+
+    def sort(self, place: Mapping[str, int]) -> list[int]:
+        """Order the modules inside by the middle of their nodes: a few may run early, on the model's inputs.
+
+        Args:
+            place: of each node in the order of execution.
+
+        Returns: the places of all nodes inside.
+        """
+        inside = {name: sorted(child.sort(place)) for name, child in self.children.items()}
+        ordered = sorted(self.children, key=lambda name: inside[name][len(inside[name]) // 2])
+        self.children = {name: self.children[name] for name in ordered}
+        return [place[node.name] for node in self.nodes] + [each for found in inside.values() for each in found]
 
 
 class _Numbers:

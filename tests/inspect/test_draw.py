@@ -6,6 +6,7 @@ import stat
 from itertools import pairwise
 from pathlib import Path
 
+import networkx
 import pytest
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ def test_modules_are_boxes_with_their_exchanges_and_arrows_follow_the_values() -
     assert shown["module conv_in"].startswith("conv_in  Conv2d\\n3 operators")
     assert shown["module conv_out"].endswith("halo x3.0: 1.0 kB")
     assert shown["x_sample"] == "sample"
-    way = ["x_sample", "module conv_in", "part 1 of ", "module norm", "part 2 of ", "module down"]
+    way = ["x_sample", "module conv_in", "part 0 of ", "module norm", "part 1 of ", "module down"]
     assert set(pairwise(way)) <= arrows(text)
     assert all(end in shown for edge in arrows(text) for end in edge)
 
@@ -40,7 +41,7 @@ def test_modules_are_boxes_with_their_exchanges_and_arrows_follow_the_values() -
 def test_only_boxes_that_receive_something_are_blue_and_fallbacks_are_red() -> None:
     colours = {key: colour for key, _, colour in BOX.findall(dot(planned().snapshot()))}
     blue = {key for key, colour in colours.items() if colour == "#cfe2f7"}
-    assert blue == {"module norm", "module down", "module conv_out", "part 4 of ", "part 5 of "}
+    assert blue == {"module norm", "module down", "module conv_out", "part 3 of ", "part 4 of "}
 
     class Gamma(nn.Module):
         def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
@@ -92,6 +93,30 @@ def test_a_dashed_arrow_leads_from_a_repeated_module_to_the_next() -> None:
     dashed = re.findall(r'"(.*)" -> "(.*)" \[style=dashed, constraint=false\]', text)
     assert dashed == [("module blocks.1.1", "module blocks.1.0")]
     assert ("module blocks.1.0", "module blocks.1.1") in arrows(text)
+
+
+def test_what_runs_before_and_after_other_modules_has_two_boxes() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.act(self.second(self.act(self.first(sample)) * timestep))
+
+    text = dot(plan(Twice().eval(), *inputs(), world_size=2).snapshot())
+    way = ["x_sample", "module first", "module act", "part 0 of ", "module second", "module act, visit 1"]
+    assert set(pairwise(way)) <= arrows(text)
+    assert "SiLU\\npart 1 of 2" in boxes(text)["module act"]
+
+
+@pytest.mark.parametrize("name", ["unet_sdxl", "flux", "dit"])
+def test_arrows_that_shape_the_drawing_lead_forward_and_past_no_box(name: str) -> None:
+    text = dot(small(name).snapshot())
+    steps = networkx.DiGraph(re.findall(r'^  "(.*?)" -> "(.*?)";$', text, re.MULTILINE))
+    assert networkx.is_directed_acyclic_graph(steps)
+    assert set(networkx.transitive_reduction(steps).edges) == set(steps.edges)
+    assert len(steps.edges) > 0.5 * len(arrows(text))
 
 
 def test_modules_that_exchange_nothing_stay_closed_unless_nothing_is_exchanged() -> None:

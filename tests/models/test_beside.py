@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -118,6 +119,10 @@ def test_parts_of_a_pipeline_count_as_many_bytes_as_they_have(tmp_path: Path) ->
         held = getattr(pipeline, name)
         stored = {id(each): each for each in (*held.parameters(), *held.buffers()) if each.is_floating_point()}
         assert parts.weights[name] == sum(each.nbytes for each in stored.values())
+    encoder = next((folder / "text_encoder").glob("*.safetensors"))
+    torch.save(load_file(encoder), encoder.with_suffix(".bin"))
+    encoder.unlink()
+    assert parts_of(str(folder), Options()).weights == parts.weights
     weights = next((folder / "vae").glob("*.safetensors"))
     weights.with_suffix(".fp16.safetensors").write_bytes(weights.read_bytes())  # a variant
     halves = beside(str(folder), Options(dtype=torch.float16))
