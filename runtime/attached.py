@@ -20,7 +20,7 @@ from ..capture import Method
 from ..capture.executed import transparent
 from ..capture.objects import walk
 from ..ir.advice import warn
-from .module import ParallelModule, outside_dynamo
+from .module import ParallelModule, graph_break
 
 #: modules that are attached, by the id of the user's model, which they keep alive
 _attached: WeakValueDictionary[int, ParallelModule] = WeakValueDictionary()
@@ -84,6 +84,8 @@ def _split(parallel: ParallelModule, model: nn.Module, name: str, before: Any) -
 
     It is bound, so that a deep copy of the model has one that is bound to the copy.
     """
+
+    outside_dynamo = graph_break()
 
     @transparent
     def split(module: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -223,6 +223,8 @@ def _split(model: nn.Module, engine: Engine, name: str) -> Callable[..., Any]:
     It does not refer to the wrapper: no reference cycle.
     """
 
+    outside_dynamo = graph_break()
+
     def split(*args: Any, **kwargs: Any) -> Any:
         method = None if name == "forward" else Method(name, getattr(model, name), OPERATORS)
         if torch.compiler.is_dynamo_compiling():
@@ -235,11 +237,18 @@ def _split(model: nn.Module, engine: Engine, name: str) -> Callable[..., Any]:
     return split
 
 
-@torch.compiler.disable(reason=_COMPILE)
-def outside_dynamo(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method | None) -> Any:
-    """Run a call that comes from code compiled by torch.compile, as a graph break."""
-    _warn_of_compile()
-    return engine(args, kwargs, method)
+@cache
+def graph_break() -> Callable[..., Any]:
+    """A function that runs a call which comes from code compiled by torch.compile, as a graph break.
+
+    Made when a model is wrapped: Dynamo takes as long to import as torch, and worker processes need none.
+    """
+
+    def run(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method | None) -> Any:
+        _warn_of_compile()
+        return engine(args, kwargs, method)
+
+    return torch.compiler.disable(run, reason=_COMPILE)
 
 
 @cache

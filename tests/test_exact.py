@@ -22,6 +22,7 @@ from fxpass.plan import Plan, make_plan
 from fxpass.runtime.lockstep import LockstepExecutor, Tamper
 
 EXACT = 1e-5
+LARGE = ("unet_3d", "unet_motion", "unet_sdxl", "unet_sd_controlled")  #: seconds for each size
 OVERHEAD = ("realign", "small", "rebalance")
 
 
@@ -66,18 +67,21 @@ def _sizes(each: Case, rows: int) -> tuple[int, int]:
 
 
 def _cases(*rows_batch_worlds: tuple[int, int, int]) -> list[Any]:
+    """All models with all sizes; of large models, other sizes than the first are slow tests."""
     return [
         pytest.param(
-            each.name, *_sizes(each, rows), batch, world, id=f"{each.name}-{rows}rows-batch{batch}-{world}ranks"
+            each.name, *_sizes(each, rows), batch, world,
+            id=f"{each.name}-{rows}rows-batch{batch}-{world}ranks",
+            marks=pytest.mark.slow if each.name in LARGE and i else (),
         )
         for each in cases
-        for rows, batch, world in rows_batch_worlds
+        for i, (rows, batch, world) in enumerate(rows_batch_worlds)
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "cols", "batch", "world"),
-    _cases((64, 2, 1), (64, 2, 2), (64, 2, 8), (50, 1, 3), (50, 1, 4)),
+    _cases((50, 1, 3), (50, 1, 4), (64, 2, 1), (64, 2, 2), (64, 2, 8)),
 )
 def test_split_model_equals_the_unsplit_one(name: str, rows: int, cols: int, batch: int, world: int) -> None:
     module, program, call, expected = captured(name, rows, cols, batch)
@@ -113,7 +117,7 @@ def _corrupt_each(name: str, most: int | None) -> None:
         assert any(not e <= 1e-3 for e in off), f"{exchange} ({declared.index(exchange)} of {len(declared)}): {off}"
 
 
-@pytest.mark.parametrize("name", [each.name for each in cases])
+@pytest.mark.parametrize("name", [each.name for each in cases if each.name not in LARGE])
 def test_a_corrupted_exchange_changes_the_output(name: str) -> None:
     _corrupt_each(name, most=8)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -27,6 +28,11 @@ print(drawn)
 """
 
 
+@cache
+def plain() -> str:
+    return draws({})
+
+
 def draws(environment: dict[str, str], first: str = "", consumed: int = 0) -> str:
     """What a property draws, in a process of its own."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "HYPOTHESIS_PROFILE")}
@@ -43,4 +49,4 @@ def draws(environment: dict[str, str], first: str = "", consumed: int = 0) -> st
     ids=["in CI", "after other modules were imported", "after other random numbers"],
 )
 def test_a_property_draws_the_same_values_on_every_run(environment: dict[str, str], first: str, consumed: int) -> None:
-    assert draws(environment, first, consumed) == draws({})
+    assert draws(environment, first, consumed) == plain()

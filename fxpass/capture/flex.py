@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._higher_order_ops.flex_attention import flex_attention as operator
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention.flex_attention import _identity, _vmap_for_bhqkv, noop_mask
@@ -34,6 +33,9 @@ def attention(
 
 def _mask(query: Tensor, key: Tensor, mask_mod: Any, buffers: tuple[Any, ...] = ()) -> Tensor:
     """The boolean mask of the keys that each query sees, of size 1 along samples or heads that share it."""
+    # imported here: Dynamo takes as long to import as torch
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
     sizes = (*query.shape[:3], key.shape[2])
     positions = [torch.arange(size, device=query.device) for size in sizes]
     with TransformGetItemToIndex():

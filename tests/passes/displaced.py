@@ -13,6 +13,7 @@ from fxpass.capture import Call, capture
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Layout
+from fxpass.ir.program import Program
 from fxpass.ir.step import EXACT, Step
 from fxpass.ir.strategy import Strategy
 from fxpass.ir.verify import verify
@@ -43,16 +44,24 @@ class Followed:
 
 @torch.no_grad()
 def follow(
-    model: Callable[..., Any], inputs: Sequence[Any], cuts: Mapping[int, Layout], world: int, preset: str
+    model: Callable[..., Any],
+    inputs: Sequence[Any],
+    cuts: Mapping[int, Layout],
+    world: int,
+    preset: str,
+    program: Program | None = None,
 ) -> Followed:
     """An exact step, a displaced one at rest, two on other inputs. All inputs are ones that move.
+
+    Args:
+        program: what `captured` makes of the model, if it is there already.
 
     Raises `AssertionError` where the displaced step at rest is another than the exact one though attention sees as
     much, or ranks do not agree.
     """
-    module = (model if isinstance(model, nn.Module) else Function(model)).eval()
+    module = _module(model)
     strategy = Strategy.of(preset)
-    program = normalize(capture(module, *inputs))
+    program = program or captured(model, inputs)
     layouts = {program.inputs[i]: layout for i, layout in cuts.items()}
     graph = partition(program.graph, world, layouts, RULES)
     graph = displace(with_rounding(graph, world) if overlap(graph) else graph, strategy, program.inputs, world)
@@ -77,6 +86,15 @@ def follow(
         finite=all(a.isfinite().all() or not b.isfinite().all() for a, b in pairs),
         moved=not all(torch.allclose(a, b, equal_nan=True) for a, b in pairs),
     )
+
+
+def captured(model: Callable[..., Any], inputs: Sequence[Any]) -> Program:
+    """The normalized program of a model."""
+    return normalize(capture(_module(model), *inputs))
+
+
+def _module(model: Callable[..., Any]) -> nn.Module:
+    return (model if isinstance(model, nn.Module) else Function(model)).eval()
 
 
 def agreed(outputs: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -29,7 +29,7 @@ from tests.passes import (
     test_rules_sums,
     test_rules_writing,
 )
-from tests.passes.displaced import PRESETS, follow
+from tests.passes.displaced import PRESETS, captured, follow
 from tests.passes.examples import Example, randn
 from tests.passes.harness import Function, cut, evenly, split
 
@@ -69,10 +69,12 @@ EXAMPLES = dict(_tables())
 def test_displaced_steps_of_a_rule_equal_exact_ones_on_equal_inputs_and_all_ranks_agree(name: str) -> None:
     example = EXAMPLES[name]
     places = [(i, dim, example.inputs[i].shape[dim]) for i, dims in example.promised.items() for dim in dims]
+    program = captured(example.function, example.inputs)
     for place, dim, size in places:
         for world in range(2, min(size, 3) + 1):
             for preset in PRESETS:
-                found = follow(example.function, example.inputs, {place: evenly(dim, size, world)}, world, preset)
+                cuts = {place: evenly(dim, size, world)}
+                found = follow(example.function, example.inputs, cuts, world, preset, program)
                 assert found.finite or name == COMPARES, f"input {place} cut along {dim} on {world} ranks, {preset}"
 
 

@@ -75,7 +75,7 @@ def test_partition_cuts_where_the_build_says_although_the_search_chose_otherwise
 
 
 def test_a_build_stops_after_the_pass_that_is_named_and_goes_on_from_there() -> None:
-    start = initial("unet_sd", "displaced")
+    start = initial("flux", "displaced")
     whole = build(start.program, 2, start.target, start.strategy)
     for name in NAMES:
         state = build(start.program, 2, start.target, start.strategy, after=name)
