@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def reports(
-    models: list[str], strategies: tuple[str, ...], rounds: int, limits: list[emulated_link.Link | None]
+    models: list[str], strategies: tuple[str, ...], rounds: int, limits: Sequence[emulated_link.Link | None]
 ) -> Iterator[str]:
     """On both ranks: calibrate, then measure each model.
 
