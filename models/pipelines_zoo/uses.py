@@ -32,7 +32,7 @@ class Use:
         call: arguments that differ from the usual ones.
         needs: the package that it needs.
         refused: how the error begins, where a split pipeline has to refuse it.
-        widely: it is also measured under a stale strategy, and with workers of their own.
+        widely: it is also measured under a stale strategy, with worker processes, and on the ranks of torchrun.
     """
 
     title: str

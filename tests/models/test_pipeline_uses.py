@@ -41,6 +41,7 @@ def test_what_is_done_after_parallelize_is_followed_under_a_stale_strategy(name:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("order", ["spawn", "torchrun"])
 @pytest.mark.parametrize("name", [marked(name) for name in USES if "spawn" in orders_of(name)])
-def test_what_is_done_after_parallelize_reaches_workers_of_their_own(name: str) -> None:
-    assert outcome(name, "spawn") == "equal"
+def test_what_is_done_after_parallelize_reaches_other_processes(name: str, order: str) -> None:
+    assert outcome(name, order) == "equal"

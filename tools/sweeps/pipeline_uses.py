@@ -1,12 +1,22 @@
 """Measure what people do with pipelines: the result after `parallelize` against that of the unsplit pipeline.
 
 Each use is made before `parallelize`, and after it, when the pipeline has already run split. Some are also made after
-it under a stale strategy, where the result must be that of the same use made before, and with workers of their own.
+it under a stale strategy, where the result must be that of the same use made before, with worker processes, and on the
+ranks of torchrun.
+
+    torchrun --nproc-per-node 2 -m fxpass.tools.sweeps.pipeline_uses NAME FOLDER    # each rank writes its outcome
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
+
+import torch
 
 import fxpass
 
@@ -16,8 +26,13 @@ from ...models.pipelines_zoo.uses import USES, Use, start
 from .pipelines_case import PICTURE, RANKS, difference
 
 ORDERS = ("before", "after")
-WIDELY = ("stale", "spawn")  #: of uses that are measured `widely`
-STALE = {"strategy": "displaced", "warmup_steps": 2}
+WIDELY = ("stale", "spawn", "torchrun")  #: of uses that are measured `widely`
+#: arguments of `parallelize` by order; "rank" is what each rank of torchrun runs
+OPTIONS: dict[str, dict[str, Any]] = {
+    "stale": {"strategy": "displaced", "warmup_steps": 2},
+    "spawn": {"executor": "spawn"},
+    "rank": {"executor": "distributed"},
+}
 STEPS = Recipe(call={"num_inference_steps": 5})  #: two of them are stale: the last one is exact again
 
 
@@ -41,8 +56,9 @@ def outcome(name: str, order: str) -> str:
     use = USES[name]
     if use.missing:
         return f"needs {use.missing}"
-    steps = STEPS if order == "stale" else Recipe()
-    options = STALE if order == "stale" else {"executor": "spawn"} if order == "spawn" else {}
+    if order == "torchrun":
+        return _on_ranks(name)
+    steps, options = STEPS if order == "stale" else Recipe(), OPTIONS.get(order, {})
     exact = _longer(use.apply(start()), steps).run()
     expected = _split(use, "before", options, steps) if order == "stale" else exact
     try:
@@ -72,3 +88,29 @@ def _split(use: Use, order: str, options: dict[str, Any], steps: Recipe) -> list
 
 def _longer(small: Small, steps: Recipe) -> Small:
     return Small(small.pipeline, small.recipe | steps)
+
+
+def _on_ranks(name: str) -> str:
+    """The outcome on the ranks of torchrun; all of them if they differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+        done = subprocess.run(
+            [*command, "-m", "fxpass.tools.sweeps.pipeline_uses", name, folder],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found = [path.read_text() for path in sorted(Path(folder).iterdir())]
+    if len(found) < RANKS or done.returncode:
+        return f"failed: {(done.stderr.splitlines() or ['no output'])[-1]}"
+    return " / ".join(dict.fromkeys(found))
+
+
+def main() -> None:
+    name, folder = sys.argv[1:]
+    (Path(folder) / os.environ["RANK"]).write_text(outcome(name, "rank"))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

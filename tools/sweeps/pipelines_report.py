@@ -33,7 +33,7 @@ USING = """\
 Each is done to a small Stable Diffusion pipeline *before* `parallelize`, and *after* it, when the pipeline has already
 run split; the result is compared with that of an unsplit pipeline of which the same was done. Some are also done after
 it under a *stale* strategy (`"displaced"`, of five steps two are stale), where the result is compared with that of the
-same done before `parallelize`, and with two processes (`executor="spawn"`).
+same done before `parallelize`, with worker processes (`executor="spawn"`), and on the two ranks of `torchrun`.
 """
 
 
@@ -107,7 +107,7 @@ def _where(each: Found, usual: str) -> str:
 
 def _used(uses: Mapping[str, Sequence[str]]) -> Iterator[str]:
     if uses:
-        yield from ("", USING, "| what is done | before | after | stale | spawn |", f"|{' --- |' * 5}")
+        yield from ("", USING, "| what is done | before | after | stale | spawn | torchrun |", f"|{' --- |' * 6}")
         yield from (f"| {' | '.join((title, *map(_short, outcomes)))} |" for title, outcomes in uses.items())
 
 
