@@ -11,13 +11,14 @@ from torch import Tensor
 import fxpass
 from fxpass.models.pipelines_zoo import RECIPES, build, names
 from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.tools.sweeps import pipelines_case
 from fxpass.tools.sweeps.pipelines_case import (
-    CALL_DOUBLE,
+    DOUBLE,
     PICTURE,
     Found,
     difference,
+    in_double,
     measure,
-    of_calls,
     outputs,
     overheard,
     split_parts,
@@ -81,8 +82,8 @@ def test_classes_that_are_left_out_say_why() -> None:
         ({"error": 1e-3, "calls": 1e-6, "noise": 5e-4}, "amplifies"),
         ({"error": 1e-3, "calls": 1e-6, "noise": 5e-6}, "wrong"),
         ({"error": 1e-3, "calls": 1e-3, "noise": 5e-4}, "wrong"),
-        ({"error": 1e-3, "calls": 1e-4, "double": 1e-13, "noise": 5e-4}, "amplifies"),
-        ({"error": 1e-3, "calls": 1e-4, "double": 1e-7, "noise": 5e-4}, "wrong"),
+        ({"error": 1e-3, "calls": 1e-4, "double": 1e-8, "noise": 5e-4}, "amplifies"),
+        ({"error": 1e-3, "calls": 1e-6, "double": 1e-4, "noise": 5e-4}, "wrong"),
         ({"error": 1e-3, "calls": float("nan"), "double": float("nan"), "noise": 5e-4}, "wrong"),
         ({"error": float("nan"), "calls": 1e-6, "noise": 5e-4}, "wrong"),
     ],
@@ -110,5 +111,18 @@ def test_encoders_are_heard_as_denoisers_and_decoders_are() -> None:
     assert not {"forward", "encode", "decode"} & {*vars(small.pipeline.unet), *vars(small.pipeline.vae)}
 
 
-def test_calls_in_float64_are_equal_to_far_more_digits() -> None:
-    assert of_calls("ConsistencyModelPipeline", torch.float64) <= CALL_DOUBLE
+def test_results_in_float64_are_equal_to_more_digits() -> None:
+    found = in_double("ConsistencyModelPipeline")
+    assert found is not None
+    assert found <= DOUBLE
+
+
+def test_a_pipeline_that_does_not_run_in_float64_is_not_compared_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Single:
+        pipeline = torch.nn.Identity()
+
+        def run(self) -> list[Tensor]:
+            raise RuntimeError("expected Float, got Double")
+
+    monkeypatch.setattr(pipelines_case, "build", lambda name: Single())
+    assert in_double("SinglePipeline") is None

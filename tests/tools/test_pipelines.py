@@ -35,7 +35,7 @@ def test_a_stopped_measurement_is_a_failed_one() -> None:
         ({"error": 1e-2, "calls": 1e-6, "noise": 9e-3}, "| unet, vae | 1e-02 | amplifies; calls by 1e-06"),
         (
             {"error": 1e-2, "calls": 1e-4, "double": 3e-13, "noise": 9e-3},
-            "| amplifies; calls by 1e-04 (in float64 by 3e-13), equal noise",
+            "| amplifies; in float64 by 3e-13; calls by 1e-04, equal noise",
         ),
         ({"refused": "CaptureError: no"}, "- TinyPipeline: CaptureError: no"),
         ({"failed": "ValueError: no"}, "- TinyPipeline: ValueError: no"),
@@ -49,6 +49,12 @@ def test_the_report_of_pipelines_lists_every_problem(changes: dict[str, Any], to
     other = replace(GOOD, name="OtherPipeline")
     assert told not in report([GOOD, other], [])
     assert told in report([replace(GOOD, **changes), other], [])
+
+
+def test_the_report_says_how_many_give_the_unsplit_result() -> None:
+    amplifies = replace(GOOD, error=1e-2, calls=1e-6, noise=9e-3)
+    text = report([GOOD, amplifies, replace(GOOD, error=1.0), replace(GOOD, left_out="needs the package x")], [])
+    assert "4 classes; 1 (25.0%) are left out. Of the other 3, 2\n(66.7%) give the unsplit result:" in text
 
 
 def test_the_report_says_at_which_commit_each_result_was_measured() -> None:

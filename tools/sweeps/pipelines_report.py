@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
-from .pipelines_case import CALL, CALL_DOUBLE, LIKE_NOISE, PICTURE, Found
+from .pipelines_case import CALL, DOUBLE, LIKE_NOISE, PICTURE, Found
 
 INTRODUCTION = """\
 # Pipelines
@@ -20,10 +20,10 @@ tokenizers made on the spot (`models/pipelines_zoo/`) and random weights. Each i
 Results are *equal* if no value of any result (picture, video, sound or latent) differs by more than {picture:.0e},
 relative where values are larger than 1.
 
-Some samplers amplify any rounding, and so does a picture that is rounded to whole numbers. They are judged by every
-call of their parts on equal inputs (at most {call:.0e} of the largest value; where a part itself amplifies rounding, at
-most {double:.0e} in float64), and by what noise of that size does to the unsplit pipeline: the difference is at most
-{like:.0f} times that. They are marked *amplifies*.
+Some samplers amplify any rounding, and so does a picture that is rounded to whole numbers. They are judged by their
+results in float64 (which differ by at most {double:.0e}) or, if they do not run in it, by every call of their parts on
+equal inputs (at most {call:.0e} of the largest value); and by what noise of the calls' size does to the unsplit
+pipeline: the difference is at most {like:.0f} times that. They are marked *amplifies*.
 """
 
 
@@ -45,7 +45,7 @@ def report(found: Sequence[Found], old: Sequence[str], uses: Mapping[str, Sequen
             torch=version("torch"),
             picture=PICTURE,
             call=CALL,
-            double=CALL_DOUBLE,
+            double=DOUBLE,
             like=LIKE_NOISE,
         ),
         *_totals(found),
@@ -69,13 +69,16 @@ def report(found: Sequence[Found], old: Sequence[str], uses: Mapping[str, Sequen
 def _totals(found: Sequence[Found]) -> Iterator[str]:
     counts = {word: sum(each.verdict == word for each in found) for word in sorted({each.verdict for each in found})}
     out, rest = counts.get("left out", 0), len(found) - counts.get("left out", 0)
-    yield f"{len(found)} classes; {out} ({out / max(1, len(found)):.1%}) are left out. Of the other {rest}:"
+    good = counts.get("equal", 0) + counts.get("amplifies", 0)
+    yield f"{len(found)} classes; {out} ({out / max(1, len(found)):.1%}) are left out. Of the other {rest}, {good}"
+    yield f"({good / max(1, rest):.1%}) give the unsplit result:"
     yield ""
     yield "| | classes | share |"
     yield "| --- | ---: | ---: |"
     titles = {
-        "equal": "equal", "amplifies": "amplify rounding; every call of their parts is equal", "wrong": "not equal",
-        "refused": "refused", "failed": "not measured to the end", "none": "without anything to split",
+        "equal": "equal", "amplifies": "amplify rounding; equal in float64, or in every call of their parts",
+        "wrong": "not equal", "refused": "refused", "failed": "not measured to the end",
+        "none": "without anything to split",
     }  # fmt: skip
     for word, title in titles.items():
         if count := counts.get(word, 0):
@@ -123,15 +126,15 @@ def _listed(title: str, found: Sequence[Found], verdict: str, reason: Callable[[
 def _judged(found: Found) -> str:
     if found.calls is None or found.noise is None:
         return ""
-    double = "" if found.double is None else f" (in float64 by {found.double:.0e})"
-    return f"; calls by {found.calls:.0e}{double}, equal noise changes the unsplit result by {found.noise:.0e}"
+    double = "" if found.double is None else f", in float64 by {found.double:.0e}"
+    return f"{double}; calls by {found.calls:.0e}, equal noise changes the unsplit result by {found.noise:.0e}"
 
 
 def _table(found: Sequence[Found], usual: str) -> Iterator[str]:
     yield "| pipeline | split | difference | |"
     yield "| --- | --- | ---: | --- |"
     for each in found:
-        notes = [each.verdict if each.verdict != "equal" else "", _judged(each).removeprefix("; "), each.blind]
+        notes = [each.verdict if each.verdict != "equal" else "", _judged(each).lstrip("; ,"), each.blind]
         notes += [*(f"unsplit: {_short(reason)}" for reason in each.whole), _where(each, usual)]
         cells = [each.name, ", ".join(each.split), f"{each.error:.0e}", "; ".join(filter(None, notes))]
         yield "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
