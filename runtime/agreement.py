@@ -100,7 +100,9 @@ class CallCheck:
         watched = {path: _strided(x, INPUT_SAMPLES) for path, x in zip(self._paths, inputs, strict=True) if x.numel()}
         samples = [(torch.view_as_real(x).flatten() if x.is_complex() else x).double() for x in watched.values()]
         board = self._network.board
-        head = torch.tensor([question.generation, question.call, question.state, board.call], dtype=torch.float64)
+        head = torch.tensor(
+            [question.generation, question.call, question.state, board.call, question.together], dtype=torch.float64
+        )
         calls = self._gathered([head, *question.facts, *samples])
         numbers = [tuple(map(int, call[: len(head)].tolist())) for call in calls]
         self._check_generation(numbers)
@@ -136,13 +138,19 @@ class CallCheck:
 
     def _check_generation(self, numbers: Sequence[tuple[int, ...]]) -> None:
         """Raises `DisagreementError` unless all ranks are at the same call of the same generation."""
-        generation, first, state, _ = numbers[0]
+        generation, first, state, _, together = numbers[0]
         if first == 1:  # ranks number generations alike until one of them leaves a picture early
             self._numbers[generation] = [number for number, *_ in numbers]
             if len(self._numbers) > REMEMBERED:
                 del self._numbers[next(iter(self._numbers))]
         known = self._numbers.get(generation)
-        for rank, (number, call, other, _) in enumerate(numbers):
+        for rank, (number, call, other, _, came) in enumerate(numbers):
+            if came != together:
+                raise DisagreementError(
+                    f"rank {rank} runs {came} of the calls that run at once, rank 0 {together}: on some ranks only "
+                    "was the result of a call used before the next call (printed on rank 0?); use such results on all "
+                    "ranks or on none, or call fxpass.parallelize with cfg=1"
+                )
             if call == first and other != state:
                 raise DisagreementError(
                     f"rank {rank} has run other calls than rank 0 before this one (did one fail there, or come from "

@@ -21,7 +21,6 @@ from ..capture import (
     arranged,
     check_memory,
     returned,
-    written,
 )
 from ..capture.structure import Structure
 from ..ir.advice import warn
@@ -73,7 +72,7 @@ class Engine:
         self._apart = apart or planner
         self._waiting = Waiting()
         self.planner = planner
-        self.programs = Programs(model, planner, executor, self._waiting.release, capturing)
+        self.programs = Programs(model, planner, executor, self._waiting.complete, capturing)
         self.feeder: Feeder | None = None  #: lets calls wait for a denoiser that takes their results
         self.joints: Joints | None = None  #: runs calls together with a part whose results they take
         self._unsplit: set[Any] = set()  # keys of calls that cannot be split
@@ -123,19 +122,23 @@ class Engine:
                     return self.feeder.defer(self, call, entry, generation)
                 self.plan, weights = entry.plan, entry.weights.tensors()
                 if entry.plan.calls > 1:
-                    run, changed = partial(self._run, entry), partial(written, entry.captured)
-                    new = Together(entry.plan, weights, generation, run, changed)
-                    found = self._waiting.add(entry, call, new, self._use)
-                    return arranged(entry.plan.program, iter(found), call)[0]
+                    new = Together(entry, weights, generation, partial(self._run, entry))
+                    outputs = self._waiting.add(call, new, self._use)
+                    return arranged(entry.plan.program, iter(outputs), call)[0]
                 outputs = self._run(entry, weights, call.tensors, generation)
             return returned(entry.plan.program, outputs, call)
 
     def _run(
-        self, entry: Entry, weights: Sequence[Tensor], inputs: Sequence[Tensor], generation: Generation
+        self, entry: Entry, weights: Sequence[Tensor], inputs: Sequence[Tensor], generation: Generation, calls: int = 1
     ) -> list[Tensor]:
-        """The flat outputs of a step."""
+        """The flat outputs of a step.
+
+        Args:
+            calls: how many calls have come that the step runs at once.
+        """
         generation.calls += 1
-        step = entry.loaded.decide(inputs, question_of(entry.clock, inputs, generation))
+        question = replace(question_of(entry.clock, inputs, generation), together=calls)
+        step = entry.loaded.decide(inputs, question)
         self._say_idle(generation)
         return entry.loaded.run(weights, inputs, step)
 
@@ -155,33 +158,37 @@ class Engine:
 
     # -- calls that run together ----------------------------------------------------------------------------------
 
-    def _use(self) -> None:
-        """Run the calls that wait, because a result is used."""
+    def _use(self, together: Together) -> None:
+        """Run calls that wait, because a result is used."""
         inside = self.turn.holder == get_ident()
         with nullcontext() if inside else self.turn.taken(), torch.no_grad(), self._failing():
             if not inside:
-                self.executor.begin(self._device(self._waiting.inputs))
-            self._waiting.run(early=True)
+                self.executor.begin(self._device(together.inputs))
+            self._waiting.run(together, early=True)
 
     def complete(self) -> None:
         """Run the calls that wait as if the others had come."""
         with self.turn.taken(), torch.no_grad(), self._failing():
-            self._waiting.run(early=False)
+            self._waiting.complete()
 
-    def _run_apart(self, entry: Entry, call: Call) -> None:
-        """Plan an entry's calls one by one from now on."""
-        count, entry.apart = entry.plan.calls, False
-        try:
-            plan = self._apart(entry.captured)
-        except WorldSizeError:
-            entry.together_only = True
-            return
-        warn(
-            f"{type(self.model).__name__}: {count} calls that could run at once did not come one after the other (the "
-            f"result of one was used before the next, or the next has other shapes), so from now on all "
-            f"{self.executor.world_size} ranks work on patches of each call; batched guidance would be divided"
-        )
-        self.programs.load(entry, plan, call)
+    def _alone(self, entry: Entry, call: Call) -> Entry:
+        """The entry with a plan for one call; the same one if there is no such plan."""
+        if entry.alone is None:
+            try:
+                plan = self._apart(entry.captured)
+            except WorldSizeError:
+                entry.alone = entry
+                return entry
+            warn(
+                f"{type(self.model).__name__}: {entry.plan.calls} calls that could run at once did not come one after "
+                "the other (the result of one was used before the next, or the next has other shapes), so until this "
+                f"generation ends all {self.executor.world_size} ranks work on patches of each call; batched guidance "
+                "would be divided"
+            )
+            alone = Entry(entry.captured, entry.hooks)
+            self.programs.load(alone, plan, call)
+            entry.alone = alone
+        return entry.alone
 
     def reset(self, timesteps: Sequence[float] = ()) -> None:
         """Begin a generation in this thread, with its timesteps if they are known: no earlier state is read."""
@@ -204,7 +211,7 @@ class Engine:
                 self._closed = why
                 try:
                     with suppress(Exception), torch.no_grad():  # whoever uses a result that has failed hears of it
-                        self._waiting.run(early=False)
+                        self._waiting.complete()
                     for each in (self.joints, self.feeder):
                         if each is not None:
                             each.close()
@@ -284,8 +291,8 @@ class Engine:
             waits = waits and feeder is not None and feeder.fits(entry)
             if not waits and not entry.planned:
                 self.programs.plan(entry, call)
-            if not waits and entry.apart:
-                self._run_apart(entry, call)
+            if not waits and entry.plan.calls > 1 and self._generations.current().apart:
+                entry = self._alone(entry, call)
             check_memory(entry.captured, self.model, call)
             return call, entry, waits
         except UNSPLIT as error:

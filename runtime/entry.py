@@ -22,13 +22,12 @@ class Entry:
     captured: Program
     hooks: bool  #: whether it holds the hooks of the model itself
     weights: WeightTable = field(init=False)  #: of the plan's program, or of the captured one as long as there is none
-    alone: bool = False  #: its calls never wait for a denoiser that takes their results
     planned: bool = False  #: whether it has what follows
     plan: PlanLike = field(init=False)
     loaded: Loaded = field(init=False)
     clock: Clock | None = None  #: None if every step is exact
-    apart: bool = False  #: a call had to run before those came that its plan runs together with it
-    together_only: bool = False  #: all ranks cannot share one call: a call that comes alone runs on every group
+    alone: Entry | None = None  #: the same with a plan for one call, where its own runs several; itself if none exists
+    feeds: bool = True  #: its calls may wait for a denoiser that takes their results
 
     def look_up(self, model: nn.Module) -> None:
         """Find the weights in the model."""

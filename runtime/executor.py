@@ -36,6 +36,7 @@ class Question:
         decide: makes a step of the numbers in `facts`. All ranks call it, with those of rank 0.
         generation: the number of the generation in this module.
         call: the number of this call in the generation, from 1; 0 if nobody announced it.
+        together: how many calls have come that the step runs at once.
         state: a digest of what else `decide` reads, which is equal on all ranks unless they have run different calls.
     """
 
@@ -44,6 +45,7 @@ class Question:
     generation: int = 0
     call: int = 0
     state: int = 0
+    together: int = 1
 
 
 class PlanLike(Protocol):

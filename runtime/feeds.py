@@ -157,7 +157,7 @@ class Feeder:
         """Whether calls of a program may wait: they only return tensors, and may run in one program with a denoiser."""
         program = entry.captured
         new = all(leaf is ... or leaf is None for leaf in program.out_leaves)
-        return new and not entry.alone and not program.written and not program.changes
+        return new and entry.feeds and not program.written and not program.changes
 
     def defer(self, engine: Engine, call: Call, entry: Entry, generation: Generation) -> Any:
         """What the part returns, with deferred tensors."""
@@ -278,8 +278,8 @@ def connect(denoisers: Iterable[Engine], parts: Iterable[Engine]) -> None:
 
 def _leave(feed: Feed, why: str) -> None:
     """Let no further call of a program wait."""
-    if not feed.entry.alone:
-        feed.entry.alone = True
+    if feed.entry.feeds:
+        feed.entry.feeds = False
         log.info("%s runs in a program of its own from now on: %s", type(feed.engine.model).__name__, why)
 
 

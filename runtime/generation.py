@@ -25,6 +25,7 @@ class Generation:
         calls: how many calls it has had.
         displaced: how many of them were displaced.
         reasons: for how many of the others each reason held.
+        apart: a call had to run before those came that its plan runs together with it, so each runs by itself.
         untaken: the results of its last call wait for a denoiser that takes them.
         finished: the last of its timesteps was reached.
     """
@@ -40,6 +41,7 @@ class Generation:
         self.calls = 0
         self.displaced = 0
         self.reasons: Counter[str] = Counter()
+        self.apart = False
         self.untaken = False
         self.finished = False
         self._owner = owner

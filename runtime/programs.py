@@ -58,7 +58,9 @@ class Programs:
         return sum(map(len, self._entries.values()))
 
     def all(self) -> list[Entry]:
-        return [entry for entries in self._entries.values() for entry in entries]
+        """All entries, also those for one call of plans that run several."""
+        found = [entry for entries in self._entries.values() for entry in entries]
+        return found + [entry.alone for entry in found if entry.alone not in (None, entry)]
 
     def update(self) -> None:
         """Forget all programs if the structure of the model has changed since they were captured."""
@@ -142,8 +144,6 @@ class Programs:
         Args:
             call: one of its calls.
         """
-        if entry.planned:
-            entry.loaded.release()
         table = WeightTable(self._model, list(plan.program.weights.values()))
         inputs = [torch.stack([x] * plan.calls) for x in call.tensors] if plan.calls > 1 else call.tensors
         entry.loaded = self._executor.load(plan, table.tensors(), inputs)
@@ -159,8 +159,9 @@ class Programs:
 
     def _release(self, entry: Entry) -> None:
         self._releasing(entry)
-        if entry.planned:
-            entry.loaded.release()
+        for each in (entry, entry.alone if entry.alone is not entry else None):
+            if each is not None and each.planned:
+                each.loaded.release()
 
     def _evict(self) -> None:
         key = next(key for key, entries in self._entries.items() if entries)
@@ -171,8 +172,9 @@ class Programs:
 
     def forget(self) -> None:
         """Release all programs."""
-        for entry in self.all():
-            self._release(entry)
+        for entries in self._entries.values():
+            for entry in entries:
+                self._release(entry)
         self.clear()
         self._evicted.clear()
         self._structure = None

@@ -13,40 +13,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..capture import Call
+from ..capture import Call, written
 from .deferred import Source
 from .entry import Entry
-from .executor import PlanLike
 from .generation import Generation
 
 CHANGED = (
     "the model's tensors were changed before it was used, and it waited for the other guidance branch until then; use "
     "the result before, or call fxpass.parallelize with cfg=1"
 )
-#: runs a step: (weights, stacked inputs, generation) -> stacked outputs
-Run = Callable[[Sequence[Tensor], Sequence[Tensor], Generation], Sequence[Tensor]]
+#: runs a step: (weights, stacked inputs, generation, number of calls) -> stacked outputs
+Run = Callable[[Sequence[Tensor], Sequence[Tensor], Generation, int], Sequence[Tensor]]
+GENERATIONS = 4  #: that have calls which wait, at most
 
 
 class Together:
     """Calls of one program and one generation that wait for each other.
 
+    Writes through `.data`, and any to inference tensors, are not noticed.
+
     Args:
-        plan: runs several calls at once.
+        entry: has the plan that runs several calls at once.
         weights: the tensors of the model now, which the calls are to be computed with.
-        written: whether another tensor that the program reads was written to since.
     """
 
-    def __init__(
-        self,
-        plan: PlanLike,
-        weights: Sequence[Tensor],
-        generation: Generation,
-        run: Run,
-        written: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.program = plan.program
-        self._written = written
-        self.count = plan.calls
+    def __init__(self, entry: Entry, weights: Sequence[Tensor], generation: Generation, run: Run) -> None:
+        self.entry = entry
+        self.count = entry.plan.calls
         self.generation = generation
         self.ended = False
         self.weights = list(weights)
@@ -56,8 +49,8 @@ class Together:
         self._sources: list[Source] = []  #: of the calls that wait
 
     def fits(self, other: Together) -> bool:
-        """Whether calls with the other's weights, in its generation, can run together with those that wait."""
-        return self.generation is other.generation and self._places == other._places
+        """Whether calls with the other's program and weights can run together with those that wait."""
+        return self.entry is other.entry and self._places == other._places
 
     def add(self, call: Call, compute: Callable[[], None]) -> Sequence[Tensor]:
         """Add a call; returns its results, deferred unless it is the last one.
@@ -87,21 +80,21 @@ class Together:
         count = len(self._sources)
         for stacked in self.inputs:
             stacked[count:].copy_(stacked[:1].expand_as(stacked[count:]))
-        if places(self.weights) == self._places and not self._written():
+        if places(self.weights) == self._places and not written(self.entry.captured):
             self._ran(count)
         else:
             self.fail(RuntimeError(CHANGED))
 
     def _like(self) -> list[Tensor]:
         """Tensors without data like the results of a call."""
-        (output,) = self.program.graph.find_nodes(op="output")
+        (output,) = self.entry.plan.program.graph.find_nodes(op="output")
         return [node.meta["val"] for node in output.args[0]]
 
     def _ran(self, count: int) -> list[list[Tensor]]:
         """The results of the first `count` calls; those that wait are given theirs."""
         self.ended = True
         try:
-            outputs = self._run(self.weights, self.inputs, self.generation)
+            outputs = self._run(self.weights, self.inputs, self.generation, count)
         except BaseException as error:
             self.fail(error)
             raise
@@ -123,54 +116,54 @@ def places(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 class Waiting:
-    """The calls of an engine that wait; of one entry at a time."""
+    """The calls of an engine that wait, of several generations."""
 
     def __init__(self) -> None:
-        self.entry: Entry | None = None
-        self._together: Together | None = None
+        self._all: list[Together] = []  #: of a generation each, the oldest first
 
-    @property
-    def inputs(self) -> Sequence[Tensor]:
-        """Of the calls that wait."""
-        return self._together.inputs if self._together else ()
-
-    def add(self, entry: Entry, call: Call, new: Together, use: Callable[[], None]) -> Sequence[Tensor]:
+    def add(self, call: Call, new: Together, use: Callable[[Together], None]) -> Sequence[Tensor]:
         """The outputs of a call; deferred if it has to wait for others.
 
         Args:
-            new: joins the calls that wait, if it fits.
+            new: takes the call, unless others wait that it fits.
             use: runs the calls that wait, when a deferred output is used.
         """
-        if self._together and (entry is not self.entry or not self._together.fits(new)):
-            self.run(early=new.generation is self._together.generation)
-        together = self._together or new
-        self.entry, self._together = entry, together
+        for each in [each for each in self._all if each.generation.ended]:
+            self.run(each, early=False)
+        together = next((each for each in self._all if each.generation is new.generation), None)
+        if together is not None and not together.fits(new):
+            self.run(together, early=True)
+            together = None
+        if together is None:
+            together = new
+            self._all.append(new)
+            if len(self._all) > GENERATIONS:
+                self.run(self._all[0], early=False)
         try:
-            return together.add(call, use)
+            return together.add(call, lambda: use(together))
         finally:
             if together.ended:
-                self.entry = self._together = None
+                self._all.remove(together)
 
-    def run(self, *, early: bool) -> None:
-        """Run the calls that wait.
+    def run(self, together: Together, *, early: bool) -> None:
+        """Run calls that wait, unless they have run.
 
         Args:
-            early: calls of this entry do not come together: from the next one on, each runs by itself.
+            early: the next call of their generation comes too late, or is another: from now on each runs by itself.
         """
-        entry, together = self.entry, self._together
-        self.entry = self._together = None
-        if entry is not None and together is not None:
+        if together in self._all:
+            self._all.remove(together)
             together.run()
-            entry.apart = entry.apart or (early and not entry.together_only)  # not if a rank disagrees or has failed
+            together.generation.apart = together.generation.apart or early  # not if a rank disagrees or has failed
 
-    def release(self, entry: Entry) -> None:
-        """Run the calls that wait if they are of this entry, which is about to be released."""
-        if self.entry is entry:
-            self.run(early=False)
+    def complete(self, entry: Entry | None = None) -> None:
+        """Run all calls that wait, or those of one entry."""
+        for each in list(self._all):
+            if entry in (None, each.entry):
+                self.run(each, early=False)
 
     def fail(self, why: str) -> None:
         """Give up the calls that wait: whoever uses their results hears why."""
-        together = self._together
-        self.entry = self._together = None
-        if together is not None:
-            together.fail(RuntimeError(why))
+        waiting, self._all = self._all, []
+        for each in waiting:
+            each.fail(RuntimeError(why))

@@ -12,11 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fxpass
-from tests.runtime.plans import block, steps
+from tests.runtime.plans import block, steps, whole
+from tests.runtime.ranks import attempt
 
 RANK = os.environ["RANK"]
+
+
+def pair(module: Any, one: Tensor, two: Tensor, timestep: Tensor, *, look: bool) -> None:
+    """Two calls that run at once, unless the result of the first is looked at before."""
+    first = module(one, timestep)["sample"]
+    if look:
+        first.mean().item()
+    second = module(two, timestep)["sample"]
+    for x, found in ((one, first), (two, second)):
+        torch.testing.assert_close(found + 0, whole(block(), x, timestep))
 
 
 def main(folder: Path) -> None:
@@ -32,9 +44,11 @@ def main(folder: Path) -> None:
         found, expected = ([each(x, timestep)["sample"] for x in sample.split(1)] for each in (apart, alone))
         equal += [torch.equal(a + 0, b + 0) for a, b in zip(found, expected, strict=True)]
     assert apart.plan.calls == 2
+    one, two = sample.split(1)
+    errors = [attempt(lambda look=look: pair(apart, one, two, timestep, look=look)) for look in (RANK == "0", False)]
     runner = parallel._engine.programs.all()[0].loaded.runner
     kinds = sorted({type(channel).__name__ for channel in runner.channels(0)})
-    found = {"equal": equal, "traffic": dict(parallel.traffic), "kinds": kinds}
+    found = {"equal": equal, "traffic": dict(parallel.traffic), "kinds": kinds, "errors": errors}
     (folder / f"{RANK}.json").write_text(json.dumps(found))
     parallel.close()
     apart.close()

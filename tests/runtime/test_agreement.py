@@ -95,6 +95,14 @@ def test_ranks_that_have_run_other_calls_before_are_told_apart() -> None:
         decided(other_state, torch.ones(3))
 
 
+def test_a_rank_that_runs_another_number_of_the_calls_that_run_at_once_is_told_apart() -> None:
+    def both(numbers: Tensor) -> None:
+        numbers[4] = 2
+
+    with pytest.raises(DisagreementError, match=r"rank 1 runs 2 of the calls .*, rank 0 1: on some ranks only was the"):
+        decided(both, torch.ones(3))
+
+
 def test_a_rank_takes_the_number_of_rank_0s_call() -> None:
     def ahead(numbers: Tensor) -> None:
         numbers[3] = 9
@@ -105,7 +113,7 @@ def test_a_rank_takes_the_number_of_rank_0s_call() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
 def test_whole_numbers_are_compared_exactly(dtype: torch.dtype) -> None:
     def one_more(numbers: Tensor) -> None:
-        numbers[4] = numbers[4] + 1 if dtype is not torch.bool else 1 - numbers[4]
+        numbers[5] = numbers[5] + 1 if dtype is not torch.bool else 1 - numbers[5]
 
     given = torch.tensor([208, 1, 0]).to(dtype)
     if dtype is torch.float32:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.ir.mesh import Mesh
-from fxpass.runtime.deferred import DeferredTensor
+from fxpass.runtime.deferred import DeferredTensor, Source
 from fxpass.runtime.lockstep import LockstepPlan
+from fxpass.runtime.together import GENERATIONS
 from tests.runtime.plans import Block, block, inputs, steps, whole
 
 
@@ -207,6 +208,69 @@ def test_a_call_of_another_generation_does_not_run_together_with_one_that_waits(
     for x, result in ((one, first), (two, second), (one, third)):
         torch.testing.assert_close(result + 0, whole(block(), x, timestep))
     assert module.plan.mesh == Mesh(2, 1)
+
+
+def test_the_next_generation_runs_calls_at_once_again_after_one_that_came_alone() -> None:
+    module, (one, two, timestep) = lockstep(), branches()
+    module.reset()
+    torch.testing.assert_close(module(one, timestep)["sample"] + 0, whole(block(), one, timestep))
+    with pytest.warns(FxpassWarning, match="until this generation ends"):
+        second = module(two, timestep)["sample"]
+    torch.testing.assert_close(second, whole(block(), two, timestep))
+    assert module.plan.mesh == Mesh(1, 2)
+    module.reset()
+    first, second = module(one, timestep)["sample"], module(two, timestep)["sample"]
+    assert module.plan.mesh == Mesh(2, 1)
+    assert isinstance(first, DeferredTensor)
+    assert type(second) is Tensor
+    torch.testing.assert_close(first + 0, whole(block(), one, timestep))
+    torch.testing.assert_close(second, whole(block(), two, timestep))
+
+
+def test_the_calls_of_generations_that_take_turns_wait_for_those_of_their_own(runs: list[Any]) -> None:
+    module = lockstep(strategy="displaced", warmup_steps=1)
+    alone = lockstep(strategy="displaced", warmup_steps=1)
+    seeds = (0, 1)
+    expected = []
+    for seed in seeds:
+        with alone.generation():
+            for sample, timestep in steps(4, seed=seed):
+                pair = [alone(x, timestep)["sample"] for x in sample.split(1)]
+                expected.append([x + 0 for x in pair])
+    runs.clear()
+    turns, found = [module.generation() for _ in seeds], {}
+    for k in range(4):
+        for branch in range(2):
+            for seed in seeds:
+                sample, timestep = steps(4, seed=seed)[k]
+                with turns[seed]:
+                    found.setdefault((seed, k), []).append(module(sample[branch : branch + 1], timestep)["sample"])
+    assert len(runs) == 8
+    for results, pair in zip([found[seed, k] for seed in seeds for k in range(4)], expected, strict=True):
+        assert all(torch.equal(result + 0, x) for result, x in zip(results, pair, strict=True))
+
+
+def test_no_more_than_a_few_generations_have_calls_that_wait(runs: list[Any]) -> None:
+    module, (one, _, timestep) = lockstep(), branches()
+    found = []
+    for _ in range(GENERATIONS + 1):
+        with module.generation():
+            found.append(module(one, timestep)["sample"])
+    assert len(runs) == 1
+    for result in found:
+        torch.testing.assert_close(result + 0, whole(block(), one, timestep))
+
+
+def test_a_view_that_is_asked_for_while_the_result_comes_has_its_value() -> None:
+    source = Source(lambda: None)
+    (x,) = source.results([torch.ones(2, 3)])
+    assert source.takes(Tensor.__getitem__, (x, 0), {})  # in one thread
+    source.give([torch.arange(6.0).view(2, 3)])  # in another one
+    assert source.later(Tensor.__getitem__, (x, 0), {}).tolist() == [0, 1, 2]
+    (x,) = (source := Source(lambda: None)).results([torch.ones(2, 3)])
+    source.fail(ValueError("out of luck"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        source.later(Tensor.__getitem__, (x, 0), {}).tolist()
 
 
 def test_what_waits_when_the_module_closes_is_computed() -> None:

@@ -286,7 +286,7 @@ def test_guidance_in_two_calls_keeps_its_groups_and_runs_apart_from_the_part() -
     split(pipe, cfg=2)
     with pytest.warns(FxpassWarning, match="did not come one after the other"):
         close(generation(pipe, 3), expected)
-    assert own_programs(pipe) == (1, 1)
+    assert own_programs(pipe) == (1, 2)  # the part's is planned for two calls at once, which do not come, and for one
 
 
 def test_restore_and_close_leave_no_program_of_both_parts() -> None:

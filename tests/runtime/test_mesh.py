@@ -114,6 +114,12 @@ def test_ranks_under_torchrun_give_what_lockstep_gives_bit_for_bit(disable: str,
         assert found["equal"] == [True] * (6 + 2 * 6)
         assert found["kinds"] == ["GroupChannel" if disable == "1" else "MemoryChannel"]
         assert set(found["traffic"]) > {"halo", "keys_values", "moments", "output"}
+        early, after = found["errors"]  # rank 0 alone has used the first result before the second call
+        assert "DisagreementError" in early
+        assert (
+            "runs 2 of the calls that run at once, rank 0 1: on some ranks only was the result of a call used" in early
+        )
+        assert after == "nothing"
 
 
 def test_spawned_workers_give_what_lockstep_gives_bit_for_bit() -> None:
