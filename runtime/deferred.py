@@ -75,6 +75,8 @@ class Source:
         run: runs the call, and then gives `give` its results, or `fail` the reason why there are none.
     """
 
+    fed = False  #: whether the results are made anew for each step of a denoiser
+
     def __init__(self, run: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
         self._results: list[weakref.ref[DeferredTensor]] = []

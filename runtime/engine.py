@@ -25,7 +25,7 @@ from ..capture import (
 from ..capture.structure import Structure
 from ..ir.advice import warn
 from ..passes.limits import WorldSizeError
-from .deferred import plain
+from .deferred import DeferredTensor, plain
 from .entry import Entry, question_of
 from .errors import DisagreementError
 from .executor import Executor, PlanLike, Report, device_of
@@ -115,7 +115,7 @@ class Engine:
                 self.executor.begin(self._device(args, kwargs))
                 found = self._found(args, kwargs, method, gradients)
                 if found is None:
-                    return self._run_unsplit(method, args, kwargs)
+                    return self._marked(self._run_unsplit(method, args, kwargs))
                 call, entry, waits = found
                 generation = self._generations.current()
                 if waits and self.feeder is not None:
@@ -126,7 +126,11 @@ class Engine:
                     outputs = self._waiting.add(call, new, self._use)
                     return arranged(entry.plan.program, iter(outputs), call)[0]
                 outputs = self._run(entry, weights, call.tensors, generation)
-            return returned(entry.plan.program, outputs, call)
+            return self._marked(returned(entry.plan.program, outputs, call))
+
+    def _marked(self, result: Any) -> Any:
+        """A result; of a part that feeds a denoiser, such that the denoiser's engine knows where it comes from."""
+        return result if self.feeder is None else self.feeder.marked(result)
 
     def _run(
         self, entry: Entry, weights: Sequence[Tensor], inputs: Sequence[Tensor], generation: Generation, calls: int = 1
@@ -275,7 +279,8 @@ class Engine:
         call = None
         try:
             call = Call.of(self.model, args, kwargs, method)
-            call = replace(call, tensors=plain(call.tensors))
+            fed = [i for i, each in enumerate(call.tensors) if isinstance(each, DeferredTensor) and each.source.fed]
+            call = replace(call, tensors=plain(call.tensors)).fed_with(fed)
             if gradients:
                 call.refuse_gradients()
             self.programs.update()
@@ -287,10 +292,12 @@ class Engine:
                 return None
             feeder = self.feeder
             waits = feeder is not None and feeder.may_wait(self, call, self._generations.current())
-            entry = self.programs.entry(call, planned=not waits)
+            entry = self.programs.entry(call, planned=feeder is None)
             waits = waits and feeder is not None and feeder.fits(entry)
             if not waits and not entry.planned:
-                self.programs.plan(entry, call)
+                plan = self.planner(entry.captured)
+                # the denoiser needs the results at once: there is no time to wait for another call
+                self.programs.load(entry, plan if plan.calls == 1 else self._apart(entry.captured), call)
             if not waits and entry.plan.calls > 1 and self._generations.current().apart:
                 entry = self._alone(entry, call)
             check_memory(entry.captured, self.model, call)

@@ -53,10 +53,43 @@ RECORDED = DEFERRED | COMBINING | {torch.cat, torch.concat, torch.stack, torch.z
 _STATIC = (int, float, slice, torch.dtype, torch.memory_format, type(None), type(...))
 
 
-class Feed(Source):
+class Residuals(Source):
+    """What a part returns, and all that a pipeline makes of it before it gives it to a denoiser."""
+
+    fed = True
+
+    def takes(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether results of a function are deferred, also after the values of its arguments were computed."""
+        if func not in RECORDED or "out" in kwargs:
+            return False
+        leaves = pytree.tree_leaves((args, kwargs))
+        device = next(each.device for each in leaves if isinstance(each, DeferredTensor))
+
+        def fits(leaf: Any) -> bool:
+            if isinstance(leaf, DeferredTensor):
+                return leaf.source is self and unwritten(leaf)
+            if isinstance(leaf, Tensor):
+                alike = not leaf.ndim or leaf.device == device
+                return func is not Tensor.to and type(leaf) is Tensor and alike and not leaf.requires_grad
+            return isinstance(leaf, _STATIC)
+
+        return all(map(fits, leaves))
+
+    @staticmethod
+    def of(result: Any) -> Any:
+        """What a part has returned, as tensors that are known to be made anew for each step."""
+        leaves, spec = pytree.tree_flatten(result)
+        values = [each for each in leaves if isinstance(each, Tensor)]
+        source = Residuals(lambda: None)
+        made = iter(source.results(values))
+        source.give(values)
+        return pytree.tree_unflatten([next(made) if isinstance(each, Tensor) else each for each in leaves], spec)
+
+
+class Feed(Residuals):
     """A call of a part, whose results a denoiser may take.
 
-    The inputs are copied, because the caller may change them.
+    The inputs are copied, because the caller may change them. Writes through `.data` are not noticed.
 
     Args:
         engine: of the part.
@@ -74,23 +107,6 @@ class Feed(Source):
             for each in call.tensors:
                 copies.setdefault(id(each), each.clone())
         self._copies = [copies[id(each)] for each in call.tensors]
-
-    def takes(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether results of a function are deferred, also after the values of its arguments were computed."""
-        if func not in RECORDED or "out" in kwargs:
-            return False
-        leaves = pytree.tree_leaves((args, kwargs))
-        device = self.call.tensors[0].device
-
-        def fits(leaf: Any) -> bool:
-            if isinstance(leaf, DeferredTensor):
-                return leaf.source is self and unwritten(leaf)
-            if isinstance(leaf, Tensor):
-                alike = not leaf.ndim or leaf.device == device
-                return func is not Tensor.to and type(leaf) is Tensor and alike and not leaf.requires_grad
-            return isinstance(leaf, _STATIC)
-
-        return all(map(fits, leaves))
 
     def later(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Keep copies of what the caller may change."""
@@ -166,6 +182,10 @@ class Feeder:
         generation.untaken = True
         results = feed.results([node.meta["val"] for node in output.args[0]])
         return arranged(entry.captured, iter(results), call)[0]
+
+    def marked(self, result: Any) -> Any:
+        """What a call that did not wait returns."""
+        return Residuals.of(result)
 
     def close(self) -> None:
         """Release the programs in which the part runs with a denoiser."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..capture import Call, Method
 from ..ir.advice import warn
+from .deferred import plain
 from .engine import Engine
 from .executor import PlanLike, Report
 from .generation import Generation
@@ -143,11 +144,13 @@ class ParallelModule(nn.Module):
         """Do beforehand what the first calls with inputs like these would do: capture, plan, load, compile.
 
         It runs the model as often as it takes to meet each kind of step, with falling timesteps, and leaves no state
-        behind. (A `decode` or `encode` is prepared by calling it once.)
+        behind. (A `decode` or `encode` is prepared by calling it once, and so is a denoiser that takes what another part
+        of its pipeline returns, by a call of the pipeline.)
 
         Args:
             args, kwargs: example inputs of a call.
         """
+        args, kwargs = plain((args, kwargs))
         with self.generation():
             self(*args, **kwargs)
             self._engine.complete()

@@ -134,12 +134,8 @@ class Programs:
         self._structure = Structure(self._model, changes, hooks=any(each.hooks for each in known))
         return entry
 
-    def plan(self, entry: Entry, call: Call) -> None:
-        """Plan and load an entry that was only captured."""
-        self.load(entry, self._planner(entry.captured), call)
-
     def load(self, entry: Entry, plan: PlanLike, call: Call) -> None:
-        """Let an entry run by a plan, from now on.
+        """Let an entry run by a plan.
 
         Args:
             call: one of its calls.

@@ -60,6 +60,7 @@ class Call:
     _positional: tuple[str, ...]
     _alike: tuple[int, ...]  #: for each tensor, the first index of the same tensor
     method: Method | None = None  #: what is called; None: the model itself, with its hooks
+    fed: tuple[str, ...] = ()  #: paths of tensors that another part of a pipeline makes anew for each step
 
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None = None) -> Call:
@@ -91,6 +92,13 @@ class Call:
         return Call(
             tuple(tensors), tuple(paths), numbers, key, arguments, none, key, spec, plain, positional, alike, method
         )
+
+    def fed_with(self, indices: Sequence[int]) -> Call:
+        """The same call with tensors of which it is known that they are made anew for each step."""
+        if not indices:
+            return self
+        fed = tuple(self.paths[i] for i in indices)
+        return replace(self, fed=fed, key=(*self.key, fed), _whole=(*self._whole, fed))
 
     def without(self, unread: frozenset[int]) -> Call:
         """The same call with a key that leaves out these leaves."""

@@ -20,9 +20,9 @@ class Moving:
     """The indices of the timestep and the sample among a program's inputs.
 
     Attributes:
-        others: of inputs that say nothing about the conditioning: those that the program does not read, other items of
-            the list that the sample is in (`x.1` beside `x.0`), and the timestep and the sample of other parts, where a
-            program is made of several (`part.sample` beside `denoiser.sample`).
+        others: of inputs that say nothing about the conditioning: those that the program does not read; other items of
+            the list that the sample is in (`x.1` beside `x.0`); where a program is made of several parts, the timestep
+            and the sample of the others (`part.sample` beside `denoiser.sample`); and what `Program.fed` names.
     """
 
     timestep: int
@@ -49,7 +49,8 @@ def moving(program: Program) -> Moving | None:
     within = [name.partition(".")[2] for name in names]
     lists, parts = ({of[i] for i in (timestep, sample)} for of in (names, within))
     same = [names[i] in lists or within[i] in parts - {""} for i in range(len(names))]
-    others = {i for i, node in enumerate(inputs) if same[i] or not node.users}
+    fed = [path in program.fed for path in program.input_paths]
+    others = {i for i, node in enumerate(inputs) if same[i] or fed[i] or not node.users}
     return Moving(timestep, sample, frozenset(others - {timestep, sample}))
 
 

@@ -55,6 +55,7 @@ class Program:
     versions: dict[str, int] = field(default_factory=dict)  #: constant -> how often it had been changed in place
     modules: dict[str, str] = field(default_factory=dict)  #: path of each module of the model -> name of its class
     method: str = "forward"  #: the method of the model that was called
+    fed: tuple[str, ...] = ()  #: paths of inputs that another part of a pipeline makes anew for each step
     reads: Any = None  #: the Python state beside the model that is baked in: `capture.reads.Reads`
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
