@@ -144,8 +144,8 @@ class ParallelModule(nn.Module):
         """Do beforehand what the first calls with inputs like these would do: capture, plan, load, compile.
 
         It runs the model as often as it takes to meet each kind of step, with falling timesteps, and leaves no state
-        behind. (A `decode` or `encode` is prepared by calling it once, and so is a denoiser that takes what another part
-        of its pipeline returns, by a call of the pipeline.)
+        behind. (A `decode` or `encode` is prepared by calling it once. A denoiser that takes what another part of its
+        pipeline returns is prepared by a call of the pipeline.)
 
         Args:
             args, kwargs: example inputs of a call.
