@@ -32,7 +32,8 @@ from .entry import Entry
 from .errors import NoPlanError
 from .executor import PlanLike
 from .generation import Generation
-from .joint import Joint, write
+from .joint import Joint, Recipe, write
+from .programs import GUARDED
 from .together import places
 
 log = logging.getLogger("fxpass")
@@ -209,6 +210,7 @@ class JointEngine(Engine):
         model = Joint(engine.model, part.model)
         super().__init__(model, planner, engine.executor, strict=engine.strict, turn=engine.turn)
         self._generations = engine._generations
+        self.recipes: dict[str, Recipe] = {}  #: by their text
         self.refused = ""  #: why the last call returned `APART`
 
     def _found(self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool) -> Any:
@@ -259,12 +261,17 @@ class Joints:
         leaves = [None if place in links else leaf for place, leaf in enumerate(leaves)]
         written = write(links, feed.leaves(), COMBINING)
         joint = self._joint(engine, feed.engine)
+        if joint.programs.in_a_row >= GUARDED:
+            _leave(
+                feed, "what the denoiser takes of its results differs at every call, so each would need a new program"
+            )
+            return APART
         result = joint(
             (),
             {
                 "denoiser": pytree.tree_unflatten(plain(leaves), spec),
                 "part": feed.arguments(),
-                "recipe": written.recipe,
+                "recipe": joint.recipes.setdefault(written.recipe.text, written.recipe),
                 "given": written.given,
             },
         )

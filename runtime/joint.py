@@ -30,9 +30,9 @@ class Ref:
 
 
 class Recipe:
-    """How the denoiser's arguments are made of the part's results. Recipes of the same text are equal.
+    """How the denoiser's arguments are made of the part's results.
 
-    It has slots and no weak references, so that calls with equal recipes share programs.
+    Programs belong to one recipe, as an object: use one for all calls with the same text.
 
     Attributes:
         steps: functions with their arguments, in which each `Ref` stands for a tensor or a number.
@@ -45,12 +45,6 @@ class Recipe:
         self.steps = tuple(steps)
         self.links = tuple(links.items())
         self.text = repr((self.steps, self.links))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recipe) and self.text == other.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
 
     def values(self, found: Sequence[Any], given: Sequence[Any]) -> dict[int, Any]:
         """The values by the leaf of the denoiser's arguments that each one is.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.runtime.deferred import DeferredTensor
+from fxpass.runtime.programs import GUARDED
 from tests.runtime.feeding import HINT, PROMPT, generation, pipeline
 from tests.runtime.plans import steps
 
@@ -72,17 +75,18 @@ def test_what_a_pipeline_does_with_residuals_becomes_part_of_one_program(name: s
 
 
 def test_no_byte_of_a_residual_is_gathered() -> None:
-    pipe, apart = pipeline(), pipeline(lambda fed: ([each.sin().asin() for each in fed[0]], fed[1] + 0))
+    pipe, apart = pipeline(), pipeline(lambda fed: ([each.tan().atan() for each in fed[0]], fed[1].tan().atan()))
     roles = []
     for each in (pipe, apart):
         split(each)
         generation(each, 3)
         alone = [fxpass.parallel(part).plan.bytes_by_role for part in (each.unet, each.controlnet)]
         roles.append(alone)
+    assert own_programs(apart) == (1, 1)
     (joint, _), (unet, part) = roles
     result = unet["output"]
     assert joint["output"] == result
-    assert part["output"]  # the residuals
+    assert part["output"] > result  # the residuals
     assert joint["halo"] <= unet["halo"] + part["halo"]
 
 
@@ -254,6 +258,18 @@ def test_residuals_that_no_denoiser_takes_are_split_from_the_second_step_of_a_ge
     assert joint.calls == 2
 
 
+def test_results_that_are_taken_otherwise_at_every_call_are_computed_apart_in_the_end() -> None:
+    pipe = pipeline()
+    split(pipe)
+    found = []
+    for k in range(1, 8):
+        pipe.between = lambda fed, k=k: ([torch.cat(each.split([k, 16 - k], 2), 2) for each in fed[0]], fed[1])
+        found = generation(pipe, 1)
+    assert len(joint_of(pipe).programs) == GUARDED
+    assert own_programs(pipe) == (1, 1)
+    close(found, generation(pipeline(), 1))
+
+
 def test_a_part_that_is_changed_between_its_call_and_the_denoisers_is_an_error() -> None:
     pipe = pipeline()
     split(pipe)
@@ -321,6 +337,49 @@ def test_guidance_in_two_calls_keeps_its_groups_and_runs_apart_from_the_part() -
     assert own_programs(pipe) == (1, 1)
     meshes = [fxpass.parallel(each).plan.mesh.groups for each in (pipe.unet, pipe.controlnet)]
     assert meshes == [2, 1]
+
+
+def test_a_plan_of_both_parts_is_saved_and_used_and_one_that_does_not_fit_lets_them_run_apart(tmp_path: Path) -> None:
+    pipe = pipeline()
+    expected = generation(pipe, 1)
+    split(pipe)
+    generation(pipe, 1)
+    plan: Any = fxpass.parallel(pipe.unet).plan
+    plan.save(tmp_path / "joint.json")
+    split(pipe, plan=tmp_path / "joint.json")
+    close(generation(pipe, 1), expected)
+    assert fxpass.parallel(pipe.unet).plan.fingerprint == plan.fingerprint
+    pipe.between = lambda fed: (
+        [each.tan().atan() for each in fed[0]],
+        fed[1].tan().atan(),
+    )  # each runs by a plan of its own
+    split(pipe)
+    generation(pipe, 2)
+    for each in (pipe.unet, pipe.controlnet):
+        handle: Any = fxpass.parallel(each)
+        handle.plan.save(tmp_path / "apart.json")
+    pipe.between = lambda fed: fed
+    split(pipe, plan=tmp_path / "apart.json")
+    close(generation(pipe, 2), generation(pipeline(), 2))
+    assert own_programs(pipe) == (1, 1)
+
+
+def test_threads_that_generate_at_once_get_what_each_gets_alone() -> None:
+    seeds = (0, 1, 2)
+    pipe = pipeline(lambda fed: ([2 * each for each in fed[0]], fed[1][:, :]))
+
+    def run(seed: int) -> list[Tensor]:
+        pipe.scheduler.set_timesteps(4)
+        with torch.no_grad():
+            return [pipe.step(*given) for given in steps(4, seed=seed)]
+
+    split(pipe, strategy="displaced", warmup_steps=1)
+    expected = [run(seed) for seed in seeds]
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        found = list(pool.map(run, seeds))
+    for one, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, one, other))
+    assert own_programs(pipe) == (0, 0)
 
 
 def test_restore_and_close_leave_no_program_of_both_parts() -> None:
