@@ -34,7 +34,8 @@ from fxpass.runtime.network import Network
 from fxpass.runtime.shared_memory import DISABLE
 
 LINK = "FXPASS_ACCURACY_LINK"  #: environment variable: the calibrated link as JSON
-STEPS = 1  #: timed steps per turn, after an untimed one
+STEPS = 1  #: timed steps per turn
+BEFORE = 3  #: untimed ones: until then a slow link is not as full of messages as it will be
 BURST = "1mbit"
 TIMEOUT = 60.0  #: seconds that a rank waits for the other while the link is calibrated
 
@@ -118,7 +119,7 @@ def measure(
         for limit in targets:
             if limit:
                 emulated_link.set_up(limit)
-            for strategy, found in in_turns(running, turn, STEPS).items():
+            for strategy, found in in_turns(running, turn, STEPS, BEFORE).items():
                 if turn:  # the first turn warms up
                     seconds.setdefault((limit, strategy), []).append(found)
     lines = [

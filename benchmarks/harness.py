@@ -166,10 +166,11 @@ class Contender:
     step: Callable[[], Any]
     settle: Callable[[], Any] | None = None  #: run after each turn: receives messages that the last step left in flight
 
-    def turn(self, steps: int) -> float:
-        """Seconds per step on the slower rank, over `steps` steps that directly follow another one."""
+    def turn(self, steps: int, before: int = 1) -> float:
+        """Seconds per step on the slower rank, over `steps` steps that directly follow `before` others."""
         dist.barrier()
-        self.step()
+        for _ in range(before):
+            self.step()
         began = time.perf_counter()
         for _ in range(steps):
             self.step()
@@ -201,11 +202,11 @@ def contenders(ready: dict[str, Stepper]) -> dict[str, Contender]:
     return found
 
 
-def in_turns(contenders: dict[str, Contender], turn: int, steps: int) -> dict[str, float]:
-    """One turn of each contender, starting with another one each time: seconds per step."""
+def in_turns(contenders: dict[str, Contender], turn: int, steps: int, before: int = 1) -> dict[str, float]:
+    """One turn of each contender, starting with another one each time: seconds per step, after `before` others."""
     names = list(contenders)
     first = turn % len(names)
-    return {name: contenders[name].turn(steps) for name in [*names[first:], *names[:first]]}
+    return {name: contenders[name].turn(steps, before) for name in [*names[first:], *names[:first]]}
 
 
 def in_rounds(contenders: dict[str, Contender], rounds: int, steps: int) -> dict[str, list[float]]:
