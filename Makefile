@@ -17,7 +17,7 @@ JOBS    ?= 2
 N       ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz mutants study-tests slow zoo pipelines balance bench bench-displaced bench-link gpu gpu-tests lint format train-demo clean
+.PHONY: help demo test fuzz mutants study-tests slow zoo pipelines balance bench bench-displaced bench-parts bench-startup bench-link gpu gpu-tests lint format train-demo clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -71,6 +71,12 @@ bench: .venv/.stamp  ## speed and traffic against the unsplit model
 
 bench-displaced: .venv/.stamp  ## displaced steps against steps that exchange nothing
 	$(PY) -m benchmarks.displaced
+
+bench-parts: .venv/.stamp  ## guidance groups and decodes against the same programs without exchanges
+	$(PY) -m benchmarks.parts
+
+bench-startup: .venv/.stamp  ## seconds and memory until worker processes have 1 GB of weights
+	$(PY) -m benchmarks.startup
 
 bench-link: .venv/.stamp  ## the share of their speed that steps keep over a slow link (needs root, ip and tc)
 	$(PY) -m benchmarks.link
