@@ -41,7 +41,7 @@ def decoder() -> tuple[nn.Module, dict[str, Any]]:
     """A decoder of about 12 M parameters, 64x64 latent."""
     from diffusers import AutoencoderKL
 
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    blocks: Any = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     model: Any = AutoencoderKL(block_out_channels=(64, 128, 256), layers_per_block=1, latent_channels=4, **blocks)
     return Decode(model), {"latent": torch.randn(1, 4, 64, 64)}
 
