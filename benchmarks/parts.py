@@ -42,7 +42,8 @@ def decoder() -> tuple[nn.Module, dict[str, Any]]:
     from diffusers import AutoencoderKL
 
     blocks: Any = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    model: Any = AutoencoderKL(block_out_channels=(64, 128, 256), layers_per_block=1, latent_channels=4, **blocks)
+    sizes: Any = {"block_out_channels": (64, 128, 256), "layers_per_block": 1, "latent_channels": 4}
+    model: Any = AutoencoderKL(**sizes, **blocks)
     return Decode(model), {"latent": torch.randn(1, 4, 64, 64)}
 
 
