@@ -14,6 +14,7 @@ from torch import Tensor
 import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.runtime.deferred import DeferredTensor
+from fxpass.runtime.lockstep import LockstepPlan
 from fxpass.runtime.programs import GUARDED
 from tests.runtime.feeding import HINT, PROMPT, generation, pipeline
 from tests.runtime.plans import steps
@@ -90,17 +91,21 @@ def test_no_byte_of_a_residual_is_gathered() -> None:
     assert joint["halo"] <= unet["halo"] + part["halo"]
 
 
-def test_displaced_steps_cover_the_part_and_generations_are_equal() -> None:
-    pipe = pipeline()
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("half", [slice(None), slice(1, None)])
+def test_displaced_steps_cover_the_part_and_generations_are_equal(inference: bool, half: slice) -> None:
+    pipe = pipeline(BETWEEN["as they are" if half == slice(None) else "for one half of the batch"][0], half)
     expected = generation(pipe)
     split(pipe, strategy="displaced", warmup_steps=2)
-    first = generation(pipe)
+    with torch.inference_mode(inference):
+        first = generation(pipe)
     handle = fxpass.parallel(pipe.unet)
     assert handle._engine._generations.current().displaced == 4
     close(first[:2], expected[:2])
     for stale, exact in zip(first[2:], expected[2:], strict=True):
         assert 1e-6 < (stale - exact).norm() / exact.norm() < 0.05
-    again = generation(pipe)
+    with torch.inference_mode(inference):
+        again = generation(pipe)
     assert all(map(torch.equal, first, again))
     joint = joint_of(pipe)
     plan: Any = joint.plan
@@ -268,6 +273,40 @@ def test_results_that_are_taken_otherwise_at_every_call_are_computed_apart_in_th
     assert len(joint_of(pipe).programs) == GUARDED
     assert own_programs(pipe) == (1, 1)
     close(found, generation(pipeline(), 1))
+
+
+def test_a_generation_that_ends_between_the_part_and_the_denoiser_leaves_nothing_to_the_next() -> None:
+    pipe = pipeline()
+    split(pipe, strategy="displaced", warmup_steps=1)
+    first = generation(pipe)
+
+    def stop(fed: Any) -> Any:
+        raise KeyboardInterrupt
+
+    pipe.between = stop
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            generation(pipe)
+    pipe.between = lambda fed: fed
+    assert all(map(torch.equal, first, generation(pipe)))
+    assert own_programs(pipe) == (0, 0)
+
+
+def test_an_error_in_the_program_of_both_reaches_the_caller_and_the_next_generation_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = pipeline()
+    split(pipe, strategy="displaced", warmup_steps=1)
+    first = generation(pipe)
+
+    def fail(self: Any, *args: Any) -> Any:
+        raise ValueError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LockstepPlan, "run", fail)
+        with pytest.raises(ValueError, match="out of luck"):
+            generation(pipe)
+    assert all(map(torch.equal, first, generation(pipe)))
 
 
 def test_a_part_that_is_changed_between_its_call_and_the_denoisers_is_an_error() -> None:
