@@ -11,11 +11,13 @@ generation.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from threading import get_ident
 from typing import Any
 
@@ -168,7 +170,8 @@ class Feeder:
 
     def may_wait(self, engine: Engine, call: Call, generation: Generation) -> bool:
         """Whether a call may wait, as far as is known before it was captured."""
-        return not generation.untaken and _is_plain(engine, call.method) and not _autocast()
+        plain_call = _is_plain(engine, call.method) and not _autocast()
+        return plain_call and not generation.untaken and bool(call.tensors)
 
     def fits(self, entry: Entry) -> bool:
         """Whether calls of a program may wait: they only return tensors, and may run in one program with a denoiser."""
@@ -201,13 +204,15 @@ class JointEngine(Engine):
     """
 
     def __init__(self, engine: Engine, part: Engine) -> None:
+        plan_of = engine.planner
+
         def planner(program: Program) -> PlanLike:
-            plan = engine.planner(program)
+            plan = plan_of(program)
             if plan.calls > 1:
                 raise NoPlanError(f"{plan.calls} calls of the denoiser run at once")
             return plan
 
-        model = Joint(engine.model, part.model)
+        model = Joint.of(engine.model, part.model)
         super().__init__(model, planner, engine.executor, strict=engine.strict, turn=engine.turn)
         self._generations = engine._generations
         self.recipes: dict[str, Recipe] = {}  #: by their text
@@ -228,7 +233,7 @@ class Joints:
     """Runs calls of a denoiser that takes results of another part in one program with that part."""
 
     def __init__(self) -> None:
-        self._engines: dict[int, JointEngine] = {}  #: by the id of the part's engine
+        self._engines: dict[Engine, JointEngine] = {}  #: by the part's engine
 
     def __iter__(self) -> Iterator[JointEngine]:
         return iter(self._engines.values())
@@ -256,15 +261,14 @@ class Joints:
         feed.joined, feed.generation.untaken = True, False
         with engine.turn.taken():
             if not feed.unchanged():
-                feed.fail(RuntimeError(CHANGED))
+                if feed.run is not None:  # else the results were computed before
+                    feed.fail(RuntimeError(CHANGED))
                 return APART
         leaves = [None if place in links else leaf for place, leaf in enumerate(leaves)]
         written = write(links, feed.leaves(), COMBINING)
         joint = self._joint(engine, feed.engine)
         if joint.programs.in_a_row >= GUARDED:
-            _leave(
-                feed, "what the denoiser takes of its results differs at every call, so each would need a new program"
-            )
+            _leave(feed, "a denoiser takes something else of its results at every call")
             return APART
         result = joint(
             (),
@@ -282,11 +286,11 @@ class Joints:
         return result
 
     def _joint(self, engine: Engine, part: Engine) -> JointEngine:
-        if id(part) not in self._engines:
-            joint = self._engines[id(part)] = JointEngine(engine, part)
+        if part not in self._engines:
+            joint = self._engines[part] = JointEngine(engine, part)
             if part.feeder is not None:
                 part.feeder.joints.add(joint)
-        return self._engines[id(part)]
+        return self._engines[part]
 
     def close(self) -> None:
         """Release all programs."""
@@ -313,7 +317,14 @@ def _leave(feed: Feed, why: str) -> None:
 def _is_plain(engine: Engine, method: Method | None) -> bool:
     """Whether a call runs the forward of the model's class, and nothing around it."""
     forward = type(engine.model).forward
-    return method is not None and getattr(method.function, "__func__", None) is forward
+    return method is not None and getattr(method.function, "__func__", None) is forward and _takes_names(forward)
+
+
+@cache
+def _takes_names(forward: Callable[..., Any]) -> bool:
+    """Whether all parameters of a method can be given by name."""
+    _, *kinds = [each.kind for each in inspect.signature(forward).parameters.values()]
+    return not {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY} & {*kinds}
 
 
 def _autocast() -> bool:

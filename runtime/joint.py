@@ -69,6 +69,12 @@ class Recipe:
 class Joint(nn.Module):
     """A denoiser and a part that runs before it."""
 
+    @staticmethod
+    def of(denoiser: nn.Module, part: nn.Module) -> Joint:
+        """Both modules; the class has a name that says which, for messages."""
+        name = f"{type(denoiser).__name__} with {type(part).__name__}"
+        return type(name, (Joint,), {})(denoiser, part)
+
     def __init__(self, denoiser: nn.Module, part: nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser

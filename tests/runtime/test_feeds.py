@@ -72,6 +72,7 @@ def test_what_a_pipeline_does_with_residuals_becomes_part_of_one_program(name: s
     assert handle.plan is fxpass.parallel(pipe.controlnet).plan
     assert handle.plan.bytes_by_role["output"] == 4 * expected[0].numel() // 2 * 2
     assert not fxpass.parallel(pipe.controlnet).traffic
+    assert type(joint_of(pipe).model).__name__ == "Denoiser with SmallControlNet"
     assert {"part.hint", "denoiser.sample"} <= set(handle.plan.program.input_paths)
 
 
@@ -334,6 +335,20 @@ def test_a_part_that_is_changed_between_its_call_and_the_denoisers_is_an_error()
     pipe.between = write
     with pytest.raises(RuntimeError, match=r"the module was changed \(its tensors"):
         generation(pipe, 1)
+
+
+def test_results_that_were_used_before_the_part_changed_are_those_of_its_call() -> None:
+    pipe = pipeline()
+    expected = generation(pipe, 1)
+    split(pipe)
+
+    def change(fed: Any) -> Any:
+        fed[1].mean().item()
+        pipe.controlnet.gain = 2.0
+        return fed
+
+    pipe.between = change
+    close(generation(pipe, 1), expected)
 
 
 def test_a_change_of_either_part_between_two_steps_is_seen() -> None:
