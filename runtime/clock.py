@@ -4,7 +4,8 @@ Calls of one generation (`generation.py`) with equal conditioning (all inputs bu
 *context*: one guidance branch of one prompt. Of a generation that the user entered, every call continues its context.
 Else a call does so if
 
-- no timestep has risen (a new generation starts high again), come three times (Heun and PNDM repeat them once, though
+- no timestep has risen (a new generation starts high again; where a pipeline counts upwards from its scheduler's first
+  timestep: none has fallen), come three times (Heun and PNDM repeat them once, though
   not the first) or fallen by several times as much as at the step before (a generation that begins in the middle),
 - the sample correlates with the last one (fresh noise does not, even at a lower timestep), and
 - the context was used not long ago.
@@ -36,6 +37,7 @@ CONTEXTS = 4  #: kept at once; guidance has two or three branches
 MAX_GAP = 8  #: calls since a context was last used, beyond which it no longer continues
 MIN_CORRELATION = 0.5  #: of a sample with the one before; independent noise has 0, most samplers' steps above 0.9
 UNITS = (1.0, 1e-3)  #: factors that pipelines apply to the scheduler's timesteps before they call the model
+FIRST = 1000.0  #: the timestep of noise alone, from which some pipelines count upwards
 TOLERANCE = 0.01  #: relative difference below which two timesteps are equal: bfloat16 has 8 significant bits
 MAX_FALL = (
     3.0  #: a larger fall of the timestep, in units of its last fall, begins a generation; samplers stay below 2.5
@@ -59,7 +61,8 @@ class Context:
     broken: bool = False  #: the last step failed
     stride: float = 0.0  #: by how much the timestep fell at its last call; 0 at the first
     fall: float = 0.0  #: the last stride that is not 0
-    left: list[float] = field(default_factory=list)  #: the timesteps of its generation, rising; empty if not known
+    left: list[float] = field(default_factory=list)  #: the timesteps of its generation, the last first; empty: unknown
+    rises: bool = False  #: they rise from step to step
     why: str = ""  #: why it began in the middle of a generation; empty if it did not
 
 
@@ -132,6 +135,7 @@ class Clock:
                 broken = self._broken(context, time, bool(signs[2 * context.number + 1]))
                 continued = not broken
                 context.why = context.why if continued else broken
+                context.rises = continued and self._rises(context, time)
                 context.steps = context.steps + 1 if continued else 1
                 doubtful = context.doubtful
                 context.doubtful = not generation.announced and time == context.timestep
@@ -147,6 +151,10 @@ class Clock:
         context.timestep, context.sample, context.call = time, sample.clone(), self.calls
         if context.steps == 1:
             context.left = _timesteps(time, generation.timesteps)
+            context.rises = not context.left
+        if context.steps <= 2 and context.rises:  # the first may be 0, which is the same in all units
+            context.left = _timesteps(time, generation.timesteps, rises=True)
+            context.rises = bool(context.left)
         context.broken = False
         why = ""
         if any(_same(_mean(time), each) for each in context.left[: self.cooldown_steps]):
@@ -162,7 +170,7 @@ class Clock:
         """A number below 2 ** 48 that tells apart what `step` reads beside a call's facts."""
         contexts = [
             (c.number, c.generation is generation, c.generation.ended, c.generation.sure, c.steps, c.call, c.timestep,
-             c.repeated, c.doubtful, c.broken, c.stride, c.fall, c.left, c.why)
+             c.repeated, c.doubtful, c.broken, c.stride, c.fall, c.left, c.rises, c.why)
             for c in self.contexts
         ]  # fmt: skip
         text = repr((self.calls, generation.announced, list(generation.timesteps), contexts))
@@ -195,15 +203,20 @@ class Clock:
             return "a step failed"
         if context.generation.sure:
             return ""
-        if not all(now <= then for now, then in zip(time, context.timestep, strict=True)):
-            return "the timestep rose"
+        rises = self._rises(context, time)
+        if not all(now >= then if rises else now <= then for now, then in zip(time, context.timestep, strict=True)):
+            return "the timestep fell" if rises else "the timestep rose"
         if time == context.timestep and (context.repeated or context.steps == 1):
             return "a timestep came again"
-        if context.fall and _mean(context.timestep) - _mean(time) > MAX_FALL * context.fall:
+        if context.fall and abs(_mean(context.timestep) - _mean(time)) > MAX_FALL * abs(context.fall):
             return "the timestep fell much further than before"
         if self.calls - context.call > MAX_GAP:
             return "many other calls came between"
         return "" if correlates else "the sample changed too much between two steps, as if another picture began"
+
+    def _rises(self, context: Context, time: list[float]) -> bool:
+        """Whether timesteps rise in a context; the second one shows whether they do as expected."""
+        return context.rises and (context.steps > 1 or _mean(time) >= _mean(context.timestep))
 
     def _new(self, generation: Generation, time: list[float], conditioning: list[Tensor], sample: Tensor) -> Context:
         """A context for new conditioning; replaces one that is no longer used, or the oldest of `CONTEXTS`."""
@@ -235,17 +248,21 @@ class Clock:
         return once or self.calls - context.call > MAX_GAP
 
 
-def _timesteps(time: list[float], timesteps: Sequence[float]) -> list[float]:
-    """The timesteps, rising and in the model's unit, of a generation that begins at `time`; empty if not known."""
+def _timesteps(time: list[float], timesteps: Sequence[float], *, rises: bool = False) -> list[float]:
+    """The timesteps of a generation with a step at `time`, in the model's unit, the last first; empty if not known.
+
+    Args:
+        rises: the model's count upwards.
+    """
     if not time or any(each != time[0] for each in time):
         return []
     found: list[float] = []
     farthest = -1
     for unit in UNITS:  # 1 may be the first timestep of 1 … 0 or the last of 1000 … 1: take it as the first
-        rising = sorted({each * unit for each in timesteps})
-        place = next((i for i, each in enumerate(rising) if _same(each, time[0])), -1)
+        known = sorted({(FIRST - each if rises else each) * unit for each in timesteps}, reverse=rises)
+        place = next((i for i, each in enumerate(known) if _same(each, time[0])), -1)
         if place > farthest:
-            found, farthest = rising, place
+            found, farthest = known, place
     return found
 
 

@@ -292,6 +292,22 @@ def test_the_last_step_is_found_in_whatever_form_the_model_is_given_its_timestep
     assert found == [True] * 2 + [False] * 47 + [True]
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-3])
+def test_steps_are_displaced_where_a_pipeline_counts_upwards_from_its_schedulers_first_timestep(unit: float) -> None:
+    known = trajectory("flow", 20, 0)
+    calls = [(sample, (1000 - time) * unit) for sample, time in known]
+    assert float(calls[0][1]) == 0
+    assert cooled(calls, known, 2) == [True] * 2 + [False] * 16 + [True] * 2
+    again = [*calls, *calls]  # the second one is not announced: its timestep falls
+    assert cooled(again, known, 2) == 2 * ([True] * 2 + [False] * 16 + [True] * 2)
+
+
+def test_timesteps_that_fall_though_they_could_be_meant_to_rise_are_followed() -> None:
+    calls = trajectory("ddim", 8, 0)  # 875 … 0
+    known = [(sample, 1000 - time) for sample, time in calls]  # 125 … 1000
+    assert cooled([(sample, time * 1.0) for sample, time in calls], known, 0) == [True] * 2 + [False] * 6
+
+
 @pytest.mark.parametrize(("start", "count"), [(17, 3), (18, 3), (18, 5), (19, 1)])
 def test_all_steps_may_be_final_where_few_timesteps_are_left(start: int, count: int) -> None:
     known = trajectory("ddim", 20, 0)
