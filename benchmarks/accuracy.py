@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy [--rounds 7] [--models unet mmdit] [--strategies sync displaced …]
     python -m benchmarks.accuracy --rates 1gbit 300mbit 100mbit  # over an emulated network link
 
-The device and the links are calibrated first, in the same run; both ranks calibrate the device at the same time, as
-they also compute at the same time. Then steps of all strategies, over all links, alternate in rounds. The report has,
+The links are calibrated first, in the same run. Then steps of all strategies, over all links, alternate in rounds; each
+round also calibrates the device, on both ranks at the same time, as they also compute at the same time. The report has,
 for each, the median of the measured steps, the prediction, and their ratio. With `FXPASS_SHM_DISABLE=1` gloo carries
 messages; over emulated links (benchmarks/emulated_link.py) it always does.
 """
@@ -69,16 +69,14 @@ def reports(
     Args:
         limits: the limits of the emulated link that take turns; None: the link that was calibrated before.
     """
-    device = slower()
     ways = {limit: limited(limit) if limit else Link(**json.loads(os.environ[LINK])) for limit in limits}
-    yield device.description
     for link in ways.values():
         line = f"{link.name}: {link.latency * 1e6:.0f} us, {link.bandwidth / 1e6:.1f} MB/s"
         if link.core_bandwidth:
             line += f"; of the cores {link.core_latency * 1e6:.0f} us, {link.core_bandwidth / 1e6:.0f} MB/s"
         yield line
     for name in models:
-        yield measure(name, strategies, {limit: Target(device, link) for limit, link in ways.items()}, rounds)
+        yield measure(name, strategies, ways, rounds)
 
 
 def limited(limit: emulated_link.Link) -> Link:
@@ -92,47 +90,54 @@ def limited(limit: emulated_link.Link) -> Link:
     return sockets(limit.rate, both, f"gloo over {limit}", 1)
 
 
-def slower() -> Device:
-    """The device as both ranks measure it at the same time: of each figure the mean."""
+def devices() -> list[Device]:
+    """The device as each rank measures it, at the same time."""
     dist.barrier()
     mine = device_of("this", torch.device("cpu"), "shm")
-    both: list[Device] = [mine, mine]
-    dist.all_gather_object(both, mine)
-    a, b = both
+    found: list[Device] = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def mean_of(found: list[Device]) -> Device:
+    """The mean of each figure."""
+    first = found[0]
     return replace(
-        a,
-        matrix={name: (a.matrix[name] + b.matrix[name]) / 2 for name in a.matrix},
-        reached={name: (a.reached[name] + b.reached[name]) / 2 for name in a.reached},
-        bandwidth=(a.bandwidth + b.bandwidth) / 2,
-        kernel=(a.kernel + b.kernel) / 2,
+        first,
+        matrix={name: statistics.mean(each.matrix[name] for each in found) for name in first.matrix},
+        reached={name: statistics.mean(each.reached[name] for each in found) for name in first.reached},
+        bandwidth=statistics.mean(each.bandwidth for each in found),
+        kernel=statistics.mean(each.kernel for each in found),
     )
 
 
 @torch.no_grad()
-def measure(
-    name: str, strategies: tuple[str, ...], targets: dict[emulated_link.Link | None, Target], rounds: int
-) -> str:
+def measure(name: str, strategies: tuple[str, ...], ways: dict[emulated_link.Link | None, Link], rounds: int) -> str:
+    """Run all strategies over all links in turns, and measure the device in each round; returns the report."""
     model, ready = steppers(name, strategies)
     running = contenders(ready)
+    found: list[Device] = []
     seconds: dict[tuple[emulated_link.Link | None, str], list[float]] = {}
     for turn in range(rounds + 1):
-        for limit in targets:
+        if turn:  # the first turn warms up
+            found += devices()
+        for limit in ways:
             if limit:
                 emulated_link.set_up(limit)
-            for strategy, found in in_turns(running, turn, STEPS, BEFORE).items():
-                if turn:  # the first turn warms up
-                    seconds.setdefault((limit, strategy), []).append(found)
+            for strategy, taken in in_turns(running, turn, STEPS, BEFORE).items():
+                if turn:
+                    seconds.setdefault((limit, strategy), []).append(taken)
+    device = mean_of(found)
     lines = [
-        heading(name, model, f"{rounds} rounds, medians in seconds"),
+        heading(name, model, f"{rounds} rounds, medians in seconds; {device.description}"),
         "  link        strategy              measured  predicted   ratio",
     ]
     for (limit, strategy), values in seconds.items():
-        target = targets[limit]
-        prediction = ready[strategy].plan.predict(target)
+        prediction = ready[strategy].plan.predict(Target(device, ways[limit]))
         predicted = (prediction.steady or prediction.exact).seconds
         middle = statistics.median(values)
         ratio = predicted / middle
-        lines.append(f"  {target.link.name:<10}  {strategy:<20} {middle:9.4f}  {predicted:9.4f}  {ratio:6.2f}")
+        lines.append(f"  {ways[limit].name:<10}  {strategy:<20} {middle:9.4f}  {predicted:9.4f}  {ratio:6.2f}")
     return "\n".join(lines)
 
 
