@@ -177,7 +177,7 @@ def build(
 
     The samples of a batch are divided among `groups` groups of ranks, if they are independent; each part is computed by
     `copies` of them, of which the first is heard. All of them divide `world`.
-    With `cuts`, which are known from an earlier search, all passes run but that search.
+    With `cuts`, which are known from an earlier search, that search is left out.
 
     Raises `ValueError` if no pass has the name `after`, `WorldSizeError` if so many ranks cannot share the model.
     """
@@ -186,10 +186,12 @@ def build(
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
     start = Build(program, world, target, strategy, groups=groups, copies=copies)
-    if cuts is not None:
-        found = _run(start, PASSES[: names.index("cuts")])
-        return resume(replace(found, cuts=cuts), after="cuts")
-    return _run(start, PASSES[: names.index(after) + 1 if after else None])
+    end = names.index(after) + 1 if after else None
+    if cuts is None:
+        return _run(start, PASSES[:end])
+    search = names.index("cuts")
+    found = _run(start, PASSES[:search])
+    return _run(replace(found, cuts=cuts), PASSES[search + 1 : end])
 
 
 def resume(state: Build, *, after: str) -> Build:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..ir.layout import Layout
 from ..ir.program import Program
 from ..ir.progress import progress
 from ..ir.strategy import Strategy
@@ -35,17 +36,19 @@ def compared(
     *,
     graphs: bool = False,
     parts: Parts | None = None,
+    cuts: Mapping[int, Mapping[str, Layout]] | None = None,
 ) -> Iterator[Prediction | Impossible]:
     """Predict each number of ranks with each strategy; one rank once.
 
     Args:
         program: as captured, or normalized.
         parts: of the pipeline beside its denoiser.
+        cuts: those of numbers of ranks for which they are known.
     """
     strategies = list(dict.fromkeys(strategies))
     for world in worlds:
         try:
-            cut = build(program, world, target, strategies[0], after="trim")
+            cut = build(program, world, target, strategies[0], after="trim", cuts=(cuts or {}).get(world))
         except WorldSizeError as error:
             yield Impossible(world, str(error))
             continue

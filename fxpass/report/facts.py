@@ -97,13 +97,20 @@ class Facts:
 
     @cached_property
     def alternatives(self) -> list[Prediction | Impossible]:
-        """Other numbers of ranks and strategies; one rank comes first."""
-        mine = self.plan.strategy
-        strategies = [Strategy.of("sync"), Strategy.of("displaced"), mine] if self.compare else [mine]
-        worlds = sorted({*WORLDS, self.plan.world_size}) if self.compare else [1]
-        found = compared(self.plan.program, worlds, strategies, self.plan.target, graphs=self.graphs, parts=self.beside)
-        shown = (self.plan.world_size, mine) if self.plan.groups == 1 else None  # others have patches alone
-        return [e for e in found if isinstance(e, Impossible) or (e.world, e.strategy) != shown]
+        """Other numbers of ranks and strategies, with patches alone; one rank comes first."""
+        plan = self.plan
+        usual = (Strategy.of("sync"), Strategy.of("displaced")) if self.compare else ()
+        strategies = list(dict.fromkeys((*usual, plan.strategy)))
+        found: list[Prediction | Impossible] = []
+        for world in sorted({*WORLDS, plan.world_size}) if self.compare else [1]:
+            own = world == plan.world_size and plan.groups == 1
+            others = [] if own and world == 1 else [each for each in strategies if not own or each != plan.strategy]
+            known = {world: plan.cuts} if own else None
+            if others:
+                found += compared(
+                    plan.program, [world], others, plan.target, graphs=self.graphs, parts=self.beside, cuts=known
+                )
+        return found
 
     def ranks(self, prediction: Prediction) -> str:
         """The ranks of a choice in words."""
