@@ -176,7 +176,7 @@ def build(
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
     The samples of a batch are divided among `groups` groups of ranks, if they are independent; each part is computed by
-    `copies` of them, of which the first is heard. All of them divide `world`.
+    `copies` of them, and the results of the first are used. All of them divide `world`.
     With `cuts`, which are known from an earlier search, that search is left out.
 
     Raises `ValueError` if no pass has the name `after`, `WorldSizeError` if so many ranks cannot share the model.

@@ -87,7 +87,7 @@ class _Joiner:
         )
 
     def _gathered(self, parts: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-        """The outputs, of which the groups have computed `parts`: one message."""
+        """The whole outputs, gathered in one message from the `parts` that the groups have computed."""
         split = [i for i, layout in enumerate(self.samples.results) if layout.split]
         parts = [self._stacked(part) for part in parts]
         nodes = list(dict.fromkeys(parts[i] for i in split))

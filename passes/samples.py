@@ -62,7 +62,7 @@ class Samples:
 
 
 def stacked(program: Program, calls: int) -> Samples:
-    """The program as it is, of which each group runs a call of its own."""
+    """The program unchanged; each group runs a call of its own."""
     each = Layout(0, even(calls, calls))
     (output,) = program.graph.find_nodes(op="output")
     return Samples(program, dict.fromkeys(program.inputs, each), (each,) * len(output.args[0]), calls)
