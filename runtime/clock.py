@@ -58,6 +58,7 @@ class Context:
     steps: int = 1  #: calls of this generation so far
     repeated: bool = False  #: its last timestep was the one before
     doubtful: bool = False  #: the same, also of a call that began a generation; and nobody announced any
+    shared: bool = False  #: several calls came at one timestep, and inputs that are not compared may tell them apart
     broken: bool = False  #: the last step failed
     stride: float = 0.0  #: by how much the timestep fell at its last call; 0 at the first
     fall: float = 0.0  #: the last stride that is not 0
@@ -77,6 +78,7 @@ class Clock:
         cooldown_steps: exact steps at its end.
         names: of the inputs, for messages.
         others: the indices of inputs that are no conditioning either.
+        fed: some of these are made by another part of the pipeline, and may be all that tells two calls apart.
     """
 
     timestep: int | None
@@ -85,6 +87,7 @@ class Clock:
     cooldown_steps: int = 0
     names: Sequence[str] = ()
     others: frozenset[int] = frozenset()
+    fed: bool = False
     contexts: list[Context] = field(default_factory=list)
     calls: int = 0
 
@@ -95,7 +98,8 @@ class Clock:
         if found is None:
             return Clock(None, 0, warmup_steps)
         paths = program.input_paths
-        return Clock(found.timestep, found.sample, max(1, warmup_steps), cooldown_steps, paths, found.others)
+        warmup_steps, fed = max(1, warmup_steps), bool(program.fed)
+        return Clock(found.timestep, found.sample, warmup_steps, cooldown_steps, paths, found.others, fed)
 
     def facts(self, tensors: Sequence[Tensor], generation: Generation) -> list[Tensor]:
         """What `step` reads of a call's inputs, without a wait for their device: float64 [n] each.
@@ -140,6 +144,7 @@ class Clock:
                 doubtful = context.doubtful
                 context.doubtful = not generation.announced and time == context.timestep
                 context.repeated = continued and time == context.timestep
+                context.shared = self.fed and (time == context.timestep or (continued and context.shared))
                 last, context.stride = context.stride, _mean(context.timestep) - _mean(time) if continued else 0.0
                 context.fall = context.stride or (context.fall if continued else 0.0)
                 pace = min(context.stride / last, MAX_PACE) if last else 0.0
@@ -163,6 +168,8 @@ class Clock:
             why = context.why or f"the first steps are exact (warmup_steps is {self.warmup_steps})"
         elif doubtful or context.doubtful:
             why = "a timestep came twice, and nobody said which calls belong together (`module.generation` does)"
+        elif context.shared:
+            why = "several calls came at one timestep, with inputs that other parts of the pipeline have made"
         generation.count(why, last=bool(context.left) and _same(_mean(time), context.left[0]))
         return Step(context.number, bool(why), pace)
 
@@ -170,7 +177,7 @@ class Clock:
         """A number below 2 ** 48 that tells apart what `step` reads beside a call's facts."""
         contexts = [
             (c.number, c.generation is generation, c.generation.ended, c.generation.sure, c.steps, c.call, c.timestep,
-             c.repeated, c.doubtful, c.broken, c.stride, c.fall, c.left, c.rises, c.why)
+             c.repeated, c.doubtful, c.shared, c.broken, c.stride, c.fall, c.left, c.rises, c.why)
             for c in self.contexts
         ]  # fmt: skip
         text = repr((self.calls, generation.announced, list(generation.timesteps), contexts))

@@ -52,7 +52,8 @@ class Step:
         """Give the tensors their values, or the reason why there are none."""
         try:
             args, kwargs = pytree.tree_map_only(DeferredTensor, _known, (self.args, self.kwargs))
-            found = pytree.tree_leaves(self.func(*args, **kwargs))
+            with torch.inference_mode(False), torch.no_grad():  # writes to inference tensors are not counted
+                found = pytree.tree_leaves(self.func(*args, **kwargs))
         except Exception as error:
             self.fail(error)
             return

@@ -48,6 +48,8 @@ class Engine:
     rank, and a warning says why; with `strict` it is refused, too.
     """
 
+    joined = False  #: whether the model is made of several parts of a pipeline
+
     def __init__(
         self,
         model: nn.Module,
@@ -280,7 +282,7 @@ class Engine:
         try:
             call = Call.of(self.model, args, kwargs, method)
             fed = [i for i, each in enumerate(call.tensors) if isinstance(each, DeferredTensor) and each.source.fed]
-            call = replace(call, tensors=plain(call.tensors)).fed_with(fed)
+            call = replace(call, tensors=plain(call.tensors), joined=self.joined).fed_with(fed)
             if gradients:
                 call.refuse_gradients()
             self.programs.update()

@@ -53,7 +53,9 @@ COMBINING = frozenset(
 )
 #: functions of results of a part, whose own results are deferred
 RECORDED = DEFERRED | COMBINING | {torch.cat, torch.concat, torch.stack, torch.zeros_like, Tensor.to, Tensor.repeat}
-_STATIC = (int, float, slice, torch.dtype, torch.memory_format, type(None), type(...))
+_STATIC = (int, float, torch.dtype, torch.memory_format, type(None), type(...))
+#: functions that also take tensors that are no results of a part
+_WITH_TENSORS = COMBINING | {torch.cat, torch.concat, torch.stack}
 
 
 class Residuals(Source):
@@ -73,7 +75,9 @@ class Residuals(Source):
                 return leaf.source is self and unwritten(leaf)
             if isinstance(leaf, Tensor):
                 alike = not leaf.ndim or leaf.device == device
-                return func is not Tensor.to and type(leaf) is Tensor and alike and not leaf.requires_grad
+                return func in _WITH_TENSORS and type(leaf) is Tensor and alike and not leaf.requires_grad
+            if isinstance(leaf, slice):
+                return all(type(each) in (int, type(None)) for each in (leaf.start, leaf.stop, leaf.step))
             return isinstance(leaf, _STATIC)
 
         return all(map(fits, leaves))
@@ -159,7 +163,8 @@ def unwritten(deferred: DeferredTensor) -> bool:
     """Whether a deferred tensor still is what its recipe makes: nobody has written to its value."""
     if deferred.error is not None:
         return False
-    return deferred.value is None or version(deferred.value) == deferred.version
+    value = deferred.value
+    return value is None or (not value.is_inference() and version(value) == deferred.version)
 
 
 class Feeder:
@@ -202,6 +207,8 @@ class JointEngine(Engine):
 
     It shares executor, turn and generations with the denoiser's own engine, which releases its programs.
     """
+
+    joined = True
 
     def __init__(self, engine: Engine, part: Engine) -> None:
         plan_of = engine.planner

@@ -61,6 +61,7 @@ class Call:
     _alike: tuple[int, ...]  #: for each tensor, the first index of the same tensor
     method: Method | None = None  #: what is called; None: the model itself, with its hooks
     fed: tuple[str, ...] = ()  #: paths of tensors that another part of a pipeline makes anew for each step
+    joined: bool = False  #: whether it calls several parts of a pipeline, each of which has its own arguments
 
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None = None) -> Call:

@@ -94,7 +94,7 @@ def _captured(model: nn.Module, call: Call, task: Task) -> Program:
         program.reads = Reads(state, call.functions(), constants, program.changes)
     if call.method is not None:
         program.method = call.method.name
-    program.fed = call.fed
+    program.fed, program.joined = call.fed, call.joined
     program.modules = {path: type(module).__name__ for path, module in model.named_modules()}
     program.seconds |= {
         "warm up": warm - started,

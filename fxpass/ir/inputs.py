@@ -21,8 +21,9 @@ class Moving:
 
     Attributes:
         others: of inputs that say nothing about the conditioning: those that the program does not read; other items of
-            the list that the sample is in (`x.1` beside `x.0`); where a program is made of several parts, the timestep
-            and the sample of the others (`part.sample` beside `denoiser.sample`); and what `Program.fed` names.
+            the list that the sample is in (`x.1` beside `x.0`), if the outputs are such items, too; where a program is
+            made of several parts (`Program.joined`), the timestep and the sample of the others (`part.sample` beside
+            `denoiser.sample`); and what `Program.fed` names.
     """
 
     timestep: int
@@ -45,12 +46,16 @@ def moving(program: Program) -> Moving | None:
     if not times or not outputs:
         return None
     timestep, sample = times[0], _most_like(outputs[0], inputs)
+    others = {i for i, node in enumerate(inputs) if program.input_paths[i] in program.fed or not node.users}
     names = [INDEX.sub("", path) for path in program.input_paths]
-    within = [name.partition(".")[2] for name in names]
-    lists, parts = ({of[i] for i in (timestep, sample)} for of in (names, within))
-    same = [names[i] in lists or within[i] in parts - {""} for i in range(len(names))]
-    fed = [path in program.fed for path in program.input_paths]
-    others = {i for i, node in enumerate(inputs) if same[i] or fed[i] or not node.users}
+    items = [i for i, name in enumerate(names) if name == names[sample]]
+    if len(outputs) >= len(items) and all(
+        shape_of(inputs[i]) == shape_of(out) for i, out in zip(items, outputs, strict=False)
+    ):
+        others |= {*items}
+    if program.joined:
+        within = [name.partition(".")[2] for name in names]
+        others |= {i for i, name in enumerate(within) if name and name in (within[timestep], within[sample])}
     return Moving(timestep, sample, frozenset(others - {timestep, sample}))
 
 

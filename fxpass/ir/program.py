@@ -56,6 +56,7 @@ class Program:
     modules: dict[str, str] = field(default_factory=dict)  #: path of each module of the model -> name of its class
     method: str = "forward"  #: the method of the model that was called
     fed: tuple[str, ...] = ()  #: paths of inputs that another part of a pipeline makes anew for each step
+    joined: bool = False  #: whether it is made of several parts of a pipeline, each of which has its own arguments
     reads: Any = None  #: the Python state beside the model that is baked in: `capture.reads.Reads`
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:

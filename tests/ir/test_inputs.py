@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,12 +55,28 @@ class Parts(nn.Module):
         return denoiser["sample"] * denoiser["timestep"] + fed
 
 
+class Conditioned(nn.Module):
+    def forward(self, x: list[Tensor], t: Tensor) -> Tensor:
+        return x[0] * t + x[1].mean()
+
+
+def test_an_item_beside_the_sample_is_conditioning_if_the_output_is_no_such_list() -> None:
+    program = fxpass.capture(Conditioned().eval(), [torch.ones(2, 4, 8, 8), torch.ones(2, 4, 8, 8)], torch.ones(()))
+    found = moving(program)
+    assert found is not None
+    assert program.input_paths[found.sample] == "x.0"
+    assert not found.others
+
+
 def test_the_timestep_and_the_sample_of_another_part_move_with_the_denoisers() -> None:
     ones = torch.ones(2, 4, 8, 8)
     denoiser = {"sample": ones, "timestep": torch.ones(())}
     part = {"sample": ones[:1].clone(), "timestep": torch.ones(1), "hint": ones.clone()}
     program = fxpass.capture(Parts().eval(), denoiser, part, ones.clone())
-    found = moving(program)
+    alone = moving(program)
+    assert alone is not None
+    assert not alone.others  # arguments of one model may have equal names within
+    found = moving(replace(program, joined=True))
     assert found is not None
     assert program.input_paths[found.timestep] == "denoiser.timestep"
     assert program.input_paths[found.sample] == "denoiser.sample"

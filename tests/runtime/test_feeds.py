@@ -182,6 +182,39 @@ def test_a_residual_that_is_written_to_reaches_the_denoiser_as_it_is(inference: 
     assert own_programs(pipe) == (1, 1)  # from the second step on the part does not wait
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", [lambda x: x.mul_(3.0), lambda x: x.clone().add_(5.0)], ids=["in place", "a clone"])
+def test_a_residual_that_is_written_to_after_another_was_used_reaches_the_denoiser_as_it_is(
+    write: Callable[[Tensor], Tensor], inference: bool
+) -> None:
+    def between(fed: Any) -> Any:
+        fed[0][0].mean().item()
+        return [write(fed[0][0] * 2)], fed[1]
+
+    pipe = pipeline(between)
+    expected = generation(pipe, 2)
+    split(pipe)
+    with torch.inference_mode(inference):
+        found = generation(pipe, 2)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["slice", "mask", "index"])
+def test_residuals_may_be_indexed_by_tensors_that_change_afterwards(name: str) -> None:
+    def between(fed: Any) -> Any:
+        stop, one = torch.tensor(2), torch.tensor(0)
+        keep = torch.ones(2, dtype=torch.bool)
+        cut = {"slice": lambda x: x[:, :, :stop], "mask": lambda x: x[keep], "index": lambda x: x[one][None]}[name]
+        used = cut(fed[0][0])
+        stop.add_(2), one.add_(1), keep.zero_()
+        return [fed[0][0] + used.mean()], fed[1]
+
+    pipe = pipeline(between)
+    expected = generation(pipe, 2)
+    split(pipe)
+    close(generation(pipe, 2), expected)
+
+
 def test_inputs_that_change_before_the_denoiser_is_called_are_those_of_the_call() -> None:
     pipe = pipeline()
     sample, timestep = steps(1)[0]
@@ -240,6 +273,28 @@ def test_steps_that_take_residuals_twice_are_displaced_though_the_part_runs_alon
     for stale, exact in zip(found[2:], expected[2:], strict=True):
         assert 1e-6 < (stale - exact).norm() / exact.norm() < 0.05
     assert all(map(torch.equal, found, again))
+
+
+def test_branches_that_differ_in_residuals_alone_do_not_read_each_others_state() -> None:
+    pipe = pipeline()
+
+    def step(sample: Tensor, timestep: Tensor, scale: float) -> Tensor:
+        residuals, middle = pipe.controlnet(sample, timestep, hint=HINT)
+        one, two = (
+            pipe.unet(sample, timestep, PROMPT, residuals=[k * each for each in residuals], middle=k * middle)
+            for k in (3, 0)
+        )
+        return 2 * one - two
+
+    pipe.step = step
+    expected = generation(pipe)
+    split(pipe, strategy="displaced", warmup_steps=2)
+    for _ in range(2):
+        found = generation(pipe)
+        assert fxpass.parallel(pipe.unet)._engine._generations.current().displaced == 0
+        close(found[:2], expected[:2])
+        for stale, exact in zip(found[2:], expected[2:], strict=True):  # the part itself is displaced
+            assert (stale - exact).norm() / exact.norm() < 0.02
 
 
 def test_residuals_of_a_part_that_cannot_be_split_do_not_keep_steps_exact() -> None:
