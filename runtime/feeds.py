@@ -103,14 +103,19 @@ class Feed(Residuals):
     """
 
     def __init__(self, engine: Engine, entry: Entry, call: Call, generation: Generation) -> None:
-        super().__init__(self._compute)
+        this = weakref.proxy(self)  # no reference cycle: a feed ends with its results
+
+        def run() -> None:
+            this._compute()
+
+        super().__init__(run)
         self.engine, self.entry, self.call, self.generation = engine, entry, call, generation
         self.joined = False  #: a denoiser has taken the results
         self._versions = [version(each) for each in call.tensors]
         self._changes = engine.programs.changes
         self._places = places(entry.weights.tensors())
         copies: dict[int, Tensor] = {}
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             for each in call.tensors:
                 copies.setdefault(id(each), each.clone())
         self._copies = [copies[id(each)] for each in call.tensors]
@@ -144,7 +149,7 @@ class Feed(Residuals):
         """Run the part alone, unsplit."""
         turn, model = self.engine.turn, self.engine.model
         inside = turn.holder == get_ident()
-        with nullcontext() if inside else turn.taken(), torch.no_grad(), torch.inference_mode(False):
+        with nullcontext() if inside else turn.taken(), torch.inference_mode(False), torch.no_grad():
             if self.run is None:
                 return  # another thread was faster
             if not self.unchanged():

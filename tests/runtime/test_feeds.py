@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -540,3 +543,36 @@ def test_workers_run_both_parts_in_one_program() -> None:
     assert all(map(torch.equal, found, again))
     close(found, generation(here, 3))
     close(found[:1], expected[:1])
+
+
+def test_a_copy_of_a_residual_that_a_pipeline_makes_is_a_plain_tensor_without_a_gradient() -> None:
+    pipe = pipeline()
+    sample, timestep = steps(1)[0]
+    with torch.no_grad():
+        expected = pipe.controlnet(sample, timestep, hint=HINT)
+        split(pipe)
+        found = copy.deepcopy(pipe.controlnet(sample, timestep, hint=HINT))
+    for one, other in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
+        assert type(one) is Tensor
+        assert not one.requires_grad
+        torch.testing.assert_close(one, other)
+
+
+def test_a_call_of_the_part_ends_with_its_results_without_the_garbage_collector() -> None:
+    pipe = pipeline()
+    split(pipe)
+    generation(pipe, 1)
+    feeds: list[weakref.ref[Any]] = []
+
+    def look(fed: Any) -> Any:
+        feeds.append(weakref.ref(fed[1].source))
+        return fed
+
+    pipe.between = look
+    gc.collect()
+    gc.disable()
+    try:
+        generation(pipe, 2)
+        assert [feed() for feed in feeds] == [None, None]
+    finally:
+        gc.enable()
