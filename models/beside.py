@@ -86,7 +86,7 @@ def _sizes(folder: Path, dtype: torch.dtype) -> Iterator[int]:
     Variants (`model.fp16.safetensors` beside `model.safetensors`), and files of the other format, hold the same once
     more.
     """
-    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*pytorch_model*.bin"))
     dots = min((path.name.count(".") for path in paths), default=0)
     for path in (path for path in paths if path.name.count(".") == dots):
         for shape, size, floating in _of_safetensors(path) if path.suffix == ".safetensors" else _of_pickle(path):

@@ -139,15 +139,19 @@ class _Drawing:
 
     def key(self, node: Node) -> str:
         """The box that a node is in."""
+        return self._place(node)[0]
+
+    def _place(self, node: Node) -> tuple[str, bool]:
+        """The box that a node is in, and whether that is drawn for its own module, not for an equal one."""
         if node.kind in ("input", "output"):
-            return node.name
+            return node.name, True
         own = path = ""
         for part in node.path.split(".") if node.path else ():
             own, path = (f"{each}.{part}" if each else part for each in (own, path))
             path = self.alias.get(path, path)
             if path not in self.open:
-                return _of_module(path, self.visits(own, inside=True)[node.name])
-        return f"part {self.visits(own, inside=False)[node.name]} of {path}"
+                return _of_module(path, self.visits(own, inside=True)[node.name]), own == path
+        return f"part {self.visits(own, inside=False)[node.name]} of {path}", own == path
 
     def lines(self) -> Iterator[str]:
         for node in self.ends:
@@ -215,14 +219,12 @@ class _Drawing:
 
         ends: dict[str, int] = {}
         for i, node in enumerate(self.snapshot.nodes):
-            if node.kind not in ("weight", "constant") and self._drawn(node):
-                ends[self.key(node)] = i
-        forward = networkx.DiGraph((a, b) for a, b in edges if ends[a] < ends[b])
+            if node.kind not in ("weight", "constant"):
+                box, drawn = self._place(node)
+                if drawn or box not in ends:
+                    ends[box] = i
+        forward = networkx.DiGraph([(a, b) for a, b in edges if ends[a] < ends[b]])
         return set(networkx.transitive_reduction(forward).edges)
-
-    def _drawn(self, node: Node) -> bool:
-        """Whether a node is in the first of equal modules, for which the box is drawn."""
-        return not any(each in self.alias for each in _around(node.path))
 
     def _repeats(self, source: Node, node: Node) -> bool:
         """Whether a value goes from one of equal neighbours to another one."""

@@ -41,8 +41,11 @@ def sockets(name: str, seen: list[Measured], description: str, parts: int) -> Li
             that a rank receives if each rank has a port of its own.
     """
     latency, bandwidth = _figures([each.seconds for each in seen], parts)
-    shared = (os.cpu_count() or 1) <= len(seen)
-    core_latency, core_bandwidth = _figures([each.cores for each in seen], 2 * (WORLD - 1)) if shared else (0.0, 0.0)
+    figures = ["latency", "bandwidth"]
+    core_latency = core_bandwidth = 0.0
+    if _cores() <= len(seen):
+        core_latency, core_bandwidth = _figures([each.cores for each in seen], 2 * (WORLD - 1))
+        figures += ["core_latency", "core_bandwidth"]
     return Link(
         name,
         description,
@@ -52,7 +55,7 @@ def sockets(name: str, seen: list[Measured], description: str, parts: int) -> Li
         overtake=True,
         core_latency=core_latency,
         core_bandwidth=core_bandwidth,
-        sources=_sources("latency", "bandwidth", "core_latency", "core_bandwidth"),
+        sources=_sources(*figures),
     )
 
 
@@ -60,6 +63,11 @@ def _figures(seconds: list[tuple[float, float]], parts: int) -> tuple[float, flo
     """Seconds of a small message, and bytes per second of such parts, of the mean of the ranks."""
     small, large = (mean(each[size] for each in seconds) for size in range(2))
     return small, parts * (SIZES[1] - SIZES[0]) / max(large - small, 1e-9)
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sources(*figures: str) -> dict[str, str]:

@@ -110,6 +110,27 @@ def test_what_runs_before_and_after_other_modules_has_two_boxes() -> None:
     assert "SiLU\\npart 1 of 2" in boxes(text)["module act"]
 
 
+def test_arrows_of_closed_modules_that_are_equal_inside_lead_forward() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Pair(), Pair()])
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            for each in self.blocks:
+                sample = each.two(each.one(sample) * timestep)
+            return sample
+
+    text = dot(plan(Pairs().eval(), *inputs(), world_size=2).snapshot())
+    steps = re.findall(r'^  "(.*?)" -> "(.*?)";$', text, re.MULTILINE)
+    assert len(steps) >= len(arrows(text)) - 2
+
+
 @pytest.mark.parametrize("name", ["unet_sdxl", "flux", "dit"])
 def test_arrows_that_shape_the_drawing_lead_forward_and_past_no_box(name: str) -> None:
     text = dot(small(name).snapshot())

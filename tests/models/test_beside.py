@@ -120,7 +120,8 @@ def test_parts_of_a_pipeline_count_as_many_bytes_as_they_have(tmp_path: Path) ->
         stored = {id(each): each for each in (*held.parameters(), *held.buffers()) if each.is_floating_point()}
         assert parts.weights[name] == sum(each.nbytes for each in stored.values())
     encoder = next((folder / "text_encoder").glob("*.safetensors"))
-    torch.save(load_file(encoder), encoder.with_suffix(".bin"))
+    torch.save(load_file(encoder), encoder.with_name("pytorch_model.bin"))
+    encoder.with_name("training_args.bin").write_bytes(b"no tensors")
     encoder.unlink()
     assert parts_of(str(folder), Options()).weights == parts.weights
     weights = next((folder / "vae").glob("*.safetensors"))
