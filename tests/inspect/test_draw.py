@@ -5,6 +5,7 @@ import re
 import stat
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import networkx
 import pytest
@@ -122,6 +123,7 @@ def test_arrows_of_closed_modules_that_are_equal_inside_lead_forward() -> None:
             self.blocks = nn.ModuleList([Pair(), Pair()])
 
         def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            each: Any
             for each in self.blocks:
                 sample = each.two(each.one(sample) * timestep)
             return sample
