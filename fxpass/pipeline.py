@@ -146,6 +146,9 @@ def _plain(model: nn.Module) -> nn.Module:
 def _end(module: ParallelModule) -> None:
     detach(module)
     module.close()
+    for modules in list(_parts.values()):
+        if module in modules:
+            modules.remove(module)
 
 
 def _watch(pipelines: Sequence[Any], modules: dict[int, ParallelModule]) -> None:

@@ -1,4 +1,4 @@
-"""Errors between ranks."""
+"""Errors of ranks and of plans."""
 
 from __future__ import annotations
 

@@ -11,21 +11,19 @@ generation.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import Call, Method, arranged, bind, outdated, unsplit
+from ..capture import Call, Method, arranged, autocast, bind, outdated, unsplit
 from ..capture.guards import version
 from ..ir.program import Program
 from .deferred import DEFERRED, DeferredTensor, Source, plain
@@ -176,11 +174,11 @@ class Feeder:
     """Lets calls of a part wait for the denoiser."""
 
     def __init__(self) -> None:
-        self.joints: weakref.WeakSet[JointEngine] = weakref.WeakSet()
+        self.joints: weakref.WeakSet[Joints] = weakref.WeakSet()  #: of the denoisers that took results
 
     def may_wait(self, engine: Engine, call: Call, generation: Generation) -> bool:
         """Whether a call may wait, as far as is known before it was captured."""
-        plain_call = _is_plain(engine, call.method) and not _autocast()
+        plain_call = _is_plain(engine, call.method) and not autocast()
         return plain_call and not generation.untaken and bool(call.tensors)
 
     def fits(self, entry: Entry) -> bool:
@@ -202,15 +200,16 @@ class Feeder:
         return Residuals.of(result)
 
     def close(self) -> None:
-        """Release the programs in which the part runs with a denoiser."""
-        for joint in self.joints:
-            joint.programs.forget()
+        """Release the programs in which the part runs with a denoiser; this thread has the turn."""
+        for joints in self.joints:
+            joints.release(self)
 
 
 class JointEngine(Engine):
     """Runs calls of a denoiser with a part that feeds it; a call that cannot be split so returns `APART`.
 
-    It shares executor, turn and generations with the denoiser's own engine, which releases its programs.
+    Of a call it takes the `Feed` by position, and the arguments of `Joint.forward` by name. It shares executor, turn
+    and generations with the denoiser's own engine, which releases its programs.
     """
 
     joined = True
@@ -225,17 +224,47 @@ class JointEngine(Engine):
             return plan
 
         model = Joint.of(engine.model, part.model)
-        super().__init__(model, planner, engine.executor, strict=engine.strict, turn=engine.turn)
+        super().__init__(
+            model, planner, engine.executor, strict=engine.strict, turn=engine.turn, capturing=self._counted
+        )
         self._generations = engine._generations
-        self.recipes: dict[str, Recipe] = {}  #: by their text
-        self.refused = ""  #: why the last call returned `APART`
+        self._released = False  # the denoiser or the part was closed
+        self._recipe: Recipe | None = None  # of the call that has the turn
+        # for each program of the part, the recipes that were captured since a call found a program
+        self._captured: weakref.WeakKeyDictionary[Entry, set[Recipe]] = weakref.WeakKeyDictionary()
+        self._new: set[Recipe] = set()  # those for the call that has the turn
 
     def _found(self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool) -> Any:
-        try:
-            return super()._found(args, kwargs, method, gradients)
-        except (*UNSPLIT, NoPlanError) as error:
-            self.refused = str(error)
+        if self._released:
             return None
+        (feed,) = args
+        self._recipe, self._new = kwargs["recipe"], self._captured.setdefault(feed.entry, set())
+        try:
+            found = super()._found((), kwargs, method, gradients)
+        except (*UNSPLIT, NoPlanError) as error:
+            _leave(feed, str(error))
+            return None
+        if not self.programs.in_a_row:  # no program was captured
+            self._new.clear()
+        return found
+
+    @contextmanager
+    def _counted(self, model: nn.Module) -> Iterator[None]:
+        """Count the recipes that a program of the part is captured with.
+
+        Raises:
+            NoPlanError: there were too many in a row.
+        """
+        assert self._recipe is not None
+        if len(self._new | {self._recipe}) > GUARDED:
+            raise NoPlanError("a denoiser takes something else of its results at every call")
+        self._new.add(self._recipe)
+        yield
+
+    def release(self) -> None:
+        """Release all programs; later calls return `APART`. This thread has the turn."""
+        self._released = True
+        self.programs.forget()
 
     def _run_unsplit(self, method: Method | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return APART
@@ -245,10 +274,10 @@ class Joints:
     """Runs calls of a denoiser that takes results of another part in one program with that part."""
 
     def __init__(self) -> None:
-        self._engines: dict[Engine, JointEngine] = {}  #: by the part's engine
+        self._engines: dict[Feeder, JointEngine] = {}  # one for each part
 
     def __iter__(self) -> Iterator[JointEngine]:
-        return iter(self._engines.values())
+        return iter(list(self._engines.values()))
 
     def run(self, engine: Engine, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None) -> Any:
         """The result of a call of the denoiser; `APART` if it takes no results of a part, or runs by itself."""
@@ -259,56 +288,59 @@ class Joints:
         for feed in feeds:
             if feed.joined:
                 _leave(feed, "a denoiser takes its results twice")
-        if len(feeds) > 1 or _autocast():
+        if len(feeds) > 1 or autocast():
             return APART
         (feed,) = feeds
-        if feed.joined or feed.engine.turn is not engine.turn or feed.engine.ended:
+        if feed.joined or feed.engine.turn is not engine.turn:
             return APART
-        arguments, _ = bind(engine.model.forward, args, kwargs)
+        arguments, positional = bind(engine.model.forward, args, kwargs)
         leaves, spec = pytree.tree_flatten(arguments)
         links = {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, DeferredTensor)}
         links = {place: leaf for place, leaf in links.items() if leaf.source is feed}
         if not all(map(unwritten, links.values())):
             return APART
-        feed.joined, feed.generation.untaken = True, False
         with engine.turn.taken():
+            if engine.ended or feed.engine.ended:
+                return APART
+            feed.joined, feed.generation.untaken = True, False
             if not feed.unchanged():
                 if feed.run is not None:  # else the results were computed before
                     feed.fail(RuntimeError(CHANGED))
                 return APART
+            joint = self._joint(engine, feed.engine)
         leaves = [None if place in links else leaf for place, leaf in enumerate(leaves)]
-        written = write(links, feed.leaves(), COMBINING)
-        joint = self._joint(engine, feed.engine)
-        if joint.programs.in_a_row >= GUARDED:
-            _leave(feed, "a denoiser takes something else of its results at every call")
-            return APART
+        written = write(links, feed.leaves(), COMBINING, (positional, feed.call.positional))
         result = joint(
-            (),
+            (feed,),
             {
                 "denoiser": pytree.tree_unflatten(plain(leaves), spec),
                 "part": feed.arguments(),
-                "recipe": joint.recipes.setdefault(written.recipe.text, written.recipe),
+                "recipe": written.recipe,
                 "given": written.given,
             },
         )
-        if result is APART:
-            _leave(feed, joint.refused)
-        else:
+        if result is not APART:
             engine.plan = feed.engine.plan = joint.plan
         return result
 
     def _joint(self, engine: Engine, part: Engine) -> JointEngine:
-        if part not in self._engines:
-            joint = self._engines[part] = JointEngine(engine, part)
-            if part.feeder is not None:
-                part.feeder.joints.add(joint)
-        return self._engines[part]
+        """What runs a denoiser with a part; this thread has the turn."""
+        feeder = part.feeder
+        assert feeder is not None  # it has deferred the call
+        if feeder not in self._engines:
+            self._engines[feeder] = JointEngine(engine, part)
+            feeder.joints.add(self)
+        return self._engines[feeder]
+
+    def release(self, feeder: Feeder) -> None:
+        """Release the programs of a part; this thread has the turn."""
+        if (joint := self._engines.pop(feeder, None)) is not None:
+            joint.release()
 
     def close(self) -> None:
-        """Release all programs."""
-        for joint in self:
-            joint.programs.forget()
-        self._engines.clear()
+        """Release all programs; this thread has the turn."""
+        for feeder in list(self._engines):
+            self.release(feeder)
 
 
 def connect(denoisers: Iterable[Engine], parts: Iterable[Engine]) -> None:
@@ -329,16 +361,4 @@ def _leave(feed: Feed, why: str) -> None:
 def _is_plain(engine: Engine, method: Method | None) -> bool:
     """Whether a call runs the forward of the model's class, and nothing around it."""
     forward = type(engine.model).forward
-    return method is not None and getattr(method.function, "__func__", None) is forward and _takes_names(forward)
-
-
-@cache
-def _takes_names(forward: Callable[..., Any]) -> bool:
-    """Whether all parameters of a method can be given by name."""
-    _, *kinds = [each.kind for each in inspect.signature(forward).parameters.values()]
-    return not {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY} & {*kinds}
-
-
-def _autocast() -> bool:
-    kinds = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)]
-    return any(map(torch.is_autocast_enabled, kinds))
+    return method is not None and getattr(method.function, "__func__", None) is forward

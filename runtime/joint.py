@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..capture import passed
 from ..capture.objects import flatten
 from .deferred import DeferredTensor, Step
 
@@ -32,19 +33,32 @@ class Ref:
 class Recipe:
     """How the denoiser's arguments are made of the part's results.
 
-    Programs belong to one recipe, as an object: use one for all calls with the same text.
+    Recipes with the same text are equal, so that their calls share a program.
 
     Attributes:
         steps: functions with their arguments, in which each `Ref` stands for a tensor or a number.
         links: which leaf of the denoiser's arguments is which value.
+        positional: names of the arguments that were passed by position, of the denoiser and of the part.
     """
 
-    __slots__ = ("links", "steps", "text")
+    __slots__ = ("links", "positional", "steps", "text")
 
-    def __init__(self, steps: Sequence[tuple[Callable[..., Any], Any, Any]], links: Mapping[int, Ref]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[tuple[Callable[..., Any], Any, Any]],
+        links: Mapping[int, Ref],
+        positional: tuple[Sequence[str], Sequence[str]],
+    ) -> None:
         self.steps = tuple(steps)
         self.links = tuple(links.items())
-        self.text = repr((self.steps, self.links))
+        self.positional = positional
+        self.text = repr((self.steps, self.links, self.positional))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     def values(self, found: Sequence[Any], given: Sequence[Any]) -> dict[int, Any]:
         """The values by the leaf of the denoiser's arguments that each one is.
@@ -90,11 +104,14 @@ class Joint(nn.Module):
             given: see `Recipe.values`.
         """
         # the hooks of both run around the calls that the pipeline has made
-        found = flatten(type(self.part).forward(self.part, **part))[0]
+        of_denoiser, of_part = recipe.positional
+        args, kwargs = passed(part, of_part)
+        found = flatten(type(self.part).forward(self.part, *args, **kwargs))[0]
         leaves, spec = pytree.tree_flatten(denoiser)
         for leaf, value in recipe.values(found, given).items():
             leaves[leaf] = value
-        return type(self.denoiser).forward(self.denoiser, **pytree.tree_unflatten(leaves, spec))
+        args, kwargs = passed(pytree.tree_unflatten(leaves, spec), of_denoiser)
+        return type(self.denoiser).forward(self.denoiser, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -105,13 +122,19 @@ class Written:
     given: list[Any]
 
 
-def write(links: Mapping[int, DeferredTensor], places: Sequence[int], combining: frozenset[Any]) -> Written:
+def write(
+    links: Mapping[int, DeferredTensor],
+    places: Sequence[int],
+    combining: frozenset[Any],
+    positional: tuple[Sequence[str], Sequence[str]],
+) -> Written:
     """The recipe of some deferred tensors.
 
     Args:
         links: by the leaf of the denoiser's arguments.
         places: for each tensor that the part returns, which leaf it is.
         combining: functions whose numbers are given, because they may differ from call to call.
+        positional: see `Recipe`.
     """
     steps: list[tuple[Callable[..., Any], Any, Any]] = []
     given: list[Any] = []
@@ -141,4 +164,4 @@ def write(links: Mapping[int, DeferredTensor], places: Sequence[int], combining:
         return Ref("made", index(deferred.step), deferred.place)
 
     refs = {leaf: of(deferred) for leaf, deferred in links.items()}
-    return Written(Recipe(steps, refs), given)
+    return Written(Recipe(steps, refs, positional), given)

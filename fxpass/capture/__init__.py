@@ -1,7 +1,7 @@
 """From a model and example inputs to one functional ATen graph on whole tensors."""
 
 from .arguments import arranged, check_memory, returned, unsplit
-from .call import Call, Method, bind
+from .call import Call, Method, autocast, bind, passed
 from .capture import capture, capture_call
 from .errors import CaptureError, GuardError
 from .guards import broken_guard, guard_error, outdated, written
@@ -12,6 +12,7 @@ __all__ = [
     "GuardError",
     "Method",
     "arranged",
+    "autocast",
     "bind",
     "broken_guard",
     "capture",
@@ -19,6 +20,7 @@ __all__ = [
     "check_memory",
     "guard_error",
     "outdated",
+    "passed",
     "returned",
     "unsplit",
     "written",

@@ -57,7 +57,7 @@ class Call:
     _whole: tuple[Any, ...]  #: the key with all leaves
     _spec: pytree.TreeSpec
     _leaves: tuple[tuple[str, Any], ...]  #: path and value; the value of a tensor or number is `...`
-    _positional: tuple[str, ...]
+    positional: tuple[str, ...]  #: see `bind`
     _alike: tuple[int, ...]  #: for each tensor, the first index of the same tensor
     method: Method | None = None  #: what is called; None: the model itself, with its hooks
     fed: tuple[str, ...] = ()  #: paths of tensors that another part of a pipeline makes anew for each step
@@ -88,7 +88,7 @@ class Call:
         first: dict[int, int] = {}
         alike = tuple(first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors))  # `x is y` may be asked
         name = "" if method is None else method.name
-        key = (spec, kinds, alike, _autocast(), positional, name)  # hooks see what was passed by position
+        key = (spec, kinds, alike, autocast(), positional, name)  # hooks see what was passed by position
         none: frozenset[int] = frozenset()
         return Call(
             tuple(tensors), tuple(paths), numbers, key, arguments, none, key, spec, plain, positional, alike, method
@@ -142,10 +142,7 @@ class Call:
 
         Each argument is passed by position or by name, as the caller passed it.
         """
-        named, args = dict(arguments), []
-        for name in self._positional:
-            value = named.pop(name)
-            args.extend(value) if isinstance(value, tuple) and name == self._positional[-1] else args.append(value)
+        args, named = passed(arguments, self.positional)
         return (model if self.method is None else self.method.function)(*args, **named)
 
     def refuse_gradients(self) -> None:
@@ -173,7 +170,7 @@ class Call:
 def bind(
     function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The arguments by name, and the names of those that were passed by position.
+    """The arguments by name, and the names of those that were passed by position, that of `*args` with its star.
 
     Raises:
         TypeError: they do not fit the signature.
@@ -183,7 +180,7 @@ def bind(
     parameters = signature.parameters
     rest = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
     by_position = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    positional = by_position[: len(args)] + ([rest] if rest is not None and bound.arguments.get(rest) else [])
+    positional = by_position[: len(args)] + ([f"*{rest}"] if rest is not None and bound.arguments.get(rest) else [])
     arguments = {name: value for name, value in bound.arguments.items() if name != rest or value}
     for name, parameter in parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -191,11 +188,23 @@ def bind(
     return arguments, tuple(positional)
 
 
+def passed(arguments: dict[str, Any], positional: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments to pass by position, and those to pass by name, of what `bind` returned."""
+    named, args = dict(arguments), []
+    for name in positional:
+        if name.startswith("*"):
+            args.extend(named.pop(name[1:]))
+        else:
+            args.append(named.pop(name))
+    return args, named
+
+
 def _is_number(leaf: Any) -> bool:
     return (type(leaf) is int and abs(leaf) < 2**63) or type(leaf) is float
 
 
-def _autocast() -> tuple[Any, ...]:
+def autocast() -> tuple[Any, ...]:
+    """The kinds of devices on which autocast is enabled, each with its dtype; empty if there are none."""
     kinds = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)]
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
 

@@ -370,3 +370,13 @@ def test_an_object_with_tensors_that_refers_to_itself_is_refused() -> None:
         CaptureError, match=r"'options\.patches\.0\.itself' is a Patch that holds tensors and refers to"
     ):
         capture(Patched(), torch.randn(1, 6, 4), {"patches": [patch]})
+
+
+def test_a_tuple_that_is_the_last_argument_passed_by_position_stays_one_argument() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+            return x * pair[0] + pair[1]
+
+    model = Shifted().eval()
+    module = fxpass.parallelize(model, 2, executor="lockstep")
+    alike(model, module, sample(), (torch.randn(1), torch.randn(1)))

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+import fxpass
 from tests.runtime.plans import Pipeline, steps
 
 PROMPT = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
@@ -85,3 +86,25 @@ def generation(pipe: Any, count: int = 6, scales: Sequence[float] = (1.0,) * 6) 
     pipe.scheduler.set_timesteps(count)
     with torch.no_grad():
         return [pipe.step(*given, scale) for given, scale in zip(steps(count), scales, strict=False)]
+
+
+def split(pipe: Any, world: int = 2, executor: str = "lockstep", **options: Any) -> Any:
+    return fxpass.parallelize(pipe, world, executor=executor, **options)
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one + 0, other, rtol=0, atol=1e-5)
+
+
+def own_programs(pipe: Any) -> tuple[int, int]:
+    """How many programs of the denoiser alone, and of the part alone, were loaded."""
+    unet, part = (fxpass.parallel(each)._engine.programs.all() for each in (pipe.unet, pipe.controlnet))
+    return len(unet), sum(entry.planned for entry in part)
+
+
+def joint_of(pipe: Any) -> Any:
+    """What runs the denoiser with the part."""
+    joints: Any = fxpass.parallel(pipe.unet)._engine.joints
+    (joint,) = joints
+    return joint

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,31 +16,8 @@ from fxpass.ir.advice import FxpassWarning
 from fxpass.runtime.deferred import DeferredTensor
 from fxpass.runtime.lockstep import LockstepPlan
 from fxpass.runtime.programs import GUARDED
-from tests.runtime.feeding import HINT, PROMPT, generation, pipeline
+from tests.runtime.feeding import HINT, PROMPT, close, generation, joint_of, own_programs, pipeline, split
 from tests.runtime.plans import steps
-
-
-def split(pipe: Any, world: int = 2, executor: str = "lockstep", **options: Any) -> Any:
-    return fxpass.parallelize(pipe, world, executor=executor, **options)
-
-
-def close(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one + 0, other, rtol=0, atol=1e-5)
-
-
-def own_programs(pipe: Any) -> tuple[int, int]:
-    """How many programs of the denoiser alone, and of the part alone, were loaded."""
-    unet, part = (fxpass.parallel(each)._engine.programs.all() for each in (pipe.unet, pipe.controlnet))
-    return len(unet), sum(entry.planned for entry in part)
-
-
-def joint_of(pipe: Any) -> Any:
-    """What runs the denoiser with the part."""
-    joints: Any = fxpass.parallel(pipe.unet)._engine.joints
-    (joint,) = joints
-    return joint
-
 
 GUESS = slice(1, None)  #: the half of the batch that has a prompt
 
@@ -544,36 +518,3 @@ def test_workers_run_both_parts_in_one_program() -> None:
     assert all(map(torch.equal, found, again))
     close(found, generation(here, 3))
     close(found[:1], expected[:1])
-
-
-def test_a_copy_of_a_residual_that_a_pipeline_makes_is_a_plain_tensor_without_a_gradient() -> None:
-    pipe = pipeline()
-    sample, timestep = steps(1)[0]
-    with torch.no_grad():
-        expected = pipe.controlnet(sample, timestep, hint=HINT)
-        split(pipe)
-        found = copy.deepcopy(pipe.controlnet(sample, timestep, hint=HINT))
-    for one, other in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
-        assert type(one) is Tensor
-        assert not one.requires_grad
-        torch.testing.assert_close(one, other)
-
-
-def test_a_call_of_the_part_ends_with_its_results_without_the_garbage_collector() -> None:
-    pipe = pipeline()
-    split(pipe)
-    generation(pipe, 1)
-    feeds: list[weakref.ref[Any]] = []
-
-    def look(fed: Any) -> Any:
-        feeds.append(weakref.ref(fed[1].source))
-        return fed
-
-    pipe.between = look
-    gc.collect()
-    gc.disable()
-    try:
-        generation(pipe, 2)
-        assert [feed() for feed in feeds] == [None, None]
-    finally:
-        gc.enable()
