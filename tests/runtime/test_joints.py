@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fxpass
+from fxpass.ir.advice import FxpassWarning
 from fxpass.runtime.feeds import JointEngine
 from fxpass.runtime.programs import GUARDED
 from tests.runtime.feeding import HINT, PROMPT, Denoiser, close, generation, joint_of, own_programs, pipeline, split
@@ -157,3 +158,10 @@ def test_a_part_that_was_restored_and_dropped_is_freed() -> None:
     assert part() is None
     joints: Any = fxpass.parallel(pipe.unet)._engine.joints
     assert not list(joints)
+
+
+def test_a_warning_about_a_program_of_both_parts_names_their_classes() -> None:
+    pipe = pipeline()
+    split(pipe, strategy="displaced", warmup_steps=40)
+    with pytest.warns(FxpassWarning, match="^Denoiser with SmallControlNet: no step of this generation was displaced"):
+        generation(pipe, 25, (1.0,) * 25)
