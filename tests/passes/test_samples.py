@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fxpass.ir import ops
 from fxpass.ir.layout import Layout, PerRank, even
 from fxpass.ir.program import exchanges_of, shape_of
 from fxpass.ir.strategy import Strategy
-from fxpass.passes import Build, build
+from fxpass.passes import Build, build, resume
 from fxpass.passes.targets import find
 from fxpass.plan import Plan
 from fxpass.runtime.lockstep import LockstepExecutor
@@ -29,11 +30,14 @@ SYNC = Strategy()
 
 
 def built(module: nn.Module, inputs: Sequence[Tensor], groups: int, patches: int = 1) -> Build:
-    """Divide a batch among groups of ranks, whose first input is cut along dim 2."""
+    """Divide a batch among groups of ranks, whose first input is cut along dim 2; no more if it cannot be divided."""
     program = capture(module.eval(), *inputs)
+    made = build(program, groups * patches, find("cpu"), SYNC, groups=groups, after="samples")
+    if made.samples is None:
+        return made
     name, dim = program.inputs[0], 2
     cuts = {name: Layout(dim, even(inputs[0].shape[dim], patches))} if patches > 1 else {}
-    return build(program, groups * patches, find("cpu"), SYNC, groups=groups, cuts=cuts)
+    return resume(replace(made, cuts=cuts), after="cuts")
 
 
 def ran(module: nn.Module, made: Build, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
