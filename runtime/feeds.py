@@ -49,11 +49,11 @@ COMBINING = frozenset(
         *(torch.add, torch.sub, torch.subtract, torch.mul, torch.multiply, torch.div, torch.neg),
     }
 )
-#: functions of results of a part, whose own results are deferred
-RECORDED = DEFERRED | COMBINING | {torch.cat, torch.concat, torch.stack, torch.zeros_like, Tensor.to, Tensor.repeat}
 _STATIC = (int, float, torch.dtype, torch.memory_format, type(None), type(...))
 #: functions that also take tensors that are no results of a part
 _WITH_TENSORS = COMBINING | {torch.cat, torch.concat, torch.stack}
+#: functions of results of a part, whose own results are deferred
+RECORDED = DEFERRED | _WITH_TENSORS | {torch.zeros_like, Tensor.to, Tensor.repeat}
 
 
 class Residuals(Source):

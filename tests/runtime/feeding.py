@@ -108,3 +108,17 @@ def joint_of(pipe: Any) -> Any:
     joints: Any = fxpass.parallel(pipe.unet)._engine.joints
     (joint,) = joints
     return joint
+
+
+def check_generation(pipe: Any, count: int, inference: bool = False) -> list[Tensor]:
+    """Split a pipeline; a generation must be as it was before, which is returned.
+
+    Args:
+        inference: generate in inference mode.
+    """
+    expected = generation(pipe, count)
+    split(pipe)
+    with torch.inference_mode(inference):
+        found = generation(pipe, count)
+    close(found, expected)
+    return expected

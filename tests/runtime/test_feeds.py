@@ -16,7 +16,17 @@ from fxpass.ir.advice import FxpassWarning
 from fxpass.runtime.deferred import DeferredTensor
 from fxpass.runtime.lockstep import LockstepPlan
 from fxpass.runtime.programs import GUARDED
-from tests.runtime.feeding import HINT, PROMPT, close, generation, joint_of, own_programs, pipeline, split
+from tests.runtime.feeding import (
+    HINT,
+    PROMPT,
+    check_generation,
+    close,
+    generation,
+    joint_of,
+    own_programs,
+    pipeline,
+    split,
+)
 from tests.runtime.plans import steps
 
 GUESS = slice(1, None)  #: the half of the batch that has a prompt
@@ -41,9 +51,7 @@ BETWEEN: dict[str, tuple[Callable[[Any], Any], slice]] = {
 @pytest.mark.parametrize("name", BETWEEN)
 def test_what_a_pipeline_does_with_residuals_becomes_part_of_one_program(name: str) -> None:
     pipe = pipeline(*BETWEEN[name])
-    expected = generation(pipe, 2)
-    split(pipe)
-    close(generation(pipe, 2), expected)
+    expected = check_generation(pipe, 2)
     assert own_programs(pipe) == (0, 0)
     handle = fxpass.parallel(pipe.unet)
     assert handle.plan is fxpass.parallel(pipe.controlnet).plan
@@ -151,11 +159,7 @@ def test_a_residual_that_is_written_to_reaches_the_denoiser_as_it_is(inference: 
         return fed[0], fed[1].mul_(2)
 
     pipe = pipeline(write)
-    expected = generation(pipe, 3)
-    split(pipe)
-    with torch.inference_mode(inference):
-        found = generation(pipe, 3)
-    close(found, expected)
+    check_generation(pipe, 3, inference)
     assert own_programs(pipe) == (1, 1)  # from the second step on the part does not wait
 
 
@@ -169,11 +173,7 @@ def test_a_residual_that_is_written_to_after_another_was_used_reaches_the_denois
         return [write(fed[0][0] * 2)], fed[1]
 
     pipe = pipeline(between)
-    expected = generation(pipe, 2)
-    split(pipe)
-    with torch.inference_mode(inference):
-        found = generation(pipe, 2)
-    close(found, expected)
+    check_generation(pipe, 2, inference)
 
 
 @pytest.mark.parametrize("name", ["slice", "mask", "index"])
@@ -188,9 +188,7 @@ def test_residuals_may_be_indexed_by_tensors_that_change_afterwards(name: str) -
         return [fed[0][0] + used.mean()], fed[1]
 
     pipe = pipeline(between)
-    expected = generation(pipe, 2)
-    split(pipe)
-    close(generation(pipe, 2), expected)
+    check_generation(pipe, 2)
 
 
 def test_inputs_that_change_before_the_denoiser_is_called_are_those_of_the_call() -> None:
