@@ -108,7 +108,7 @@ def _samples(build: Build) -> Build:
 
 
 def _cuts(build: Build) -> Build:
-    found = choose_cuts(build.part.graph, build.part.inputs, build.mesh.patches, build.target, RULES)
+    found = choose_cuts(build.part, build.mesh.patches, build.target, RULES)
     return replace(build, cuts=found.cuts, tried=found.tried, best=found.best)
 
 

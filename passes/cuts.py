@@ -12,7 +12,7 @@ Candidates whose rows are less balanced than the best candidate's work are skipp
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import floor, log
 from typing import Any
@@ -21,11 +21,12 @@ from torch import fx
 
 from ..ir.exchange import Role
 from ..ir.layout import Layout, even
-from ..ir.program import calls, exchanges_of, layout_of, reached, shape_of
+from ..ir.program import Program, calls, exchanges_of, layout_of, reached, shape_of
 from ..ir.progress import say
 from .cost import Cost, cost, flops, node_flops
 from .limits import WorldSizeError, refusal
 from .partition import Rule, partition
+from .sizes import Sizes, sizes_of
 from .targets import Target
 from .trim import trim
 
@@ -154,26 +155,64 @@ class Search:
         return self.bound / self.world
 
 
-def choose_cuts(
-    graph: fx.Graph, inputs: tuple[str, ...], world: int, target: Target, rules: Mapping[Any, Rule]
-) -> Found:
+def choose_cuts(program: Program, world: int, target: Target, rules: Mapping[Any, Rule]) -> Found:
     """The best cuts found, and how many candidates were tried.
 
     Raises `WorldSizeError` if no cut makes the model faster on `world` ranks; the message says what limits it.
     """
+    graph, inputs = program.graph, program.inputs
     if world == 1 or not any(0 not in node.meta.get("shape", ()) for node in calls(graph)):
         return Found({})  # one rank, or nothing to compute: an empty batch
     search = Search(graph, world, target, rules, inputs)
     if search.run():
         return Found(search.cuts, tuple(search.tried.values()), search.best)
     two = Search(graph, 2, target, rules, inputs)
-    sizes = sorted({shape_of(node)[dim] for node, dim in _candidates(two)}, reverse=True)
-    smaller = [size for size in sizes if size < world][:4]
-    most = next((n for n in smaller if Search(graph, n, target, rules, inputs).run()), None)
+    shared = two.run()
+    sizes = _sizes(two)
+    lengths = [shape_of(node)[dim] for node, dim in _candidates(two)]
+    most = _most(search, sizes) if shared else None
+    rows = {each: each.smallest(world, WORTHWHILE, GRAINS) for each in sizes}
+    larger = {each: needed for each, needed in rows.items() if needed is not None and needed > each.size}
     best = search.best
     raise WorldSizeError(
-        refusal(graph, inputs, world, sizes, most, best.trimmed if best else None, search.cuts, search.bound)
+        refusal(program, world, lengths, most, larger, best.trimmed if best else None, search.cuts, search.bound)
     )
+
+
+def _sizes(search: Search) -> list[Sizes]:
+    """How the work would be shared if the input that is cut were larger along one of its dims."""
+    candidates = list(_candidates(search))
+    main = next((node for node, _ in candidates if node.name in search.cuts), None)
+    if main is None or search.best is None:
+        return []
+    dims = sorted(dim for node, dim in candidates if node is main)
+    found: list[Sizes] = []
+    for dim in dims:
+        others = max((shape_of(main)[each] for each in dims if each != dim), default=0)
+        if search.cuts[main.name].dim == dim:
+            split = search.best.trimmed
+        else:
+            cut = {main.name: Layout(dim, even(shape_of(main)[dim], search.world))}
+            split = partition(search.graph, search.world, cut, search.rules)
+        found.append(sizes_of(search.graph, split, main.name, dim, others))
+    return found
+
+
+def _most(search: Search, sizes: Collection[Sizes]) -> int:
+    """The largest number of ranks, below that of a search that failed, that can share the model; two can."""
+
+    def can(world: int) -> bool:
+        return Search(search.graph, world, search.target, search.rules, search.inputs).run()
+
+    def likely(world: int) -> bool:
+        return any(each.bound(each.size, world, GRAINS) >= WORTHWHILE for each in sizes)
+
+    fewest, too_many = 2, search.world
+    guess = next((n for n in range(too_many - 1, 2, -1) if likely(n)), 2)
+    while too_many - fewest > 1:
+        n = guess if fewest < guess < too_many else fewest + 1 if fewest == guess else (fewest + too_many) // 2
+        fewest, too_many = (n, too_many) if can(n) else (fewest, n)
+    return fewest
 
 
 def _imbalance(share: float) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
-from ..ir.program import calls, exchanges_of, layout_of, shape_of
+from ..ir.program import Program, calls, exchanges_of, layout_of, shape_of
 from .cost import flops, node_flops
+from .sizes import Sizes
 
 MOST = 0.9  #: share of the replicated work that the named module must hold
 
@@ -18,11 +19,11 @@ class WorldSizeError(ValueError):
 
 
 def refusal(
-    graph: fx.Graph,
-    inputs: tuple[str, ...],
+    program: Program,
     world: int,
-    sizes: Sequence[int],
+    lengths: Sequence[int],
     most: int | None,
+    larger: Mapping[Sizes, int],
     best: fx.Graph | None,
     cuts: Collection[str],
     bound: float,
@@ -30,16 +31,18 @@ def refusal(
     """The text of the error.
 
     Args:
-        graph: the program on whole tensors.
-        sizes: rows of the inputs along the dims that could be cut.
-        most: a smaller number of ranks that would do, if one was found.
+        program: on whole tensors.
+        lengths: rows of the inputs along the dims that could be cut.
+        most: the largest number of ranks that would do, if any would.
+        larger: the sizes of the input from which on so many ranks could share the model.
         best: the best partitioned graph, if any input has a row for each rank.
         cuts: names of the values that it cuts.
         bound: its speed-up.
     """
-    if not sizes:
-        given = [n for n in graph.nodes if n.name in inputs and "shape" in n.meta]
-        shapes = ", ".join(f"{n.name} {list(shape_of(n))}" for n in given)
+    paths = dict(zip(program.inputs, program.input_paths, strict=True))
+    if not lengths:
+        given = [n for n in program.graph.nodes if n.name in paths and "shape" in n.meta]
+        shapes = ", ".join(f"{paths[n.name]} {list(shape_of(n))}" for n in given)
         return (
             "this model cannot be shared among ranks: none of its inputs has rows to cut, as a floating-point tensor "
             "[batch, channels, height, width], [batch, tokens, channels] or [batch, samples] has, or a grid of codes "
@@ -47,12 +50,15 @@ def refusal(
             f"it was given {shapes or 'no tensors'}"
         )
     advice = f"at most {most} ranks would do" if most else "run it on one rank"
+    if larger:
+        rows = " or ".join(f"{rows} rows along dim {each.dim} (it has {each.size})" for each, rows in larger.items())
+        advice += f", and {world} ranks need {paths[next(iter(larger)).input]!r} with {rows}"
     if best is None:
         return (
-            f"this model cannot be shared among {world} ranks: its inputs have too few rows, at most {max(sizes)}, and "
-            f"{world} ranks need at least {world} ({advice})"
+            f"this model cannot be shared among {world} ranks: its inputs have too few rows, at most {max(lengths)}; "
+            f"{advice}"
         )
-    where, share, reason = replicated(graph, best, cuts)
+    where, share, reason = replicated(program.graph, best, cuts)
     limit = f"the slowest rank computes {1 / bound:.0%} of the work"
     if share > (1 / bound - 1 / world) / 2:  # more than half of what the slowest rank computes beyond its share
         limit = f"{where} runs whole on every rank, which is {share:.0%} of the work: {reason}"
