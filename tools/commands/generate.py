@@ -1,4 +1,4 @@
-"""`fxpass generate PIPELINE`: make an image from a prompt on several ranks, and on request on one device too.
+"""`fxpass generate PIPELINE`: make a picture, a video or a sound on several ranks, and on request on one device too.
 
 Under torchrun each process is a rank; only rank 0 writes and prints.
 """
@@ -24,8 +24,13 @@ import typer
 from ..console import StrategyName, rank
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
+
+    from ..media import Medium
+
+
+FRAMES = ("num_frames", "video_length")  #: what pipelines call the number of frames
+SECONDS = ("audio_length_in_s", "audio_end_in_s", "audio_duration", "audio_duration_s", "duration")  #: of a sound
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,16 @@ class Request:
     height: int | None = None
     width: int | None = None
     seed: int = 0
+    frames: int | None = None
+    seconds: float | None = None  #: of a sound
+    frame_rate: float | None = None  #: frames per second
 
 
 @dataclass(frozen=True)
 class Made:
-    """An image, how long it took, and what was received."""
+    """A picture, a video or a sound (or a video with a sound), how long it took, and what was received."""
 
-    picture: np.ndarray  #: [H, W, 3] in 0..1
+    media: list[Medium]
     seconds: float
     step_seconds: float | None  #: median of all steps but the first, in which the model is captured
     traffic: dict[str, int]  #: bytes that this rank received, by role
@@ -73,10 +81,22 @@ def generate(
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    output: Annotated[Path, typer.Option("--output", "-o", help="A PNG file.")] = Path("picture.png"),
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second of a video.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Length of a sound.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            show_default=False,
+            help="A .png, .mp4, .gif or .wav file; picture.png, video.mp4 (video.gif without ffmpeg) or sound.wav "
+            "by default. A .png file of a video is animated.",
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also make it on one device, and compare.")] = False,
 ) -> None:
-    """Make an image from a prompt on several ranks."""
+    """Make a picture, a video or a sound from a prompt on several ranks: whatever the pipeline makes."""
     import torch.distributed as dist
 
     from ..console import console
@@ -84,11 +104,12 @@ def generate(
     check_arguments(strategy, executor, output)
     out = console()
     pipe = load(pipeline, dtype, device_for(executor, world_size))
-    request = Request(prompt, negative_prompt, steps, guidance, height, width, seed)
+    request = Request(prompt, negative_prompt, steps, guidance, height, width, seed, frames, seconds, fps)
     world = world_size or int(os.environ.get("WORLD_SIZE", "2"))
     label = f"{world} rank{'s' if world > 1 else ''}"
     split, alone = make(pipe, request, world, strategy, executor, label, compare=compare)
     if rank() == 0:
+        output = output or Path(split.media[0].kind)
         output.parent.mkdir(parents=True, exist_ok=True)
         written = write(split, alone, output, (f"{label}, {strategy}", "one device"), prompt)
         report(out, split, alone, label, written)
@@ -96,17 +117,18 @@ def generate(
         dist.destroy_process_group()
 
 
-def check_arguments(strategy: str, executor: str, output: Path) -> None:
+def check_arguments(strategy: str, executor: str, output: Path | None) -> None:
     """Check the arguments before anything is loaded. Raises `ValueError`."""
     from ...api import EXECUTORS
     from ...ir.strategy import Strategy
+    from ..media import check_ending
 
     Strategy.of(strategy)
     if executor not in EXECUTORS:
         near = difflib.get_close_matches(executor, EXECUTORS, n=1)
         raise ValueError(f"unknown executor {executor!r}; {_hint(near) or 'choose one of ' + ', '.join(EXECUTORS)}")
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output names a PNG file, not {output}; did you mean {output.with_suffix('.png')}?")
+    if output is not None:
+        check_ending(output)
 
 
 def device_for(executor: str, world_size: int | None) -> str:
@@ -175,7 +197,7 @@ def _quiet() -> Iterator[None]:
 def make(
     pipe: Any, request: Request, world: int, strategy: str, executor: str, label: str, *, compare: bool
 ) -> tuple[Made, Made | None]:
-    """Make the image on `world` ranks and, on rank 0 if `compare`, on one device. The pipeline gets its models back."""
+    """Call the pipeline on `world` ranks and, on rank 0 if `compare`, on one device. Its models are restored."""
     from ... import parallel, parallelize, restore
     from ...models.pipelines import denoisers
 
@@ -189,10 +211,11 @@ def make(
 
 
 def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) -> Made:
-    """Make one image. Raises `ValueError` if the pipeline has no such argument."""
+    """Call the pipeline once. Raises `ValueError` if it has no such argument."""
     import torch
 
     from ...ir.progress import progress
+    from ..media import media_of
 
     takes = inspect.signature(pipe.__call__).parameters
     wanted = {
@@ -203,7 +226,11 @@ def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) ->
         "height": request.height,
         "width": request.width,
     }
+    for value, names in ((request.frames, FRAMES), (request.seconds, SECONDS)):
+        wanted[next((name for name in names if name in takes), names[0])] = value
     given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    if request.frame_rate:
+        given |= {name: request.frame_rate for name in ("frame_rate", "fps") if name in takes}
     if "class_labels" in takes:  # the prompt names a class
         given["class_labels"] = [class_of(pipe, given.pop("prompt"))]
     unknown = [name for name in given if name not in takes]
@@ -229,7 +256,9 @@ def run(pipe: Any, request: Request, label: str, modules: Sequence[Any] = ()) ->
     traffic: Counter[str] = Counter()
     for module in modules:
         traffic.update(module.traffic)
-    return Made(_picture(pipe, made), seconds, statistics.median(gaps) if gaps else None, dict(traffic))
+    return Made(
+        media_of(pipe, made, request.frame_rate), seconds, statistics.median(gaps) if gaps else None, dict(traffic)
+    )
 
 
 def class_of(pipe: Any, name: str) -> int:
@@ -244,33 +273,29 @@ def class_of(pipe: Any, name: str) -> int:
     return pipe.labels[name]
 
 
-def _picture(pipe: Any, made: Any) -> np.ndarray:
-    import numpy as np
-
-    if not hasattr(made, "images"):
-        raise NotImplementedError(f"generate writes images, and {type(pipe).__name__} makes {', '.join(vars(made))}")
-    picture = np.asarray(made.images[0])
-    return picture / 255 if picture.dtype == np.uint8 else picture.astype(np.float32)
-
-
 def write(split: Made, alone: Made | None, output: Path, labels: tuple[str, str], heading: str) -> list[Path]:
-    """Write FILE.png; if there is an image to compare, also FILE-one-device.png and FILE-comparison.png."""
-    from ..pictures import comparison, image
+    """Write what was made, to FILE with the ending of its kind.
 
-    images = {output: image(split.picture)}
-    if alone is not None:
-        images[output.with_stem(f"{output.stem}-one-device")] = image(alone.picture)
-        both = comparison(alone.picture, split.picture, (labels[1], labels[0]), heading)
-        images[output.with_stem(f"{output.stem}-comparison")] = both
-    for path, each in images.items():
-        each.save(path)
-    return list(images)
+    If there is something to compare, write that to FILE-one-device, and two pictures (of videos the frames in the
+    middle) with their difference to FILE-comparison.png.
+    """
+    from ..media import save
+    from ..pictures import comparison
+
+    written = save(split.media, output)
+    if alone is None:
+        return written
+    written += save(alone.media, output.with_stem(f"{output.stem}-one-device"))
+    left, right = alone.media[0].picture, split.media[0].picture
+    if left is not None and right is not None:
+        written.append(output.with_name(f"{output.stem}-comparison.png"))
+        comparison(left, right, (labels[1], labels[0]), heading).save(written[-1])
+    return written
 
 
 def report(out: Console, split: Made, alone: Made | None, label: str, written: list[Path]) -> None:
-    """Print seconds, bytes by role, PSNR, and the files."""
+    """Print seconds, bytes by role, the difference, and the files."""
     from ...inspect.words import bytes_text
-    from ..pictures import psnr, psnr_text
 
     if alone is not None:
         out.print(f"one device  {alone}")
@@ -278,8 +303,8 @@ def report(out: Console, split: Made, alone: Made | None, label: str, written: l
     roles = ", ".join(f"{role} {bytes_text(n)}" for role, n in sorted(split.traffic.items(), key=lambda i: -i[1]) if n)
     out.print(f"exchanged   rank 0 received {bytes_text(sum(split.traffic.values()))}: {roles or 'nothing'}")
     if alone is not None:
-        value = psnr(alone.picture, split.picture)
-        out.print(f"difference  {psnr_text(value)}", style="bold")
+        differences = [one.difference(other) for one, other in zip(alone.media, split.media, strict=True)]
+        out.print(f"difference  {', '.join(differences)}", style="bold")
     out.print(f"written     {', '.join(map(str, written))}", soft_wrap=True)
 
 
