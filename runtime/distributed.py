@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,11 +20,11 @@ from .agreement import CallCheck, agree
 from .board import Board
 from .errors import DisagreementError, RankError
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of
-from .graphs import Recorder, StepGraphs, cuda_recorder
-from .network import Network, gpu_cards, one_gpu_for_two
+from .groups import connect
+from .network import Network
+from .rank_steps import RankSteps, on_device
 from .step_runner import StepRunner
 
-log = logging.getLogger("fxpass")
 #: executors made by this process, by their member ranks; all members make them in the same order
 _counts: Counter[tuple[int, ...]] = Counter()
 _counting = threading.Lock()
@@ -119,21 +117,16 @@ class DistributedExecutor:
         options = {"exact steps": str(plan.exact_steps), "way to compile": str(self.compile)}
         agree(board, self._ranks.plans, plan, weights, inputs, options)
         if self._ranks.network is None:
-            self._ranks.network = Network(*self._connected(device, board), board, self._group or dist.group.WORLD)
+            nccl = "nccl" in str(dist.get_backend_config(self._group))
+            # its groups are not registered with torch, which names groups by how many each process has made
+            self._ranks.network = connect(board, device, nccl=nccl, registered=self._group or dist.group.WORLD)
         network = self._ranks.network
         check = CallCheck(network, plan.program.input_paths, device, self.traffic)
         runner = StepRunner.of(
             plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
         )
-        record = None
-        if graph and (not runner.specs or network.maps(runner.specs, device)):
-            record = cuda_recorder(device)
-        elif graph:
-            log.warning(
-                "steps run without CUDA graphs: not all GPUs of the ranks can map each other's memory (other machines, "
-                "no peer access, several ranks on one GPU)"
-            )
-        return DistributedPlan(self, runner, check, network, record)
+        steps = RankSteps(runner, network, graph=graph)
+        return DistributedPlan(self, steps, check)
 
     def begin(self, device: torch.device) -> None:
         """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
@@ -186,33 +179,6 @@ class DistributedExecutor:
             self.broke(apart, "start all processes again")
             raise apart from error
 
-    def _connected(self, device: torch.device, board: Board) -> tuple[Any, Any, bool]:
-        """Make the process groups for stale and for fresh messages: (stale, fresh, whether waits block the host).
-
-        They are not registered with `torch.distributed`, which names groups by how many each process has made.
-        """
-        timeout = timedelta(seconds=self.timeout)
-        stores = [dist.PrefixStore(name, board.store) for name in ("group", "urgent")]
-        if device.type == "cuda" and "nccl" in str(dist.get_backend_config(self._group)):
-            shared = one_gpu_for_two(gpu_cards(board, device))
-            if shared:
-                raise RuntimeError(shared)
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            # one group only: kernels of two communicators can deadlock if ranks launch them in different orders
-            group = dist.ProcessGroupNCCL(stores[0], board.rank, board.world, options)
-            return group, group, False
-        group, urgent = (
-            board.watched(lambda store=store: dist.ProcessGroupGloo(store, board.rank, board.world, timeout))
-            for store in stores
-        )
-        return group, urgent, True
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels that are not torch's own are launched on the current device: make it this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
 
 class DistributedPlan:
     """A plan loaded on this rank."""
@@ -220,17 +186,13 @@ class DistributedPlan:
     def __init__(
         self,
         executor: DistributedExecutor,
-        runner: StepRunner,
+        steps: RankSteps,
         check: CallCheck,
-        network: Network,
-        record: Recorder | None,
     ) -> None:
         self.executor = executor
-        self.runner = runner
+        self.steps = steps
+        self.runner = steps.runner
         self.check = check
-        self.network = network
-        self._record = record
-        self._graphs: dict[int, StepGraphs] = {}  #: by context
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
         try:
@@ -248,18 +210,9 @@ class DistributedPlan:
         Raises:
             RankError: another rank failed, ended, or did not answer in time.
         """
-        device = self.runner.device
         try:
-            with on_device(device):
-                mode = self.runner.mode(step)
-                if self._record:
-                    if step.context not in self._graphs:
-                        self._graphs[step.context] = StepGraphs([self.runner], step.context, device, self._record)
-                    (outputs,) = self._graphs[step.context].run(weights, inputs, mode, step.pace)
-                else:
-                    outputs = self.runner.run(weights, inputs, step.context, mode, step.pace)
-                self.network.settle(device)
-                return outputs
+            mode = self.runner.mode(step)
+            return self.steps.run(weights, inputs, step.context, mode, step.pace)
         except BaseException as error:
             self.executor.broke(error)
             raise
@@ -269,11 +222,11 @@ class DistributedPlan:
         return self.runner.reports
 
     def release(self) -> None:
-        self._graphs.clear()  # before what they read
+        self.steps.forget_graphs()
         if self.executor.ended:
             return
         try:
             self.check.close()
-            self.runner.close()
+            self.steps.close()
         except RankError as error:
             self.executor.broke(error)

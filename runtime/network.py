@@ -6,7 +6,8 @@ import ctypes
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,16 +34,23 @@ class Network:
         urgent: another one, for what a step awaits. A group works off its messages in turn: in one group, the output of
             a step would wait for all that only the next step needs.
         blocking: the groups move host memory and their `wait` blocks the host (gloo).
-        registered: a process group that `torch.distributed` knows, of the same ranks, if there is one: GPUs of one
+        rendezvous: gives a process group of the same ranks that torch knows while its context lasts: GPUs of one
             machine map each other's memory through it.
     """
 
-    def __init__(self, group: Any, urgent: Any, blocking: bool, board: Board, registered: Any = None) -> None:
+    def __init__(
+        self,
+        group: Any,
+        urgent: Any,
+        blocking: bool,
+        board: Board,
+        rendezvous: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
         self.group = group
         self.urgent = urgent
         self.blocking = blocking
         self.board = board
-        self._registered = registered
+        self._rendezvous = rendezvous
         self._opened = 0
         self._maps: bool | None = None  #: whether all GPUs can map each other's memory; None if nobody has looked
         self._memories: list[SymmetricMemory] = []
@@ -60,15 +68,17 @@ class Network:
             if shared is not None:
                 return shared
         if self.maps(specs, device):
-            with torch.inference_mode(False):  # later calls write to it, also outside inference mode
-                memory = symmetric_memory.allocated(specs, self._registered, self.board, device, self._opened)
+            assert self._rendezvous is not None
+            # later calls write to it, also outside inference mode
+            with torch.inference_mode(False), self._rendezvous() as group:
+                memory = symmetric_memory.allocated(specs, group, self.board, device, self._opened)
             self._memories = [each for each in self._memories if not each.closed] + [memory]
             return [SymmetricChannel(memory, i, spec) for i, spec in enumerate(specs)]
         return [GroupChannel(spec, self._group_of(spec), device, self.blocking, self.board) for spec in specs]
 
     def maps(self, specs: Sequence[ChannelSpec], device: torch.device) -> bool:
         """Whether these channels go through memory that all GPUs map. All ranks call it in the same order."""
-        if device.type != "cuda" or self._registered is None or not any(spec.closing for spec in specs):
+        if device.type != "cuda" or self._rendezvous is None or not any(spec.closing for spec in specs):
             return False
         if self._maps is None:
             cards = gpu_cards(self.board, device)

@@ -1,15 +1,17 @@
 """The executor of a plain Python process: it is rank 0 and drives worker processes on the same machine.
 
-    this process                                   worker (rank k)
-    weights: moved to shared memory, in place ───▶ the same memory
-    plan: rank k's program, constants ───────────▶ loaded once per signature
-    call: inputs copied to shared memory, "run" ─▶ runs its program
-          exchanges  ◀─────── shared memory ─────▶
-          outputs (rank 0's)        "done" ◀──────
+    this process                                    worker (rank k)
+    CPU: weights in shared memory, in place ──────▶ the same memory
+    CUDA: weights, once, then what has changed ───▶ copies on its device
+    plan: rank k's program, constants ────────────▶ loaded once per signature
+    call: inputs copied to shared memory, "run" ──▶ runs its program
+          exchanges  ◀── shared memory, or GPUs ──▶
+          outputs (rank 0's)        "done" ◀───────
 
-The user's model is never pickled and `__main__` is never imported again. Shared memory comes from /dev/shm (in a
-container see `--shm-size`). Each process computes with `max(1, cores // world_size)` threads, but not more than
-`torch.get_num_threads()`; if OMP_NUM_THREADS is set, with `torch.get_num_threads()`.
+On CUDA, rank 0 is on the model's device and the others take the other devices in order. The user's model is never
+pickled and `__main__` is never imported again. Shared memory comes from /dev/shm (in a container see `--shm-size`).
+Each process computes with `max(1, cores // world_size)` threads, but not more than `torch.get_num_threads()`; if
+OMP_NUM_THREADS is set, with `torch.get_num_threads()`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,15 +28,14 @@ from torch._ops import OpOverload
 from ..ir.step import Mode, Step
 from ..passes.lower_comm import StepPrograms
 from .errors import RankError
-from .executor import Compile, PlanLike, Question, Report, compilers, on_host
+from .executor import Compile, PlanLike, Question, Report, compilers, device_of, on_host
 from .memory import check_shm
 from .network import Network
 from .operators import refuse_script
+from .rank_steps import RankSteps
 from .step_runner import LoadedPlan, StepRunner, coder, placeholders
-from .wire import raise_file_limit
+from .weights import CopiedWeights, SharedWeights, Weights
 from .workers import START, Workers
-
-CPU = torch.device("cpu")
 
 
 class SpawnExecutor:
@@ -46,6 +46,7 @@ class SpawnExecutor:
     Args:
         timeout: seconds that a rank waits for another.
         workers: those of another executor; default: its own.
+        copies: give each worker copies of the weights, also on the CPU (for tests).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SpawnExecutor:
         timeout: float = 600.0,
         compile: Compile = False,  # noqa: A002
         workers: Workers | None = None,
+        copies: bool = False,
     ) -> None:
         self.world_size = world_size
         self.compile = compile
@@ -62,15 +64,16 @@ class SpawnExecutor:
         self.workers.join(self)
         self._scope = f"{self.workers.number()}/"  # of the names of its weights
         self._closed = False
-        self.inductor, _ = compilers(compile, CPU)
         self.traffic: Counter[str] = Counter()
-        self._sent: dict[str, Tensor] = {}  # weights that the workers have; kept alive so that no address is reused
+        self._copies = copies
+        self._weights: Weights | None = None  # None until it is known where the model is
         self._plans: dict[int, SpawnPlan] = {}
 
     def share(self) -> SpawnExecutor:
         """Another executor on the same workers."""
-        workers = self.workers
-        return SpawnExecutor(self.world_size, timeout=workers.timeout, compile=self.compile, workers=workers)
+        workers, copies = self.workers, self._copies
+        timeout = workers.timeout
+        return SpawnExecutor(self.world_size, timeout=timeout, compile=self.compile, workers=workers, copies=copies)
 
     @property
     def ended(self) -> str | None:
@@ -86,30 +89,43 @@ class SpawnExecutor:
         """Send every worker its program.
 
         Raises:
-            NotImplementedError: the model is not on the CPU, or an operator is registered by the script itself.
+            NotImplementedError: an operator is registered by the script itself, or the device is of another kind.
             OSError: too little shared memory, or too low a limit of open files.
             RankError: a worker did not start, or could not load its program.
+            ValueError: fewer devices than ranks, tensors on several devices, or CUDA graphs on the CPU.
         """
-        for tensor in (*weights, *inputs):
-            if tensor.device.type != "cpu":
-                raise NotImplementedError(
-                    f"executor='spawn' runs models on the CPU, this one is on {tensor.device}; start the script with "
-                    f"`torchrun --nproc-per-node {self.world_size} …` (executor='distributed')"
-                )
+        device = _one_device(plan, weights, inputs)
+        inductor, graph = compilers(self.compile, device)
+        self.workers.check(device)
         refuse_script({node.target for node in plan.graph.nodes if isinstance(node.target, OpOverload)})
-        network = self.workers.started()
+        network = self.workers.started(device)
         with self.workers.ending("in an earlier call"):
-            return self._load(plan, network, weights, inputs)
+            return self._load(plan, network, device, weights, inputs, inductor=inductor, graph=graph)
 
-    def _load(self, plan: PlanLike, network: Network, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> SpawnPlan:
+    def _load(
+        self,
+        plan: PlanLike,
+        network: Network,
+        device: torch.device,
+        weights: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        *,
+        inductor: bool,
+        graph: bool,
+    ) -> SpawnPlan:
         names = list(plan.program.weights.values())
-        self._share(names, weights)
+        if self._weights is None:
+            kind = CopiedWeights if self._copies or device.type != "cpu" else SharedWeights
+            self._weights = kind(self.workers, self._scope)
+        self._weights.bring(names, weights, look=False)
+        self.workers.share_numerics()
         number = self.workers.number()
-        constants = list(plan.program.constants.values())
+        constants = [constant.cpu() for constant in plan.program.constants.values()]
         size = sum(tensor.nbytes for tensor in (*constants, *inputs))
         check_shm(size, "sharing this call's inputs and the model's constants")
         with torch.inference_mode(False):  # later calls write to them, also outside inference mode
-            shared = [torch.empty_like(tensor) for tensor in inputs]
+            shared = [torch.empty_like(tensor, device="cpu") for tensor in inputs]
+        on_host = [tensor.device.type == "cpu" for tensor in inputs]
         for rank, connection in enumerate(self.workers.connections, 1):
             steps = StepPrograms(plan.graph, rank)
             loaded = LoadedPlan(
@@ -117,21 +133,25 @@ class SpawnExecutor:
                 self._scoped(names),
                 constants,
                 shared,
+                on_host,
                 steps.channels,
                 steps.state,
-                self.inductor,
+                inductor,
+                graph,
             )
             connection.send(("load", number, loaded))
-        self.workers.answers(START)
         runner = StepRunner.of(
-            plan, 0, lambda specs: network.open(specs, CPU), CPU, self.traffic, compile=self.inductor
+            plan, 0, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
         )
-        self._plans[number] = found = SpawnPlan(self, number, plan, runner, shared)
+        steps = RankSteps(runner, network, graph=graph)
+        self.workers.answers(START)
+        self._plans[number] = found = SpawnPlan(self, number, plan, steps, shared, inductor=inductor)
         return found
 
     def begin(self, device: torch.device) -> None:
         if self.ended:
             raise RuntimeError(f"the worker processes have ended ({self.ended}); call fxpass.parallelize again")
+        self.workers.check(device)
 
     def failed(self, error: BaseException) -> None:
         pass  # workers take no part before the run, and `run` ends them if it fails
@@ -140,19 +160,26 @@ class SpawnExecutor:
         """Leave the workers. They end when no other executor uses them."""
         for plan in list(self._plans.values()):
             self.release(plan)
-        self._sent.clear()
+        self._weights = None
         if not self._closed:
             self._closed = True
             self.workers.leave(self)
 
-    def run(self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
+    def run(
+        self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step, *, look: bool
+    ) -> list[Tensor]:
         """Rank 0's outputs, once all ranks are done. If a rank fails, all workers end.
+
+        Args:
+            look: find out whether the contents of weights have changed in a way that torch does not count.
 
         Raises:
             RankError: with the worker's own traceback.
         """
         with self.workers.ending("in an earlier call"):
-            self._share(plan.names, weights)
+            assert self._weights is not None
+            self._weights.bring(plan.names, weights, look=look)
+            self.workers.share_numerics()
             for buffer, tensor in zip(plan.shared, inputs, strict=True):
                 buffer.copy_(tensor)
             self.workers.calls += 1
@@ -162,7 +189,7 @@ class SpawnExecutor:
             self._send_code(plan, mode)
             self.workers.send(("run", plan.number, self.workers.calls, step.context, mode, step.pace))
             with _computing_with(self.workers.threads):
-                outputs = plan.runner.run(weights, inputs, step.context, mode, step.pace)
+                outputs = plan.steps.run(weights, inputs, step.context, mode, step.pace)
             self.workers.answers(self.workers.timeout)
         return outputs
 
@@ -171,7 +198,7 @@ class SpawnExecutor:
         if mode in plan.sent:
             return
         for rank, connection in enumerate(self.workers.connections, 1):
-            code = coder(StepPrograms(plan.plan.graph, rank), compile=self.inductor)(mode)
+            code = coder(StepPrograms(plan.plan.graph, rank), compile=plan.inductor)(mode)
             connection.send(("code", plan.number, mode, code))
         self.workers.answers(START)
         plan.sent.add(mode)
@@ -182,34 +209,18 @@ class SpawnExecutor:
 
     def release(self, plan: SpawnPlan) -> None:
         """Remove a plan from the workers, and the weights that no other plan uses."""
-        if self._plans.pop(plan.number, None) is None or self.workers.ended:
+        plan.steps.forget_graphs()
+        if self._plans.pop(plan.number, None) is None or self.workers.ended or self._weights is None:
             return
         needed = {name for other in self._plans.values() for name in other.names}
-        unused = [name for name in dict.fromkeys(plan.names) if name not in needed and name in self._sent]
-        for name in unused:
-            del self._sent[name]
+        known = set(self._weights.names())
+        unused = [name for name in dict.fromkeys(plan.names) if name not in needed and name in known]
+        self._weights.drop(unused)
         try:
             self.workers.send(("release", plan.number, self._scoped(unused)))
-            plan.runner.close()
+            plan.steps.close()
         except (ConnectionError, RankError):  # the next call raises, with the reason
             return
-
-    def _share(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
-        """Send the weights that the workers do not have: first all, later those whose memory or layout changed."""
-        sent = self._sent
-        new = {
-            name: weight.detach()
-            for name, weight in zip(names, weights, strict=True)
-            if name not in sent or _place(sent[name]) != _place(weight)
-        }
-        if not new or not self.workers.connections:
-            return
-        storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in new.values()}
-        size = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
-        check_shm(size, "sharing this model's weights")
-        raise_file_limit(len(storages))
-        self.workers.send(("weights", dict(zip(self._scoped(list(new)), new.values(), strict=True))))
-        sent.update(new)
 
 
 class SpawnPlan:
@@ -220,22 +231,31 @@ class SpawnPlan:
         executor: SpawnExecutor,
         number: int,
         plan: PlanLike,
-        runner: StepRunner,
+        steps: RankSteps,
         shared: list[Tensor],
+        *,
+        inductor: bool,
     ) -> None:
         self.executor = executor
         self.number = number
         self.plan = plan
-        self.runner = runner
+        self.steps = steps
+        self.runner = steps.runner
+        self.inductor = inductor
         self.names = list(plan.program.weights.values())
         self.shared = shared  #: shared buffers for the inputs of a call
         self.sent: set[Mode] = set()  #: modes whose code the workers have
+        self._generation: int | None = None  #: of the last call, if somebody announced it
+        self._look = True  #: whether this call begins one, as far as is known
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
+        generation = question.generation if question.call else None
+        self._look = generation is None or generation != self._generation
+        self._generation = generation
         return question.decide(on_host(question.facts))
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
-        return self.executor.run(self, weights, inputs, step)
+        return self.executor.run(self, weights, inputs, step, look=self._look)
 
     @property
     def compiled(self) -> Sequence[Report]:
@@ -245,9 +265,22 @@ class SpawnPlan:
         self.executor.release(self)
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """The address and layout of a tensor: equal for two views of the same elements."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+def _one_device(plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> torch.device:
+    """The device of a plan. Numbers may be on the CPU, wherever the model is.
+
+    Raises:
+        ValueError: the model or an input is on another device than the rest.
+    """
+    device = device_of([*weights, *inputs])
+    places = [f"input {path}" for path in plan.program.input_paths]
+    places = [f"weight {name}" for name in plan.program.weights.values()] + places
+    for place, tensor in zip(places, (*weights, *inputs), strict=True):
+        if tensor.device != device and tensor.device.type != "cpu":
+            raise ValueError(
+                f"{place} is on {tensor.device}, but {places[0]} is on {device}; move the model and its inputs to one "
+                "device"
+            )
+    return device
 
 
 @contextmanager

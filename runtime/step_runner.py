@@ -29,10 +29,12 @@ class LoadedPlan:
     names: list[str]  #: the placeholders of weights, constants and inputs
     weights: list[str]  #: qualified names
     constants: list[Tensor]
-    inputs: list[Tensor]  #: shared buffers
+    inputs: list[Tensor]  #: shared buffers in host memory
+    on_host: list[bool]  #: of each input: it stays on the CPU, wherever the model is
     channels: tuple[ChannelSpec, ...]
     state: tuple[StateSpec, ...]
     compile: bool
+    graph: bool  #: record steps as CUDA graphs
 
 
 class ContextState:

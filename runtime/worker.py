@@ -1,4 +1,4 @@
-"""A worker process of the spawn executor: `python -m fxpass.runtime.worker DESCRIPTOR RANK WORLD PORT TIMEOUT THREADS`.
+"""A worker process of the spawn executor: `python -m fxpass.runtime.worker DESCRIPTOR RANK WORLD PORT …`.
 
 It knows nothing of models: it receives codes, weights and inputs, and runs steps until the connection closes.
 """
@@ -19,42 +19,56 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore, is_nccl_available
 
 from ..ir.code import StepCode
 from ..ir.step import Mode
 from .board import Board
 from .errors import RankError
-from .local import HOST, connect
+from .groups import HOST, connect
 from .network import Network
+from .numerics import apply
+from .rank_steps import RankSteps
 from .step_runner import LoadedPlan, StepRunner, new_compiler
+from .weights import bytes_of, views
 from .wire import Connection
-
-CPU = torch.device("cpu")
 
 
 class Worker:
-    """Loaded plans by number, with the codes that the driving process has sent so far, and the weights they share."""
+    """Loaded plans by number, with the codes that the driving process has sent so far, and their weights."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, device: torch.device) -> None:
         self.network = network
-        self.weights: dict[str, Tensor] = {}
+        self.device = device
+        self.weights: dict[str, Tensor] = {}  #: shared with the driving process, or copies
+        self.buffer = torch.empty(0, dtype=torch.uint8)  #: through which copies come
         self.plans: dict[int, LoadedPlan] = {}
         self.codes: dict[int, dict[Mode, StepCode]] = {}
-        self.runners: dict[int, StepRunner] = {}
+        self.steps: dict[int, RankSteps] = {}
 
     def handle(self, message: tuple[Any, ...]) -> None:
         match message:
             case ("weights", tensors):
                 self.weights |= tensors
+            case ("buffer", buffer):
+                self.buffer = buffer
+            case ("copies", forms):
+                self.weights |= {
+                    name: form.allocated(self.weights.get(name), self.device) for name, form in forms.items()
+                }
+            case ("piece", piece):
+                for (name, start, size), part in zip(piece, views(self.buffer, piece), strict=True):
+                    bytes_of(self.weights[name])[start : start + size].copy_(part)
+            case ("numerics", choices):
+                apply(choices)
             case ("load", number, plan):
                 self.plans[number] = plan
                 self.codes[number] = {}
-                self.runners[number] = self.runner(plan, self.codes[number])
+                self.steps[number] = self.loaded(plan, self.codes[number])
             case ("code", number, mode, code):
-                self.codes[number][mode] = code
+                self.codes[number][mode] = code.on(self.device)
             case ("release", number, unused):
-                self.runners.pop(number).close()
+                self.steps.pop(number).close()
                 del self.plans[number], self.codes[number]
                 for name in unused:
                     del self.weights[name]
@@ -62,31 +76,36 @@ class Worker:
                 self.network.board.call = call
                 plan = self.plans[number]
                 weights = [self.weights[name] for name in plan.weights]
-                self.runners[number].run(weights, plan.inputs, context, mode, pace)
+                inputs = [x if kept else x.to(self.device) for x, kept in zip(plan.inputs, plan.on_host, strict=True)]
+                self.steps[number].run(weights, inputs, context, mode, pace)
 
-    def runner(self, plan: LoadedPlan, codes: dict[Mode, StepCode]) -> StepRunner:
-        return StepRunner(
+    def loaded(self, plan: LoadedPlan, codes: dict[Mode, StepCode]) -> RankSteps:
+        runner = StepRunner(
             plan.names,
-            plan.constants,
+            [constant.to(self.device) for constant in plan.constants],
             plan.state,
             plan.channels,
             codes.__getitem__,
-            lambda specs: self.network.open(specs, CPU),
-            CPU,
+            lambda specs: self.network.open(specs, self.device),
+            self.device,
             Counter(),
             new_compiler(self.network.board.rank) if plan.compile else None,
         )
+        return RankSteps(runner, self.network, graph=plan.graph)
 
 
-def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int) -> None:
+def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int, device: torch.device) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driving process, which ends its workers
     torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     connection = Connection(socket.socket(fileno=descriptor))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
     store = TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=timeout))
     connection.send(("ready", os.getpid()))
-    worker = Worker(connect(store, Board(PrefixStore("board", store), rank, world, timeout)))
+    board = Board(PrefixStore("board", store), rank, world, timeout)
+    worker = Worker(connect(board, device, nccl=is_nccl_available(), local=True), device)
     with torch.inference_mode():
         while True:
             message = inbox.get()
@@ -99,8 +118,10 @@ def main(descriptor: int, rank: int, world: int, port: int, timeout: float, thre
                 if not isinstance(error, RankError):
                     worker.network.board.publish(error)
                 connection.send(("error", isinstance(error, RankError), "".join(traceback.format_exception(error))))
+                if device.type == "cuda":  # nothing is left to wait for what a device still does
+                    os._exit(0)
                 return
-            if message[0] in ("load", "code", "run"):
+            if message[0] in ("load", "code", "piece", "run"):
                 connection.send(("done",))
 
 
@@ -123,4 +144,4 @@ if __name__ == "__main__":
     _descriptor, _rank, _world, _port = map(int, sys.argv[1:5])
     _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))  # each weight arrives as an open file
-    main(_descriptor, _rank, _world, _port, float(sys.argv[5]), int(sys.argv[6]))
+    main(_descriptor, _rank, _world, _port, float(sys.argv[5]), int(sys.argv[6]), torch.device(sys.argv[7]))

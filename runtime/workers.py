@@ -16,12 +16,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, TCPStore
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore, is_nccl_available
 
 from .board import GRACE, POLL, Board
 from .errors import RankError
-from .local import HOST, connect
-from .network import Network
+from .groups import HOST, connect
+from .network import OVERLAP, Network
+from .numerics import numerics
 from .processes import is_stopped
 from .wire import Connection
 
@@ -46,10 +48,14 @@ class Workers:
         self.network: Network | None = None
         self.ended: str | None = None  #: why they have ended, if they have
         self.calls = 0
+        self.devices: list[torch.device] = []  #: of each rank, once they have started
+        self.buffer: Tensor | None = None  #: host memory that they share, through which copies of weights travel
+        self._numerics: dict[str, Any] = {}  #: those that they have
+        self._groups: list[Any] = []  #: process groups to be aborted at the end
         self._store: TCPStore | None = None
         self._numbers = 0
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self.connections)
+        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self.processes, self.connections, self._groups)
 
     def number(self) -> int:
         """Another number at each call."""
@@ -69,16 +75,42 @@ class Workers:
     def stop(self, why: str) -> None:
         """End the workers and wait for their processes to end."""
         self.ended = self.ended or why
+        if self.network is not None:
+            self.network.abort(RuntimeError(why))  # a device must not wait for workers that are no more
         self._finalizer()
-        self.network = self._store = None
+        self.network = self._store = self.buffer = None
 
     def send(self, message: Any) -> None:
         for connection in self.connections:
             connection.send(message)
 
-    def started(self) -> Network:
+    def check(self, device: torch.device) -> None:
+        """Check that they can take part in a call on `device`.
+
+        Raises:
+            NotImplementedError: it is neither the CPU nor a CUDA device.
+            ValueError: there are fewer devices than ranks, or the workers run with another device.
+        """
+        if not self.devices:
+            devices_of(device, self.world_size)
+        elif device != self.devices[0]:
+            raise ValueError(
+                f"this call is on {device}, but the worker processes were started for a model on {self.devices[0]}; "
+                f"move the model and its inputs to {self.devices[0]}, or call fxpass.parallelize again"
+            )
+
+    def share_numerics(self) -> None:
+        """Let the workers compute with the precisions and kernels that this process has chosen."""
+        now = numerics()
+        if now != self._numerics:
+            self.send(("numerics", now))
+            self._numerics = now
+
+    def started(self, device: torch.device) -> Network:
+        """The connection to them; the first call starts them, for a model on `device`."""
         if self.network is not None:
             return self.network
+        self.devices = devices_of(device, self.world_size)
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.threads),
@@ -86,7 +118,8 @@ class Workers:
         }
         for rank in range(1, self.world_size):
             ours, theirs = socket.socketpair()
-            arguments = (theirs.fileno(), rank, self.world_size, self._store.port, self.timeout, self.threads)
+            place = self.devices[rank]
+            arguments = (theirs.fileno(), rank, self.world_size, self._store.port, self.timeout, self.threads, place)
             command = [sys.executable, "-P", "-m", "fxpass.runtime.worker", *map(str, arguments)]
             with theirs:
                 self.processes.append(
@@ -97,7 +130,9 @@ class Workers:
             self.answers(START)
             board = Board(PrefixStore("board", self._store), 0, self.world_size, self.timeout)
             board.check_more = self._look
-            self.network = connect(self._store, board)
+            self.network = connect(board, device, nccl=is_nccl_available(), local=True)
+            if not self.network.blocking:
+                self._groups.append(self.network.group)
         return self.network
 
     def answers(self, seconds: float) -> None:
@@ -163,6 +198,33 @@ class Workers:
         return followers[0] if followers else RankError(None, f"lost the connection to a worker ({error})")
 
 
+def devices_of(first: torch.device, world: int) -> list[torch.device]:
+    """The device of each rank: rank 0 is where the model is, the others take the other devices in order.
+
+    Raises:
+        NotImplementedError: `first` is neither the CPU nor a CUDA device.
+        ValueError: there are fewer devices than ranks.
+    """
+    if first.type == "cpu":
+        return [first] * world
+    if first.type != "cuda":
+        raise NotImplementedError(
+            f"executor='spawn' runs models on the CPU and on CUDA devices, this one is on {first}; start the script "
+            f"with `torchrun --nproc-per-node {world} …` (executor='distributed')"
+        )
+    count = torch.cuda.device_count()
+    if count < world and os.environ.get(OVERLAP) != "1":
+        raise ValueError(
+            f"world_size={world} needs {world} CUDA devices, one for each rank, but this process sees {count} "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'is not set')}); pass a smaller world_size"
+            + f", at most {count}"
+            * (count > 1)
+        )
+    others = [index for index in range(count) if index != first.index]
+    every = [torch.device("cuda", index) for index in (first.index, *others)]
+    return [every[rank % count] for rank in range(world)]
+
+
 def _threads(world: int) -> int:
     """The number of threads of each process."""
     if "OMP_NUM_THREADS" in os.environ:
@@ -170,12 +232,16 @@ def _threads(world: int) -> int:
     return min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // world))
 
 
-def _stop(creator: int, processes: list[subprocess.Popen[bytes]], connections: list[Connection]) -> None:
+def _stop(
+    creator: int, processes: list[subprocess.Popen[bytes]], connections: list[Connection], groups: list[Any]
+) -> None:
     """End the workers by closing their connections."""
     if os.getpid() != creator:
         return  # in a forked child, whose workers these are not
     for connection in connections:
         connection.close()
+    while groups:
+        groups.pop().abort()
     for process in processes:
         if is_stopped(process.pid):
             process.kill()

@@ -14,10 +14,11 @@ A `StepCode` is plain data and can be sent to another process. `passes/codegen.p
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .step import Mode
@@ -67,6 +68,18 @@ class StepCode:
     received: dict[str, int]  #: bytes that the rank receives, by role
     segments: dict[str, Segment]  #: by the name that the source calls it by
     places: dict[int, Place]  #: by the line that calls a segment
+
+    def on(self, device: torch.device) -> StepCode:
+        """The same code for another device of the kind that it was written for."""
+
+        def moved(value: Any) -> Any:
+            return device if isinstance(value, torch.device) and value.type == device.type else value
+
+        table = {name: moved(value) for name, value in self.table.items()}
+        segments = {
+            name: Segment(segment.source, tuple(map(moved, segment.objects))) for name, segment in self.segments.items()
+        }
+        return replace(self, table=table, segments=segments)
 
     def run(self, values: Sequence[Tensor], compiled: Mapping[str, Callable[..., Any]] | None = None) -> Run:
         """Run on one value per placeholder.

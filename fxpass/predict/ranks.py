@@ -9,10 +9,11 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
+import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from ..runtime.board import Board
-from ..runtime.local import HOST, connect
+from ..runtime.groups import HOST, connect
 from ..runtime.network import Network
 
 
@@ -57,7 +58,7 @@ def join(port: int, rank: int, world: int, timeout: float) -> tuple[Store, Netwo
     """Called by each rank: the channels between all of them."""
     store = TCPStore(HOST, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     board = Board(PrefixStore("ranks", store), rank, world, timeout)
-    return store, connect(store, board)
+    return store, connect(board, torch.device("cpu"), local=True)
 
 
 def leave(store: Store, network: Network, result: str) -> None:

@@ -106,7 +106,7 @@ def test_a_changed_structure_reaches_the_workers(pair: tuple[Block, ParallelModu
     assert same_as_lockstep(model, module)
     model.value = nn.Sequential(model.value, nn.Linear(16, 16))
     assert same_as_lockstep(model, module)
-    sent = module._engine.executor._sent
+    sent = module._engine.executor._weights.names()
     assert "value.0.weight" in sent
     assert "value.weight" not in sent
 

@@ -1,0 +1,63 @@
+"""Connect the ranks: which process groups carry their messages is decided here, for all executors.
+
+On the CPU, and where two ranks share a GPU, it is gloo; else NCCL. GPUs that can map each other's memory exchange
+messages through it (`symmetric_memory.py`), for which torch needs a registered process group (`rendezvous.py`).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+from .board import Board
+from .network import Network, gpu_cards, one_gpu_for_two
+from .rendezvous import LocalGroup
+
+HOST = "127.0.0.1"
+
+
+def connect(
+    board: Board, device: torch.device, *, nccl: bool = False, local: bool = False, registered: Any = None
+) -> Network:
+    """Connect the ranks of `board`, which all call it. The default process group is left to the user.
+
+    Args:
+        device: of this rank's messages.
+        nccl: use NCCL between GPUs.
+        local: the ranks are processes of this machine that nobody else connects: gloo listens on the loopback interface
+            alone, two of them may share a GPU, and they make a process group for the memory that GPUs map.
+        registered: that process group otherwise.
+
+    Raises:
+        RankError: a rank failed or did not arrive.
+        RuntimeError: two ranks have their model on one GPU, which NCCL refuses.
+    """
+    stale, fresh = (PrefixStore(name, board.store) for name in ("group", "urgent"))
+    shared = one_gpu_for_two(gpu_cards(board, device)) if device.type == "cuda" and nccl else ""
+    if shared and not local:
+        raise RuntimeError(shared)
+    blocking = device.type != "cuda" or not nccl or bool(shared)
+    if blocking:
+        group, urgent = _gloo(board, stale, local), _gloo(board, fresh, local)
+    else:
+        options: Any = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=board.timeout)
+        # one group only: kernels of two communicators can deadlock if ranks launch them in different orders
+        group = urgent = dist.ProcessGroupNCCL(stale, board.rank, board.world, options)
+    rendezvous = LocalGroup(board, group) if local else lambda: nullcontext(registered)
+    return Network(group, urgent, blocking, board, rendezvous)
+
+
+def _gloo(board: Board, store: Store, local: bool) -> ProcessGroupGloo:
+    timeout = timedelta(seconds=board.timeout)
+    if not local:
+        return board.watched(lambda: ProcessGroupGloo(store, board.rank, board.world, timeout))
+    options = ProcessGroupGloo._Options()
+    options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
+    options._timeout = timeout
+    return board.watched(lambda: ProcessGroupGloo(store, board.rank, board.world, options))

@@ -1,0 +1,248 @@
+"""Bring the weights of the driving process to its workers: as the same memory (CPU), or as copies (GPUs).
+
+Copies travel through a buffer of shared host memory, piece by piece: that needs no peer access between devices, works
+with every allocator of device memory, and with the 64 MB of shared memory that containers have. What is noticed when:
+
+- At each call, whatever torch counts or shows: another tensor, storage, layout or dtype, and writes in place.
+- Writes that torch does not count (`weight.data`, writes to tensors made in inference mode), at the next call for which
+  `look` is set: the contents are then compared by 64 bits of each weight, computed on its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .memory import check_shm
+from .wire import raise_file_limit
+from .workers import START, Workers
+
+PIECE = 32 << 20  #: bytes of the buffer
+_COLUMNS = 4093  #: words of a row, when contents are summed: a prime, so that rows of weights do not fall on rows
+_FACTOR = -7046029254386353131  #: odd, with bits all over: 0x9E3779B97F4A7C15 as int64
+
+
+class Weights(Protocol):
+    """The weights of one executor, which its workers have."""
+
+    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool) -> None:
+        """Send the workers what they do not have.
+
+        Args:
+            look: compare contents, too.
+
+        Raises:
+            OSError: too little shared memory, or too low a limit of open files.
+            RankError: a worker failed.
+        """
+        ...
+
+    def drop(self, names: Sequence[str]) -> None:
+        """The workers have forgotten these."""
+        ...
+
+    def names(self) -> list[str]:
+        """Those that the workers have."""
+        ...
+
+
+class SharedWeights:
+    """Weights in memory that the workers share, moved there in place. Writes to it need no message."""
+
+    def __init__(self, workers: Workers, scope: str) -> None:
+        self._workers = workers
+        self._scope = scope
+        self._sent: dict[str, Tensor] = {}  #: kept alive so that no address is reused
+
+    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool) -> None:
+        sent = self._sent
+        new = {
+            name: weight.detach()
+            for name, weight in zip(names, weights, strict=True)
+            if name not in sent or _place(sent[name]) != _place(weight)
+        }
+        if not new or not self._workers.connections:
+            return
+        storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in new.values()}
+        size = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
+        check_shm(size, "sharing this model's weights")
+        raise_file_limit(len(storages))
+        self._workers.send(("weights", {self._scope + name: weight for name, weight in new.items()}))
+        sent.update(new)
+
+    def drop(self, names: Sequence[str]) -> None:
+        for name in names:
+            del self._sent[name]
+
+    def names(self) -> list[str]:
+        return list(self._sent)
+
+
+class CopiedWeights:
+    """Weights of which each worker has a copy on its device: written once, and again where they have changed."""
+
+    def __init__(self, workers: Workers, scope: str) -> None:
+        self._workers = workers
+        self._scope = scope
+        self._seen: dict[str, tuple[StorageWeakRef, tuple[Any, ...]]] = {}  #: what was sent
+        self._digests: dict[str, int] = {}  #: of its contents
+
+    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool) -> None:
+        given = dict(zip(names, weights, strict=True))
+        if not self._workers.connections:
+            return
+        moved = {name for name, weight in given.items() if not self._is_seen(name, weight)}
+        looked = [name for name in given if look or name in moved]
+        if not looked:
+            return
+        digests = dict(zip(looked, digests_of([given[name] for name in looked]), strict=True))
+        changed = [name for name in looked if name in moved or digests[name] != self._digests[name]]
+        self._send({name: given[name] for name in changed})
+        for name in changed:
+            storage = given[name].untyped_storage()
+            # the reference keeps the storage's identity from being reused, not its memory
+            self._seen[name] = StorageWeakRef(storage), _version(given[name])
+        self._digests |= digests
+
+    def _is_seen(self, name: str, weight: Tensor) -> bool:
+        seen = self._seen.get(name)
+        return seen is not None and seen[0].cdata == weight.untyped_storage()._cdata and seen[1] == _version(weight)
+
+    def _send(self, weights: Mapping[str, Tensor]) -> None:
+        if not weights:
+            return
+        buffer = self._workers.buffer
+        if buffer is None:
+            check_shm(PIECE, "sending this model's weights to the workers")
+            self._workers.buffer = buffer = torch.empty(PIECE, dtype=torch.uint8)
+            self._workers.send(("buffer", buffer))
+        flat = {self._scope + name: dense(weight) for name, weight in weights.items()}
+        self._workers.send(("copies", {name: Form.of(weight) for name, weight in flat.items()}))
+        contents = {name: bytes_of(weight) for name, weight in flat.items()}
+        for piece in pieces({name: len(each) for name, each in contents.items()}, PIECE):
+            for (name, start, size), view in zip(piece, views(buffer, piece), strict=True):
+                view.copy_(contents[name][start : start + size])
+            self._workers.send(("piece", piece))
+            self._workers.answers(START)
+
+    def drop(self, names: Sequence[str]) -> None:
+        for name in names:
+            del self._seen[name], self._digests[name]
+
+    def names(self) -> list[str]:
+        return list(self._seen)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a weight."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    on_host: bool  #: it is on the CPU, wherever the model is
+
+    @staticmethod
+    def of(weight: Tensor) -> Form:
+        return Form(tuple(weight.shape), weight.stride(), weight.dtype, weight.device.type == "cpu")
+
+    def allocated(self, old: Tensor | None, device: torch.device) -> Tensor:
+        """Memory for such a weight: that of the old one if it fits, so that graphs which read it stay valid."""
+        if old is not None and Form.of(old) == replace(self, on_host=self.on_host or device.type == "cpu"):
+            return old
+        place = torch.device("cpu") if self.on_host else device
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=place)
+
+
+Piece = list[tuple[str, int, int]]  #: (weight, where its part begins, size): parts one after the other, in bytes
+
+
+def pieces(sizes: Mapping[str, int], room: int) -> Iterator[Piece]:
+    """All bytes of some weights, in pieces of at most `room` bytes."""
+    piece: Piece = []
+    left = room
+    for name, size in sizes.items():
+        start = 0
+        while start < size:
+            part = min(left, size - start)
+            piece.append((name, start, part))
+            start, left = start + part, left - part
+            if not left:
+                yield piece
+                piece, left = [], room
+    if piece:
+        yield piece
+
+
+def views(buffer: Tensor, piece: Piece) -> Sequence[Tensor]:
+    """The parts of a piece in the buffer."""
+    return buffer[: sum(size for _, _, size in piece)].split([size for _, _, size in piece])
+
+
+def dense(weight: Tensor) -> Tensor:
+    """A weight whose elements lie in one piece, without gaps; itself if it is such a one."""
+    weight = weight.detach().resolve_conj().resolve_neg()
+    return weight if torch.empty_like(weight, device="meta").stride() == weight.stride() else weight.clone()
+
+
+def bytes_of(weight: Tensor) -> Tensor:
+    """The bytes of a dense tensor in the order of its memory, as a view."""
+    return weight.as_strided((weight.numel(),), (1,), weight.storage_offset()).view(torch.uint8)
+
+
+def digests_of(weights: Sequence[Tensor]) -> list[int]:
+    """64 bits of each weight's contents. The host waits once for each device."""
+    results: list[int] = [0] * len(weights)
+    for device in {weight.device for weight in weights}:
+        here = [i for i, weight in enumerate(weights) if weight.device == device]
+        for i, digest in zip(here, _digests([weights[i] for i in here], device).tolist(), strict=True):
+            results[i] = digest
+    return results
+
+
+def _digests(weights: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sums of 64-bit words, each times an odd factor of its place: any one changed word changes its sum."""
+    columns = torch.zeros(len(weights), _COLUMNS, dtype=torch.int64, device=device)
+    rest: list[Tensor] = []
+    for i, weight in enumerate(weights):
+        data = bytes_of(dense(weight))
+        if data.storage_offset() % 8:
+            data = data.clone()
+        rows = len(data) // (8 * _COLUMNS)
+        whole = rows * 8 * _COLUMNS
+        if rows:
+            torch.sum(data[:whole].view(torch.int64).view(rows, _COLUMNS), 0, out=columns[i])
+        tail = data[whole:]
+        if len(tail) % 8:
+            tail = torch.nn.functional.pad(tail, (0, -len(tail) % 8))
+        rest.append(tail.view(torch.int64))
+    total = (columns * _factors(torch.arange(_COLUMNS, device=device))).sum(1)
+    sizes = torch.tensor([len(each) for each in rest])
+    count = int(sizes.sum())
+    if not count:
+        return total
+    ends = sizes.cumsum(0)
+    begins = (ends - sizes).to(device)
+    places = torch.arange(count, device=device)
+    places -= torch.repeat_interleave(begins, sizes.to(device), output_size=count)
+    sums = torch.nn.functional.pad((torch.cat(rest) * _factors(places)).cumsum(0), (1, 0))
+    return total * _FACTOR + sums[ends.to(device)] - sums[begins]
+
+
+def _factors(places: Tensor) -> Tensor:
+    return (2 * places + 1) * _FACTOR
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """The address and layout of a tensor: equal for two views of the same elements."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+def _version(tensor: Tensor) -> tuple[Any, ...]:
+    """The memory of a tensor, and how many writes torch has counted; it counts none to inference tensors."""
+    return (*_place(tensor), None if tensor.is_inference() else tensor._version)

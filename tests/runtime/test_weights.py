@@ -1,0 +1,183 @@
+"""Weights that workers hold copies of: sent once, then what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fxpass.runtime import weights
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.spawn import SpawnExecutor
+from fxpass.runtime.weights import Form, bytes_of, dense, digests_of, pieces, views
+from tests.properties import given
+from tests.runtime.plans import Block, block, inputs, parallel
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def tensor(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    bits = torch.randint(0, 2, (*shape, dtype.itemsize), generator=torch.Generator().manual_seed(seed))
+    return bits.to(torch.uint8).view(dtype)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7), (130, 1031)], ids=str)
+def test_a_digest_changes_with_any_element_and_with_their_order(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight = tensor(dtype, *shape).clone()
+    before = digests_of([weight])
+    assert digests_of([weight.clone()]) == before
+    if not weight.numel():
+        return
+    places = {0, weight.numel() // 2, weight.numel() - 1}
+    for place in places:
+        data = bytes_of(weight)[place * dtype.itemsize :]
+        data[:1] ^= 1
+        assert digests_of([weight]) != before
+        data[:1] ^= 1
+    assert digests_of([weight]) == before
+    if weight.ndim == 2:
+        for dim in (0, 1):
+            order = torch.arange(weight.shape[dim]).flip(0)
+            assert digests_of([weight.view(_BITS[dtype.itemsize]).index_select(dim, order)]) != before
+
+
+def test_the_digest_of_a_weight_does_not_depend_on_the_others() -> None:
+    shapes = [(3,), (), (200, 300), (0,), (9, 9)]
+    several = [tensor(torch.float32, *shape, seed=i) for i, shape in enumerate(shapes)]
+    several.append(several[2][:, 1:])
+    together = digests_of(several)
+    assert together == [digests_of([each])[0] for each in several]
+    assert len(set(together)) == len(together)
+
+
+def test_views_with_gaps_and_negated_views_are_sent_as_dense_tensors() -> None:
+    base = torch.randn(6, 8)
+    for view in (base[:, ::2], base.t(), base[1:, :5].t(), base[0, 3], torch._neg_view(base)):
+        found = dense(view)
+        assert torch.equal(found, view)
+        assert not found.is_neg()
+        copy = torch.empty_strided(found.shape, found.stride(), dtype=found.dtype)
+        bytes_of(copy).copy_(bytes_of(found))
+        assert torch.equal(copy, view)
+
+
+@given(st.lists(st.integers(0, 50), max_size=6), st.integers(1, 20))
+def test_pieces_bring_every_byte_once_in_order(sizes: list[int], room: int) -> None:
+    named = {str(i): size for i, size in enumerate(sizes)}
+    found: dict[str, list[int]] = {name: [] for name in named}
+    for piece in pieces(named, room):
+        parts = views(torch.empty(room, dtype=torch.uint8), piece)
+        assert [len(part) for part in parts] == [size for _, _, size in piece]
+        assert 0 < sum(map(len, parts)) <= room
+        for name, start, size in piece:
+            found[name] += range(start, start + size)
+    assert found == {name: list(range(size)) for name, size in named.items()}
+
+
+def test_a_copy_stays_where_it_is_unless_its_form_changes() -> None:
+    cpu, weight = torch.device("cpu"), torch.randn(3, 4)
+    old = Form.of(weight).allocated(None, cpu)
+    assert Form.of(weight).allocated(old, cpu) is old
+    for other in (weight.t(), weight.double(), weight[:2]):
+        new = Form.of(other).allocated(old, cpu)
+        assert new is not old
+        assert Form.of(new) == Form.of(other)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Block, ParallelModule]]:
+    """A model and itself on two processes, with copies of its weights."""
+    model = block()
+    with parallel(model, SpawnExecutor(2, timeout=60, copies=True)) as module:
+        yield model, module
+
+
+@pytest.fixture
+def sent(pair: tuple[Block, ParallelModule], monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The weights that are sent from now on, by message."""
+    workers: Any = pair[1]._engine.executor.workers
+    found: list[set[str]] = []
+    send = workers.send
+
+    def noted(message: Any) -> None:
+        if message[0] == "copies":
+            found.append({name.partition("/")[2] for name in message[1]})
+        send(message)
+
+    monkeypatch.setattr(workers, "send", noted)
+    return found
+
+
+def is_exact(model: nn.Module, module: ParallelModule, seed: int = 0) -> bool:
+    lockstep = parallel(model, LockstepExecutor(2))
+    return torch.equal(module(*inputs(seed=seed))["sample"], lockstep(*inputs(seed=seed))["sample"])
+
+
+def test_copies_are_sent_once_and_again_where_they_have_changed(
+    pair: tuple[Block, ParallelModule], sent: list[set[str]]
+) -> None:
+    model, module = pair
+    assert is_exact(model, module)
+    assert sent == [] or sent == [{name for name, _ in model.named_parameters()}]  # another test may have come first
+    sent.clear()
+    assert is_exact(model, module, seed=1)
+    assert sent == []
+    assert not any(p.is_shared() for p in model.parameters())
+    with torch.no_grad():
+        model.key.weight.mul_(1.5)  # as an adapter does that is switched in place
+    assert is_exact(model, module)
+    assert sent == [{"key.weight"}]
+    model.value.weight.data = torch.randn_like(model.value.weight)
+    model.conv_in.bias = nn.Parameter(model.conv_in.bias + 1)
+    assert is_exact(model, module)
+    assert sent[1:] == [{"value.weight", "conv_in.bias"}]
+    model.key.weight.data = model.key.weight.data.t()  # other strides: a new program may be captured, or not
+    assert is_exact(model, module)
+    assert sent[-1] == {"key.weight"}
+    assert len(sent) == 3
+
+
+def test_writes_that_torch_does_not_count_are_seen_at_the_next_call_that_nobody_announced(
+    pair: tuple[Block, ParallelModule], sent: list[set[str]]
+) -> None:
+    model, module = pair
+    assert is_exact(model, module)
+    sent.clear()
+    version = model.conv_in.weight._version
+    model.conv_in.weight.data.view(-1)[5] += 0.5
+    assert model.conv_in.weight._version == version
+    assert is_exact(model, module)
+    assert sent == [{"conv_in.weight"}]
+
+
+def test_writes_that_torch_does_not_count_are_seen_when_the_next_generation_begins(
+    pair: tuple[Block, ParallelModule], sent: list[set[str]]
+) -> None:
+    model, module = pair
+    with module.generation():
+        assert is_exact(model, module)
+        sent.clear()
+        model.conv_in.weight.data.mul_(1.25)
+        assert not is_exact(model, module)  # documented: the workers still have what this generation began with
+        assert sent == []
+        with torch.no_grad():
+            model.value.weight.add_(0.1)  # counted: sent at once
+        module(*inputs())
+        assert sent == [{"value.weight"}]
+    with module.generation():
+        assert is_exact(model, module)
+    assert sent == [{"value.weight"}, {"conv_in.weight"}]
+
+
+def test_weights_larger_than_a_piece_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PIECE", 101)  # no multiple of an element
+    model = block()
+    with parallel(model, SpawnExecutor(2, timeout=60, copies=True)) as module:
+        assert is_exact(model, module)
