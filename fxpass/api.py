@@ -74,8 +74,8 @@ def parallelize(
         data: number of groups among which the prompts of a batch are divided. `cfg` x `data` groups take equal parts of
             the batch, in its order. With `data` above 1, calls of single branches are not run at once.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
-            process is rank 0 and drives workers), "lockstep" (all ranks in this process, in turn), or "auto":
-            distributed if there are several processes, else spawn.
+            process is rank 0 and drives workers, on CUDA one for each further device), "lockstep" (all ranks in this
+            process, in turn), or "auto": distributed if there are several processes, else spawn.
         compile: compile every rank's steps. "inductor": by torch.compile's backend; the first call takes long, later
             calls and processes load the result from Inductor's cache. "graph": record them as CUDA graphs, where all
             ranks are on GPUs of one machine that can map each other's memory. "inductor+graph": both. True: the last on

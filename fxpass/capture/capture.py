@@ -77,7 +77,7 @@ def _captured(model: nn.Module, call: Call, task: Task) -> Program:
         lifted = frozenset(call.numbers)
         if not is_fake:
             task.say("run it once")
-            with Executed(state.begins), writes:
+            with _naming_devices(model, call), Executed(state.begins), writes:
                 expected, lifted = _warm_up(model, call, state)
         state.save()
         warm = time.perf_counter()
@@ -103,6 +103,19 @@ def _captured(model: nn.Module, call: Call, task: Task) -> Program:
     }
     log.debug("captured %s in %.2f s: %s", type(model).__name__, time.perf_counter() - started, program)
     return program
+
+
+@contextmanager
+def _naming_devices(model: nn.Module, call: Call) -> Iterator[None]:
+    """If the body fails, the error notes which inputs are on another device than the model: torch may not name it."""
+    try:
+        yield
+    except Exception as error:
+        home = next((weight.device for weight in model.parameters() if weight.ndim), None)
+        for path, tensor in zip(call.paths, call.tensors, strict=True):
+            if home is not None and tensor.ndim and tensor.device != home:
+                error.add_note(f"input {path} is on {tensor.device}, the model on {home}")
+        raise
 
 
 def _warm_up(model: nn.Module, call: Call, state: State) -> tuple[list[Any], frozenset[int]]:

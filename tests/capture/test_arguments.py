@@ -380,3 +380,9 @@ def test_a_tuple_that_is_the_last_argument_passed_by_position_stays_one_argument
     model = Shifted().eval()
     module = fxpass.parallelize(model, 2, executor="lockstep")
     alike(model, module, sample(), (torch.randn(1), torch.randn(1)))
+
+
+def test_an_error_of_the_model_notes_which_inputs_are_on_another_device() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        capture(nn.Linear(4, 4), torch.randn(2, 4, device="meta"))
+    assert "input input is on meta, the model on cpu" in raised.value.__notes__

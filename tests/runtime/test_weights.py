@@ -135,6 +135,7 @@ def test_copies_are_sent_once_and_again_where_they_have_changed(
     assert is_exact(model, module)
     assert sent == [{"key.weight"}]
     model.value.weight.data = torch.randn_like(model.value.weight)
+    assert model.conv_in.bias is not None
     model.conv_in.bias = nn.Parameter(model.conv_in.bias + 1)
     assert is_exact(model, module)
     assert sent[1:] == [{"value.weight", "conv_in.bias"}]
