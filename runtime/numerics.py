@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _FLAGS = (
+    "cuda.matmul.allow_fp16_accumulation",
     "cuda.matmul.allow_fp16_reduced_precision_reduction",
     "cuda.matmul.allow_bf16_reduced_precision_reduction",
     "cudnn.enabled",

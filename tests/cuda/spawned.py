@@ -29,6 +29,17 @@ DEVICE = "cuda:0"
 WORLD = 3
 
 
+class Timed(nn.Module):
+    """A denoiser that moves its timestep to its sample, as those of diffusers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = block()
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+        return self.block(sample, timestep.to(sample.device).reshape(-1))
+
+
 def parallel(model: nn.Module, world: int = WORLD, **options: Any) -> Any:
     return fxpass.parallelize(model, world, executor="spawn", timeout=60, **options)
 
@@ -56,7 +67,7 @@ def eager() -> None:
         expected = steps(name, DEVICE, strategy="displaced", world_size=WORLD, executor="lockstep")
         found = steps(name, DEVICE, strategy="displaced", world_size=WORLD, executor="spawn")
         same_steps(found, expected, f"{name} displaced")
-    model = block().to(DEVICE)
+    model = Timed().eval().to(DEVICE)
     sample = torch.randn(2, 4, 8, 32, device=DEVICE)
     module = parallel(model)
     for given in (
@@ -64,9 +75,9 @@ def eager() -> None:
         sample.mT.contiguous(memory_format=torch.channels_last),
         sample.mT[:1].expand(2, -1, -1, -1),
     ):
-        for timestep in (torch.tensor([0.3], device=DEVICE), torch.tensor(0.4), torch.tensor([2], dtype=torch.int32)):
-            moved = timestep.to(DEVICE) if timestep.ndim else timestep
-            check(module(given, moved), model(given, moved), f"{given.stride()} at {timestep}")
+        for number in (torch.tensor([0.3], device=DEVICE), torch.tensor(0.4), torch.tensor([2, 3]), torch.tensor(True)):
+            for timestep in (number, number.to(DEVICE)):
+                check(module(given, timestep), model(given, timestep), f"{given.stride()} at {timestep}")
     try:
         parallel(model, 2)(sample.mT.cpu(), torch.tensor(0.3))
     except RuntimeError as failure:
@@ -100,15 +111,16 @@ def graphs() -> None:
         with torch.no_grad():
             weight.add_(low)
         check(module(**given), model(**given), "after an adapter was switched in the middle of a generation")
-    assert entry.loaded.steps._graphs[0].graphs == recorded, "recorded again"
+    now = entry.loaded.steps._graphs[0].graphs
+    assert now.keys() == recorded.keys()
+    assert all(now[key] is recorded[key] for key in now), "recorded again"
     weight.data = weight.data.clone()
     for _ in range(3):
         check(module(**given), model(**given), "after a weight moved")
-    free, _ = torch.cuda.mem_get_info()
+    before = torch.cuda.memory_allocated()
     for _ in range(20):
         module(**given)
-    torch.cuda.synchronize()
-    assert abs(torch.cuda.mem_get_info()[0] - free) < 64 << 20
+    assert torch.cuda.memory_allocated() == before
     module.close()
 
 
@@ -123,16 +135,17 @@ def compiled() -> None:
         given = sample + 0.1 * k * drift, torch.tensor([0.9 - 0.1 * k], device=DEVICE)
         check(module(*given)["sample"], expected(*given)["sample"], f"step {k}")
     (entry,) = module._engine.programs.all()
-    assert entry.loaded.steps._graphs[0].graphs
+    assert next(iter(entry.loaded.steps._graphs.values())).graphs
     assert module.compile_reports[0].segments
     assert module.traffic["halo"]
 
 
 def lost() -> None:
     """A worker is killed between calls, in a call, or stopped: an error within 10 s, and the GPU works afterwards."""
-    model, given = unet()
+    model, sample = block().to(DEVICE), torch.randn(2, 4, 32, 8, device=DEVICE)
+    given = {"sample": sample, "timestep": torch.tensor([0.3], device=DEVICE)}
     for how in ("killed between calls", "killed in a call", "stopped"):
-        module = parallel(model, strategy="displaced", compile="graph")
+        module = parallel(model, compile="graph")
         for _ in range(3):
             module(**given)
         child = module._engine.executor.processes[-1].pid
