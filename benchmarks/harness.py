@@ -109,6 +109,8 @@ class Stepper:
 class StaticChannel:
     """Another channel, until `freeze`: then `put` does nothing, and `get` returns the last receive buffers again."""
 
+    lends = False
+
     def __init__(self, channel: Channel) -> None:
         self.channel: Channel | None = channel
         self.buffers: list[Tensor] = []

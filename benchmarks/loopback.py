@@ -24,7 +24,7 @@ from fxpass.runtime.channels import Channel, no_message
 from fxpass.runtime.graphs import StepGraphs, cuda_recorder
 from fxpass.runtime.messages import Message
 from fxpass.runtime.step_runner import StepRunner
-from fxpass.runtime.symmetric_memory import PARITIES, SymmetricChannel, SymmetricMemory, message_places
+from fxpass.runtime.symmetric_memory import SymmetricChannel, SymmetricMemory, buffer_places
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Loopback(SymmetricMemory):
 
     def __init__(self, specs: Sequence[ChannelSpec], rank: int, world: int, device: torch.device, link: Link) -> None:
         self.link = link
-        size, _ = message_places(specs, world)
+        size, _ = buffer_places(specs, world)
         own, others = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
         super().__init__(specs, [own if r == rank else others for r in range(world)], rank, 600.0)
 
@@ -64,7 +64,7 @@ class Loopback(SymmetricMemory):
             for spec in specs
         ]
         if self._cuda:
-            self._stream = torch.cuda.Stream(self.device, priority=-1)
+            super()._prepare(specs, flags)
 
     @contextmanager
     def sending(self, channel: int, packed: Any, *, last: bool) -> Iterator[None]:
@@ -81,10 +81,17 @@ class Loopback(SymmetricMemory):
             self._held.clear()
 
     def signal(self, channel: int) -> None:
+        pass
+
+    def copy(self, channel: int, parity: int, sources: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]) -> None:
         """The message travels, and as many bytes arrive."""
+        if self._cuda:
+            super().copy(channel, parity, sources, targets)
+        else:
+            torch._foreach_copy_(list(targets[parity]), list(sources))
         size = self._sizes[channel]
         seconds = self.link.seconds(size)
-        start = min(self.places[channel][self.number % PARITIES])
+        start = self.places[channel][parity][self.rank][0]
         if self._cuda:
             torch.cuda._sleep(int(seconds * self._cycles))
             self._arrived[channel] = torch.cuda.Event()
@@ -96,10 +103,10 @@ class Loopback(SymmetricMemory):
         if self._cuda:
             self._arrived[channel].record(self._stream)
 
-    def wait(self, channel: int, age: int) -> None:
-        if age == 0 and self._cuda:
+    def wait(self, channel: int) -> None:
+        if self._cuda:
             self._arrived[channel].wait(torch.cuda.current_stream(self.device))
-        elif channel in self._arrived and not self._cuda:
+        elif channel in self._arrived:
             time.sleep(max(0.0, self._arrived[channel] - time.perf_counter()))
 
     def check(self) -> None:
@@ -108,6 +115,8 @@ class Loopback(SymmetricMemory):
 
 class Silent:
     """A channel for a rank without exchanges: nothing is sent, and the same buffers are received again."""
+
+    lends = False
 
     def __init__(self, spec: ChannelSpec, rank: int, device: torch.device) -> None:
         self._buffers = no_message(spec, rank, device)

@@ -22,7 +22,13 @@ Tamper = Callable[[str, Exchange, int, int, Tensor], Tensor]
 
 
 class Channel(Protocol):
-    """One rank's end of a channel in one context."""
+    """One rank's end of a channel in one context.
+
+    Attributes:
+        lends: `get` returns buffers that the others write to again, two messages later.
+    """
+
+    lends: bool
 
     def put(self, packed: Sequence[Payloads]) -> None:
         """Send a message: for each exchange, a payload to each destination.
@@ -41,7 +47,7 @@ class Channel(Protocol):
     def get(self) -> list[Tensor]:
         """The receive buffers of the message put last, one for each exchange; zeros if there is none.
 
-        They are the caller's, who may write to them.
+        The caller may write to them. They are its own, unless the channel `lends` them.
 
         Raises:
             RankError: another rank failed, left, or did not answer in time.
@@ -59,6 +65,8 @@ class InProcessChannel:
     Args:
         tamper: changes payloads on their way.
     """
+
+    lends = False
 
     def __init__(
         self,

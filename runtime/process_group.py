@@ -50,6 +50,8 @@ class GroupChannel:
             can be checked.
     """
 
+    lends = False
+
     def __init__(self, spec: ChannelSpec, group: Any, device: torch.device, blocking: bool, board: Board) -> None:
         self.spec = spec
         self.group = group

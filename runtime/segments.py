@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
@@ -29,6 +29,7 @@ from ..ir.progress import say
 from .executor import Report
 
 log = logging.getLogger("fxpass")
+ALIGNED = 16  #: bytes: Inductor reads vectors of this size where a tensor begins at a multiple of it
 FORMS = 8  #: of the inputs of a segment, which are kept: weights whose strides keep changing would make ever more
 _compiling = threading.Lock()  # torch traces in one thread at a time
 
@@ -82,7 +83,7 @@ def compiled_segment(segment: Segment, inputs: Sequence[Tensor]) -> Compiled:
     function = segment.function()
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.no_grad():
-        fake = [mode.from_tensor(x, static_shapes=True) for x in inputs]
+        fake = [_alone(x, mode) for x in inputs]
     indices: dict[tuple[Table, torch.device], int] = {}
 
     def noted(index: Table, device: torch.device) -> Tensor:
@@ -117,6 +118,19 @@ def compiled_segment(segment: Segment, inputs: Sequence[Tensor]) -> Compiled:
         ]
 
     return run
+
+
+def _alone(x: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor of the same form that shares no memory with others: receive buffers may lie in one allocation, and
+    a compiler that saw it would take a write to one for a write to all."""
+    if type(x) not in (Tensor, nn.Parameter) or x.is_conj() or x.is_neg():
+        return mode.from_tensor(x, static_shapes=True)
+    offset = x.data_ptr() % ALIGNED // x.element_size()
+    with mode:
+        if not offset:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        size = offset + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1)
+        return torch.empty(size, dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride(), offset)
 
 
 def _missed() -> int:

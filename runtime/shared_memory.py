@@ -112,6 +112,8 @@ class MemoryChannel:
         places: where the messages of each rank lie in its file, by reader.
     """
 
+    lends = False
+
     def __init__(
         self,
         spec: ChannelSpec,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ class ContextState:
         self.steps = 0  #: begun so far; counted on rank 0, which tells the others the mode
         self.exact = False  #: whether the last one was
 
+    @property
+    def lent(self) -> bool:
+        """Whether others write to the receive buffers again, so that nothing of a step may lie there when it ends."""
+        return any(channel.lends for channel in self.channels or ())
+
     def next(self, step: Step) -> Mode:
         """The mode of a step that follows the last one; it counts as run from now on."""
         if not step.exact and not self.steps:
@@ -61,13 +66,20 @@ class ContextState:
     def overwrite(self, values: Sequence[Tensor]) -> None:
         """Take these values as the new state, at the addresses of the old one."""
         held = {value.untyped_storage().data_ptr() for value in self.state}
-        moved = [
-            value.clone() if value is not old and value.untyped_storage().data_ptr() in held else value
-            for old, value in zip(self.state, values, strict=True)  # what moves to another place is copied first
-        ]
-        for old, value in zip(self.state, moved, strict=True):
-            if old is not value:
-                old.copy_(value)
+        changed = [(old, value) for old, value in zip(self.state, values, strict=True) if old is not value]
+        moving = [value for _, value in changed if value.untyped_storage().data_ptr() in held]
+        copied = {id(value): torch.empty_like(value) for value in moving}  # what moves to another place
+        copy_all([(copied[id(value)], value) for value in moving])
+        copy_all([(old, copied.get(id(value), value)) for old, value in changed])
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy to the first of each pair from the second, in few kernels on a GPU."""
+    alike: defaultdict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for target, source in pairs:  # torch has one kernel for many copies where all have one dtype and keep their strides
+        alike[source.dtype, target.stride() == source.stride()].append((target, source))
+    for group in alike.values():
+        torch._foreach_copy_([target for target, _ in group], [source for _, source in group])
 
 
 def as_tensor(pace: float) -> Tensor:
@@ -168,7 +180,7 @@ class StepRunner:
         del pool
         compiled = self._compiler.segments(code) if self._compiler else None
         outputs, state = yield from code.run(values, compiled)
-        if self.fixed:
+        if self.fixed or here.lent:
             here.overwrite(state)
         else:
             here.state = state
@@ -193,7 +205,7 @@ class StepRunner:
         channels = self.channels(context)
         outputs, _ = drive(self.start(weights, inputs, context, mode, as_tensor(pace)), channels)
         self.count(mode)
-        return outputs
+        return [each.clone() for each in outputs] if self._contexts[context].lent else outputs
 
     def channels(self, context: int) -> Sequence[Channel]:
         """Those of a context, which is opened if it is new."""

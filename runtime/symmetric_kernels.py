@@ -1,4 +1,4 @@
-"""The two kernels by which GPUs of one machine signal each other. Imported on CUDA only: they need triton."""
+"""The kernels by which GPUs of one machine write to each other. Imported on CUDA only: they need triton."""
 # pyright: reportMissingParameterType=false, reportMissingImports=false
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def signal(flags, step, stopped):
 
 
 @triton.jit
-def wait(flags, step, age, stopped, abort, timed_out, limit):
-    """Spin until each flag has reached the number of this step less `age`: one program each.
+def wait(flags, step, stopped, abort, timed_out, limit):
+    """Spin until each flag has reached the number of this step: one program each.
 
     Ends as well when the host sets `abort`, after `limit` nanoseconds, and at once if an earlier wait ended so; then it
     sets `stopped`, and `timed_out` if the limit was the reason.
@@ -37,7 +37,7 @@ def wait(flags, step, age, stopped, abort, timed_out, limit):
     """
     flag = tl.load(flags + tl.program_id(0)).to(tl.pointer_type(tl.int32))
     abort_word = abort.to(tl.pointer_type(tl.int32))
-    wanted = tl.load(step) - age
+    wanted = tl.load(step)
     began = globaltimer()
     late = 0
     end = tl.load(stopped, volatile=True)
@@ -50,3 +50,21 @@ def wait(flags, step, age, stopped, abort, timed_out, limit):
         tl.store(stopped, 1)
         if late != 0:
             tl.store(timed_out.to(tl.pointer_type(tl.int32)), 1)
+
+
+@triton.jit
+def copy(source, table, WORDS: tl.constexpr):
+    """Copy pieces of one tensor to any addresses: one program for each piece.
+
+    Args:
+        source: the address of the tensor's storage; it and all below are multiples of 16 bytes.
+        table: int64 [pieces, 3]: where the piece begins in the storage, where it goes to (an address), and its size.
+        WORDS: the largest size of a piece, in words of 4 bytes; a power of 2.
+    """
+    row = table + tl.program_id(0) * 3
+    start = (source + tl.load(row)).to(tl.pointer_type(tl.int32))
+    goal = tl.load(row + 1).to(tl.pointer_type(tl.int32))
+    lane = tl.arange(0, WORDS)
+    inside = lane < tl.multiple_of(tl.load(row + 2) // 4, 4)
+    values = tl.load(tl.multiple_of(start, 16) + lane, mask=inside)
+    tl.store(tl.multiple_of(goal, 16) + lane, values, mask=inside)

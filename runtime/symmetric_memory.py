@@ -3,53 +3,74 @@
 Every rank holds one allocation per context, which all ranks map (`torch.distributed._symmetric_memory`)::
 
     flags     int32 [ranks, channels]    the number of the last step whose message has come, by sender and channel
-    messages  [channels, 2, ranks]       bytes, by channel, parity of the step, and sender
+    buffers   [channels, 2, exchanges]   the receive buffers, by channel, parity of the step, and exchange
 
-A step counts itself on the device. It puts at most one message on each of its channels; the message lies in the buffer
-of the step's parity. `get` waits for the message of this step or of the step before. Nothing is ever in flight that a
-later step would have to receive: a message that nobody reads is overwritten two steps later.
+A step counts itself on the device. It puts at most one message on each of its channels, in the buffers of the step's
+parity: every rank writes its part to where the others read it, and `get` returns the buffers themselves. Nothing is
+ever in flight that a later step would have to receive: a message that nobody reads is overwritten two steps later.
 
-Two buffers are enough because each step ends with the closing channel (`ChannelSpec.closing`). A rank that begins step
-t + 1 has then seen all others put their closing message of step t. So none of them still reads what it sent in step
-t - 1: displaced steps read such messages before they put their last one.
+Each step ends with the closing channel (`ChannelSpec.closing`), on which a rank puts when all its other messages have
+left. A rank that begins step t + 1 has seen all others put their closing message of step t. So
+
+- all messages of step t have come, and a `get` of one in step t + 1 waits for nothing;
+- none of the others still reads what it was sent in step t - 1, for displaced steps read such messages before they put
+  their last one: two buffers are enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir.exchange import Payloads
+from ..ir import comm
+from ..ir.exchange import Exchange, Payloads
+from ..ir.fetch import Fetch
 from ..ir.step import ChannelSpec
 from .board import Board
-from .channels import assembled
 from .errors import RankError
 from .memory import check_gpu
-from .messages import Message
+from .pieces import MOST, pieces
 
 ALIGNMENT = 256  #: bytes
 PARITIES = 2
 
 
-def message_places(specs: Sequence[ChannelSpec], world: int) -> tuple[int, list[list[list[int]]]]:
-    """The size of a rank's memory, and where its messages begin, by channel, parity and sender: bytes.
+def buffer_places(specs: Sequence[ChannelSpec], world: int) -> tuple[int, list[list[list[list[int]]]]]:
+    """The size of a rank's memory, and where the receive buffers of each rank begin in its memory.
 
-    Every rank lays out its memory for the largest receiver, so that the places are the same everywhere.
+    Returns:
+        Bytes; and in bytes, by channel, parity, rank and exchange.
     """
-    total = _aligned(4 * world * len(specs))
-    places: list[list[list[int]]] = []
+    flags = _aligned(4 * world * len(specs))
+    totals = [flags] * world
+    places: list[list[list[list[int]]]] = []
     for spec in specs:
-        others = [[dst for dst in range(world) if dst != src] for src in range(world)]
-        sizes = [max(_aligned(Message(spec.exchanges, src, dst).size) for dst in others[src]) for src in range(world)]
         places.append([])
         for _ in range(PARITIES):
-            places[-1].append([total + sum(sizes[:src]) for src in range(world)])
-            total += sum(sizes)
-    return total, places
+            places[-1].append([])
+            for rank in range(world):
+                starts: list[int] = []
+                for each in spec.exchanges:
+                    starts.append(totals[rank])
+                    totals[rank] += _aligned(prod(comm.received_shape(each, rank)) * each.dtype.itemsize)
+                places[-1][-1].append(starts)
+    return max(totals), places
+
+
+def receive_buffer(exchange: Exchange, rank: int, memory: Tensor, start: int) -> Tensor:
+    """The receive buffer of a rank's exchange that begins at byte `start` of its memory (uint8)."""
+    assert start % ALIGNMENT == 0, f"a receive buffer begins at byte {start}"
+    form = comm.new_received(exchange, rank, torch.device("meta"))
+    assert start + form.numel() * form.element_size() <= memory.numel(), f"{form.shape} from byte {start} on"
+    first = memory.storage_offset() + start
+    # no view: a compiler would take all buffers for views of one tensor
+    buffer = torch.empty(0, dtype=form.dtype, device=memory.device)
+    return buffer.set_(memory.untyped_storage(), first // form.element_size(), form.shape, form.stride())
 
 
 class SymmetricMemory:
@@ -69,7 +90,7 @@ class SymmetricMemory:
         self.peers = peers
         self.timeout = timeout
         self.device = peers[rank].device
-        _, self.places = message_places(specs, self.world)
+        _, self.places = buffer_places(specs, self.world)
         self.handle: Any = None  #: keeps the mappings
         self.closed = False
         self._held: list[Any] = []  #: what is being sent
@@ -89,8 +110,8 @@ class SymmetricMemory:
         self._theirs, self._mine = [], []  # by channel: this rank's flags at its readers; its senders' flags here
         for index, spec in enumerate(specs):
             others = [r for r in range(self.world) if r != self.rank]
-            readers = [dst for dst in others if Message(spec.exchanges, self.rank, dst).size]
-            senders = [src for src in others if Message(spec.exchanges, src, self.rank).size]
+            readers = [dst for dst in others if any(each.numel(self.rank, dst) for each in spec.exchanges)]
+            senders = [src for src in others if any(each.numel(src, self.rank) for each in spec.exchanges)]
             theirs = [flags[dst][self.rank, index].data_ptr() for dst in readers]
             mine = [self.flags[src, index].data_ptr() for src in senders]
             self._theirs.append(torch.tensor(theirs, dtype=torch.int64, device=self.device))
@@ -98,6 +119,7 @@ class SymmetricMemory:
         self._stream = torch.cuda.Stream(self.device, priority=-1)  #: carries messages beside the computation
         self._stopped = torch.zeros((), dtype=torch.int32, device=self.device)
         self._words = torch.zeros(2, dtype=torch.int32, pin_memory=True)  #: abort, timed out
+        self._tables: dict[Any, list[tuple[list[Any], list[int]]]] = {}  #: by what is copied from where, and parity
 
     @contextmanager
     def sending(self, channel: int, packed: Sequence[Payloads], *, last: bool) -> Iterator[None]:
@@ -118,6 +140,40 @@ class SymmetricMemory:
         with torch.cuda.stream(self._stream):
             yield
 
+    def copy(self, channel: int, parity: int, sources: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]) -> None:
+        """Copy to other ranks.
+
+        Args:
+            targets: by parity, where each of the sources goes to; the same at each call for a channel.
+        """
+        storages = {each.untyped_storage().data_ptr(): i for i, each in enumerate(sources)}
+        forms = [(storages[x.untyped_storage().data_ptr()], x.storage_offset(), x.stride()) for x in sources]
+        key = channel, tuple(forms)
+        if key not in self._tables:  # for both parities at once: nothing can be copied from the host while recording
+            self._tables[key] = [self._table(sources, each) for each in targets]
+        tables, rest = self._tables[key][parity]
+        for first, table in tables:
+            start = sources[first].untyped_storage().data_ptr()
+            self._kernels.copy[(len(table),)](start, table, WORDS=MOST // 4, num_warps=4)
+        for i in rest:
+            targets[parity][i].copy_(sources[i])
+
+    def _table(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[list[Any], list[int]]:
+        """For each storage one of its tensors and the table of its pieces; and the tensors that have no pieces."""
+        found: dict[int, list[Any]] = {}
+        first: dict[int, int] = {}
+        rest = []
+        for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            storage = source.untyped_storage().data_ptr()
+            table = None if storage % 16 else pieces(source, target)
+            if table is None:
+                rest.append(i)
+                continue
+            table[:, 1] += target.untyped_storage().data_ptr()
+            first.setdefault(storage, i)
+            found.setdefault(storage, []).append(torch.from_numpy(table))
+        return [(first[storage], torch.cat(found[storage]).to(self.device)) for storage in found], rest
+
     def signal(self, channel: int) -> None:
         """Tell the readers of a channel that this step's message has come."""
         flags = self._theirs[channel]
@@ -126,15 +182,15 @@ class SymmetricMemory:
         if channel in self._travels:
             self._travels[channel] = self._stream.record_event()
 
-    def wait(self, channel: int, age: int) -> None:
-        """Wait for the messages of this step (`age` 0) or of the step before (1)."""
+    def wait(self, channel: int) -> None:
+        """Wait for the messages of this step."""
         flags = self._mine[channel]
-        if age == 0 and channel in self._travels:  # a device that runs one stream at a time would wait for ever
+        if channel in self._travels:  # a device that runs one stream at a time would wait for ever
             torch.cuda.current_stream(self.device).wait_event(self._travels[channel])
         if len(flags):
             abort, timed_out = (self._words.data_ptr() + 4 * i for i in range(2))
             limit = int(self.timeout * 1e9)
-            arguments = (flags, self.step, age, self._stopped, abort, timed_out, limit)
+            arguments = (flags, self.step, self._stopped, abort, timed_out, limit)
             self._kernels.wait[(len(flags),)](*arguments, num_warps=1)
 
     def advance(self) -> None:
@@ -149,7 +205,7 @@ class SymmetricMemory:
         self._travels.clear()
         self._held.clear()
 
-    def arrived(self, channel: int, age: int) -> bool:
+    def arrived(self, channel: int) -> bool:
         """Whether `wait` would return at once. The host does not know: the device waits."""
         return True
 
@@ -174,57 +230,65 @@ class SymmetricMemory:
 class SymmetricChannel:
     """A channel through symmetric memory."""
 
+    lends = True
+
     def __init__(self, memory: SymmetricMemory, index: int, spec: ChannelSpec) -> None:
         self.memory = memory
         self.index = index
         self.spec = spec
-        rank, world, places = memory.rank, memory.world, memory.places[index]
-        nothing: Payloads = [None] * len(spec.exchanges)
-        self._outgoing: list[list[tuple[int, int, Tensor]]] = []  #: by parity: (exchange, destination, where to)
-        self._incoming: list[list[Payloads]] = []  #: by parity and source
-        for starts in places:
-            self._outgoing.append(
-                [
-                    (i, dst, view)
-                    for dst in range(world)
-                    if dst != rank
-                    for i, view in enumerate(Message(spec.exchanges, rank, dst).read(memory.peers[dst], starts[rank]))
-                    if view is not None
-                ]
-            )
-            own = memory.peers[rank]
-            self._incoming.append(
-                [
-                    nothing if src == rank else Message(spec.exchanges, src, rank).read(own, starts[src])
-                    for src in range(world)
-                ]
-            )
+        rank, peers = memory.rank, memory.peers
+        self._incoming: list[list[Tensor]] = []  #: by parity: the receive buffers
+        self._parts: list[tuple[int, int, tuple[int, int] | None]] = []  #: exchange, destination, rows: what is sent
+        self._targets: list[list[Tensor]] = []  #: by parity: where each part goes to
+        for places in memory.places[index]:
+            buffers = [
+                [receive_buffer(each, r, peer, start) for each, start in zip(spec.exchanges, places[r], strict=True)]
+                for r, peer in enumerate(peers)
+            ]
+            landings = [
+                (i, dst, rows, view)
+                for dst, there in enumerate(buffers)
+                for i, (each, buffer) in enumerate(zip(spec.exchanges, there, strict=True))
+                for rows, view in comm.landings(each, dst, rank, buffer)
+            ]
+            self._incoming.append(buffers[rank])
+            self._parts = [(i, dst, rows) for i, dst, rows, _ in landings]
+            self._targets.append([view for *_, view in landings])
 
     def put(self, packed: Sequence[Payloads]) -> None:
         memory = self.memory
         memory.sent.add(self.index)
-        outgoing = self._outgoing[memory.number % PARITIES]
         with memory.sending(self.index, packed, last=self.spec.closing):
-            if outgoing:
-                payloads = [packed[i][dst] for i, dst, _ in outgoing]
-                torch._foreach_copy_([view for _, _, view in outgoing], payloads)  # type: ignore[arg-type]
+            if self._parts:
+                memory.copy(self.index, memory.number % PARITIES, self._sources(packed), self._targets)
             memory.signal(self.index)
 
+    def _sources(self, packed: Sequence[Payloads]) -> list[Tensor]:
+        sources = []
+        for i, dst, rows in self._parts:
+            payload = packed[i][dst]
+            assert payload is not None
+            sources.append(payload if rows is None else payload.narrow(self._dim(i), *rows))
+        return sources
+
+    def _dim(self, i: int) -> int:
+        exchange = self.spec.exchanges[i]
+        assert isinstance(exchange, Fetch)
+        return exchange.dim
+
     def ready(self) -> bool:
-        return self.memory.arrived(self.index, self._age())
+        return self.index not in self.memory.sent or self.memory.arrived(self.index)
 
     def get(self) -> list[Tensor]:
-        memory, age = self.memory, self._age()
-        memory.wait(self.index, age)
-        incoming = self._incoming[(memory.number - age) % PARITIES]
-        received = assembled(self.spec, memory.rank, incoming, memory.device)
+        memory = self.memory
+        number = memory.number
+        if self.index in memory.sent:
+            memory.wait(self.index)
+        else:  # it came before the last step ended
+            number -= 1
         if self.spec.closing:
             memory.advance()
-        return received
-
-    def _age(self) -> int:
-        """How many steps ago the message that a `get` returns was put."""
-        return 0 if self.index in self.memory.sent else 1
+        return list(self._incoming[number % PARITIES])
 
     def close(self) -> None:
         self.memory.closed = True
@@ -246,7 +310,7 @@ def allocated(
     """
     import torch.distributed._symmetric_memory as symmetric
 
-    size, _ = message_places(specs, board.world)
+    size, _ = buffer_places(specs, board.world)
     advice = "run smaller inputs, more ranks or fewer guidance branches"
     problem = ""
     try:

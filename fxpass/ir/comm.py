@@ -82,6 +82,29 @@ def assemble(exchange: Exchange, rank: int, payloads: Payloads, device: torch.de
     return buffer
 
 
+def landings(exchange: Exchange, dst: int, src: int, buffer: Tensor) -> list[tuple[tuple[int, int] | None, Tensor]]:
+    """Where the payload of rank `src` lies in the receive buffer of rank `dst`: the views that together take it.
+
+    Returns:
+        Pairs of (the first of the payload's rows and their number, the view that takes them); None for all rows.
+    """
+    if src == dst or not exchange.numel(src, dst):
+        return []
+    if isinstance(exchange, Merged):
+        return [(None, buffer[src])]
+    assert isinstance(exchange, Fetch)
+    if not in_place(exchange):
+        counts = _received_rows(exchange, dst)
+        return [(None, buffer.narrow(exchange.dim, sum(counts[:src]), counts[src]))]
+    places = []
+    row = 0
+    for run in exchange.want[dst].locate(exchange.table[dst][src]).runs:
+        for i in range(run.count):
+            places.append(((row, run.length), buffer.narrow(exchange.dim, run.start + i * run.stride, run.length)))
+            row += run.length
+    return [(None, places[0][1])] if len(places) == 1 else places
+
+
 def kept_shapes(exchange: Exchange, rank: int, one: bool) -> dict[str, tuple[int, ...]]:
     """The shapes of what a rank keeps of an exchange from step to step, beside the message in its channel.
 

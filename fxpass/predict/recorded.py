@@ -98,6 +98,7 @@ class RecordedChannel:
 
     def __init__(self, channel: Channel, spec: ChannelSpec, name: str, rank: int, log: Log) -> None:
         self.channel = channel
+        self.lends = channel.lends
         self.node = name
         self.path = spec.path
         self.role = spec.exchanges[0].role

@@ -25,6 +25,7 @@ def test_the_interval_holds_the_median_and_grows_with_the_spread() -> None:
 class Counting:
     """A channel whose messages are their numbers."""
 
+    lends = False
     number = 0
     closed = False
 

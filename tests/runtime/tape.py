@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxpass.ir.step import ChannelSpec
 from fxpass.runtime.graphs import Outputs
-from fxpass.runtime.symmetric_memory import SymmetricChannel, SymmetricMemory, message_places
+from fxpass.runtime.symmetric_memory import SymmetricChannel, SymmetricMemory, buffer_places
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default}
@@ -107,16 +107,19 @@ class TestMemory(SymmetricMemory):
         for flag in self._theirs[channel]:
             flag.copy_(self.step)
 
-    def wait(self, channel: int, age: int) -> None:
+    def copy(self, channel: int, parity: int, sources: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]) -> None:
+        torch._foreach_copy_(list(targets[parity]), list(sources))
+
+    def wait(self, channel: int) -> None:
         pass  # `run_in_turns` calls `get` when the messages have arrived
 
-    def arrived(self, channel: int, age: int) -> bool:
-        return bool((self._seen[:, channel] >= self.number - age).all())
+    def arrived(self, channel: int) -> bool:
+        return bool((self._seen[:, channel] >= self.number).all())
 
 
 def symmetric_channels(specs: Sequence[ChannelSpec], world: int) -> list[list[SymmetricChannel]]:
     """Each rank's ends of the channels of a context."""
-    size, _ = message_places(specs, world)
+    size, _ = buffer_places(specs, world)
     peers = [torch.zeros(size, dtype=torch.uint8) for _ in range(world)]
     memories = [TestMemory(specs, peers, rank, 1.0) for rank in range(world)]
     return [[SymmetricChannel(memory, i, spec) for i, spec in enumerate(specs)] for memory in memories]
