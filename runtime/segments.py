@@ -23,9 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..ir.code import Segment, StepCode
+from ..ir.code import Form, Segment, StepCode
 from ..ir.ops import Table, index_tensor, index_tensors_from
 from ..ir.progress import say
+from ..ir.step import ChannelSpec
+from . import precompile
 from .executor import Report
 
 log = logging.getLogger("fxpass")
@@ -38,10 +40,15 @@ Compiled = Callable[[list[Tensor]], Sequence[Any]]  #: takes the list of its inp
 
 
 class Compiler:
-    """The compiled segments of one rank of one plan."""
+    """The compiled segments of one rank of one plan.
 
-    def __init__(self, rank: int) -> None:
+    Args:
+        processes: how many compile at once before a step first runs; default: what the machine's cores allow.
+    """
+
+    def __init__(self, rank: int, processes: int | None = None) -> None:
         self.rank = rank
+        self._processes = processes
         self.report: Report | None = None  #: what has been compiled so far
         self._compiled: dict[Segment, dict[Any, Compiled]] = {}  #: by the form of the inputs, the oldest first
         self._of: dict[StepCode, dict[str, Compiled]] = {}
@@ -52,11 +59,31 @@ class Compiler:
             self._of[code] = {name: self._runner(segment) for name, segment in code.segments.items()}
         return self._of[code]
 
+    def prepare(self, steps: Sequence[tuple[StepCode, Sequence[Tensor]]], specs: Sequence[ChannelSpec]) -> None:
+        """Compile the segments of steps, each given as its code and its values, in several processes at once.
+
+        They fill Inductor's cache on disk, from which this process loads each segment when it first runs.
+        """
+        most = self._processes or precompile.most_processes()
+        if not most:
+            return
+        jobs = {job: None for code, values in steps for job in precompile.jobs(code, values, specs)}
+        new = [(segment, forms) for segment, forms in jobs if forms not in self._compiled.get(segment, {})]
+        processes = self._processes or min(most, len(new) // precompile.SHARE)
+        if processes < 2 or not new:
+            return
+        say(f"compile {len(new)} segments in {processes} processes")
+        started = time.perf_counter()
+        cached = precompile.compile_in_processes(new, processes)
+        before = self.report or Report(self.rank, 0, 0.0, True)
+        seconds = before.seconds + time.perf_counter() - started
+        self.report = Report(self.rank, before.segments, seconds, before.cached and cached)
+
     def _runner(self, segment: Segment) -> Compiled:
         forms = self._compiled.setdefault(segment, {})
 
         def run(inputs: list[Tensor]) -> Sequence[Any]:
-            form = tuple([(x.shape, x.stride(), x.dtype, x.device) for x in inputs])
+            form = tuple([Form.of(x) for x in inputs])
             if form not in forms:
                 if len(forms) >= FORMS:
                     del forms[next(iter(forms))]
@@ -66,20 +93,20 @@ class Compiler:
         return run
 
     def _compile(self, segment: Segment, inputs: list[Tensor]) -> Compiled:
-        started, missed = time.perf_counter(), _missed()
+        started, misses = time.perf_counter(), missed()
         before = self.report or Report(self.rank, 0, 0.0, True)
         say(f"compile segment {before.segments + 1}")
         with _compiling:
             compiled = compiled_segment(segment, inputs)
-        cached = _missed() == missed
+        cached = missed() == misses
         seconds = time.perf_counter() - started
         log.debug("compiled a segment of rank %d in %.1f s%s", self.rank, seconds, ", from the cache" * cached)
         self.report = Report(self.rank, before.segments + 1, before.seconds + seconds, before.cached and cached)
         return compiled
 
 
-def compiled_segment(segment: Segment, inputs: Sequence[Tensor]) -> Compiled:
-    """Compile a segment for inputs of the shapes, strides and dtypes of `inputs`."""
+def compiled_segment(segment: Segment, inputs: Sequence[Tensor | Form]) -> Compiled:
+    """Compile a segment for inputs of the forms of `inputs`."""
     function = segment.function()
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.no_grad():
@@ -120,20 +147,23 @@ def compiled_segment(segment: Segment, inputs: Sequence[Tensor]) -> Compiled:
     return run
 
 
-def _alone(x: Tensor, mode: FakeTensorMode) -> Tensor:
+def _alone(x: Tensor | Form, mode: FakeTensorMode) -> Tensor:
     """A fake tensor of the same form that shares no memory with others: receive buffers may lie in one allocation, and
     a compiler that saw it would take a write to one for a write to all."""
-    if type(x) not in (Tensor, nn.Parameter) or x.is_conj() or x.is_neg():
-        return mode.from_tensor(x, static_shapes=True)
-    offset = x.data_ptr() % ALIGNED // x.element_size()
+    offset = 0
+    if isinstance(x, Tensor):
+        if type(x) not in (Tensor, nn.Parameter) or x.is_conj() or x.is_neg():
+            return mode.from_tensor(x, static_shapes=True)
+        offset = x.data_ptr() % ALIGNED // x.element_size()
+        x = Form.of(x)
     with mode:
         if not offset:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        size = offset + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1)
-        return torch.empty(size, dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride(), offset)
+            return x.empty()
+        size = offset + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride, strict=True) if n > 1)
+        return torch.empty(size, dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride, offset)
 
 
-def _missed() -> int:
+def missed() -> int:
     """How often this process has compiled what Inductor's cache did not have."""
     return counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]
 

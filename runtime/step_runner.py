@@ -99,6 +99,7 @@ class StepRunner:
         open_channels: opens the channels of a context. All ranks open the same contexts in the same order.
         traffic: counts the bytes that this rank receives, by role.
         compiler: compiles the segments of the codes, which must have some.
+        soon: modes that are compiled together with the first one.
 
     Attributes:
         fixed: keep the state at the same addresses, so that a step can be recorded as a graph.
@@ -117,8 +118,10 @@ class StepRunner:
         device: torch.device,
         traffic: Counter[str],
         compiler: Compiler | None = None,
+        soon: Sequence[Mode] = (),
     ) -> None:
         self._compiler = compiler
+        self._soon = soon
         self._constants = list(constants)
         self._state = state
         self._code = code
@@ -153,6 +156,7 @@ class StepRunner:
             device,
             traffic,
             new_compiler(rank) if compile else None,
+            ("steady",) if plan.exact_steps else (),
         )
 
     @property
@@ -173,10 +177,11 @@ class StepRunner:
         """
         here = self._opened(context)
         code = self._code(mode)
-        if code not in self._orders:
-            self._orders[code] = [self._place[name] for name in code.placeholders]
         pool = [*weights, *self._constants, *inputs, pace, *here.state]
-        values = [pool[i] for i in self._orders[code]]
+        if code not in self._orders and self._compiler:
+            new = [each for each in [code, *map(self._code, self._soon)] if each not in self._orders]
+            self._compiler.prepare([(each, self._values(each, pool)) for each in dict.fromkeys(new)], self.specs)
+        values = self._values(code, pool)
         del pool
         compiled = self._compiler.segments(code) if self._compiler else None
         outputs, state = yield from code.run(values, compiled)
@@ -185,6 +190,12 @@ class StepRunner:
         else:
             here.state = state
         return outputs, here.state
+
+    def _values(self, code: StepCode, pool: Sequence[Tensor]) -> list[Tensor]:
+        """Those of a code's placeholders."""
+        if code not in self._orders:
+            self._orders[code] = [self._place[name] for name in code.placeholders]
+        return [pool[i] for i in self._orders[code]]
 
     def count(self, mode: Mode) -> None:
         """Count what a step of a mode has received."""

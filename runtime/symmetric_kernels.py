@@ -53,18 +53,18 @@ def wait(flags, step, stopped, abort, timed_out, limit):
 
 
 @triton.jit
-def copy(source, table, WORDS: tl.constexpr):
+def copy(source, table, words: tl.constexpr):
     """Copy pieces of one tensor to any addresses: one program for each piece.
 
     Args:
         source: the address of the tensor's storage; it and all below are multiples of 16 bytes.
         table: int64 [pieces, 3]: where the piece begins in the storage, where it goes to (an address), and its size.
-        WORDS: the largest size of a piece, in words of 4 bytes; a power of 2.
+        words: the largest size of a piece, in words of 4 bytes; a power of 2.
     """
     row = table + tl.program_id(0) * 3
     start = (source + tl.load(row)).to(tl.pointer_type(tl.int32))
     goal = tl.load(row + 1).to(tl.pointer_type(tl.int32))
-    lane = tl.arange(0, WORDS)
+    lane = tl.arange(0, words)
     inside = lane < tl.multiple_of(tl.load(row + 2) // 4, 4)
     values = tl.load(tl.multiple_of(start, 16) + lane, mask=inside)
     tl.store(tl.multiple_of(goal, 16) + lane, values, mask=inside)

@@ -154,7 +154,7 @@ class SymmetricMemory:
         tables, rest = self._tables[key][parity]
         for first, table in tables:
             start = sources[first].untyped_storage().data_ptr()
-            self._kernels.copy[(len(table),)](start, table, WORDS=MOST // 4, num_warps=4)
+            self._kernels.copy[(len(table),)](start, table, words=MOST // 4, num_warps=4)
         for i in rest:
             targets[parity][i].copy_(sources[i])
 

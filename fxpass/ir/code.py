@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,22 @@ Act = Literal["put", "get"]
 #: Yields (act, channel, what is put: of each exchange, by destination), is sent the receive buffers at a get, and
 #: returns (outputs, new state). It empties the list of buffers, so that nobody keeps alive what it has used.
 Run = Generator[tuple[Act, int, Any], Any, tuple[list[Tensor], list[Tensor]]]
+
+
+class Form(NamedTuple):
+    """What a segment is compiled for of an input."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> Form:
+        return Form(x.shape, x.stride(), x.dtype, x.device)
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""What each rank of test_symmetric_memory.py runs: `python -m tests.cuda.symmetric_ranks RANK WORLD FOLDER SCENARIO`.
+"""What each rank of test_symmetric_memory.py runs.
 
-A scenario is a strategy, whose steps in CUDA graphs are compared with lockstep, or what goes wrong in one.
+    python -m tests.cuda.symmetric_ranks RANK WORLD FOLDER STEPS SCENARIO...
+
+A scenario is a strategy, of which so many steps in CUDA graphs are compared with lockstep, or what goes wrong in one.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ from fxpass.runtime.step_runner import StepRunner
 from fxpass.runtime.symmetric_memory import SymmetricChannel, SymmetricMemory, allocated
 from tests.cuda.ranks import on, plain
 
-STEPS = 200
 DEVICE = torch.device("cuda:0")
 LIMIT = {"killed": 4.0, "aborted": 60.0}  #: seconds that a wait may take on the device
 
@@ -48,9 +49,10 @@ def steps(count: int) -> list[Step]:
 class Rank:
     """One rank of a small model, its steps in graphs; and all ranks in lockstep."""
 
-    def __init__(self, rank: int, world: int, strategy: str, timeout: float) -> None:
+    def __init__(self, rank: int, world: int, scenario: str) -> None:
         self.rank = rank
-        self.timeout = timeout
+        self.scenario = scenario
+        strategy = "displaced" if scenario in LIMIT else scenario
         self.model: Any = case("unet_sdxl").build().to(DEVICE)
         self.given = on(str(DEVICE), case("unet_sdxl").inputs(rows=32, seed=3, module=self.model))
         self.drift = torch.randn(self.given["sample"].shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
@@ -63,7 +65,8 @@ class Rank:
         self.lockstep = LockstepExecutor(world).load(plan, self.table.tensors(), self.call(0).tensors)
 
     def open(self, specs: Sequence[ChannelSpec]) -> list[SymmetricChannel]:
-        board = Board(dist.distributed_c10d._get_default_store(), self.rank, dist.get_world_size(), self.timeout)
+        store = dist.PrefixStore(self.scenario, dist.distributed_c10d._get_default_store())
+        board = Board(store, self.rank, dist.get_world_size(), LIMIT.get(self.scenario, 30.0))
         self.memory = allocated(specs, dist.group.WORLD, board, DEVICE, 1)
         return [SymmetricChannel(self.memory, i, spec) for i, spec in enumerate(specs)]
 
@@ -80,28 +83,30 @@ class Rank:
         return self.lockstep.run_all(self.table.tensors(), self.call(k).tensors, step)[self.rank]
 
 
-def compare(rank: Rank) -> None:
+def compare(rank: Rank, count: int) -> None:
     """All modes in turn equal lockstep, bit for bit, also after a weight changed in place; then how long each takes."""
-    for k, step in enumerate(steps(STEPS)):
-        if k == STEPS // 2:
+    began = time.perf_counter()
+    for k, step in enumerate(steps(count)):
+        if k == count // 2:
             next(rank.model.parameters()).data.mul_(1.1)
         found, expected = rank.step(k, step), rank.expected(k, step)
         torch.cuda.synchronize()
         rank.memory.check()
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other), f"step {k} ({step}) differs by {(one - other).abs().max().item()}"
-    print(f"rank {rank.rank}: graphs {sorted(rank.graphs.graphs)}, {sum(p.numel() for p in rank.memory.peers)} bytes")
+    seconds = time.perf_counter() - began
+    print(f"{rank.scenario}, rank {rank.rank}: {count} steps in {seconds:.1f} s, graphs {sorted(rank.graphs.graphs)}")
     for name, step in (("exact", EXACT), ("displaced", Step(0, False, 1.0))):
         for k in range(3):
             rank.step(k, step)
         torch.cuda.synchronize()
         dist.barrier()
         began = time.perf_counter()
-        for k in range(50):
+        for k in range(20):
             rank.step(k, step)
         torch.cuda.synchronize()
         if rank.rank == 0:
-            print(f"{name}: {(time.perf_counter() - began) * 20:.3f} ms a step")
+            print(f"{rank.scenario}, {name}: {(time.perf_counter() - began) * 50:.3f} ms a step")
 
 
 def lose(rank: Rank, last: bool) -> None:
@@ -128,21 +133,21 @@ def lose(rank: Rank, last: bool) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    number, world, folder, scenario = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    number, world, folder, count, *scenarios = sys.argv[1:]
     plain(str(DEVICE))
-    store = dist.FileStore(str(folder / f"store-{scenario}"), world)
-    dist.init_process_group("gloo", store=store, rank=number, world_size=world)
-    fails = scenario in LIMIT
-    rank = Rank(number, world, "displaced" if fails else scenario, LIMIT.get(scenario, 30.0))
-    if not fails:
-        compare(rank)
-    else:
-        if scenario == "aborted":
-            rank.step(0, EXACT)  # opens the memory
-            threading.Timer(15.0, rank.memory.abort).start()
-        lose(rank, last=number == world - 1)
-    (folder / f"{scenario}-{number}").write_text("done")
-    sys.stdout.flush()
+    store = dist.FileStore(f"{folder}/store-{scenarios[0]}", int(world))
+    dist.init_process_group("gloo", store=store, rank=int(number), world_size=int(world))
+    for scenario in scenarios:
+        rank = Rank(int(number), int(world), scenario)
+        if scenario not in LIMIT:
+            compare(rank, int(count))
+        else:
+            if scenario == "aborted":
+                rank.step(0, EXACT)  # opens the memory
+                threading.Timer(15.0, rank.memory.abort).start()
+            lose(rank, last=int(number) == int(world) - 1)
+        Path(folder, f"{scenario}-{number}").write_text("done")
+        sys.stdout.flush()
     os._exit(0)  # a lost peer leaves the process group nothing to close
 
 

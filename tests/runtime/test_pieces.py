@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fxpass.runtime.pieces import LEAST, MOST, UNIT, pieces
+from tests.properties import given
 
 
 def run(table: Tensor, source: Tensor, target: Tensor) -> None:
@@ -20,7 +21,7 @@ def run(table: Tensor, source: Tensor, target: Tensor) -> None:
 @settings(deadline=None)
 @given(st.data())
 def test_pieces_copy_what_copy_copies(data: st.DataObject) -> None:
-    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)) + [data.draw(st.sampled_from([8, 64, 72]))]
+    shape = [*data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)), data.draw(st.sampled_from([8, 64, 72]))]
     order = data.draw(st.permutations(range(len(shape))))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.uint8]))
 

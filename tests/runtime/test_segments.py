@@ -142,3 +142,34 @@ def test_a_compiled_program_follows_a_weight_of_other_strides() -> None:
             torch.testing.assert_close(module(x), model(x))
             model[0].weight.data = model[0].weight.data.t()
     assert [report.segments for report in module.compile_reports] == [2]  # the third call has the strides of the first
+
+
+def test_processes_compile_all_segments_before_the_first_step(tmp_path: Path) -> None:
+    """In a process of its own, for Inductor reads where its cache lies once."""
+    script = """
+import torch
+from fxpass.capture import capture
+from fxpass.ir.step import EXACT
+from fxpass.runtime import step_runner
+from fxpass.runtime.lockstep import LockstepExecutor
+from fxpass.runtime.segments import Compiler, missed
+from tests.runtime.plans import cut_plan
+from tests.runtime.test_segments import Layer
+
+step_runner.new_compiler = lambda rank: Compiler(rank, processes=2)
+model, x = Layer().eval(), torch.randn(1, 32, 8)
+plan = cut_plan(capture(model, x), 2)
+weights = [model.get_parameter(name) for name in plan.program.weights.values()]
+with torch.no_grad():
+    loaded = LockstepExecutor(2, compile=True).load(plan, weights, [x])
+    found = loaded.run_all(weights, [x], EXACT)[0][0]
+    reports = [(report.segments > 0, report.cached) for report in loaded.compiled]
+    print(missed(), reports, torch.allclose(found, model(x)))
+"""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.splitlines()[-1].startswith("0 [(True, False)")
+    assert run.stdout.endswith("True\n")
