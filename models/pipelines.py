@@ -43,9 +43,10 @@ def beside(pipeline: Any) -> list[str]:
 def methods_of(module: nn.Module) -> list[str]:
     """The methods beside `forward` that are worth splitting: those of an autoencoder, `decode` and `encode`.
 
-    A module is an autoencoder if its class has both, and both take a tensor first.
+    A module is one, or its decoding half, if its class has a method `decode` that takes a tensor first.
     """
-    return list(HALVES) if all(_takes_tensor(getattr(type(module), name, None)) for name in HALVES) else []
+    found = [name for name in HALVES if _takes_tensor(getattr(type(module), name, None))]
+    return found if HALVES[0] in found else []
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 from ..capture import (
     Call,
     CaptureError,
+    DrawingCall,
+    Draws,
+    DrawsError,
     GuardError,
     Method,
     arranged,
@@ -77,6 +80,7 @@ class Engine:
         self.programs = Programs(model, planner, executor, self._waiting.complete, capturing)
         self.feeder: Feeder | None = None  #: lets calls wait for a denoiser that takes their results
         self.joints: Joints | None = None  #: runs calls together with a part whose results they take
+        self._draws = Draws()
         self._unsplit: set[Any] = set()  # keys of calls that cannot be split
         self._unsplit_structure: Structure | None = None  # of the model after the first of them
         self.turn = turn or Turn()
@@ -280,6 +284,8 @@ class Engine:
         """A call with its program, and whether it waits for a denoiser; None if it has to run unsplit."""
         call = None
         try:
+            if drawing := self._draws.drawn(self.model, args, kwargs, method):
+                return self._found_with(drawing, gradients)
             call = Call.of(self.model, args, kwargs, method)
             fed = [i for i, each in enumerate(call.tensors) if isinstance(each, DeferredTensor) and each.source.fed]
             call = replace(call, tensors=plain(call.tensors), joined=self.joined).fed_with(fed)
@@ -294,7 +300,12 @@ class Engine:
                 return None
             feeder = self.feeder
             waits = feeder is not None and feeder.may_wait(self, call, self._generations.current())
-            entry = self.programs.entry(call, planned=feeder is None)
+            try:
+                entry = self.programs.entry(call, planned=feeder is None)
+            except DrawsError:
+                if drawing := self._draws.observed(self.model, args, kwargs, method):
+                    return self._found_with(drawing, gradients)
+                raise
             waits = waits and feeder is not None and feeder.fits(entry)
             if not waits and not entry.planned:
                 plan = self.planner(entry.captured)
@@ -311,6 +322,16 @@ class Engine:
                 self._unsplit.add(call.key)
             self._say_unsplit(method, str(error))
             return None
+
+    def _found_with(self, drawing: DrawingCall, gradients: bool) -> tuple[Call, Entry, bool] | None:
+        """As `_found`, of a call whose random numbers have been drawn; they are given back if it runs unsplit."""
+        found = None
+        try:
+            found = self._found(drawing.args, drawing.kwargs, drawing.method, gradients)
+        finally:
+            if found is None:
+                drawing.give_back()
+        return found
 
     def _must_be_plain(self, method: Method, gradients: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Whether a method that may run unsplit has to: nothing here trains, or computes gradients."""

@@ -3,12 +3,16 @@
 from .arguments import arranged, check_memory, returned, unsplit
 from .call import Call, Method, autocast, bind, passed
 from .capture import capture, capture_call
-from .errors import CaptureError, GuardError
+from .drawn import DrawingCall, Draws
+from .errors import CaptureError, DrawsError, GuardError
 from .guards import broken_guard, guard_error, outdated, written
 
 __all__ = [
     "Call",
     "CaptureError",
+    "DrawingCall",
+    "Draws",
+    "DrawsError",
     "GuardError",
     "Method",
     "arranged",

@@ -17,6 +17,10 @@ class CaptureError(RuntimeError):
     """The model cannot be turned into one graph; the message says which operator, where, and what to do."""
 
 
+class DrawsError(CaptureError):
+    """A call draws random numbers."""
+
+
 class TooManyOperatorsError(CaptureError):
     """A call records more operators than are worth splitting."""
 

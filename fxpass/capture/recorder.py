@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from ..ir.nodes import append
 from . import flex, kinds
-from .errors import CaptureError, TooManyOperatorsError, model_line
+from .errors import CaptureError, DrawsError, TooManyOperatorsError, model_line
 from .fakes import Form, form_of
 from .survivors import is_left_behind
 
@@ -340,7 +340,7 @@ class Recorder(TorchDispatchMode):
             and argument(op, args, kwargs, "train", True)
             and argument(op, args, kwargs, "dropout", 1)
         ):
-            raise CaptureError(
+            raise DrawsError(
                 f"{op} draws random numbers at {self.current_line()}: each rank would draw its own; "
                 "pass them in as an input"
             )
