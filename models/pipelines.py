@@ -43,10 +43,11 @@ def beside(pipeline: Any) -> list[str]:
 def methods_of(module: nn.Module) -> list[str]:
     """The methods beside `forward` that are worth splitting: those of an autoencoder, `decode` and `encode`.
 
-    A module is one, or its decoding half, if its class has a method `decode` that takes a tensor first.
+    A module is one if its class has both, or its decoding half if it has `decode` alone, and they take a tensor first.
     """
-    found = [name for name in HALVES if _takes_tensor(getattr(type(module), name, None))]
-    return found if HALVES[0] in found else []
+    held = [name for name in HALVES if hasattr(type(module), name)]
+    taking = all(_takes_tensor(getattr(type(module), name)) for name in held)
+    return held if taking and HALVES[0] in held else []
 
 
 @contextmanager

@@ -106,8 +106,8 @@ class _Held:
             generator_stand_in(str(leaf.device), numbers[leaf]) if isinstance(leaf, torch.Generator) else leaf
             for leaf in leaves
         ]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        return _Held(model, args, kwargs, method or Method("forward", _forward(model)), generators)
+        held, named = pytree.tree_unflatten(leaves, spec)
+        return _Held(model, held, named, method or Method("forward", _forward(model)), generators)
 
     @property
     def key(self) -> Any:
@@ -228,5 +228,5 @@ def _like(function: Callable[..., Any], other: Callable[..., Any], more: str = "
     if more:
         last = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
         parameters.insert(len(parameters) - bool(last), inspect.Parameter(more, inspect.Parameter.KEYWORD_ONLY))
-    other.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    other.__signature__ = signature.replace(parameters=parameters)
     return other

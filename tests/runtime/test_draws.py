@@ -54,7 +54,8 @@ def seeded(seed: int) -> torch.Generator:
 
 def parallel(numbers: Numbers, executor: Any = "lockstep") -> ParallelModule:
     torch.manual_seed(0)
-    return fxpass.parallelize(Noisy(numbers).eval(), 2, executor=executor)
+    model: Any = Noisy(numbers).eval()
+    return fxpass.parallelize(model, 2, executor=executor)
 
 
 def outputs(module: Any, method: str, generator: Any, calls: int = 2) -> list[Tensor]:
@@ -133,7 +134,7 @@ def test_what_cannot_be_drawn_beforehand_runs_unsplit_and_draws_once(numbers: Nu
 
 
 def test_other_numbers_than_in_an_earlier_call_of_the_same_kind_are_noticed() -> None:
-    model = Noisy(normal).eval()
+    model: Any = Noisy(normal).eval()
     z = torch.randn(2, 4, 16, 8)
     with fxpass.parallelize(model, 2, executor="lockstep") as module, torch.no_grad():
         module.decode(z, generator=seeded(1))
