@@ -183,11 +183,14 @@ def walk(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
         yield from walk(each, seen)
 
 
+_NOT_OWN = ("__dict__", "__weakref__")  #: slots that Python itself fills
+
+
 def _attributes(value: Any) -> dict[str, Any]:
     """The attributes of an object in its `__dict__` and in its slots."""
     slots = [vars(kind).get("__slots__") or () for kind in type(value).__mro__]
     names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
-    held = {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
+    held = {name: getattr(value, name) for name in names if name not in _NOT_OWN and hasattr(value, name)}
     return held | dict(getattr(value, "__dict__", {}))
 
 

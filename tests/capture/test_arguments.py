@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -386,3 +388,17 @@ def test_an_error_of_the_model_notes_which_inputs_are_on_another_device() -> Non
     with pytest.raises(RuntimeError) as raised:
         capture(nn.Linear(4, 4), torch.randn(2, 4, device="meta"))
     assert "input input is on meta, the model on cpu" in raised.value.__notes__
+
+
+def test_an_object_to_which_weak_references_are_made_meanwhile_is_the_same_argument() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor, names: list[uuid.UUID]) -> Tensor:
+            return x * 2
+
+    module: Any = fxpass.parallelize(Named().eval(), 2, executor="lockstep")
+    names = [uuid.uuid4()]
+    for _ in range(3):
+        module(sample(), names)
+        weak = weakref.ref(names[0])
+        assert weak() is names[0]
+    assert len(module._engine.programs) == 1
