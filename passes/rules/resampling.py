@@ -49,6 +49,8 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
     i = layout.axis - (len(op.shape) - spatial)
     if i < 0:
         return p.same(op, (x, output_size, *rest), layout=layout)
+    if op.target in ANTIALIASED and op.shape[-1] == 1:  # the result of the unsplit model is wrong, too
+        raise SplitError(COLUMN)
     flags, scales = rest[: len(rest) - spatial], rest[len(rest) - spatial :] if len(rest) >= spatial else ()
     one = (_only(output_size, i, 2), *flags, *(s if j == i else None for j, s in enumerate(scales)))
     dim, size, outputs = layout.axis, shape_of(x)[layout.axis], op.shape[layout.axis]
@@ -68,7 +70,7 @@ def resample(p: Partitioner, op: Op, x: fx.Node, output_size: list[int], *rest: 
     ):
         return x
     if op.target in ANTIALIASED and dim == len(shape) - 1 and 1 in layout_of(x).sizes:
-        raise SplitError("torch's antialiased kernels are wrong on a single column")
+        raise SplitError(COLUMN)
     sizes = p.local(op.shape, layout_of(x))[-spatial:]
     other_scales = tuple(None if j == i else s for j, s in enumerate(scales))
     return p.same(op, (x, sizes, *flags, *other_scales), layout=layout_of(x))
@@ -102,6 +104,7 @@ def _weighted(
     )
 
 
+COLUMN = "torch's antialiased kernels are wrong on a single column"
 ANTIALIASED = (aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default)
 _NAMES = """
     upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
