@@ -30,7 +30,7 @@ from .wire import Connection
 
 log = logging.getLogger("fxpass")
 Job = tuple[Segment, tuple[Form, ...]]
-MOST = 8  #: processes; each holds some hundred MB, on GPUs too
+MOST = 12  #: processes; each holds some hundred MB, on GPUs too
 SHARE = 4  #: segments, for which it is worth to start a process
 
 
@@ -78,9 +78,13 @@ def jobs(code: StepCode, values: Sequence[Tensor], specs: Sequence[ChannelSpec])
 
 def most_processes() -> int:
     """How many processes may compile at once; 0 where this process alone is as fast."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    most = min(MOST, len(os.sched_getaffinity(0)) // ranks // 2)
+    most = min(MOST, _cores() * 3 // 4)
     return most if most > 1 else 0
+
+
+def _cores() -> int:
+    """Those that a rank has for itself."""
+    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
@@ -88,7 +92,7 @@ def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, _cores() // count)),  # for the kernels of one segment
     }
     waiting = list(reversed(wanted))
     working: dict[Connection, Job | None] = {}
