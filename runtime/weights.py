@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .memory import check_shm
+from .memory import check_gpu, check_shm
 from .wire import raise_file_limit
 from .workers import START, Workers
 
@@ -89,7 +91,7 @@ class CopiedWeights:
     def __init__(self, workers: Workers, scope: str) -> None:
         self._workers = workers
         self._scope = scope
-        self._seen: dict[str, tuple[StorageWeakRef, tuple[Any, ...]]] = {}  #: what was sent
+        self._seen: dict[str, tuple[ref[Tensor], StorageWeakRef, tuple[Any, ...]]] = {}  #: what was sent
         self._digests: dict[str, int] = {}  #: of its contents
 
     def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool) -> None:
@@ -104,14 +106,16 @@ class CopiedWeights:
         changed = [name for name in looked if name in moved or digests[name] != self._digests[name]]
         self._send({name: given[name] for name in changed})
         for name in changed:
-            storage = given[name].untyped_storage()
-            # the reference keeps the storage's identity from being reused, not its memory
-            self._seen[name] = StorageWeakRef(storage), _version(given[name])
+            weight = given[name]
+            # the references keep identities from being reused, not memory
+            self._seen[name] = ref(weight), StorageWeakRef(weight.untyped_storage()), _state(weight)
         self._digests |= digests
 
     def _is_seen(self, name: str, weight: Tensor) -> bool:
         seen = self._seen.get(name)
-        return seen is not None and seen[0].cdata == weight.untyped_storage()._cdata and seen[1] == _version(weight)
+        if seen is None or seen[2] != _state(weight):
+            return False
+        return seen[0]() is weight or seen[1].cdata == weight.untyped_storage()._cdata
 
     def _send(self, weights: Mapping[str, Tensor]) -> None:
         if not weights:
@@ -151,12 +155,31 @@ class Form:
     def of(weight: Tensor) -> Form:
         return Form(tuple(weight.shape), weight.stride(), weight.dtype, weight.device.type == "cpu")
 
-    def allocated(self, old: Tensor | None, device: torch.device) -> Tensor:
-        """Memory for such a weight: that of the old one if it fits, so that graphs which read it stay valid."""
-        if old is not None and Form.of(old) == replace(self, on_host=self.on_host or device.type == "cpu"):
-            return old
-        place = torch.device("cpu") if self.on_host else device
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=place)
+    def fits(self, old: Tensor | None, device: torch.device) -> bool:
+        """Whether the memory of an old weight can hold such a one, so that graphs which read it stay valid."""
+        return old is not None and Form.of(old) == replace(self, on_host=self.on_host or device.type == "cpu")
+
+
+def allocate(forms: Mapping[str, Form], held: dict[str, Tensor], device: torch.device) -> None:
+    """Make room for copies of weights, in a worker.
+
+    Args:
+        forms: by name.
+        held: the copies so far; changed in place.
+
+    Raises:
+        OSError: the device has too little memory left.
+    """
+    new = {name: form for name, form in forms.items() if not form.fits(held.get(name), device)}
+    for name in new:
+        held.pop(name, None)
+    if device.type == "cuda":
+        size = sum(prod(form.shape) * form.dtype.itemsize for form in new.values() if not form.on_host)
+        advice = "use fewer or larger devices, or end what else uses this one"
+        check_gpu(size, device, "a copy of the model's weights", advice)
+    for name, form in new.items():
+        place = torch.device("cpu") if form.on_host else device
+        held[name] = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=place)
 
 
 Piece = list[tuple[str, int, int]]  #: (weight, where its part begins, size): parts one after the other, in bytes
@@ -186,6 +209,8 @@ def views(buffer: Tensor, piece: Piece) -> Sequence[Tensor]:
 
 def dense(weight: Tensor) -> Tensor:
     """A weight whose elements lie in one piece, without gaps; itself if it is such a one."""
+    if weight.is_contiguous() and not weight.is_conj() and not weight.is_neg():
+        return weight
     weight = weight.detach().resolve_conj().resolve_neg()
     return weight if torch.empty_like(weight, device="meta").stride() == weight.stride() else weight.clone()
 
@@ -205,33 +230,39 @@ def digests_of(weights: Sequence[Tensor]) -> list[int]:
     return results
 
 
+@torch.no_grad()
 def _digests(weights: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sums of 64-bit words, each times an odd factor of its place: any one changed word changes its sum."""
-    columns = torch.zeros(len(weights), _COLUMNS, dtype=torch.int64, device=device)
-    rest: list[Tensor] = []
-    for i, weight in enumerate(weights):
-        data = bytes_of(dense(weight))
-        if data.storage_offset() % 8:
-            data = data.clone()
-        rows = len(data) // (8 * _COLUMNS)
-        whole = rows * 8 * _COLUMNS
-        if rows:
-            torch.sum(data[:whole].view(torch.int64).view(rows, _COLUMNS), 0, out=columns[i])
-        tail = data[whole:]
-        if len(tail) % 8:
-            tail = torch.nn.functional.pad(tail, (0, -len(tail) % 8))
-        rest.append(tail.view(torch.int64))
-    total = (columns * _factors(torch.arange(_COLUMNS, device=device))).sum(1)
-    sizes = torch.tensor([len(each) for each in rest])
-    count = int(sizes.sum())
-    if not count:
-        return total
-    ends = sizes.cumsum(0)
-    begins = (ends - sizes).to(device)
+    words = [_words(weight) for weight in weights]
+    sizes = [each.numel() for each in words]
+    large = [i for i, size in enumerate(sizes) if size >= _COLUMNS]
+    columns = torch.empty(len(large), _COLUMNS, dtype=torch.int64, device=device)
+    rest = words.copy()
+    for i, sums in zip(large, columns.unbind(), strict=True):
+        each, rows = words[i], sizes[i] // _COLUMNS
+        torch.sum(each.as_strided((rows, _COLUMNS), (_COLUMNS, 1)), 0, out=sums)
+        rest[i] = each.as_strided((sizes[i] % _COLUMNS,), (1,), each.storage_offset() + rows * _COLUMNS)
+    total = torch.zeros(len(words), dtype=torch.int64, device=device)
+    total[torch.tensor(large, dtype=torch.int64, device=device)] = (
+        columns * _factors(torch.arange(_COLUMNS, device=device))
+    ).sum(1) * _FACTOR
+    lengths = torch.tensor([each.numel() for each in rest], dtype=torch.int64)
+    ends = lengths.cumsum(0)
+    begins = (ends - lengths).to(device)
+    count = int(lengths.sum())
     places = torch.arange(count, device=device)
-    places -= torch.repeat_interleave(begins, sizes.to(device), output_size=count)
+    places -= torch.repeat_interleave(begins, lengths.to(device), output_size=count)
     sums = torch.nn.functional.pad((torch.cat(rest) * _factors(places)).cumsum(0), (1, 0))
-    return total * _FACTOR + sums[ends.to(device)] - sums[begins]
+    return total + sums[ends.to(device)] - sums[begins]
+
+
+def _words(weight: Tensor) -> Tensor:
+    """The contents of a weight as int64 [n], with zeros at the end."""
+    flat = dense(weight)
+    size, start = flat.numel() * flat.itemsize, flat.storage_offset() * flat.itemsize
+    if size % 8 or start % 8:
+        return torch.nn.functional.pad(bytes_of(flat), (0, -size % 8)).clone().view(torch.int64)
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.int64)
 
 
 def _factors(places: Tensor) -> Tensor:
@@ -243,6 +274,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
-def _version(tensor: Tensor) -> tuple[Any, ...]:
+def _state(tensor: Tensor) -> tuple[Any, ...]:
     """The memory of a tensor, and how many writes torch has counted; it counts none to inference tensors."""
-    return (*_place(tensor), None if tensor.is_inference() else tensor._version)
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()

@@ -30,7 +30,7 @@ from .network import Network
 from .numerics import apply
 from .rank_steps import RankSteps
 from .step_runner import LoadedPlan, StepRunner, new_compiler
-from .weights import bytes_of, views
+from .weights import allocate, bytes_of, views
 from .wire import Connection
 
 
@@ -53,9 +53,7 @@ class Worker:
             case ("buffer", buffer):
                 self.buffer = buffer
             case ("copies", forms):
-                self.weights |= {
-                    name: form.allocated(self.weights.get(name), self.device) for name, form in forms.items()
-                }
+                allocate(forms, self.weights, self.device)
             case ("piece", piece):
                 for (name, start, size), part in zip(piece, views(self.buffer, piece), strict=True):
                     bytes_of(self.weights[name])[start : start + size].copy_(part)

@@ -77,6 +77,7 @@ class Workers:
         self.ended = self.ended or why
         if self.network is not None:
             self.network.abort(RuntimeError(why))  # a device must not wait for workers that are no more
+            self._groups.clear()
         self._finalizer()
         self.network = self._store = self.buffer = None
 

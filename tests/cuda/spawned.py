@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.models.small import case, output_tensors
 from fxpass.runtime.errors import RankError
+from fxpass.runtime.shared_memory import DISABLE
 from tests.cuda.ranks import NAMES, on, plain, steps
 from tests.runtime.plans import block
 from tests.test_exact import EXACT, error
@@ -62,11 +63,15 @@ def same_steps(found: list[list[Tensor]], expected: list[list[Tensor]], what: st
 
 
 def eager() -> None:
-    """Exact steps with inputs of every kind, displaced steps; the last module is left open."""
+    """Displaced steps, also through gloo; exact ones with inputs of every kind; the last module is left open."""
+    options = {"strategy": "displaced", "world_size": WORLD}
     for name in NAMES:
-        expected = steps(name, DEVICE, strategy="displaced", world_size=WORLD, executor="lockstep")
-        found = steps(name, DEVICE, strategy="displaced", world_size=WORLD, executor="spawn")
-        same_steps(found, expected, f"{name} displaced")
+        expected = steps(name, DEVICE, executor="lockstep", **options)
+        same_steps(steps(name, DEVICE, executor="spawn", **options), expected, f"{name} displaced")
+    os.environ[DISABLE] = "1"
+    found = steps(name, DEVICE, executor="spawn", compile="graph", **options)  # warns that there are no graphs
+    same_steps(found, expected, f"{name} through gloo")
+    del os.environ[DISABLE]
     model = Timed().eval().to(DEVICE)
     sample = torch.randn(2, 4, 8, 32, device=DEVICE)
     module = parallel(model)

@@ -14,7 +14,7 @@ from fxpass.runtime import weights
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
 from fxpass.runtime.spawn import SpawnExecutor
-from fxpass.runtime.weights import Form, bytes_of, dense, digests_of, pieces, views
+from fxpass.runtime.weights import Form, allocate, bytes_of, dense, digests_of, pieces, views
 from tests.properties import given
 from tests.runtime.plans import Block, block, inputs, parallel
 
@@ -83,12 +83,17 @@ def test_pieces_bring_every_byte_once_in_order(sizes: list[int], room: int) -> N
 
 def test_a_copy_stays_where_it_is_unless_its_form_changes() -> None:
     cpu, weight = torch.device("cpu"), torch.randn(3, 4)
-    old = Form.of(weight).allocated(None, cpu)
-    assert Form.of(weight).allocated(old, cpu) is old
+    held: dict[str, Tensor] = {}
+    allocate({"w": Form.of(weight)}, held, cpu)
+    old = held["w"]
+    allocate({"w": Form.of(weight), "v": Form.of(weight)}, held, cpu)
+    assert held["w"] is old
+    assert held["v"] is not old
     for other in (weight.t(), weight.double(), weight[:2]):
-        new = Form.of(other).allocated(old, cpu)
-        assert new is not old
-        assert Form.of(new) == Form.of(other)
+        held["w"] = old
+        allocate({"w": Form.of(other)}, held, cpu)
+        assert held["w"] is not old
+        assert Form.of(held["w"]) == Form.of(other)
 
 
 @pytest.fixture(scope="module")
