@@ -8,6 +8,8 @@ capture runs, and it runs if the module is called within one of its own calls, a
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from types import CodeType, MethodType
 from typing import Any
@@ -24,6 +26,7 @@ from .module import ParallelModule, graph_break
 
 #: modules that are attached, by the id of the user's model, which they keep alive
 _attached: WeakValueDictionary[int, ParallelModule] = WeakValueDictionary()
+UNKNOWN = object()  #: what a method replaces, before anybody has looked
 _codes: set[CodeType] = set()  #: of the methods that `attach` sets
 
 
@@ -58,6 +61,29 @@ def attach_again(module: ParallelModule) -> None:
     for name, (method, _) in list(module._attached.items()):
         if not _leads_to(module.unwrapped, name, method):
             _put(module, name)
+
+
+@contextmanager
+def attached_for_now(modules: Collection[ParallelModule]) -> Iterator[None]:
+    """Let calls of these models run on all ranks within the context.
+
+    The methods are the same objects each time: programs that were captured with them stay valid.
+    """
+    for module in modules:
+        model = vars(module.unwrapped)
+        for name in module._methods:
+            _, before = module._attached.get(name, (None, UNKNOWN))
+            if model.get(name) is not before:
+                module._attached[name] = (_split(module, module.unwrapped, name, model.get(name)), model.get(name))
+            model[name] = module._attached[name][0]
+    try:
+        yield
+    finally:
+        for module in modules:
+            for name, (_, before) in module._attached.items():
+                del vars(module.unwrapped)[name]
+                if before is not None:
+                    vars(module.unwrapped)[name] = before
 
 
 def _put(module: ParallelModule, name: str) -> None:

@@ -21,6 +21,7 @@ from ..capture import (
     DrawsError,
     GuardError,
     Method,
+    TooManyOperatorsError,
     arranged,
     check_memory,
     returned,
@@ -39,6 +40,7 @@ from .turn import Turn
 
 if TYPE_CHECKING:
     from .feeds import Feeder, Joints
+    from .loops import Loops
 
 APART = object()  #: instead of a result: the call runs by itself
 UNSPLIT = (CaptureError, GuardError, WorldSizeError)  #: errors after which a call of a method runs unsplit
@@ -80,6 +82,7 @@ class Engine:
         self.programs = Programs(model, planner, executor, self._waiting.complete, capturing)
         self.feeder: Feeder | None = None  #: lets calls wait for a denoiser that takes their results
         self.joints: Joints | None = None  #: runs calls together with a part whose results they take
+        self.loops: Loops | None = None  #: runs the repeated calls of methods that are too long to be split
         self._draws = Draws()
         self._unsplit: set[Any] = set()  # keys of calls that cannot be split
         self._unsplit_structure: Structure | None = None  # of the model after the first of them
@@ -120,19 +123,28 @@ class Engine:
             with self._failing():
                 self.executor.begin(self._device(args, kwargs))
                 found = self._found(args, kwargs, method, gradients)
-                if found is None:
+                if found is None and self.loops is None:
                     return self._marked(self._run_unsplit(method, args, kwargs))
-                call, entry, waits = found
-                generation = self._generations.current()
-                if waits and self.feeder is not None:
-                    return self.feeder.defer(self, call, entry, generation)
-                self.plan, weights = entry.plan, entry.weights.tensors()
-                if entry.plan.calls > 1:
-                    new = Together(entry, weights, generation, partial(self._run, entry))
-                    outputs = self._waiting.add(call, new, self._use)
-                    return arranged(entry.plan.program, iter(outputs), call)[0]
-                outputs = self._run(entry, weights, call.tensors, generation)
-            return self._marked(returned(entry.plan.program, outputs, call))
+                finish = None if found is None else self._started(*found)
+            if finish is not None:
+                return finish()
+        with torch.no_grad(), self._failing():  # without the turn, which the calls of its loops take
+            return self._marked(self._run_unsplit(method, args, kwargs))
+
+    def _started(self, call: Call, entry: Entry, waits: bool) -> Callable[[], Any]:
+        """Run a call on all ranks, unless it waits for others; returns what gives its result to the caller."""
+        generation = self._generations.current()
+        if waits and self.feeder is not None:
+            result = self.feeder.defer(self, call, entry, generation)
+            return lambda: result
+        self.plan, weights = entry.plan, entry.weights.tensors()
+        program = entry.plan.program
+        if entry.plan.calls > 1:
+            new = Together(entry, weights, generation, partial(self._run, entry))
+            outputs = self._waiting.add(call, new, self._use)
+            return lambda: arranged(program, iter(outputs), call)[0]
+        outputs = self._run(entry, weights, call.tensors, generation)
+        return lambda: self._marked(returned(program, outputs, call))
 
     def _marked(self, result: Any) -> Any:
         """A result; of a part that feeds a denoiser, such that the denoiser's engine knows where it comes from."""
@@ -216,6 +228,8 @@ class Engine:
 
     def close(self, why: str = "close() was called") -> None:
         """Release everything on all ranks; later calls raise."""
+        if self.loops is not None:
+            self.loops.close()
         with self.turn.taken():
             if not self._closed:
                 self._closed = why
@@ -320,8 +334,18 @@ class Engine:
                 raise
             if call is not None:
                 self._unsplit.add(call.key)
-            self._say_unsplit(method, str(error))
+            if isinstance(error, TooManyOperatorsError) and error.repeated:
+                self._break_up(method, error.repeated)
+            else:
+                self._say_unsplit(method, str(error))
             return None
+
+    def _break_up(self, method: Method, paths: Sequence[str]) -> None:
+        """Let the modules that a method repeats run on all ranks, each call by itself."""
+        from .loops import Loops  # made of engines
+
+        self.loops = self.loops or Loops(self)
+        self.loops.add(paths, method.name)
 
     def _found_with(self, drawing: DrawingCall, gradients: bool) -> tuple[Call, Entry, bool] | None:
         """As `_found`, of a call whose random numbers have been drawn; they are given back if it runs unsplit."""
@@ -349,7 +373,8 @@ class Engine:
 
     def _run_unsplit(self, method: Method | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         assert method is not None
-        result = method.function(*args, **kwargs)
+        with nullcontext() if self.loops is None else self.loops.attached():
+            result = method.function(*args, **kwargs)
         if self._unsplit_structure is None:  # the first run may leave attributes behind, as later ones do
             self._unsplit_structure = Structure(self.model, hooks=False)
         return result

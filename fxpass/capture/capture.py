@@ -348,6 +348,7 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         if id(module) in paths:
             stack.append(recorder.path)
             recorder.path = paths[id(module)]
+            recorder.runs.enter(recorder.path, stack)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if id(module) in paths and stack:

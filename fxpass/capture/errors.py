@@ -22,7 +22,15 @@ class DrawsError(CaptureError):
 
 
 class TooManyOperatorsError(CaptureError):
-    """A call records more operators than are worth splitting."""
+    """A call records more operators than are worth splitting.
+
+    Attributes:
+        repeated: paths of the modules that the call runs again and again, if most of its operators are theirs.
+    """
+
+    def __init__(self, message: str, repeated: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.repeated = repeated
 
 
 class GuardError(RuntimeError):

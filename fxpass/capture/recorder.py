@@ -31,6 +31,7 @@ from ..ir.nodes import append
 from . import flex, kinds
 from .errors import CaptureError, DrawsError, TooManyOperatorsError, model_line
 from .fakes import Form, form_of
+from .runs import Runs
 from .survivors import is_left_behind
 
 aten = torch.ops.aten
@@ -64,6 +65,7 @@ class Recorder(TorchDispatchMode):
         self.writes: list[fx.Node] = []  #: in-place operators
         self.autocast: tuple[str, torch.dtype] | None = None  #: device type and dtype; `intercepts` updates it
         self.path = ""  #: qualified name of the module that runs
+        self.runs = Runs()
         self.line: str | None = None  #: source line for new nodes; None: the line that runs
         self._names = names
         self._most = most
@@ -176,7 +178,8 @@ class Recorder(TorchDispatchMode):
 
     def _call(self, op: Any, args: Any, kwargs: dict[str, Any], value: Any) -> fx.Node:
         if self._most is not None and len(self.graph.nodes) > self._most:
-            raise TooManyOperatorsError(f"it runs more than {self._most:,} operators (a loop over frames or tiles?)")
+            message = f"it runs more than {self._most:,} operators (a loop over frames or tiles?)"
+            raise TooManyOperatorsError(message, self.runs.repeated(self.graph))
         return append(self.graph, op, _to_nodes(args, self), _to_nodes(kwargs, self), self._described(value))
 
     def _described(self, value: Any) -> dict[str, Any]:
