@@ -11,7 +11,6 @@ with every allocator of device memory, and with the 64 MB of shared memory that 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
 from weakref import ref
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..ir.code import Form
 from .memory import check_gpu, check_shm
 from .wire import raise_file_limit
 from .workers import START, Workers
@@ -142,44 +142,25 @@ class CopiedWeights:
         return list(self._seen)
 
 
-@dataclass(frozen=True)
-class Form:
-    """The form of a weight."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    on_host: bool  #: it is on the CPU, wherever the model is
-
-    @staticmethod
-    def of(weight: Tensor) -> Form:
-        return Form(tuple(weight.shape), weight.stride(), weight.dtype, weight.device.type == "cpu")
-
-    def fits(self, old: Tensor | None, device: torch.device) -> bool:
-        """Whether the memory of an old weight can hold such a one, so that graphs which read it stay valid."""
-        return old is not None and Form.of(old) == replace(self, on_host=self.on_host or device.type == "cpu")
-
-
 def allocate(forms: Mapping[str, Form], held: dict[str, Tensor], device: torch.device) -> None:
-    """Make room for copies of weights, in a worker.
+    """Make room for copies of weights, in a worker. A copy that has the new form stays, so that graphs may read it.
 
     Args:
-        forms: by name.
+        forms: of the driving process's weights, by name. What is on the CPU there is on the CPU here.
         held: the copies so far; changed in place.
 
     Raises:
         OSError: the device has too little memory left.
     """
-    new = {name: form for name, form in forms.items() if not form.fits(held.get(name), device)}
+    here = {name: form if form.device.type == "cpu" else form._replace(device=device) for name, form in forms.items()}
+    new = {name: form for name, form in here.items() if name not in held or Form.of(held[name]) != form}
     for name in new:
         held.pop(name, None)
     if device.type == "cuda":
-        size = sum(prod(form.shape) * form.dtype.itemsize for form in new.values() if not form.on_host)
+        size = sum(prod(form.shape) * form.dtype.itemsize for form in new.values() if form.device == device)
         advice = "use fewer or larger devices, or end what else uses this one"
         check_gpu(size, device, "a copy of the model's weights", advice)
-    for name, form in new.items():
-        place = torch.device("cpu") if form.on_host else device
-        held[name] = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=place)
+    held |= {name: form.empty() for name, form in new.items()}
 
 
 Piece = list[tuple[str, int, int]]  #: (weight, where its part begins, size): parts one after the other, in bytes

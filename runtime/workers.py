@@ -115,6 +115,7 @@ class Workers:
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.threads),
+            "LOCAL_WORLD_SIZE": str(self.world_size),  # that many share the cores when steps are compiled
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
         for rank in range(1, self.world_size):
