@@ -18,7 +18,6 @@ from ..passes.targets import Device, Link, Work, packaged
 
 ROUNDS = 7  #: of each measurement; the median counts
 LARGE = {"cpu": 1536, "cuda": 8192}  #: rows of a large matrix
-STREAM = {"cpu": 1 << 26, "cuda": 1 << 30}  #: bytes of a large tensor
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
 TINY = 200  #: tiny operators that are timed together
 
@@ -34,11 +33,8 @@ def device_of(name: str, device: torch.device, link: str) -> Device:
     kind = device.type
     matrix = {name: _products(timer, getattr(torch, name)) for name in DTYPES[kind]}
     usual = DTYPES[kind][0]
-    reached: dict[Work, float] = {
-        "product": 1.0,
-        "convolution": _convolutions(timer, getattr(torch, usual)) / matrix[usual],
-        "attention": _attention(timer, getattr(torch, usual)) / matrix[usual],
-    }
+    rates, bandwidth = _in_a_step(timer, getattr(torch, usual))
+    reached: dict[Work, float] = {work: rate / matrix[usual] for work, rate in rates.items()}
     kernel, launch = _tiny(timer)
     what = "measured by fxpass calibrate"
     sources: dict[str, str] = dict.fromkeys(("matrix", "reached", "bandwidth", "kernel"), what)
@@ -54,7 +50,7 @@ def device_of(name: str, device: torch.device, link: str) -> Device:
         properties.name if kind == "cuda" else f"{_processor()}, threads of a process: {torch.get_num_threads()}"
     )
     return Device(
-        name, described, link, matrix, _stream(timer), reached, memory=memory, kernel=kernel, sources=sources, **more
+        name, described, link, matrix, bandwidth, reached, memory=memory, kernel=kernel, sources=sources, **more
     )
 
 
@@ -90,22 +86,44 @@ def _products(timer: _Timer, dtype: torch.dtype) -> float:
     return 2 * n**3 / timer.seconds(lambda: a @ b)
 
 
-def _convolutions(timer: _Timer, dtype: torch.dtype) -> float:
-    side, channels = (64, 256) if timer.device.type == "cpu" else (128, 640)
-    x, weight = timer.random(1, channels, side, side, dtype=dtype), timer.random(channels, channels, 3, 3, dtype=dtype)
-    return 2 * side**2 * channels**2 * 9 / timer.seconds(lambda: F.conv2d(x, weight, padding=1))
+def _in_a_step(timer: _Timer, dtype: torch.dtype) -> tuple[dict[Work, float], float]:
+    """FLOPs per second of each kind of work, and bytes per second of an elementwise operator.
 
+    The operators take turns, each time with other weights and with new memory for their results, as in a step: one that
+    is repeated by itself finds its operands in the caches, and is up to a sixth faster.
+    """
+    small = timer.device.type == "cpu"
+    side, channels = (64, 256) if small else (128, 640)
+    tokens, heads, width = (2048, 8, 64) if small else (4096, 24, 128)
+    features = heads * width
+    kernels = [timer.random(channels, channels, 3, 3, dtype=dtype) for _ in range(ROUNDS)]
+    weights = [timer.random(features, features, dtype=dtype) for _ in range(ROUNDS)]
+    flops: dict[Work, float] = {
+        "convolution": 2 * side**2 * channels**2 * 9,
+        "product": 2 * tokens * features**2,
+        "attention": 4 * heads * tokens**2 * width,
+    }
+    taken: dict[str, list[float]] = {}
 
-def _attention(timer: _Timer, dtype: torch.dtype) -> float:
-    tokens, heads, width = (2048, 8, 64) if timer.device.type == "cpu" else (4096, 24, 128)
-    q, k, v = (timer.random(1, heads, tokens, width, dtype=dtype) for _ in range(3))
-    return 4 * heads * tokens**2 * width / timer.seconds(lambda: F.scaled_dot_product_attention(q, k, v))
+    def timed(name: str, call: Callable[[], Tensor]) -> Tensor:
+        timer.settle()
+        began = time.perf_counter()
+        result = call()
+        timer.settle()
+        taken.setdefault(name, []).append(time.perf_counter() - began)
+        return result
 
-
-def _stream(timer: _Timer) -> float:
-    x = torch.ones(STREAM[timer.device.type] // 4, device=timer.device)
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / timer.seconds(lambda: torch.add(x, 1, out=y))
+    x, h = timer.random(1, channels, side, side, dtype=dtype), timer.random(1, tokens, features, dtype=dtype)
+    for turn in range(ROUNDS + 1):
+        if turn == 1:
+            taken.clear()  # the first turn warms up
+        kernel, weight = kernels[turn % ROUNDS], weights[turn % ROUNDS]
+        y = timed("convolution", lambda k=kernel: F.conv2d(x, k, padding=1))
+        y = timed("stream", lambda y=y: y + 1)
+        q = timed("product", lambda w=weight: F.linear(h, w)).view(1, tokens, heads, width).transpose(1, 2)
+        timed("attention", lambda q=q: F.scaled_dot_product_attention(q, q, q))
+    seconds = {name: statistics.mean(each) for name, each in taken.items()}  # a step has slow ones as well
+    return {work: flops[work] / seconds[work] for work in flops}, 2 * y.nbytes / seconds["stream"]
 
 
 def _tiny(timer: _Timer) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """One rank of the measurement of a link: `python -m fxpass.predict.link_rank PORT RANK WORLD`.
 
 The ranks exchange a small and a large value through the runtime's own channels: the messages, copies and waits are
-those of a step.
+those of a step. They compute before each exchange, as in a step: that fills the caches and lets the threads that carry
+messages sleep, after which a small message takes several times as long as one that follows another.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .ranks import join, leave
 SIZES = (1 << 10, 1 << 24)  #: bytes of each rank's part
 TURNS = (200, 12)  #: exchanges of each size that are timed
 UNTIMED = 3  #: exchanges before these
+WORK = 512  #: rows and columns of the matrices that are multiplied before each exchange
 TIMEOUT = 60.0  #: seconds
 
 
@@ -34,7 +36,7 @@ class Measured:
 
     Attributes:
         shared: whether the ranks share memory.
-        seconds: of a put and its get, for each size: the median.
+        seconds: of a put and its get, for each size: the mean, for a step has slow ones as well.
         cores: processor seconds of this process's other threads in one exchange, for each size: the mean.
     """
 
@@ -72,6 +74,7 @@ def _gather(world: int, size: int) -> Fetch:
 
 def _exchange(channel: Channel, exchange: Fetch, rank: int, turns: int) -> tuple[float, float]:
     """The seconds of a put and its get, and the processor seconds of other threads meanwhile."""
+    matrix = torch.ones(WORK, WORK)
     x = torch.ones(1, len(exchange.have[rank]), exchange.shape[2])
     packed = exchange.pack(rank, x)
     taken = []
@@ -79,11 +82,12 @@ def _exchange(channel: Channel, exchange: Fetch, rank: int, turns: int) -> tuple
     for turn in range(turns + UNTIMED):
         if turn == UNTIMED:
             cores = _other_threads()
+        matrix @ matrix
         began = time.perf_counter()
         channel.put([packed])
         channel.get()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken[UNTIMED:]), (_other_threads() - cores) / turns
+    return statistics.mean(taken[UNTIMED:]), (_other_threads() - cores) / turns
 
 
 def _other_threads() -> float:
