@@ -1,6 +1,6 @@
 """Project from one GPU to several: time one rank's steps while its messages go over a modelled link.
 
-    python -m benchmarks.gpu [--models sdxl flux-dev] [--size 2048] [--ranks 2 8] [--links nvlink pcie]
+    python -m benchmarks.gpu [--models sdxl flux-dev] [--size 2048] [--ranks 8] [--links nvlink] [--whole eager]
 
 A published model at its usual size, with random weights, runs whole in every way that torch has; the fastest is what
 counts. Then the slowest rank's steps of an n-rank plan run alone (`benchmarks/loopback.py`), eagerly, compiled by
@@ -48,6 +48,9 @@ ROOT = Path(__file__).resolve().parent.parent
 WARM = 4  #: untimed steps: each mode runs once unrecorded, and is recorded for both parities
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 WAYS = {"eager": (False, False), "inductor": (True, False), "graph": (False, True), "inductor+graph": (True, True)}
+
+
+WHOLE = "eager", "graph", "torch.compile", "channels_last"
 
 
 class Results:
@@ -140,7 +143,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     results = Results(options.out / f"{kind}.json", options.again)
     print(f"{name} at {size}, {dtype}, torch {torch.__version__}, {where}, medians of {options.steps} steps")
     expected = output_tensors(model(**inputs))[0].clone()
-    whole_model(results, model, inputs, options.steps, device)
+    whole_model(results, model, inputs, options, device)
     program = fxpass.capture(model, **inputs)
     if options.exact:
         exact(name, program, model, inputs, expected, options, device)
@@ -155,8 +158,11 @@ def measure(name: str, options: argparse.Namespace) -> None:
     (options.out / f"{kind}.md").write_text(results.markdown() + "\n")
 
 
-def whole_model(results: Results, model: nn.Module, inputs: dict[str, Any], steps: int, device: torch.device) -> None:
+def whole_model(
+    results: Results, model: nn.Module, inputs: dict[str, Any], options: argparse.Namespace, device: torch.device
+) -> None:
     """The unsplit model: eager, as a graph, compiled, and compiled with channels_last where it has convolutions."""
+    steps, wanted = options.steps, options.whole if device.type == "cuda" else ("eager",)
 
     def timed(run: Callable[[], Any]) -> dict[str, Any]:
         began = time.perf_counter()
@@ -165,13 +171,14 @@ def whole_model(results: Results, model: nn.Module, inputs: dict[str, Any], step
         first = time.perf_counter() - began
         return {"ms": milliseconds(run, steps, device), "first call s": first, "kernels": kernels(run, device)}
 
-    results.measure("whole, eager", lambda: timed(lambda: model(**inputs)))
-    if device.type != "cuda":
-        return
-    results.measure("whole, graph", lambda: timed(graphed(lambda: model(**inputs), device)))
-    plain = torch.compile(model, dynamic=False)
-    results.measure("whole, torch.compile", lambda: timed(lambda: plain(**inputs)))
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    if "eager" in wanted:
+        results.measure("whole, eager", lambda: timed(lambda: model(**inputs)))
+    if "graph" in wanted:
+        results.measure("whole, graph", lambda: timed(graphed(lambda: model(**inputs), device)))
+    if "torch.compile" in wanted:
+        plain = torch.compile(model, dynamic=False)
+        results.measure("whole, torch.compile", lambda: timed(lambda: plain(**inputs)))
+    if "channels_last" in wanted and any(isinstance(module, nn.Conv2d) for module in model.modules()):
 
         def channels_last() -> dict[str, Any]:
             anything: Any = model  # the stubs of torch do not know this argument alone
@@ -264,6 +271,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", choices=range(2, 65), metavar="N", default=[2, 8])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager", "graph", "inductor+graph"])
+    parser.add_argument("--whole", nargs="*", choices=WHOLE, default=list(WHOLE), help="ways to run the unsplit model")
     parser.add_argument("--strategy", choices=STALE, default="displaced")
     parser.add_argument("--steps", type=int, default=10, help="timed; the median counts")
     parser.add_argument("--exact", action="store_true", help="also compare all ranks with the unsplit model")

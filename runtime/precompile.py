@@ -31,7 +31,7 @@ from .wire import Connection
 log = logging.getLogger("fxpass")
 Job = tuple[Segment, tuple[Form, ...]]
 MOST = 12  #: processes; each holds some hundred MB, on GPUs too
-SHARE = 4  #: segments, for which it is worth to start a process
+SHARE = 2  #: segments, for which it is worth to start a process
 
 
 def jobs(code: StepCode, values: Sequence[Tensor], specs: Sequence[ChannelSpec]) -> list[Job]:
@@ -94,7 +94,7 @@ def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, _cores() // count)),  # for the kernels of one segment
     }
-    waiting = list(reversed(wanted))
+    waiting = sorted(wanted, key=lambda job: len(job[0].source))  # the longest are compiled first
     working: dict[Connection, Job | None] = {}
     started: list[subprocess.Popen[bytes]] = []
     cached = True
