@@ -19,7 +19,7 @@ from __future__ import annotations
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -117,6 +117,7 @@ class SpawnExecutor:
         if self._weights is None:
             kind = CopiedWeights if self._copies or device.type != "cpu" else SharedWeights
             self._weights = kind(self.workers, self._scope)
+        self._drop_weights(names)
         self._weights.bring(names, weights, look=False)
         self.workers.share_numerics()
         number = self.workers.number()
@@ -160,6 +161,9 @@ class SpawnExecutor:
         """Leave the workers. They end when no other executor uses them."""
         for plan in list(self._plans.values()):
             self.release(plan)
+        if not self.workers.ended:
+            with suppress(ConnectionError):
+                self._drop_weights(())
         self._weights = None
         if not self._closed:
             self._closed = True
@@ -208,19 +212,22 @@ class SpawnExecutor:
         return [self._scope + name for name in names]
 
     def release(self, plan: SpawnPlan) -> None:
-        """Remove a plan from the workers, and the weights that no other plan uses."""
+        """Remove a plan from the workers. Its weights stay for the next one: a new adapter leaves most as they are."""
         plan.steps.forget_graphs()
-        if self._plans.pop(plan.number, None) is None or self.workers.ended or self._weights is None:
+        if self._plans.pop(plan.number, None) is None or self.workers.ended:
             return
-        needed = {name for other in self._plans.values() for name in other.names}
-        known = set(self._weights.names())
-        unused = [name for name in dict.fromkeys(plan.names) if name not in needed and name in known]
-        self._weights.drop(unused)
-        try:
-            self.workers.send(("release", plan.number, self._scoped(unused)))
+        with suppress(ConnectionError, RankError):  # the next call raises, with the reason
+            self.workers.send(("release", plan.number))
             plan.steps.close()
-        except (ConnectionError, RankError):  # the next call raises, with the reason
+
+    def _drop_weights(self, needed: Sequence[str]) -> None:
+        """Remove the weights from the workers that neither a plan nor `needed` names."""
+        if self._weights is None:
             return
+        used = {name for plan in self._plans.values() for name in plan.names} | set(needed)
+        unused = [name for name in self._weights.names() if name not in used]
+        self._weights.drop(unused)
+        self.workers.send(("drop", self._scoped(unused)))
 
 
 class SpawnPlan:

@@ -65,10 +65,11 @@ class Worker:
                 self.steps[number] = self.loaded(plan, self.codes[number])
             case ("code", number, mode, code):
                 self.codes[number][mode] = code.on(self.device)
-            case ("release", number, unused):
+            case ("release", number):
                 self.steps.pop(number).close()
                 del self.plans[number], self.codes[number]
-                for name in unused:
+            case ("drop", names):
+                for name in names:
                     del self.weights[name]
             case ("run", number, call, context, mode, pace):
                 self.network.board.call = call

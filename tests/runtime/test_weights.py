@@ -151,6 +151,19 @@ def test_copies_are_sent_once_and_again_where_they_have_changed(
     assert len(sent) == 3
 
 
+def test_a_new_module_brings_its_weights_alone(sent: list[set[str]], pair: tuple[Block, ParallelModule]) -> None:
+    model, module = pair
+    assert is_exact(model, module)
+    sent.clear()
+    model.value = nn.Sequential(model.value, nn.Linear(16, 16))
+    assert is_exact(model, module)
+    assert sent == [{"value.0.weight", "value.0.bias", "value.1.weight", "value.1.bias"}]
+    assert "value.weight" not in module._engine.executor._weights.names()
+    model.value = model.value[0]
+    assert is_exact(model, module)
+    assert sent[1:] == [{"value.weight", "value.bias"}]
+
+
 def test_writes_that_torch_does_not_count_are_seen_at_the_next_call_that_nobody_announced(
     pair: tuple[Block, ParallelModule], sent: list[set[str]]
 ) -> None:
