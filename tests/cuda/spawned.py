@@ -27,7 +27,7 @@ from tests.runtime.plans import block
 from tests.test_exact import EXACT, error
 
 DEVICE = "cuda:0"
-WORLD = 3
+WORLD = 2  # processes on one GPU take turns: each more makes all slower
 
 
 class Timed(nn.Module):
@@ -123,7 +123,7 @@ def graphs() -> None:
     for _ in range(3):
         check(module(**given), model(**given), "after a weight moved")
     before = torch.cuda.memory_allocated()
-    for _ in range(20):
+    for _ in range(4):
         module(**given)
     assert torch.cuda.memory_allocated() == before
     module.close()
@@ -150,7 +150,7 @@ def lost() -> None:
     model, sample = block().to(DEVICE), torch.randn(2, 4, 32, 8, device=DEVICE)
     given = {"sample": sample, "timestep": torch.tensor([0.3], device=DEVICE)}
     for how in ("killed between calls", "killed in a call", "stopped"):
-        module = parallel(model, compile="graph")
+        module = parallel(model, 3, compile="graph")
         for _ in range(3):
             module(**given)
         child = module._engine.executor.processes[-1].pid

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-SECONDS = 100  #: for all scenarios, which run at the same time
+SECONDS = 150  #: for all scenarios, which run at the same time
 
 
 @pytest.fixture(scope="module")
