@@ -6,13 +6,14 @@ messages through it (`symmetric_memory.py`), for which torch needs a registered 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed import PrefixStore, ProcessGroupGloo
 
 from .board import Board
 from .network import Network, gpu_cards, one_gpu_for_two
@@ -37,27 +38,32 @@ def connect(
         RankError: a rank failed or did not arrive.
         RuntimeError: two ranks have their model on one GPU, which NCCL refuses.
     """
-    stale, fresh = (PrefixStore(name, board.store) for name in ("group", "urgent"))
     shared = one_gpu_for_two(gpu_cards(board, device)) if device.type == "cuda" and nccl else ""
     if shared and not local:
         raise RuntimeError(shared)
     blocking = device.type != "cuda" or not nccl or bool(shared)
+
+    def gloo(name: str, ranks: Sequence[int]) -> ProcessGroupGloo:
+        return _gloo(board, name, ranks, local)
+
     if blocking:
-        group, urgent = _gloo(board, stale, local), _gloo(board, fresh, local)
+        group, urgent = (gloo(name, range(board.world)) for name in ("group", "urgent"))
     else:
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=board.timeout)
         # one group only: kernels of two communicators can deadlock if ranks launch them in different orders
-        group = urgent = dist.ProcessGroupNCCL(stale, board.rank, board.world, options)
+        group = urgent = dist.ProcessGroupNCCL(PrefixStore("group", board.store), board.rank, board.world, options)
     rendezvous = LocalGroup(board, group) if local else lambda: nullcontext(registered)
-    return Network(group, urgent, blocking, board, rendezvous)
+    return Network(group, urgent, blocking, board, rendezvous, gloo if blocking else None)
 
 
-def _gloo(board: Board, store: Store, local: bool) -> ProcessGroupGloo:
-    timeout = timedelta(seconds=board.timeout)
+def _gloo(board: Board, name: str, ranks: Sequence[int], local: bool) -> ProcessGroupGloo:
+    """A group of some of the ranks, which all of these make."""
+    store = PrefixStore(f"{name}/{'.'.join(map(str, ranks))}", board.store)
+    rank, world, timeout = ranks.index(board.rank), len(ranks), timedelta(seconds=board.timeout)
     if not local:
-        return board.watched(lambda: ProcessGroupGloo(store, board.rank, board.world, timeout))
+        return board.watched(lambda: ProcessGroupGloo(store, rank, world, timeout))
     options = ProcessGroupGloo._Options()
     options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
     options._timeout = timeout
-    return board.watched(lambda: ProcessGroupGloo(store, board.rank, board.world, options))
+    return board.watched(lambda: ProcessGroupGloo(store, rank, world, options))

@@ -34,6 +34,8 @@ class Network:
         urgent: another one, for what a step awaits. A group works off its messages in turn: in one group, the output of
             a step would wait for all that only the next step needs.
         blocking: the groups move host memory and their `wait` blocks the host (gloo).
+        connect: makes a group of some of the ranks, which all of these call, in one order; its name is "group" or
+            "urgent". None: channels of some of the ranks go through a group of all.
         rendezvous: gives a process group of the same ranks that torch knows while its context lasts: GPUs of one
             machine map each other's memory through it.
     """
@@ -45,12 +47,15 @@ class Network:
         blocking: bool,
         board: Board,
         rendezvous: Callable[[], AbstractContextManager[Any]] | None = None,
+        connect: Callable[[str, Sequence[int]], Any] | None = None,
     ) -> None:
         self.group = group
         self.urgent = urgent
         self.blocking = blocking
         self.board = board
         self._rendezvous = rendezvous
+        self._connect = connect
+        self._parts: dict[tuple[str, tuple[int, ...]], Any] = {}  #: groups of some of the ranks, by name and ranks
         self._opened = 0
         self._maps: bool | None = None  #: whether all GPUs can map each other's memory; None if nobody has looked
         self._memories: list[SymmetricMemory] = []
@@ -74,7 +79,7 @@ class Network:
                 memory = symmetric_memory.allocated(specs, group, self.board, device, self._opened)
             self._memories = [each for each in self._memories if not each.closed] + [memory]
             return [SymmetricChannel(memory, i, spec) for i, spec in enumerate(specs)]
-        return [GroupChannel(spec, self._group_of(spec), device, self.blocking, self.board) for spec in specs]
+        return [GroupChannel(spec, *self._group_of(spec), device, self.blocking, self.board) for spec in specs]
 
     def maps(self, specs: Sequence[ChannelSpec], device: torch.device) -> bool:
         """Whether these channels go through memory that all GPUs map. All ranks call it in the same order."""
@@ -115,15 +120,22 @@ class Network:
         """End all waits for other ranks. Gloo cannot: its groups are never released if a rank hangs, for that waits."""
         for memory in self._memories:
             memory.abort()
-        for group in {self.group, self.urgent}:
+        for group in {self.group, self.urgent, *self._parts.values()}:
             if not self.blocking:
                 group.abort()
             elif isinstance(error, RankError) and error.hangs:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
-    def _group_of(self, spec: ChannelSpec) -> Any:
-        """The group of a channel: the urgent one for what is never stale, so that displaced steps use it as well."""
-        return self.urgent if spec.exchanges[0].fresh == "sync" else self.group
+    def _group_of(self, spec: ChannelSpec) -> tuple[Any, Sequence[int]]:
+        """The group of a channel and its ranks: an urgent one for what is never stale, also in displaced steps."""
+        name = "urgent" if spec.exchanges[0].fresh == "sync" else "group"
+        members = spec.members(self.board.rank)
+        if self._connect is None or len(members) == self.board.world:
+            return (self.urgent if name == "urgent" else self.group), range(self.board.world)
+        # no rank waits for another one in vain: where one needs a new group of its line, so do all ranks of theirs
+        if (name, members) not in self._parts:
+            self._parts[name, members] = self._connect(name, members)
+        return self._parts[name, members], members
 
 
 def gpu_cards(board: Board, device: torch.device) -> list[tuple[str, int, str]]:

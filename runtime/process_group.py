@@ -20,20 +20,23 @@ from .messages import Message
 SMALL = 1 << 16  #: bytes; up to here gloo (not NCCL) is faster at an all-to-all than at an all-gather (0.6 and 1.0 ms)
 
 
-def gathered(exchanges: tuple[Exchange, ...], world: int) -> int:
-    """Bytes of each rank's part in an all-gather: the largest message. 0 if an all-to-all is used instead, because a
-    rank sends different messages, because an all-gather would add more than a quarter of padding, or because only some
-    of the ranks exchange with each other."""
-    if exchanges[0].lines > 1 or not all(each.broadcast for each in exchanges):
+def gathered(exchanges: tuple[Exchange, ...]) -> int:
+    """Bytes of each rank's part in an all-gather among the ranks that exchange: the largest message.
+
+    0 if an all-to-all is used instead: a rank sends different messages, or an all-gather would add more than a quarter
+    of padding.
+    """
+    world = exchanges[0].world
+    if not all(each.broadcast for each in exchanges):
         return 0
     sizes = [Message(exchanges, rank, (rank + 1) % world).size for rank in range(world)]
     return max(sizes) if 4 * max(sizes) * world <= 5 * sum(sizes) else 0
 
 
-def padding(exchanges: tuple[Exchange, ...], rank: int, world: int) -> int:
-    """Bytes of padding that a rank receives of a message through NCCL."""
-    blob = gathered(exchanges, world)
-    sizes = [blob or Message(exchanges, src, rank).size for src in range(world) if src != rank]
+def padding(exchanges: tuple[Exchange, ...], rank: int) -> int:
+    """Bytes of padding that a rank, as the exchanges count it, receives of a message through NCCL."""
+    blob = gathered(exchanges) if exchanges[0].lines == 1 else 0
+    sizes = [blob or Message(exchanges, src, rank).size for src in range(exchanges[0].world) if src != rank]
     return sum(sizes) - sum(each.received(rank) for each in exchanges)
 
 
@@ -41,10 +44,12 @@ class GroupChannel:
     """A channel through a process group.
 
     Where only some of the group's ranks exchange with this one, all take part in an all-to-all, and send the others
-    nothing: every rank puts on the same channels in the same order.
+    nothing: every rank puts on the same channels in the same order. (Through gloo they wait for each other all the
+    same; NCCL launches nothing for parts without bytes.)
 
     Args:
-        group: a `ProcessGroup` or one of its backends, of all ranks.
+        group: a `ProcessGroup` or one of its backends.
+        ranks: the ranks of the group, in its order: all ranks, or those that exchange with this one.
         device: the device of the payloads.
         blocking: the group moves host memory, and its `wait` blocks the host (gloo) with a timeout, so that the board
             can be checked.
@@ -52,42 +57,51 @@ class GroupChannel:
 
     lends = False
 
-    def __init__(self, spec: ChannelSpec, group: Any, device: torch.device, blocking: bool, board: Board) -> None:
+    def __init__(
+        self,
+        spec: ChannelSpec,
+        group: Any,
+        ranks: Sequence[int],
+        device: torch.device,
+        blocking: bool,
+        board: Board,
+    ) -> None:
         self.spec = spec
         self.group = group
         self.device = device
         self.host = torch.device("cpu") if blocking else device
         self.blocking = blocking
         self.board = board
-        rank, world = board.rank, board.world
+        rank = board.rank
+        self.ranks = tuple(ranks)
         self.place = place = spec.place(rank)
         self.members = spec.members(rank)
-        self.blob = gathered(spec.exchanges, world)
+        self.blob = gathered(spec.exchanges) if self.ranks == self.members else 0
         self.gather = self.blob > (SMALL if blocking else 0)
         others = {r: i for i, r in enumerate(self.members) if r != rank}  #: their places
         self.outgoing = {dst: Message(spec.exchanges, place, i) for dst, i in others.items()}
         self.incoming = {src: Message(spec.exchanges, i, place) for src, i in others.items()}
-        self.sends = [self.outgoing[r].size if r in others else 0 for r in range(world)]
-        self.receives = [self.incoming[r].size if r in others else 0 for r in range(world)]
-        # where each rank's message begins in the receive buffer
-        self.starts = [self.blob * r for r in range(world)] if self.gather else [*accumulate([0, *self.receives[:-1]])]
+        self.sends = [self.outgoing[r].size if r in others else 0 for r in self.ranks]
+        self.receives = [self.incoming[r].size if r in others else 0 for r in self.ranks]
+        lengths = [self.blob] * len(self.ranks) if self.gather else self.receives
+        #: where each rank's message begins in the receive buffer
+        self.starts = dict(zip(self.ranks, accumulate(lengths[:-1], initial=0), strict=True))
         self._work: Any = None  #: of the message in flight
         self._arriving: Tensor | None = None  #: the message put last
 
     def put(self, packed: Sequence[Payloads]) -> None:
         self.close()
-        rank, world = self.board.rank, self.board.world
         if self.gather:
-            other = (rank + 1) % world
+            other = (self.place + 1) % len(self.members)
             send = torch.empty(self.blob, dtype=torch.uint8, device=self.device)
-            self.outgoing[other].write([payloads[other] for payloads in packed], send, 0)
-            receive = torch.empty(self.blob * world, dtype=torch.uint8, device=self.host)
+            self.outgoing[self.members[other]].write([payloads[other] for payloads in packed], send, 0)
+            receive = torch.empty(self.blob * len(self.ranks), dtype=torch.uint8, device=self.host)
             self._work = self.group._allgather_base(receive, send.to(self.host))
         else:
             send = torch.empty(sum(self.sends), dtype=torch.uint8, device=self.device)
-            starts = [*accumulate(self.sends[:-1], initial=0)]
+            starts = dict(zip(self.ranks, accumulate(self.sends[:-1], initial=0), strict=True))
             for i, dst in enumerate(self.members):
-                if dst != rank:
+                if i != self.place:
                     self.outgoing[dst].write([payloads[i] for payloads in packed], send, starts[dst])
             receive = torch.empty(sum(self.receives), dtype=torch.uint8, device=self.host)
             self._work = self.group.alltoall_base(receive, send.to(self.host), self.receives, self.sends)

@@ -125,4 +125,4 @@ def padding_of(message: Sequence[Exchange], rank: int, *, exact: bool = True) ->
     if not exact and not message[0].repeated:
         return 0
     sent = tuple(message) if exact else tuple(each.wire for each in message)
-    return padding(sent, message[0].place(rank), message[0].world)
+    return padding(sent, message[0].place(rank))

@@ -175,7 +175,7 @@ class _Assembly:
             rank = self.program.rank
             attributes += [
                 ir.AttrInt64("last", int(message.last)),
-                ir.AttrInt64("padding", padding(channel.exchanges, channel.place(rank), channel.exchanges[0].world)),
+                ir.AttrInt64("padding", padding(channel.exchanges, channel.place(rank))),
             ]
             for each in message.payloads:
                 result = self.value(self.unique(f"{name}/{route(identifier, each)}"), each.value)

@@ -48,7 +48,8 @@ def main(folder: Path) -> None:
     errors = [attempt(lambda look=look: pair(apart, one, two, timestep, look=look)) for look in (RANK == "0", False)]
     runner = parallel._engine.programs.all()[0].loaded.runner
     kinds = sorted({type(channel).__name__ for channel in runner.channels(0)})
-    found = {"equal": equal, "traffic": dict(parallel.traffic), "kinds": kinds, "errors": errors}
+    lines = sorted({len(getattr(channel, "ranks", ())) for channel in runner.channels(0)})
+    found = {"equal": equal, "traffic": dict(parallel.traffic), "kinds": kinds, "lines": lines, "errors": errors}
     (folder / f"{RANK}.json").write_text(json.dumps(found))
     parallel.close()
     apart.close()

@@ -113,6 +113,7 @@ def test_ranks_under_torchrun_give_what_lockstep_gives_bit_for_bit(disable: str,
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["equal"] == [True] * (6 + 2 * 6)
         assert found["kinds"] == ["GroupChannel" if disable == "1" else "MemoryChannel"]
+        assert found["lines"] == ([2] if disable == "1" else [0])  # ranks of a group
         assert set(found["traffic"]) > {"halo", "keys_values", "moments", "output"}
         early, after = found["errors"]  # rank 0 alone has used the first result before the second call
         assert "DisagreementError" in early

@@ -73,13 +73,15 @@ def through_channels(
     world = len(values)
     spec = ChannelSpec("exchange", "", tuple(exchanges), late=False)
     ends: list[Mailbox] = []
-    channels = [GroupChannel(spec, Mailbox(ends), CPU, False, board(rank, world)) for rank in range(world)]
+    channels = [
+        GroupChannel(spec, Mailbox(ends), range(world), CPU, False, board(rank, world)) for rank in range(world)
+    ]
     for rank, channel in enumerate(channels):
         channel.put([each.pack(rank, x) for each, x in zip(exchanges, values[rank], strict=True)])
     received = [channel.get() for channel in channels]
     for rank, end in enumerate(ends):
         payloads = sum(each.received(rank) for each in exchanges)
-        assert end.arriving == payloads + padding(spec.exchanges, rank, world)
+        assert end.arriving == payloads + padding(spec.exchanges, rank)
     results = [
         [
             comm.unpack(x, part, each, rank)
@@ -127,8 +129,8 @@ def test_messages_of_equal_size_from_all_ranks_are_gathered_however_small() -> N
 @pytest.mark.parametrize("world", [2, 3])
 def test_an_all_gather_of_equal_messages_pads_nothing(world: int) -> None:
     total = Reduce("sum", (4,), torch.float32, world)
-    assert gathered((total,), world) == 16
-    assert padding((total,), 0, world) == 0
+    assert gathered((total,)) == 16
+    assert padding((total,), 0) == 0
 
 
 class Attention(nn.Module):

@@ -11,7 +11,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxpass.ir.strategy import Strategy
-from fxpass.runtime.board import Board
+from fxpass.runtime import distributed
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.network import Network
 from fxpass.runtime.process_group import GroupChannel
 from tests.runtime.plans import block, parallel, steps, whole
 from tests.runtime.ranks import RANK, WORLD, attempt
@@ -78,36 +80,45 @@ class Office:
         return letter
 
 
-class ByOffice(DistributedExecutor):
-    """Its stale exchanges go by an `Office`."""
+@contextmanager
+def by_office() -> Iterator[list[Office]]:
+    """Stale exchanges of executors that connect in the context go by an `Office`: yields these, as they are made."""
+    offices: list[Office] = []
+    was = distributed.connect
 
-    office: Office
+    def connect(*args: Any, **kwargs: Any) -> Network:
+        network = was(*args, **kwargs)
+        network.group = Office(network.group)
+        offices.append(network.group)
+        return network
 
-    def _connected(self, device: torch.device, board: Board) -> tuple[Any, Any, bool]:
-        group, urgent, blocking = super()._connected(device, board)
-        self.office = Office(group)
-        return self.office, urgent, blocking
+    distributed.connect = connect
+    try:
+        yield offices
+    finally:
+        distributed.connect = was
 
 
 def overlap() -> dict[str, Any]:
     """Of six steps, two of them exact: nothing that a displaced one sends leaves before its end."""
     strategy = replace(Strategy.of("stale_gn"), warmup_steps=2)
-    executor = ByOffice(WORLD, timeout=60)
+    executor = DistributedExecutor(WORLD, timeout=60)
     module, reference = parallel(MODEL, executor, strategy), parallel(MODEL, LockstepExecutor(WORLD), strategy)
     equal, error = [], "nothing"
-    for k, call in enumerate(steps(6)):
-        if k:
-            executor.office.step, executor.office.shut = k, k >= 2
-        found: list[Tensor] = []
-        error = attempt(lambda call=call, found=found: found.append(module(*call)["sample"]))
-        if not found:
-            break
-        equal.append(torch.equal(found[0], reference(*call)["sample"]))
-        for letter in executor.office.letters:
-            letter.leave()
-    executor.office.step = 6
+    with by_office() as offices:
+        for k, call in enumerate(steps(6)):
+            if k:
+                offices[0].step, offices[0].shut = k, k >= 2
+            found: list[Tensor] = []
+            error = attempt(lambda call=call, found=found: found.append(module(*call)["sample"]))
+            if not found:
+                break
+            equal.append(torch.equal(found[0], reference(*call)["sample"]))
+            for letter in offices[0].letters:
+                letter.leave()
+    offices[0].step = 6
     module.close()
-    flights = Counter((each.sent, each.received) for each in executor.office.letters)
+    flights = Counter((each.sent, each.received) for each in offices[0].letters)
     return {"equal": equal, "error": error, "flights": [[*pair, count] for pair, count in flights.items()]}
 
 
