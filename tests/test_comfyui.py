@@ -143,7 +143,7 @@ def module_of(patcher: ModelPatcher) -> Any:
 
 
 def test_the_node_gives_the_picture_of_the_unsplit_model(loaded: ModelPatcher) -> None:
-    (split,) = SPLIT().split(loaded, gpus=2, strategy="sync", compile=False)
+    (split,) = SPLIT().split(loaded, gpus=2, guidance=False, strategy="sync", compile=False)
     for seed in (0, 1):
         torch.testing.assert_close(sample(split, seed=seed), sample(loaded, seed=seed))
     assert type(loaded.model.diffusion_model) is Denoiser
@@ -162,6 +162,13 @@ def test_the_node_gives_the_picture_of_the_unsplit_model(loaded: ModelPatcher) -
     assert gone([worker])
 
 
+def test_the_branches_of_guidance_run_on_different_gpus_and_only_outputs_travel(loaded: ModelPatcher) -> None:
+    (split,) = SPLIT().split(loaded, gpus=2, guidance=True, strategy="sync", compile=False)
+    torch.testing.assert_close(sample(split), sample(loaded))
+    assert module_of(split).traffic.keys() == {"output"}
+    module_of(split).close()
+
+
 def test_each_picture_is_announced_so_that_its_first_and_last_steps_are_exact(
     loaded: ModelPatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +180,7 @@ def test_each_picture_is_announced_so_that_its_first_and_last_steps_are_exact(
         return run(self, weights, inputs, step)
 
     monkeypatch.setattr(SpawnPlan, "run", noted)
-    (split,) = SPLIT().split(loaded, gpus=2, strategy="displaced", compile=False)
+    (split,) = SPLIT().split(loaded, gpus=2, guidance=False, strategy="displaced", compile=False)
     for seed in (0, 1):
         exact.clear()
         expected, found = sample(loaded, steps=12, seed=seed), sample(split, steps=12, seed=seed)
@@ -190,7 +197,7 @@ def test_what_other_nodes_have_put_around_the_call_stays_and_runs_within(loaded:
         return 0.5 * apply_model(call["input"], call["timestep"], **call["c"])
 
     loaded.set_model_unet_function_wrapper(around)
-    (split,) = SPLIT().split(loaded, gpus=2, strategy="sync", compile=False)
+    (split,) = SPLIT().split(loaded, gpus=2, guidance=False, strategy="sync", compile=False)
     found = sample(split, steps=2)
     assert seen == [ParallelModule] * 2
     torch.testing.assert_close(found, sample(loaded, steps=2))
@@ -198,7 +205,7 @@ def test_what_other_nodes_have_put_around_the_call_stays_and_runs_within(loaded:
 
 
 def test_copies_of_the_model_share_its_workers_and_a_failed_call_begins_with_new_ones(loaded: ModelPatcher) -> None:
-    (split,) = SPLIT().split(loaded, gpus=2, strategy="sync", compile=False)
+    (split,) = SPLIT().split(loaded, gpus=2, guidance=False, strategy="sync", compile=False)
     expected = sample(split, steps=2)
     copied = split.clone()
     assert module_of(copied) is module_of(split)
@@ -217,7 +224,7 @@ def test_a_model_that_cannot_be_split_stops_the_sampler_with_the_reason(loaded: 
         return tokens + torch.randn_like(tokens)
 
     loaded.model_options["transformer_options"]["patches"] = {"attn1_patch": [noise]}
-    (split,) = SPLIT().split(loaded, gpus=2, strategy="sync", compile=False)
+    (split,) = SPLIT().split(loaded, gpus=2, guidance=False, strategy="sync", compile=False)
     with pytest.raises(fxpass.CaptureError, match="random"):
         sample(split, steps=2)
     assert type(loaded.model.diffusion_model) is Denoiser
@@ -225,7 +232,7 @@ def test_a_model_that_cannot_be_split_stops_the_sampler_with_the_reason(loaded: 
 
 def test_the_node_declares_what_comfyui_reads() -> None:
     inputs = SPLIT.INPUT_TYPES()["required"]
-    assert list(inputs) == ["model", "gpus", "strategy", "compile"]
+    assert list(inputs) == ["model", "gpus", "guidance", "strategy", "compile"]
     assert inputs["strategy"][0][0] == "sync"
     for name in inputs["strategy"][0]:
         fxpass.Strategy.of(name)

@@ -83,15 +83,19 @@ class SplitOverGPUs:
             "required": {
                 "model": ("MODEL",),
                 "gpus": ("INT", {"default": 2, "min": 2, "max": 64}),
+                "guidance": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "positive and negative prompt on different GPUs: exact, no strategy"},
+                ),
                 "strategy": (list(STRATEGIES), {"tooltip": "sync is exact; the others are faster and a little off"}),
                 "compile": ("BOOLEAN", {"default": False, "tooltip": "faster steps; the first ones take minutes"}),
             }
         }
 
-    def split(self, model: Any, gpus: int, strategy: str, compile: bool) -> tuple[Any]:  # noqa: A002
+    def split(self, model: Any, gpus: int, guidance: bool, strategy: str, compile: bool) -> tuple[Any]:  # noqa: A002
         """The model with its calls split."""
         patched = model.clone()
-        options = {"world_size": gpus, "strategy": strategy, "compile": compile}
+        options = {"world_size": gpus, "cfg": 2 if guidance else 1, "strategy": strategy, "compile": compile}
         before = patched.model_options.get("model_function_wrapper")
         patched.set_model_unet_function_wrapper(Split(options, before))
         return (patched,)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from fxpass.tools import checkout
-from fxpass.tools.commands.generate import Request, load, run
+from fxpass.tools.commands.generate import Request, device_for, load, run
 from fxpass.tools.demo import command as demo
 from fxpass.tools.pictures import AMPLIFICATION, comparison, image, psnr, psnr_text
 from tests.tools.command import fxpass
@@ -149,3 +150,22 @@ def test_a_comparison_shows_both_images_and_their_amplified_difference() -> None
 
 def test_images_are_rounded_to_8_bits() -> None:
     assert np.asarray(image(np.array([[[0.0, 0.5, 1.2]]]))).tolist() == [[[0, 128, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "executor", "world", "device"),
+    [
+        (0, "auto", None, "cpu"),
+        (1, "auto", None, "cpu"),
+        (2, "auto", None, "cuda:0"),
+        (2, "spawn", 3, "cpu"),
+        (4, "spawn", 3, "cuda:0"),
+        (1, "lockstep", 4, "cuda:0"),
+        (1, "auto", 1, "cuda:0"),
+    ],
+)
+def test_workers_are_on_gpus_where_each_rank_has_one(
+    gpus: int, executor: str, world: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert device_for(executor, world) == device

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..media import Medium
 
 
+DEFAULT_WORLD = 2  #: ranks, outside torchrun
 FRAMES = ("num_frames", "video_length")  #: what pipelines call the number of frames
 SECONDS = ("audio_length_in_s", "audio_end_in_s", "audio_duration", "audio_duration_s", "duration")  #: of a sound
 
@@ -105,7 +106,7 @@ def generate(
     out = console()
     pipe = load(pipeline, dtype, device_for(executor, world_size))
     request = Request(prompt, negative_prompt, steps, guidance, height, width, seed, frames, seconds, fps)
-    world = world_size or int(os.environ.get("WORLD_SIZE", "2"))
+    world = world_size or int(os.environ.get("WORLD_SIZE", DEFAULT_WORLD))
     label = f"{world} rank{'s' if world > 1 else ''}"
     split, alone = make(pipe, request, world, strategy, executor, label, compare=compare)
     if rank() == 0:
@@ -132,14 +133,14 @@ def check_arguments(strategy: str, executor: str, output: Path | None) -> None:
 
 
 def device_for(executor: str, world_size: int | None) -> str:
-    """The process's own GPU, if there is one; the CPU for `spawn`, whose workers share memory."""
+    """The process's own GPU, for `spawn` the first one if there is one for each rank; else the CPU."""
     import torch
 
     from ...runtime import distributed
 
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if executor == "spawn" or (executor == "auto" and not distributed.inside() and world_size != 1):
-        return "cpu"
+        return "cuda:0" if torch.cuda.device_count() >= (world_size or DEFAULT_WORLD) else "cpu"
     return f"cuda:{local}" if local < torch.cuda.device_count() else "cpu"
 
 
