@@ -123,7 +123,8 @@ class CopiedWeights:
         buffer = self._workers.buffer
         if buffer is None:
             check_shm(PIECE, "sending this model's weights to the workers")
-            self._workers.buffer = buffer = torch.empty(PIECE, dtype=torch.uint8)
+            with torch.inference_mode(False):  # later calls write to it, also outside inference mode
+                self._workers.buffer = buffer = torch.empty(PIECE, dtype=torch.uint8)
             self._workers.send(("buffer", buffer))
         flat = {self._scope + name: dense(weight) for name, weight in weights.items()}
         self._workers.send(("copies", {name: Form.of(weight) for name, weight in flat.items()}))

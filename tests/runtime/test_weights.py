@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -197,8 +198,38 @@ def test_writes_that_torch_does_not_count_are_seen_when_the_next_generation_begi
     assert sent == [{"value.weight"}, {"conv_in.weight"}]
 
 
-def test_weights_larger_than_a_piece_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_larger_than_a_piece_arrive_whole_also_in_inference_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(weights, "PIECE", 101)  # no multiple of an element
     model = block()
     with parallel(model, SpawnExecutor(2, timeout=60, copies=True)) as module:
+        with torch.inference_mode():
+            assert is_exact(model, module)
+        with torch.no_grad():  # the buffer can be written to, wherever the first call was made
+            model.key.weight.mul_(1.5)
         assert is_exact(model, module)
+
+
+def test_modules_on_the_same_workers_have_weights_of_their_own_also_from_two_threads() -> None:
+    models = [block(seed) for seed in (0, 1)]
+    first = SpawnExecutor(2, timeout=60, copies=True)
+    modules = [parallel(model, executor) for model, executor in zip(models, (first, first.share()), strict=True)]
+    turn = modules[0]._engine.turn
+    modules[1]._engine.turn = turn  # as the parts of a pipeline have
+    modules[0].warmup(*inputs())
+
+    def run(i: int) -> list[bool]:
+        found = []
+        for k in range(3):
+            with torch.no_grad():
+                models[i].key.weight.mul_(1.1 + i)
+            found.append(is_exact(models[i], modules[i], seed=k))
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [[True] * 3] * 2
+    modules[0].close()
+    assert is_exact(models[1], modules[1])
+    modules[1].close()
+    assert all(process.poll() is not None for process in first.processes)
