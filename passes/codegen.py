@@ -126,6 +126,8 @@ class _Writer(_Text):
                 raise ValueError(f"a step program has a {node.op} node: {node.format_node()}")
             if node.target is comm.put:
                 packed, channel = node.args
+                if self.program.channels[channel].closing:
+                    self.keep(node)
                 label = f"put of {self.program.channels[channel]}"
                 self.line(f'    {name} = yield "put", {channel}, {self.text(packed)}', label)
             elif node.target is comm.get:
@@ -144,6 +146,13 @@ class _Writer(_Text):
         lines, received = tuple(self.lines), program.received()
         data = program.rank, program.mode, names, source, self.table, lines, received
         return StepCode(*data, segments, self.places)
+
+    def keep(self, closing: fx.Node) -> None:
+        """Write what happens before the closing message is put."""
+        (output,) = self.graph.find_nodes(op="output")
+        outputs, state = output.args[0]
+        have = [value if self.number[value] < self.number[closing] else None for value in outputs]
+        self.line(f'    yield "keep", -1, ({self.text(have)}, {self.text(list(state))})', "the new state")
 
     def call(self, node: fx.Node, name: str, label: str) -> None:
         arguments = [self.text(a) for a in node.args]

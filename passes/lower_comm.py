@@ -178,8 +178,25 @@ class _Lowering:
                     result.meta.update(node.meta)
             else:
                 self.env[node] = append_copy(self.graph, node, self.env.__getitem__)
+        self._close()
         self.graph.lint()
         return self.graph
+
+    def _close(self) -> None:
+        """Let the step end with the closing message: what does not read it goes before its put."""
+        closing = {number for channel, number in self.channels.items() if channel.closing}
+        puts = self.graph.find_nodes(op="call_function", target=comm.put)
+        put = next((node for node in puts if node.args[1] in closing), None)
+        if put is None:
+            return
+        after: set[fx.Node] = set()  #: what reads it
+        node = put.next
+        while node.op != "output":
+            here, node = node, node.next
+            if (here.target is comm.get and here.args[0] in closing) or after.intersection(here.all_input_nodes):
+                after.add(here)
+            else:
+                put.prepend(here)
 
     def _begin(self) -> None:
         """The placeholders beside those of the model, and what every step does first."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ir.advice import warn
 from ..ir.ops import Table, index_tensors_from
 from ..ir.step import Mode
-from .step_runner import StepRunner, run_in_turns
+from .step_runner import StepRunner, copies, run_in_turns
 from .symmetric_memory import SymmetricChannel, SymmetricMemory
 
 Outputs = list[list[Tensor]]  #: of each rank
@@ -132,10 +132,6 @@ def fill(buffer: Tensor, x: Tensor) -> None:
         buffer.fill_(x.item())
     else:
         buffer.copy_(x)
-
-
-def copies(outputs: Sequence[Tensor]) -> list[Tensor]:
-    return [each.clone() for each in outputs]
 
 
 def cuda_recorder(device: torch.device) -> Recorder:

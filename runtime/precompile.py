@@ -68,11 +68,11 @@ def jobs(code: StepCode, values: Sequence[Tensor], specs: Sequence[ChannelSpec])
         with contextlib.suppress(StopIteration):
             while True:
                 act, channel, _ = run.send(received)
-                exchanges = specs[channel].exchanges
-                place = specs[channel].place(code.rank)
                 received = None
                 if act == "get":
-                    received = [comm.new_received(each, place, device) for each in exchanges]
+                    spec = specs[channel]
+                    place = spec.place(code.rank)
+                    received = [comm.new_received(each, place, device) for each in spec.exchanges]
     return list(found)
 
 

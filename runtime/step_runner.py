@@ -45,11 +45,9 @@ class ContextState:
         self.state: list[Tensor] = []
         self.steps = 0  #: begun so far; counted on rank 0, which tells the others the mode
         self.exact = False  #: whether the last one was
-
-    @property
-    def lent(self) -> bool:
-        """Whether others write to the receive buffers again, so that nothing of a step may lie there when it ends."""
-        return any(channel.lends for channel in self.channels or ())
+        self.lent = (
+            False  #: whether others write to the receive buffers again, so that nothing of a step may stay there
+        )
 
     def next(self, step: Step) -> Mode:
         """The mode of a step that follows the last one; it counts as run from now on."""
@@ -71,6 +69,11 @@ class ContextState:
         copied = {id(value): torch.empty_like(value) for value in moving}  # what moves to another place
         copy_all([(copied[id(value)], value) for value in moving])
         copy_all([(old, copied.get(id(value), value)) for old, value in changed])
+
+
+def copies(values: Sequence[Any]) -> list[Any]:
+    """Copies of tensors; other values stay."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
 
 def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -184,11 +187,33 @@ class StepRunner:
         values = self._values(code, pool)
         del pool
         compiled = self._compiler.segments(code) if self._compiler else None
-        outputs, state = yield from code.run(values, compiled)
-        if self.fixed or here.lent:
+        run = code.run(values, compiled)
+        del values
+        apart = self.fixed or here.lent
+        saved: list[Tensor | None] | None = None
+        received: list[Tensor] | None = None
+        box: list[Any] = []  # holds what is put only until it is yielded
+        while True:
+            try:
+                box.append(run.send(received))
+            except StopIteration as stop:
+                outputs, state = stop.value
+                break
+            received = None
+            if box[0][0] != "keep":
+                received = yield box.pop()
+                continue
+            _, _, (outputs, state) = box.pop()
+            if apart:
+                here.overwrite(state)
+                saved = copies(outputs)
+            del outputs, state
+        if not apart:
+            here.state = state
+        elif saved is None:
             here.overwrite(state)
         else:
-            here.state = state
+            outputs = [now if each is None else each for each, now in zip(saved, outputs, strict=True)]
         return outputs, here.state
 
     def _values(self, code: StepCode, pool: Sequence[Tensor]) -> list[Tensor]:
@@ -216,7 +241,7 @@ class StepRunner:
         channels = self.channels(context)
         outputs, _ = drive(self.start(weights, inputs, context, mode, as_tensor(pace)), channels)
         self.count(mode)
-        return [each.clone() for each in outputs] if self._contexts[context].lent else outputs
+        return copies(outputs) if self._contexts[context].lent else outputs
 
     def channels(self, context: int) -> Sequence[Channel]:
         """Those of a context, which is opened if it is new."""
@@ -239,6 +264,7 @@ class StepRunner:
         context = self._contexts[number]
         if context.channels is None:
             context.channels = self._open(self.specs)
+            context.lent = any(channel.lends for channel in context.channels)
             with torch.inference_mode(False):  # later calls may write to it, also outside inference mode
                 context.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self._state]
         return context

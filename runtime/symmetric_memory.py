@@ -9,12 +9,13 @@ A step counts itself on the device. It puts at most one message on each of its c
 parity: every rank writes its part to where the others read it, and `get` returns the buffers themselves. Nothing is
 ever in flight that a later step would have to receive: a message that nobody reads is overwritten two steps later.
 
-Each step ends with the closing channel (`ChannelSpec.closing`), on which a rank puts when all its other messages have
-left. A rank that begins step t + 1 has seen all others put their closing message of step t. So
+Each step ends with the closing channel (`ChannelSpec.closing`), on which a rank puts when its other messages have left.
+A rank that begins step t + 1 has seen all others put their closing message of step t. So
 
 - all messages of step t have come, and a `get` of one in step t + 1 waits for nothing;
-- none of the others still reads what it was sent in step t - 1, for displaced steps read such messages before they put
-  their last one: two buffers are enough.
+- none of the others still reads what it was sent in step t, except messages that it reads a step later, and the closing
+  one. Two buffers are enough for these, one for all others. The runner copies what a step keeps of its receive buffers
+  before the closing message is put.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def buffer_places(specs: Sequence[ChannelSpec], world: int) -> tuple[int, list[l
     places: list[list[list[list[int]]]] = []
     for spec in specs:
         places.append([])
-        for _ in range(PARITIES):
+        for parity in range(PARITIES):
+            if parity and not (spec.late or spec.closing):
+                places[-1].append(places[-1][0])  # read in the step in which it is put
+                continue
             places[-1].append([])
             for rank in range(world):
                 starts: list[int] = []

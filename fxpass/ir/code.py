@@ -24,9 +24,11 @@ from torch import Tensor
 from .step import Mode
 
 SEGMENT = "<fxpass segment>"  #: the file name of a segment's source, in tracebacks
-Act = Literal["put", "get"]
+Act = Literal["put", "get", "keep"]
 #: Yields (act, channel, what is put: of each exchange, by destination), is sent the receive buffers at a get, and
-#: returns (outputs, new state). It empties the list of buffers, so that nobody keeps alive what it has used.
+#: returns (outputs, new state). It empties the list of buffers, so that nobody keeps alive what it has used. Before the
+#: closing message is put it yields ("keep", -1, (outputs, new state)), with None for outputs that it does not have yet:
+#: after that message other ranks may write to the receive buffers of this step.
 Run = Generator[tuple[Act, int, Any], Any, tuple[list[Tensor], list[Tensor]]]
 
 

@@ -16,6 +16,7 @@ say. A message that a step has put and that no later step gets is dropped by its
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -106,7 +107,8 @@ def verify_step(program: StepProgram) -> None:
 
     Raises:
         AssertionError: the new state has other entries than the old one; a message of this step is awaited before it is
-            put, or one of the last step after that; a channel is used twice in one way, or after the closing one.
+            put, or one of the last step after that; a channel is used twice in one way; or what follows the put of the
+            closing message reads anything but it.
     """
     (output,) = program.graph.find_nodes(op="output")
     _, after = output.args[0]
@@ -121,9 +123,7 @@ def verify_step(program: StepProgram) -> None:
         spec = program.channels[channel]
         where = f"{program.mode} step of rank {program.rank}, {spec.name}"
         assert not closing & {each for each, _ in got}, f"{where}: after the end of the step"
-        if closing & put_already:
-            assert node.target is get, f"{where}: put after the closing message"
-            assert channel in put_already, f"{where}: a message of the last step is read after the closing one is put"
+        assert not closing & put_already or channel in closing, f"{where}: used after the closing message is put"
         if node.target is put:
             assert channel not in put_already, f"{where}: put twice"
             put_already.add(channel)
@@ -133,3 +133,17 @@ def verify_step(program: StepProgram) -> None:
         assert not now or program.mode == "exact" or not spec.late, f"{where}: the last message is read after the put"
         assert (channel, now) not in got, f"{where}: got twice"
         got.add((channel, now))
+    if closing & put_already:
+        kept = {spec.name for spec in program.state}
+        read = kept.intersection(str(node.target) for node in _read_after(program, closing) if node.op == "placeholder")
+        assert not read, f"{program.mode} step of rank {program.rank} reads {read} after the closing message is put"
+
+
+def _read_after(program: StepProgram, closing: set[int]) -> Iterator[fx.Node]:
+    """What the operators after the put of the closing message read."""
+    nodes = iter(calls(program.graph))
+    for node in nodes:
+        if node.target is put and node.args[1] in closing:
+            break
+    for node in nodes:
+        yield from node.all_input_nodes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from fxpass.ir.step import EXACT, ChannelSpec, Mode, Step
 from fxpass.models.small import cases
 from fxpass.runtime.graphs import Outputs, StepGraphs
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.step_runner import StepRunner
+from fxpass.runtime.step_runner import StepRunner, as_tensor
 from tests.runtime.tape import symmetric_channels, tape
 from tests.runtime.test_step_runner import STEPS, WORLD, planned
 
@@ -180,3 +181,82 @@ def test_a_tape_does_again_what_it_recorded() -> None:
         replay()
     assert total.item() == 30
     assert outputs[0][0].flatten().tolist() == [10, 10, 10]
+
+
+class Racing:
+    """All ranks of a plan over symmetric memory; each goes on as soon as messages let it, in an order drawn at random.
+
+    So a rank may be a step ahead of another, and write to memory from which the other still reads.
+    """
+
+    def __init__(self, name: str, strategy: str, seed: int) -> None:
+        self.model, self.given, self.plan = planned(name, strategy, 32)
+        self.ends: list[Any] = []
+        self.runners = [
+            StepRunner.of(self.plan, rank, lambda specs, r=rank: self.open(r, specs), CPU, Counter())
+            for rank in range(WORLD)
+        ]
+        self.chance = random.Random(seed)
+
+    def open(self, rank: int, specs: Sequence[ChannelSpec]) -> list[Any]:
+        self.ends = self.ends or symmetric_channels(specs, WORLD)
+        return self.ends[rank]
+
+    def run(self, steps: Sequence[tuple[str, float]]) -> tuple[list[Outputs], list[Outputs]]:
+        """The outputs of each step on each rank; and of lockstep."""
+        key = next(name for name, x in self.given.items() if x.is_floating_point() and x.ndim > 2)
+        drift = torch.randn(self.given[key].shape, generator=torch.Generator().manual_seed(4))
+        calls = [
+            Call.of(self.model, (), self.given | {key: self.given[key] + 0.1 * k * drift}).tensors
+            for k in range(len(steps))
+        ]
+        weights = WeightTable(self.model, list(self.plan.program.weights.values())).tensors()
+        loaded = LockstepExecutor(WORLD).load(self.plan, weights, calls[0])
+        taken = [
+            EXACT if kind == "E" or self.plan.exact_steps is None else Step(0, False, pace) for kind, pace in steps
+        ]
+        found: list[Outputs] = [[[] for _ in range(WORLD)] for _ in steps]
+
+        def rank(number: int) -> Iterator[None]:
+            runner = self.runners[number]
+            ends = runner.channels(0)
+            for k, step in enumerate(taken):
+                run = runner.start(weights, calls[k], 0, runner.mode(step), as_tensor(step.pace))
+                received = None
+                while True:
+                    try:
+                        act, channel, packed = run.send(received)
+                    except StopIteration as stop:
+                        yield  # the others may write before the outputs are copied
+                        found[k][number] = [each.clone() for each in stop.value[0]]
+                        break
+                    received = None
+                    if act == "put":
+                        ends[channel].put(packed)
+                    else:
+                        while not ends[channel].ready():
+                            yield
+                        received = ends[channel].get()
+                    yield
+
+        with torch.no_grad():
+            running = [rank(number) for number in range(WORLD)]
+            favourite = 0  # goes on alone for a while
+            while running:
+                if self.chance.random() < 0.02:
+                    favourite = self.chance.randrange(WORLD)
+                turn = running[favourite % len(running)] if self.chance.random() < 0.9 else self.chance.choice(running)
+                try:
+                    next(turn)
+                except StopIteration:
+                    running.remove(turn)
+            return found, [loaded.run_all(weights, call, step) for call, step in zip(calls, taken, strict=True)]
+
+
+@pytest.mark.parametrize("strategy", ["sync", "displaced", "compressed", "pcpp", "corrected_async_gn"])
+@pytest.mark.parametrize("name", ["block", "flux"])
+def test_ranks_that_are_ahead_do_not_write_where_others_still_read(name: str, strategy: str) -> None:
+    for seed in range(3):
+        found, expected = Racing(name, strategy, seed).run(STEPS * 2)
+        for k, pair in enumerate(zip(found, expected, strict=True)):
+            assert same(pair), f"step {k}"
