@@ -17,7 +17,7 @@ OMP_NUM_THREADS is set, with `torch.get_num_threads()`.
 from __future__ import annotations
 
 import subprocess
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -36,6 +36,8 @@ from .rank_steps import RankSteps
 from .step_runner import LoadedPlan, StepRunner, coder, placeholders
 from .weights import CopiedWeights, SharedWeights, Weights
 from .workers import START, Workers
+
+GENERATIONS = 64  #: remembered of each plan, to compare weights once in each
 
 
 class SpawnExecutor:
@@ -252,13 +254,13 @@ class SpawnPlan:
         self.names = list(plan.program.weights.values())
         self.shared = shared  #: shared buffers for the inputs of a call
         self.sent: set[Mode] = set()  #: modes whose code the workers have
-        self._generation: int | None = None  #: of the last call, if somebody announced it
-        self._look = True  #: whether this call begins one, as far as is known
+        self._generations: deque[int] = deque(maxlen=GENERATIONS)  #: announced ones that have had a call
+        self._look = True  #: whether this call may be the first of a generation
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
-        generation = question.generation if question.call else None
-        self._look = generation is None or generation != self._generation
-        self._generation = generation
+        self._look = not question.call or question.generation not in self._generations
+        if question.call and self._look:
+            self._generations.append(question.generation)
         return question.decide(on_host(question.facts))
 
     def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:

@@ -198,6 +198,28 @@ def test_writes_that_torch_does_not_count_are_seen_when_the_next_generation_begi
     assert sent == [{"value.weight"}, {"conv_in.weight"}]
 
 
+def test_contents_are_compared_once_in_each_generation_also_where_two_take_turns(
+    pair: tuple[Block, ParallelModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, module = pair
+    module(*inputs())
+    compared: list[int] = []
+
+    def noted(given: list[Tensor]) -> list[int]:
+        compared.append(len(given))
+        return digests_of(given)
+
+    monkeypatch.setattr(weights, "digests_of", noted)
+    loops = [module.generation(), module.generation()]
+    for _ in range(3):
+        for loop in loops:
+            with loop:
+                module(*inputs())
+    assert len(compared) == 2
+    module(*inputs())
+    assert len(compared) == 3  # nobody has announced this call
+
+
 def test_weights_larger_than_a_piece_arrive_whole_also_in_inference_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
