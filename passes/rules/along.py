@@ -18,7 +18,7 @@ from torch import fx
 from ...capture import row_rules as rows
 from ...capture.rows import argsort, sort
 from ...ir import ops
-from ...ir.layout import Layout, Rows, even, per_rank
+from ...ir.layout import Layout, Rows, even, owned, per_rank
 from ...ir.merge import ReduceOp
 from ...ir.operators import OpSpec
 from ...ir.program import layout_of, shape_of
@@ -156,6 +156,9 @@ def extreme(largest: bool, both: bool) -> Rule:
         reduced = tuple(1 if d == dim else s for d, s in enumerate(shape))
         name: ReduceOp = "amax" if largest else "amin"
         reduce = getattr(aten, name).default
+        if all(rows.runs for rows in owned(layout.rows)):  # copies of a row may be rounded in other ways
+            x = p.owned(x)
+            layout = layout_of(x)
         # never stale: the positions are found by comparing for equality
         value = p.reduce(p.emit(reduce, (x, [dim], True), shape=reduced, dtype=x.meta["dtype"]), name)
 

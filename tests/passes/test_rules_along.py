@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxpass.ir.program import layout_of
 from tests.passes.examples import Example, randn, split_anywhere, split_where_promised
 from tests.passes.harness import cut, evenly, split
 from tests.properties import few, given
@@ -61,6 +62,13 @@ def test_operators_along_the_split_dim_are_right_on_any_cut(name: str, data: st.
 @pytest.mark.parametrize("name", ALONG)
 def test_a_row_that_several_ranks_hold_counts_once(name: str) -> None:
     split(ALONG[name], [randn(3, 5, 6)], {0: cut(1, (0, 5), (2, 4), (0, 5))}, 3)
+
+
+def test_extreme_values_are_looked_for_among_the_rows_that_a_rank_owns() -> None:
+    """Two ranks may round a row in different ways, of which only one equals the extreme value."""
+    found = split(lambda x: (x * 3).argmax(1), [randn(3, 5, 6)], {0: cut(1, (0, 3), (2, 5))}, 2)
+    (compared,) = found.graph.find_nodes(op="call_function", target=torch.ops.aten.eq.Tensor)
+    assert [len(rows) for rows in layout_of(compared).rows] == [3, 2]
 
 
 def test_a_running_sum_over_fewer_rows_than_ranks_is_gathered() -> None:
