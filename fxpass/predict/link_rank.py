@@ -82,7 +82,7 @@ def _exchange(channel: Channel, exchange: Fetch, rank: int, turns: int) -> tuple
     for turn in range(turns + UNTIMED):
         if turn == UNTIMED:
             cores = _other_threads()
-        matrix @ matrix
+        torch.mm(matrix, matrix)
         began = time.perf_counter()
         channel.put([packed])
         channel.get()
