@@ -83,9 +83,11 @@ bench-link: .venv/.stamp  ## the share of their speed that steps keep over a slo
 
 # the sizes in turn, at most about five minutes each; an interrupted run goes on where it was
 gpu: .venv/.stamp  ## one rank's steps on a CUDA device, for sdxl and flux-dev: out/gpu
-	$(PY) -m benchmarks.gpu --models sdxl flux-dev
-	$(PY) -m benchmarks.gpu --models sdxl --size 2048
-	$(PY) -m benchmarks.gpu --models sdxl --size 3840 --ranks 8
+	$(PY) -m benchmarks.gpu --models flux-dev
+	$(PY) -m benchmarks.gpu --models sdxl --whole eager torch.compile channels_last
+	$(PY) -m benchmarks.gpu --models sdxl --size 2048 --whole eager torch.compile channels_last
+	$(PY) -m benchmarks.gpu --models sdxl --size 3840 --whole eager
+	$(PY) -m benchmarks.gpu --models sdxl flux-dev --ranks 1 2 8 --links nvlink pcie --ways eager graph inductor+graph
 
 gpu-tests: .venv/.stamp  ## the tests that need a CUDA device
 	$(PY) -m pytest tests/cuda tests/benchmarks/test_gpu.py

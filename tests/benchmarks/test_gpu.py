@@ -54,7 +54,7 @@ def test_results_are_kept_and_written_as_a_table(
 ) -> None:
     model = case("unet_sd").build()
     monkeypatch.setattr(gpu, "published", lambda *_: (model, case("unet_sd").inputs(rows=32, module=model)))
-    options = ["--models", "sdxl", "--ranks", "2", "--links", "nvlink", "--steps", "1", "--exact"]
+    options = ["--models", "sdxl", "--ranks", "1", "2", "--links", "nvlink", "--steps", "1", "--exact"]
     monkeypatch.setattr("sys.argv", ["gpu", *options, "--out", str(tmp_path)])
     main()
     rows = json.loads((tmp_path / "sdxl-1024-displaced-float32-CPU.json").read_text())
