@@ -23,7 +23,7 @@ from ..ir.exchange import Role
 from ..ir.layout import Layout, even
 from ..ir.program import Program, calls, exchanges_of, layout_of, reached, shape_of
 from ..ir.progress import say
-from .cost import Cost, cost, flops, node_flops
+from .cost import Cost, cost, flops, node_flops, totals
 from .limits import WorldSizeError, refusal
 from .partition import Rule, partition
 from .sizes import Sizes, sizes_of
@@ -166,8 +166,8 @@ def choose_cuts(program: Program, world: int, target: Target, rules: Mapping[Any
     search = Search(graph, world, target, rules, inputs)
     if search.run():
         return Found(search.cuts, tuple(search.tried.values()), search.best)
-    two = Search(graph, 2, target, rules, inputs)
-    shared = two.run()
+    two = search if world == 2 else Search(graph, 2, target, rules, inputs)
+    shared = two is not search and two.run()
     sizes = _sizes(two)
     lengths = [shape_of(node)[dim] for node, dim in _candidates(two)]
     most = _most(search, sizes) if shared else None
@@ -194,6 +194,8 @@ def _sizes(search: Search) -> list[Sizes]:
         else:
             cut = {main.name: Layout(dim, even(shape_of(main)[dim], search.world))}
             split = partition(search.graph, search.world, cut, search.rules)
+            if search.total < WORTHWHILE * max(totals(split, search.world, node_flops)[0]):
+                continue  # channels, say
         found.append(sizes_of(search.graph, split, main.name, dim, others))
     return found
 

@@ -52,7 +52,7 @@ def refusal(
     advice = f"at most {most} ranks would do" if most else "run it on one rank"
     if larger:
         rows = " or ".join(f"{rows} rows along dim {each.dim} (it has {each.size})" for each, rows in larger.items())
-        advice += f", and {world} ranks need {paths[next(iter(larger)).input]!r} with {rows}"
+        advice += f", and {world} ranks need {paths[next(iter(larger)).input]!r} with an estimated {rows}"
     if best is None:
         return (
             f"this model cannot be shared among {world} ranks: its inputs have too few rows, at most {max(lengths)}; "

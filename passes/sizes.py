@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil, lcm
 
@@ -30,7 +30,7 @@ class Level:
 
     Attributes:
         rows: of the shortest value that theirs are computed from; 0 if every rank runs them whole at any size.
-        length: of their own values, along the dim that is split: the number of tokens, say.
+        length: of their own values, along the dim that is split: the number of tokens, say; 0 if it is the batch.
         power: of the input's size, with which their work grows: 0 if it does not, 2 for attention among all rows.
     """
 
@@ -109,12 +109,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class _Narrowest:
-    """Of a value that depends on rows that are cut: its dims, the one that is cut, its length, and `Level.rows`."""
+    """Of a value that depends on rows that are cut: its dims, the one that is cut, its length, and `Level.rows`.
+
+    It is `shared` if it is split, or would be if it had more rows.
+    """
 
     dims: int
     dim: int
     length: int
     rows: int
+    shared: bool
 
 
 def sizes_of(graph: fx.Graph, best: fx.Graph, input: str, dim: int, others: int) -> Sizes:  # noqa: A002
@@ -133,30 +137,33 @@ def sizes_of(graph: fx.Graph, best: fx.Graph, input: str, dim: int, others: int)
         operands = node.all_input_nodes
         if depends.intersection(operands):
             depends.add(node)
-        if (value := _narrowest(node, [known[each] for each in operands if each in known])) is not None:
+        grown = depends.intersection(operands) or operands  # a mask that is cut alike has other rows
+        if (value := _narrowest(node, [known[each] for each in grown if each in known])) is not None:
             known[node] = value
         arrived = fetched(node)
         count = uncounted.pop(node.meta.get("origin", node.name), 0) if node_flops(node) else 0
         if count:
             power = (node in depends) * (2 if keys.intersection(operands) else 1)
-            work[Level(value.rows if value else 0, value.length if value else 0, power)] += count
+            rows, length = (value.rows, value.length * (value.dim > 0)) if value and value.shared else (0, 0)
+            work[Level(rows, length, power)] += count
         elif keys.intersection(operands) or (arrived is not None and arrived[1].role == "keys_values"):
             keys.add(node)
     return Sizes(input, dim, shape_of(first)[dim], others, work)
 
 
 def _narrowest(node: fx.Node, operands: Collection[_Narrowest]) -> _Narrowest | None:
-    """What is known of a node's value; None if it does not depend on rows that are cut, or has been gathered."""
+    """What is known of a node's value; None if it does not depend on rows that are cut."""
     above = max(operands, key=lambda each: each.rows, default=None)  # of a skip connection: the rows come from there
     layout, arrived = layout_of(node), fetched(node)
     if layout.split:
         length = shape_of(node)[layout.axis]
-        return _Narrowest(len(shape_of(node)), layout.axis, length, min(length, above.rows if above else length))
+        rows = min(length, above.rows if above else length)
+        return _Narrowest(len(shape_of(node)), layout.axis, length, rows, shared=True)
     if above is None or node.target is ops.exchange:
         return above
-    if arrived is not None and arrived[1].role != "small":
-        return None
+    if arrived is not None:
+        return replace(above, shared=arrived[1].role == "small")
     if node.target in windows.TABLE and len(shape_of(node)) == above.dims:  # it changes the number of rows
         length = shape_of(node)[above.dim]
-        return _Narrowest(above.dims, above.dim, length, min(length, above.rows))
+        return replace(above, length=length, rows=min(length, above.rows))
     return above

@@ -99,7 +99,7 @@ def test_a_refusal_names_the_smallest_height_that_would_do(make: Any, world: int
     torch.manual_seed(0)
     model = make()
     message = refusal(model, 8, world)
-    found = re.search(rf"{world} ranks need 'x' with (\d+) rows along dim 2 \(it has 8\)", message)
+    found = re.search(rf"{world} ranks need 'x' with an estimated (\d+) rows along dim 2 \(it has 8\)", message)
     assert found, message
     height = int(found[1])
     assert height > 8
@@ -123,7 +123,7 @@ def test_a_refusal_names_the_largest_number_of_ranks_that_would_do(make: Any, he
 def test_an_input_that_two_ranks_cannot_share_has_a_smallest_height() -> None:
     torch.manual_seed(0)
     message = refusal(Down(), 4, 2, width=3)
-    assert "run it on one rank, and 2 ranks need 'x' with 8 rows along dim 2 (it has 4)" in message
+    assert "run it on one rank, and 2 ranks need 'x' with an estimated 8 rows along dim 2 (it has 4)" in message
     assert not refusal(Down(), 8, 2, width=3)
 
 
@@ -132,7 +132,10 @@ def test_a_refusal_names_each_dim_that_could_be_longer() -> None:
     with pytest.raises(WorldSizeError) as caught:
         make_plan(capture(model, **case("unet_sd").inputs(rows=8)), 32, Strategy.of("sync"))
     text = str(caught.value)
-    assert "32 ranks need 'sample' with 32 rows along dim 2 (it has 8) or 32 rows along dim 3 (it has 16)" in text
+    assert (
+        "32 ranks need 'sample' with an estimated 32 rows along dim 2 (it has 8) or 32 rows along dim 3 (it has 16)"
+        in text
+    )
 
 
 def test_no_size_is_named_where_the_rows_do_not_matter() -> None:
@@ -151,3 +154,42 @@ def test_no_size_is_named_where_the_rows_do_not_matter() -> None:
     with pytest.raises(WorldSizeError) as caught:
         make_plan(program, 2, Strategy.of("sync"))
     assert "run it on one rank (the best cut" in str(caught.value)
+
+
+def test_no_size_is_named_along_channels() -> None:
+    """A convolution, whose channels are given, and a tenth of the work in attention between channels."""
+
+    class Channels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            each = x.flatten(2)
+            return self.conv(x) + nn.functional.scaled_dot_product_attention(each, each, each).view_as(x)
+
+    text = refusal(Channels(), 8, 64)
+    assert "along dim 2" in text
+    assert "along dim 1" not in text
+
+
+def test_a_mask_that_is_cut_with_the_rows_does_not_hide_a_coarser_level() -> None:
+    """Attention between the rows of a level that is sampled down: half of the work, on half of the rows."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.last = nn.Conv2d(4, 32, 3, 2, 1), conv(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.down(x).flatten(2).mT
+            mask = torch.eye(tokens.shape[1], dtype=torch.bool)
+            for _ in range(8):
+                tokens = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, mask)
+            return self.last(x) + tokens.mean()
+
+    model = Masked()
+    for world in (8, 16):
+        found = re.search(r"an estimated (\d+) rows along dim 2", refusal(model, 4, world))
+        assert found
+        assert not refusal(model, int(found[1]), world)
