@@ -256,7 +256,7 @@ class Racing:
 @pytest.mark.parametrize("strategy", ["sync", "displaced", "compressed", "pcpp", "corrected_async_gn"])
 @pytest.mark.parametrize("name", ["block", "flux"])
 def test_ranks_that_are_ahead_do_not_write_where_others_still_read(name: str, strategy: str) -> None:
-    for seed in range(3):
+    for seed in range(1 if name == "flux" else 3):
         found, expected = Racing(name, strategy, seed).run(STEPS * 2)
         for k, pair in enumerate(zip(found, expected, strict=True)):
             assert same(pair), f"step {k}"
