@@ -164,7 +164,7 @@ with torch.no_grad():
     loaded = LockstepExecutor(2, compile=True).load(plan, weights, [x])
     found = loaded.run_all(weights, [x], EXACT)[0][0]
     reports = [(report.segments > 0, report.cached) for report in loaded.compiled]
-    print(missed(), reports, torch.allclose(found, model(x)))
+    print(missed(), reports, torch.allclose(found, model(x), atol=1e-5))
 """
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
