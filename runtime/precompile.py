@@ -31,6 +31,7 @@ from .wire import Connection
 log = logging.getLogger("fxpass")
 Job = tuple[Segment, tuple[Form, ...]]
 MOST = 12  #: processes; each holds some hundred MB, on GPUs too
+PATIENCE = 600.0  #: seconds without an answer of any process, after which this process compiles the rest
 SHARE = 2  #: segments, for which it is worth to start a process
 
 
@@ -95,7 +96,7 @@ def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
         "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, _cores() // count)),  # for the kernels of one segment
     }
     waiting = sorted(wanted, key=lambda job: len(job[0].source))  # the longest are compiled first
-    working: dict[Connection, Job | None] = {}
+    working: list[Connection] = []
     started: list[subprocess.Popen[bytes]] = []
     cached = True
     try:
@@ -107,21 +108,23 @@ def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
                 started.append(
                     subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment)
                 )
-            working[Connection(ours)] = None
+            working.append(Connection(ours))
         while working:
-            for connection in select.select(list(working), [], [])[0]:
+            ready = select.select(working, [], [], PATIENCE)[0]
+            if not ready:
+                log.debug("no process that compiles has answered for %g s", PATIENCE)
+                break
+            for connection in ready:
                 try:
                     error, hit = connection.receive()
                     if error:
                         log.debug("a segment is left to this process: %s", error)
                     cached = cached and hit
-                    if waiting:
-                        working[connection] = waiting.pop()
-                        connection.send(("compile", *working[connection], _settings()))  # type: ignore[misc]
+                    if _sent(waiting, connection):
                         continue
-                except (ConnectionError, TypeError, AttributeError, ValueError) as problem:  # also what has no pickle
+                except ConnectionError as problem:
                     log.debug("a process that compiles has ended: %s", problem)
-                del working[connection]
+                working.remove(connection)
                 connection.close()
     finally:
         for connection in working:
@@ -130,6 +133,21 @@ def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
             process.kill()
             process.wait()
     return cached
+
+
+def _sent(waiting: list[Job], connection: Connection) -> bool:
+    """Send a process one of the segments that wait, unless there is none. Raises `ConnectionError` if it has ended."""
+    while waiting:
+        job = waiting.pop()
+        try:
+            connection.send(("compile", *job, _settings()))
+        except ConnectionError:
+            raise
+        except Exception as error:  # pickles fail in many ways
+            log.debug("a segment is left to this process: %s", error)
+        else:
+            return True
+    return False
 
 
 def _settings() -> dict[str, Any]:
