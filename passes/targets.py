@@ -75,6 +75,9 @@ class Link:
         latency: seconds per message, whatever its size.
         bandwidth: bytes per second: of a port in each direction, of the bus, of a copy.
         nodes: the number of machines, among which the ranks are divided evenly; the link joins these.
+        late_latency: as `latency`, for messages for the next step, of which several are on their way at once. They can
+            fill a link that one message alone does not fill. 0: as `latency`.
+        late_bandwidth: as `bandwidth`, for these messages; 0: as `bandwidth`.
         overtake: whether what a step awaits overtakes messages for the next step; else messages go in order.
         core_latency: seconds per message that threads of the link take from the cores that compute, whatever its size;
             0 if they have cores of their own. Counted for messages that travel while the ranks compute.
@@ -89,6 +92,8 @@ class Link:
     latency: float
     bandwidth: float
     nodes: int = 1
+    late_latency: float = 0.0
+    late_bandwidth: float = 0.0
     overtake: bool = False
     core_latency: float = 0.0
     core_bandwidth: float = 0.0
@@ -196,7 +201,7 @@ def _made(kind: type[Any], name: str, entry: Any, where: str) -> Any:
 
 
 NUMBERS = {"matrix", "reached", "units", "bandwidth", "cache", "cache_bandwidth", "memory", "kernel", "launch"}
-NUMBERS |= {"latency", "nodes", "core_latency", "core_bandwidth"}
+NUMBERS |= {"latency", "nodes", "late_latency", "late_bandwidth", "core_latency", "core_bandwidth"}
 
 
 def find(target: str, link: str | None = None) -> Target:

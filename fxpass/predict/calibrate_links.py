@@ -9,7 +9,7 @@ from statistics import mean
 
 from ..passes.targets import Link
 from ..runtime.shared_memory import DISABLE
-from .link_rank import SIZES, TIMEOUT, Measured
+from .link_rank import LATE_SIZES, SIZES, TIMEOUT, Measured
 from .ranks import run_ranks
 
 WORLD = 2  #: ranks that exchange messages
@@ -29,7 +29,7 @@ def links() -> dict[str, Link]:
 
 def shared_memory(seen: list[Measured], description: str) -> Link:
     """The link of ranks that share memory: each copies its part and those of all others."""
-    latency, bandwidth = _figures([each.seconds for each in seen], WORLD)
+    latency, bandwidth = _figures([each.seconds for each in seen], SIZES, WORLD)
     return Link("shm", description, "memory", latency, bandwidth, sources=_sources("latency", "bandwidth"))
 
 
@@ -40,11 +40,12 @@ def sockets(name: str, seen: list[Measured], description: str, parts: int) -> Li
         parts: how many parts of `SIZES` it carries in an exchange: all of them if one bus joins all ranks, or those
             that a rank receives if each rank has a port of its own.
     """
-    latency, bandwidth = _figures([each.seconds for each in seen], parts)
-    figures = ["latency", "bandwidth"]
+    latency, bandwidth = _figures([each.seconds for each in seen], SIZES, parts)
+    late_latency, late_bandwidth = _figures([each.late for each in seen], LATE_SIZES, parts)
+    figures = ["latency", "bandwidth", "late_latency", "late_bandwidth"]
     core_latency = core_bandwidth = 0.0
     if _cores() <= len(seen):
-        core_latency, core_bandwidth = _figures([each.cores for each in seen], 2 * (WORLD - 1))
+        core_latency, core_bandwidth = _figures([each.cores for each in seen], SIZES, 2 * (WORLD - 1))
         figures += ["core_latency", "core_bandwidth"]
     return Link(
         name,
@@ -53,16 +54,18 @@ def sockets(name: str, seen: list[Measured], description: str, parts: int) -> Li
         latency,
         bandwidth,
         overtake=True,
+        late_latency=late_latency,
+        late_bandwidth=late_bandwidth,
         core_latency=core_latency,
         core_bandwidth=core_bandwidth,
         sources=_sources(*figures),
     )
 
 
-def _figures(seconds: list[tuple[float, float]], parts: int) -> tuple[float, float]:
-    """Seconds of a small message, and bytes per second of such parts, of the mean of the ranks."""
+def _figures(seconds: list[tuple[float, float]], sizes: tuple[int, int], parts: int) -> tuple[float, float]:
+    """Seconds of a small message, and bytes per second of parts of such sizes, of the mean of the ranks."""
     small, large = (mean(each[size] for each in seconds) for size in range(2))
-    return small, parts * (SIZES[1] - SIZES[0]) / max(large - small, 1e-9)
+    return small, parts * (sizes[1] - sizes[0]) / max(large - small, 1e-9)
 
 
 def _cores() -> int:
@@ -77,4 +80,4 @@ def _sources(*figures: str) -> dict[str, str]:
 def _measured(variables: Mapping[str, str]) -> list[Measured]:
     """What each rank measures."""
     found = map(json.loads, run_ranks("fxpass.predict.link_rank", (), WORLD, TIMEOUT, variables))
-    return [Measured(each["shared"], tuple(each["seconds"]), tuple(each["cores"])) for each in found]
+    return [Measured(each["shared"], *(tuple(each[name]) for name in ("seconds", "late", "cores"))) for each in found]

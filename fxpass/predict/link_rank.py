@@ -1,8 +1,9 @@
 """One rank of the measurement of a link: `python -m fxpass.predict.link_rank PORT RANK WORLD`.
 
-The ranks exchange a small and a large value through the runtime's own channels: the messages, copies and waits are
-those of a step. They compute before each exchange, as in a step: that fills the caches and lets the threads that carry
-messages sleep, after which a small message takes several times as long as one that follows another.
+The ranks exchange small and large values through the runtime's own channels: the messages, copies and waits are those
+of a step. Messages that a step awaits go one by one. The ranks compute before each, as in a step: that fills the caches
+and lets the threads that carry messages sleep, after which a small message takes several times as long as one that
+follows another. Messages for the next step go several at a time, and can fill a link that one alone does not fill.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,6 +28,9 @@ from .ranks import join, leave
 SIZES = (1 << 10, 1 << 24)  #: bytes of each rank's part
 TURNS = (200, 12)  #: exchanges of each size that are timed
 UNTIMED = 3  #: exchanges before these
+LATE_SIZES = (1 << 10, 1 << 21)  #: bytes of each rank's part in messages for the next step
+LATE_TURNS = (100, 6)  #: how many times such a message is put on each channel
+LATE_CHANNELS = 6  #: channels that have a message on its way at the same time
 WORK = 512  #: rows and columns of the matrices that are multiplied before each exchange
 TIMEOUT = 60.0  #: seconds
 
@@ -37,11 +42,13 @@ class Measured:
     Attributes:
         shared: whether the ranks share memory.
         seconds: of a put and its get, for each size: the mean, for a step has slow ones as well.
+        late: seconds in which one message for the next step follows another, for each of `LATE_SIZES`.
         cores: processor seconds of this process's other threads in one exchange, for each size: the mean.
     """
 
     shared: bool
     seconds: tuple[float, float]
+    late: tuple[float, float]
     cores: tuple[float, float]
 
 
@@ -55,14 +62,22 @@ def measured(network: Network) -> Measured:
     """Called by each rank: exchange values with all others."""
     rank, world = network.board.rank, network.board.world
     exchanges = [_gather(world, size) for size in SIZES]
+    late = [_gather(world, size) for size in LATE_SIZES for _ in range(LATE_CHANNELS)]
     specs = [ChannelSpec(f"exchange_{i}", "", (each,), False) for i, each in enumerate(exchanges)]
+    specs += [ChannelSpec(f"late_{i}", "", (each,), True) for i, each in enumerate(late)]
     channels = network.open(specs, torch.device("cpu"))
     found = [
         _exchange(channel, exchange, rank, turns)
-        for channel, exchange, turns in zip(channels, exchanges, TURNS, strict=True)
+        for channel, exchange, turns in zip(channels, exchanges, TURNS, strict=False)
     ]
     (small, small_cores), (large, large_cores) = found
-    return Measured(isinstance(channels[0], MemoryChannel), (small, large), (small_cores, large_cores))
+    apart = len(SIZES) + LATE_CHANNELS
+    several = channels[len(SIZES) : apart], channels[apart:]
+    little, much = (
+        _follow(each, _gather(world, size), rank, turns)
+        for each, size, turns in zip(several, LATE_SIZES, LATE_TURNS, strict=True)
+    )
+    return Measured(isinstance(channels[0], MemoryChannel), (small, large), (little, much), (small_cores, large_cores))
 
 
 def _gather(world: int, size: int) -> Fetch:
@@ -88,6 +103,20 @@ def _exchange(channel: Channel, exchange: Fetch, rank: int, turns: int) -> tuple
         channel.get()
         taken.append(time.perf_counter() - began)
     return statistics.mean(taken[UNTIMED:]), (_other_threads() - cores) / turns
+
+
+def _follow(channels: Sequence[Channel], exchange: Fetch, rank: int, turns: int) -> float:
+    """The seconds in which one message follows another, while all channels have one on its way."""
+    packed = exchange.pack(rank, torch.ones(1, len(exchange.have[rank]), exchange.shape[2]))
+    for turn in range(turns + 1):
+        if turn == 1:
+            began = time.perf_counter()
+        for channel in channels:
+            channel.put([packed])  # waits for the message before
+    taken = time.perf_counter() - began
+    for channel in channels:
+        channel.close()
+    return taken / (turns * len(channels))
 
 
 def _other_threads() -> float:

@@ -132,20 +132,23 @@ def transfer(message: Message, link: Link) -> Figures:
     if link.inside is not None and link.nodes > 1:
         node = np.arange(world) * link.nodes // world
         apart = node[:, None] != node[None, :]
-        within = _ports(np.where(apart, 0, message.bytes), link.inside)
+        within = _ports(np.where(apart, 0, message.bytes), link.inside, message.late)
         across = np.where(apart, message.bytes, 0)
         if message.broadcast:  # each part travels once to each other machine
             across = across / np.maximum(1, np.bincount(node)[node])[None, :]
         between = np.array(
             [[across[node == a][:, node == b].sum() for b in range(link.nodes)] for a in range(link.nodes)]
         )
-        return np.maximum(within, _ports(between, link)[node])
-    return _ports(message.bytes, link)
+        return np.maximum(within, _ports(between, link, message.late)[node])
+    return _ports(message.bytes, link, message.late)
 
 
-def _ports(amounts: np.ndarray, link: Link) -> Figures:
+def _ports(amounts: np.ndarray, link: Link, late: bool) -> Figures:
     """Seconds in which each end of a link has sent and received: [source, destination] in bytes."""
+    latency, bandwidth = link.latency, link.bandwidth
+    if late:
+        latency, bandwidth = link.late_latency or latency, link.late_bandwidth or bandwidth
     if link.medium == "bus":
-        return np.full(len(amounts), link.latency + amounts.sum() / link.bandwidth)
+        return np.full(len(amounts), latency + amounts.sum() / bandwidth)
     size = np.maximum(amounts.sum(0), amounts.sum(1))
-    return np.where(size > 0, link.latency + size / link.bandwidth, 0.0)
+    return np.where(size > 0, latency + size / bandwidth, 0.0)

@@ -115,6 +115,16 @@ def test_what_a_step_awaits_overtakes_messages_for_the_next_where_the_link_allow
     assert ends(2, link(), *steps) == [[704.0, 704.0], [704.0, 704.0]]
 
 
+@pytest.mark.parametrize("medium", ["ports", "bus"])
+def test_messages_for_the_next_step_have_figures_of_their_own(medium: Medium) -> None:
+    over = link(medium, latency=8.0, late_latency=1.0, late_bandwidth=4.0)
+    carried = 64 if medium == "ports" else 2 * 64
+    assert transfer(message(gather(2, 64)), over).tolist() == [8.0 + carried] * 2
+    assert transfer(message(gather(2, 64), late=True), over).tolist() == [1.0 + carried / 4] * 2
+    plain = link(medium, latency=8.0)
+    assert transfer(message(gather(2, 64), late=True), plain).tolist() == [8.0 + carried] * 2
+
+
 def test_threads_of_the_link_take_time_from_computing_while_a_message_travels() -> None:
     over = link(core_latency=3.0, core_bandwidth=16.0)
     late, awaited = message(gather(2, 64), late=True), message(gather(2, 64))
