@@ -19,11 +19,11 @@ from .plan import Plan, make_plan
 from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
 from .predict.compare import slower_than_one
 from .runtime import distributed
-from .runtime.engine import Engine
+from .runtime.calls.engine import Engine
+from .runtime.calls.turn import Turn
 from .runtime.executor import COMPILERS, Compile, Executor
 from .runtime.lockstep import LockstepExecutor
 from .runtime.spawn import SpawnExecutor
-from .runtime.turn import Turn
 from .saved import SavedPlan, load, plan_again
 
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """Split the parts of a pipeline in place, and put everything back.
 
-The parts stay the user's objects: their methods are attached (`runtime/attached.py`). A `PipelineWatch` tells them when
-a generation begins, and sees that calls of the pipeline reach them.
+The parts stay the user's objects: their methods are attached (`runtime/calls/attached.py`). A `PipelineWatch` tells
+them when a generation begins, and sees that calls of the pipeline reach them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .models.pipelines import (
     never_denoises,
     pipelines_in,
 )
-from .runtime.attached import attach, attach_again, attached_to, detach
-from .runtime.engine import Engine
-from .runtime.feeds import connect
-from .runtime.module import ParallelModule
+from .runtime.calls.attached import attach, attach_again, attached_to, detach
+from .runtime.calls.engine import Engine
+from .runtime.calls.feeds import connect
+from .runtime.calls.module import ParallelModule
 
 #: the parallel modules of each pipeline, by its id, so that they outlive hooks that replace their methods
 _parts: dict[int, list[ParallelModule]] = {}

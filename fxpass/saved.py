@@ -29,7 +29,7 @@ from .passes import build
 from .passes.normalize import normalize
 from .passes.targets import Target
 from .plan import Plan
-from .runtime.errors import NoPlanError
+from .runtime.calls.programs import NoPlanError
 
 SCHEMA = "fxpass.plans"
 VERSION = 2  #: of the schema

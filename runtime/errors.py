@@ -1,4 +1,4 @@
-"""Errors of ranks and of plans."""
+"""Errors of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,3 @@ class RankError(RuntimeError):
 
 class DisagreementError(RuntimeError):
     """The ranks differ in versions, weights, inputs or plans. The message names the difference."""
-
-
-class NoPlanError(ValueError):
-    """No plan can be used for a call. The message says why."""

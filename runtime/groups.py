@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo
 
 from .board import Board
 from .network import Network, gpu_cards, one_gpu_for_two
-from .rendezvous import LocalGroup
+from .rendezvous import local_group
 
 HOST = "127.0.0.1"
 
@@ -53,7 +53,7 @@ def connect(
         options._timeout = timedelta(seconds=board.timeout)
         # one group only: kernels of two communicators can deadlock if ranks launch them in different orders
         group = urgent = dist.ProcessGroupNCCL(PrefixStore("group", board.store), board.rank, board.world, options)
-    rendezvous = LocalGroup(board, group) if local else lambda: nullcontext(registered)
+    rendezvous = local_group(board, group) if local else lambda: nullcontext(registered)
     return Network(group, urgent, blocking, board, rendezvous, gloo if blocking else None)
 
 

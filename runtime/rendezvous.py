@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,29 +20,33 @@ _EXCHANGE = re.compile(r"(.*SymmetricMemory/)(\d+)(.*)")  #: a key of torch: the
 _numbers = count()  #: of the groups that this process has registered
 
 
-class LocalGroup:
-    """A process group for ranks that have none which torch knows. It moves nothing: torch reads its ranks and store."""
+def local_group(board: Board, backend: Any) -> Callable[[], AbstractContextManager[ProcessGroup]]:
+    """A process group for ranks that have none which torch knows; registered while its context lasts.
 
-    def __init__(self, board: Board, backend: Any) -> None:
-        """
-        Args:
-            backend: one of the same ranks, which torch asks for the name of the group.
-        """
-        self._name = f"fxpass/local/{next(_numbers)}"
-        self._store = AlignedStore(PrefixStore("symmetric", board.store))  # torch keeps only its C++ part alive
-        self._group = ProcessGroup(self._store, board.rank, board.world)
-        self._group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.CUSTOM, backend)
-        self._group._set_group_name(self._name)  # type: ignore[arg-type]
-        self._group._set_group_desc("fxpass")
+    It moves nothing: torch reads its ranks and store. The default process group, and what is registered else, stay as
+    they are.
 
-    @contextmanager
-    def __call__(self) -> Iterator[ProcessGroup]:
-        """Have it registered in the body. The default process group, and what is registered else, stay as they are."""
-        _register_process_group(self._name, self._group)  # type: ignore[arg-type]
-        try:
-            yield self._group
-        finally:
-            _unregister_process_group(self._name)  # type: ignore[arg-type]
+    Args:
+        backend: one of the same ranks, which torch asks for the name of the group.
+    """
+    name = f"fxpass/local/{next(_numbers)}"
+    store = AlignedStore(PrefixStore("symmetric", board.store))
+    group = ProcessGroup(store, board.rank, board.world)
+    group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.CUSTOM, backend)
+    group._set_group_name(name)  # type: ignore[arg-type]
+    group._set_group_desc("fxpass")
+
+    return partial(_registered, name, group, store)
+
+
+@contextmanager
+def _registered(name: str, group: ProcessGroup, _: Store) -> Iterator[ProcessGroup]:
+    """Have a group registered. The store is an argument to keep it alive: torch holds only its C++ part."""
+    _register_process_group(name, group)  # type: ignore[arg-type]
+    try:
+        yield group
+    finally:
+        _unregister_process_group(name)  # type: ignore[arg-type]
 
 
 class AlignedStore(Store):

@@ -41,8 +41,8 @@ REVIEWED = ROOT / "tests" / "mutants.toml"
 TESTS = ["tests/ir", "tests/passes", "tests/capture", "tests/runtime"]
 PROCESSES = ["tests/runtime/test_distributed.py", "tests/runtime/test_spawn.py"]
 SOURCES = ["passes/**/*.py", "fxpass/ir/*.py", "fxpass/capture/*.py", *(f"runtime/{name}.py" for name in (
-    "agreement", "channels", "clock", "engine", "executor", "generation", "lockstep", "messages", "process_group",
-    "shared_memory", "step_runner", "wire",
+    "agreement", "calls/clock", "calls/engine", "calls/generation", "channels", "executor", "lockstep", "messages",
+    "process_group", "shared_memory", "step_runner", "wire",
 ))]  # fmt: skip
 NO_TESTS, LATE, BROKEN = 5, 69, 70  # exit statuses of forks; the first is pytest's
 SETTINGS = "_hypothesis_internal_use_settings"  #: where hypothesis keeps a test's settings

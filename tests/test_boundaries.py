@@ -14,18 +14,20 @@ MAY_IMPORT = {
     "capture": {"ir", "capture"},
     "passes": COMPILER,
     "runtime": COMPILER | {"runtime"},
+    "calls": COMPILER | {"runtime", "calls"},
     "inspect": COMPILER | {"runtime", "inspect"},
     "predict": COMPILER | {"runtime", "inspect", "predict"},
     "models": COMPILER | {"models"},
-    "front": COMPILER | {"runtime", "inspect", "predict", "models", "front"},  # fxpass/*.py
+    "front": COMPILER | {"runtime", "calls", "inspect", "predict", "models", "front"},  # fxpass/*.py
     "report": COMPILER | {"runtime", "inspect", "predict", "front", "report"},
-    "tools": COMPILER | {"runtime", "inspect", "predict", "models", "front", "report", "tools"},
+    "tools": COMPILER | {"runtime", "calls", "inspect", "predict", "models", "front", "report", "tools"},
 }
 FOLDERS = {
     "ir": "fxpass/ir",
     "capture": "fxpass/capture",
     "passes": "passes",
     "runtime": "runtime",
+    "calls": "fxpass/calls",
     "inspect": "fxpass/inspect",
     "predict": "fxpass/predict",
     "report": "fxpass/report",
@@ -92,6 +94,16 @@ def test_imports_go_downwards_only(part: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_what_runs_on_a_rank_imports_nothing_of_calls() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sorted((ROOT / "runtime").glob("*.py"))
+        for line, name in imported(path, ast.parse(path.read_text()))
+        if name.startswith("fxpass.runtime.calls")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("part", FOLDERS)
 def test_the_folders_are_imported_under_the_package_name(part: str) -> None:
     wrong = [
@@ -103,7 +115,9 @@ def test_the_folders_are_imported_under_the_package_name(part: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("part", ["front", "ir", "capture", "passes", "runtime", "inspect", "predict", "report"])
+@pytest.mark.parametrize(
+    "part", ["front", "ir", "capture", "passes", "runtime", "calls", "inspect", "predict", "report"]
+)
 def test_no_model_is_named_outside_models(part: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)}: {match.group()} in `{line.strip()}`"

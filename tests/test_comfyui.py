@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxpass
 from fxpass.ir.step import Step
-from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.calls.module import ParallelModule
 from fxpass.runtime.spawn import SpawnPlan
 from tests.runtime.test_spawn import gone
 

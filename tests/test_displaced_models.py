@@ -25,8 +25,8 @@ from fxpass.ir.step import Step
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case, cases, output_tensors
 from fxpass.plan import Plan, make_plan
-from fxpass.runtime.clock import Clock
-from fxpass.runtime.generation import Generations
+from fxpass.runtime.calls.clock import Clock
+from fxpass.runtime.calls.generation import Generations
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.test_exact import EXACT, captured, error
 

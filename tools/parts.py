@@ -14,7 +14,7 @@ def parts_of(model: str, options: Options) -> Parts | None:
     from ..capture import capture
     from ..models.beside import beside
     from ..predict.parts import Parts
-    from ..runtime.module import OPERATORS
+    from ..runtime.calls.module import OPERATORS
 
     held = beside(model, options)
     if held is None or held.decoder is None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fxpass.capture import Call
 from fxpass.ir.program import Program
-from fxpass.runtime.engine import Engine
+from fxpass.runtime.calls.engine import Engine
 from tests.capture.unchanged import unchanged_if_refused
 
 

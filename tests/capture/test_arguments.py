@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.capture import Call, CaptureError, capture, unsplit
 from fxpass.capture.evaluate import evaluate
-from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.calls.module import ParallelModule
 from tests.capture.test_soundness import Layer, Memory, assert_alike
 
 Body = Callable[[Tensor, Any], Any]

@@ -124,7 +124,7 @@ def test_decodes_with_new_generators_share_one_program() -> None:
 
 @torch.no_grad()
 def test_a_call_of_more_operators_than_the_budget_runs_unsplit_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxpass.runtime.module.OPERATORS", 50)
+    monkeypatch.setattr("fxpass.runtime.calls.module.OPERATORS", 50)
     model = kl()
     split: Any = fxpass.parallelize(model, 2, executor="lockstep")
     z, generator = torch.randn(1, 4, 16, 16), torch.Generator()
@@ -146,7 +146,7 @@ def test_a_call_that_was_too_large_is_tried_again_when_the_model_has_changed(mon
     model.tile_latent_min_size, model.tile_sample_min_size = 8, 16
     split: Any = fxpass.parallelize(model, 2, executor="lockstep")
     split.enable_tiling()
-    monkeypatch.setattr("fxpass.runtime.module.OPERATORS", 400)
+    monkeypatch.setattr("fxpass.runtime.calls.module.OPERATORS", 400)
     z = torch.randn(1, 4, 32, 32)
     assert not said(lambda: assert_exact(split.decode(z), model.decode(z)), "unsplit")
     assert not split.traffic  # each tile by itself
@@ -217,11 +217,11 @@ def test_decode_and_encode_run_on_one_set_of_worker_processes() -> None:
 
 @torch.no_grad()
 def test_a_loop_over_frames_that_is_too_long_is_recorded_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxpass.runtime.module.OPERATORS", 100)
+    monkeypatch.setattr("fxpass.runtime.calls.module.OPERATORS", 100)
     model, inputs = autoencoder("vae_wan")
     split: Any = fxpass.parallelize(model, 2, executor="lockstep")
     assert said(lambda: assert_exact(split.decode(inputs["decode"]), model.decode(inputs["decode"])), "over frames")
-    monkeypatch.setattr("fxpass.runtime.programs.capture_call", lambda *_: 1 / 0)
+    monkeypatch.setattr("fxpass.runtime.calls.programs.capture_call", lambda *_: 1 / 0)
     assert_exact(split.decode(inputs["decode"]), model.decode(inputs["decode"]))  # its first run left a cache behind
 
 
@@ -239,7 +239,7 @@ def test_tiling_can_be_ignored_where_a_call_is_split_and_stays_where_it_is_not(m
     assert split.use_tiling
     assert len(split._engine.programs) == 1
     assert split._engine.programs.in_a_row == 0
-    monkeypatch.setattr("fxpass.runtime.module.OPERATORS", 50)
+    monkeypatch.setattr("fxpass.runtime.calls.module.OPERATORS", 50)
     again: Any = fxpass.parallelize(model, 2, executor="lockstep", ignore_tiling=True)
     assert said(lambda: assert_exact(again.decode(z), tiled), "runs unsplit")
     assert again.use_tiling

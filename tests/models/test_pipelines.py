@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.models.case import randomise_constants
 from fxpass.models.pipelines import beside, denoisers
-from fxpass.runtime.generation import Generation
+from fxpass.runtime.calls.generation import Generation
 from tests.runtime.plans import Pipeline, block, inputs, whole
 from tests.tools.pipelines import VAE, write_pipeline
 

@@ -19,9 +19,9 @@ from fxpass.passes.normalize import normalize
 from fxpass.passes.partition import partition
 from fxpass.passes.rules import RULES
 from fxpass.passes.schedule import schedule
-from fxpass.runtime.engine import Engine
+from fxpass.runtime.calls.engine import Engine
+from fxpass.runtime.calls.module import ParallelModule
 from fxpass.runtime.executor import Executor
-from fxpass.runtime.module import ParallelModule
 
 SYNC = Strategy()
 

@@ -30,7 +30,7 @@ from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.process_group import GroupChannel
 from fxpass.runtime.shared_memory import MemoryChannel
-from tests.runtime import feeding
+from tests.runtime.calls import feeding
 from tests.runtime.plans import Pipeline, block, inputs, parallel, steps, whole
 
 STRATEGIES = [

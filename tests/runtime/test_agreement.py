@@ -16,7 +16,7 @@ from fxpass.runtime import agreement
 from fxpass.runtime.agreement import _first_difference
 from fxpass.runtime.errors import DisagreementError
 from fxpass.runtime.executor import Question
-from tests.runtime.test_clock import NoReads
+from tests.runtime.calls.test_clock import NoReads
 
 
 def test_a_checkout_that_is_not_installed_has_a_version_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
-from torch.distributed import HashStore, PrefixStore, Store
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
 
 from fxpass.runtime.board import Board
-from fxpass.runtime.rendezvous import AlignedStore, LocalGroup
+from fxpass.runtime.rendezvous import AlignedStore, local_group
 
 
 def exchange(store: Store, number: int, rank: int, value: bytes) -> list[bytes]:
@@ -55,9 +57,9 @@ def test_other_keys_stay_as_they_are() -> None:
 
 
 def test_a_group_is_known_to_torch_only_within_its_context() -> None:
-    def made(rank: int) -> LocalGroup:
+    def made(rank: int) -> Callable[[], AbstractContextManager[ProcessGroup]]:
         backend = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, 2, timedelta(seconds=30))
-        return LocalGroup(Board(store, rank, 2, 30.0), backend)
+        return local_group(Board(store, rank, 2, 30.0), backend)
 
     store = HashStore()
     with ThreadPoolExecutor(2) as pool:

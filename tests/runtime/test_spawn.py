@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 
 import fxpass
 from fxpass.models.small import case
-from fxpass.runtime.engine import Engine
+from fxpass.runtime.calls.engine import Engine
+from fxpass.runtime.calls.module import ParallelModule
+from fxpass.runtime.calls.programs import SIGNATURES
 from fxpass.runtime.errors import RankError
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.module import ParallelModule
-from fxpass.runtime.programs import SIGNATURES
 from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.plans import Block, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 

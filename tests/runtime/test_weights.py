@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fxpass.ir.code import Form
 from fxpass.runtime import weights
+from fxpass.runtime.calls.module import ParallelModule
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.module import ParallelModule
 from fxpass.runtime.spawn import SpawnExecutor
 from fxpass.runtime.weights import allocate, bytes_of, dense, digests_of, pieces, views
 from tests.properties import given

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fxpass.ir.strategy import Strategy
 from fxpass.runtime import distributed
+from fxpass.runtime.calls.module import ParallelModule
 from fxpass.runtime.distributed import DistributedExecutor
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.module import ParallelModule
 from fxpass.runtime.network import Network
 from fxpass.runtime.process_group import GroupChannel
 from tests.runtime.plans import block, parallel, steps, whole

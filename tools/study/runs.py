@@ -24,7 +24,7 @@ from ...ir.strategy import Strategy
 from ...models.pipelines import denoisers
 from ...pipeline import parallel, restore
 from ...plan import Plan
-from ...runtime.module import ParallelModule
+from ...runtime.calls.module import ParallelModule
 from ..checkout import DEMOS, demo_folder
 from ..commands.generate import load
 from ..demo.measure import Fact, fact

@@ -18,10 +18,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from ..capture import Method
-from ..capture.executed import transparent
-from ..capture.objects import walk
-from ..ir.advice import warn
+from ...capture import Method
+from ...capture.executed import transparent
+from ...capture.objects import walk
+from ...ir.advice import warn
 from .module import ParallelModule, graph_break
 
 #: modules that are attached, by the id of the user's model, which they keep alive

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import passed
-from ..capture.objects import flatten
+from ...capture import passed
+from ...capture.objects import flatten
 from .deferred import DeferredTensor, Step
 
 

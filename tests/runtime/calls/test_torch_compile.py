@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxpass.runtime.calls.module import ParallelModule, _warn_of_compile
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.module import ParallelModule, _warn_of_compile
 from tests.runtime.plans import block, inputs, parallel, whole
 
 Compiled = Callable[[Tensor, Tensor], Tensor]

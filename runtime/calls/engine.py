@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import (
+from ...capture import (
     Call,
     CaptureError,
     DrawingCall,
@@ -26,13 +26,13 @@ from ..capture import (
     check_memory,
     returned,
 )
-from ..capture.structure import Structure
-from ..ir.advice import warn
-from ..passes.limits import WorldSizeError
+from ...capture.structure import Structure
+from ...ir.advice import warn
+from ...passes.limits import WorldSizeError
+from ..errors import DisagreementError
+from ..executor import Executor, PlanLike, Report, device_of
 from .deferred import DeferredTensor, plain
 from .entry import Entry, question_of
-from .errors import DisagreementError
-from .executor import Executor, PlanLike, Report, device_of
 from .generation import Generation, Generations
 from .programs import Planner, Programs
 from .together import Together, Waiting

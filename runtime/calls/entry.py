@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..capture.structure import WeightTable
-from ..ir.program import Program
-from ..ir.step import EXACT
+from ...capture.structure import WeightTable
+from ...ir.program import Program
+from ...ir.step import EXACT
+from ..executor import Loaded, PlanLike, Question
 from .clock import Clock
-from .executor import Loaded, PlanLike, Question
 from .generation import Generation
 
 

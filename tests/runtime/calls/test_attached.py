@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 import fxpass
-from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.calls.module import ParallelModule
 from tests.runtime.plans import Block, Pipeline, block, inputs, whole
 
 

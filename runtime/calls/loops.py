@@ -16,10 +16,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..ir.program import Program
+from ...ir.program import Program
+from ..executor import PlanLike
 from .attached import attached_for_now, attached_to
 from .engine import Engine
-from .executor import PlanLike
 from .module import ParallelModule
 
 log = logging.getLogger("fxpass")

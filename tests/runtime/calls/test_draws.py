@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.models.pipelines import methods_of
-from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.calls.module import ParallelModule
 
 Numbers = Callable[[Tensor, Any], Tensor]
 

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ir.inputs import moving
-from ..ir.program import Program
-from ..ir.step import EXACT, Step
-from .executor import on_host
+from ...ir.inputs import moving
+from ...ir.program import Program
+from ...ir.step import EXACT, Step
+from ..executor import on_host
 from .generation import Generation
 
 CONTEXTS = 4  #: kept at once; guidance has two or three branches

@@ -16,9 +16,19 @@ from torch import Tensor
 
 import fxpass
 from fxpass.ir.advice import FxpassWarning
-from fxpass.runtime.feeds import JointEngine
-from fxpass.runtime.programs import GUARDED
-from tests.runtime.feeding import HINT, PROMPT, Denoiser, close, generation, joint_of, own_programs, pipeline, split
+from fxpass.runtime.calls.feeds import JointEngine
+from fxpass.runtime.calls.programs import GUARDED
+from tests.runtime.calls.feeding import (
+    HINT,
+    PROMPT,
+    Denoiser,
+    close,
+    generation,
+    joint_of,
+    own_programs,
+    pipeline,
+    split,
+)
 from tests.runtime.plans import steps
 
 
@@ -142,7 +152,7 @@ def test_two_threads_share_the_programs_of_both_parts() -> None:
 
     made: list[JointEngine] = []
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr("fxpass.runtime.feeds.JointEngine", Slow)
+        patch.setattr("fxpass.runtime.calls.feeds.JointEngine", Slow)
         for each in [pool.submit(run) for _ in range(2)]:
             each.result()
     assert len(made) == 1

@@ -13,9 +13,9 @@ from diffusers import DDIMScheduler
 import fxpass
 from fxpass.ir.merge import Reduce
 from fxpass.ir.step import ChannelSpec
+from fxpass.runtime.calls.module import ParallelModule
+from fxpass.runtime.calls.programs import SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.module import ParallelModule
-from fxpass.runtime.programs import SIGNATURES
 from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.plans import Block, Pipeline, block, inputs, parallel, whole
 

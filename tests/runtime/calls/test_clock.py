@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxpass.ir.inputs import TIMESTEP
-from fxpass.runtime.clock import CONTEXTS, MAX_GAP, Clock, _centered
+from fxpass.runtime.calls.clock import CONTEXTS, MAX_GAP, Clock, _centered
+from fxpass.runtime.calls.generation import Generation, Generations
 from fxpass.runtime.executor import on_host
-from fxpass.runtime.generation import Generation, Generations
 
 PROMPT, OTHER = torch.ones(1, 3), torch.zeros(1, 3)
 SAMPLERS = {

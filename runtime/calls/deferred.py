@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..capture.guards import version
+from ...capture.guards import version
 
 #: what is known before the value is
 METADATA: set[Any] = {
@@ -161,9 +161,9 @@ class DeferredTensor(Tensor):
 
     @staticmethod
     def __new__(
-        cls, source: Source, like: Tensor, device: torch.device, step: Step | None, place: int
+        cls: type[DeferredTensor], source: Source, like: Tensor, device: torch.device, step: Step | None, place: int
     ) -> DeferredTensor:
-        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
         made.source, made.step, made.place = source, step, place
         made.value, made.version, made.error = None, 0, None
         return made

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..capture import Call, Method
-from ..ir.advice import warn
+from ...capture import Call, Method
+from ...ir.advice import warn
+from ..executor import PlanLike, Report
 from .deferred import plain
 from .engine import Engine
-from .executor import PlanLike, Report
 from .generation import Generation
 
 

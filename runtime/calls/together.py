@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..capture import Call, written
+from ...capture import Call, written
 from .deferred import Source
 from .entry import Entry
 from .generation import Generation

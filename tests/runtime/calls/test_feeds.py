@@ -13,10 +13,10 @@ from torch import Tensor
 
 import fxpass
 from fxpass.ir.advice import FxpassWarning
-from fxpass.runtime.deferred import DeferredTensor
+from fxpass.runtime.calls.deferred import DeferredTensor
+from fxpass.runtime.calls.programs import GUARDED
 from fxpass.runtime.lockstep import LockstepPlan
-from fxpass.runtime.programs import GUARDED
-from tests.runtime.feeding import (
+from tests.runtime.calls.feeding import (
     HINT,
     PROMPT,
     check_generation,

@@ -10,19 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import Call, CaptureError, broken_guard, capture_call, guard_error, outdated
-from ..capture.structure import Structure, WeightTable
-from ..capture.unread import Unread
-from ..ir.advice import warn
-from ..ir.program import Program
+from ...capture import Call, CaptureError, broken_guard, capture_call, guard_error, outdated
+from ...capture.structure import Structure, WeightTable
+from ...capture.unread import Unread
+from ...ir.advice import warn
+from ...ir.program import Program
+from ..executor import Executor, PlanLike
 from .clock import Clock
 from .entry import Entry
-from .executor import Executor, PlanLike
 
 SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
 GUARDED = 4  #: programs kept of one signature that differ only in guarded values; more captures in a row are an error
 
 Planner = Callable[[Program], PlanLike]
+
+
+class NoPlanError(ValueError):
+    """No plan can be used for a call. The message says why."""
 
 
 class Programs:

@@ -23,17 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..capture import Call, Method, arranged, autocast, bind, outdated, unsplit
-from ..capture.guards import version
-from ..ir.program import Program
+from ...capture import Call, Method, arranged, autocast, bind, outdated, unsplit
+from ...capture.guards import version
+from ...ir.program import Program
+from ..executor import PlanLike
 from .deferred import DEFERRED, DeferredTensor, Source, plain
 from .engine import APART, UNSPLIT, Engine
 from .entry import Entry
-from .errors import NoPlanError
-from .executor import PlanLike
 from .generation import Generation
 from .joint import Joint, Recipe, write
-from .programs import GUARDED
+from .programs import GUARDED, NoPlanError
 from .together import places
 
 log = logging.getLogger("fxpass")

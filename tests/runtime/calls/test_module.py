@@ -18,9 +18,9 @@ import fxpass
 from fxpass.capture import GuardError
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case
+from fxpass.runtime.calls.module import ParallelModule
+from fxpass.runtime.calls.programs import GUARDED, SIGNATURES
 from fxpass.runtime.lockstep import LockstepExecutor
-from fxpass.runtime.module import ParallelModule
-from fxpass.runtime.programs import GUARDED, SIGNATURES
 from tests.runtime.plans import Block, block, inputs, parallel, steps, whole
 
 
@@ -346,7 +346,7 @@ def test_of_the_programs_of_one_kind_of_call_the_least_recently_used_is_evicted(
     for sample, times in calls:
         module(sample, torch.tensor(times))
     assert len(module._engine.programs) == SIGNATURES
-    monkeypatch.setattr("fxpass.runtime.programs.capture_call", lambda *_: 1 / 0)
+    monkeypatch.setattr("fxpass.runtime.calls.programs.capture_call", lambda *_: 1 / 0)
     for sample, times in calls[1:]:
         torch.testing.assert_close(module(sample, torch.tensor(times)), model(sample, torch.tensor(times)))
     with pytest.raises(ZeroDivisionError):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxpass
 from fxpass.capture.runs import Runs
-from fxpass.runtime.module import ParallelModule
+from fxpass.runtime.calls.module import ParallelModule
 
 FRAMES = 8
 
@@ -50,7 +50,7 @@ class Video(nn.Module):
 @pytest.fixture(autouse=True)
 def few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a loop over eight frames is long."""
-    monkeypatch.setattr("fxpass.runtime.module.OPERATORS", 60)
+    monkeypatch.setattr("fxpass.runtime.calls.module.OPERATORS", 60)
 
 
 def video() -> tuple[Any, Tensor]:
@@ -100,7 +100,7 @@ def test_a_long_loop_is_recorded_once_only(monkeypatch: pytest.MonkeyPatch) -> N
     model, z = video()
     with fxpass.parallelize(model, 2, executor="lockstep") as module:
         module.decode(z)
-        monkeypatch.setattr("fxpass.runtime.programs.capture_call", lambda *_: 1 / 0)
+        monkeypatch.setattr("fxpass.runtime.calls.programs.capture_call", lambda *_: 1 / 0)
         torch.testing.assert_close(module.decode(z), model.decode(z))
 
 

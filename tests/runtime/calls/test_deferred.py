@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.ir.mesh import Mesh
-from fxpass.runtime.deferred import DeferredTensor, Source
+from fxpass.runtime.calls.deferred import DeferredTensor, Source
+from fxpass.runtime.calls.together import GENERATIONS
 from fxpass.runtime.lockstep import LockstepPlan
-from fxpass.runtime.together import GENERATIONS
 from tests.runtime.plans import Block, block, inputs, steps, whole
 
 

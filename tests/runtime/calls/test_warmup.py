@@ -17,7 +17,7 @@ def test_after_a_warmup_no_step_of_a_generation_is_captured_or_made_anew(
 ) -> None:
     module: Any = fxpass.parallelize(block(), 2, strategy=strategy, executor="lockstep")
     module.warmup(*inputs())
-    monkeypatch.setattr("fxpass.runtime.programs.capture_call", lambda *_: 1 / 0)
+    monkeypatch.setattr("fxpass.runtime.calls.programs.capture_call", lambda *_: 1 / 0)
     made: list[Any] = []
     plain = step_runner.step_code
     monkeypatch.setattr(step_runner, "step_code", lambda *args, **kwargs: made.append(args) or plain(*args, **kwargs))
