@@ -225,6 +225,9 @@ class Engine:
         """Give up calls that wait for others: their results are errors. The other ranks may take no further part."""
         with self.turn.taken():
             self._waiting.fail(why)
+            for each in (self.joints, self.feeder):
+                if each is not None:
+                    each.give_up(why)
 
     def close(self, why: str = "close() was called") -> None:
         """Release everything on all ranks; later calls raise."""

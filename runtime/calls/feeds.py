@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from threading import get_ident
 from typing import Any
@@ -25,8 +25,6 @@ from torch.utils import _pytree as pytree
 
 from ...capture import Call, Method, arranged, autocast, bind, outdated, unsplit
 from ...capture.guards import version
-from ...ir.program import Program
-from ..executor import PlanLike
 from .deferred import DEFERRED, DeferredTensor, Source, plain
 from .engine import APART, UNSPLIT, Engine
 from .entry import Entry
@@ -198,6 +196,11 @@ class Feeder:
         """What a call that did not wait returns."""
         return Residuals.of(result)
 
+    def give_up(self, why: str) -> None:
+        """Give up calls of a denoiser with the part that wait for others; this thread has the turn."""
+        for joints in self.joints:
+            joints.give_up(why, self)
+
     def close(self) -> None:
         """Release the programs in which the part runs with a denoiser; this thread has the turn."""
         for joints in self.joints:
@@ -214,17 +217,14 @@ class JointEngine(Engine):
     joined = True
 
     def __init__(self, engine: Engine, part: Engine) -> None:
-        plan_of = engine.planner
-
-        def planner(program: Program) -> PlanLike:
-            plan = plan_of(program)
-            if plan.calls > 1:
-                raise NoPlanError(f"{plan.calls} calls of the denoiser run at once")
-            return plan
-
-        model = Joint.of(engine.model, part.model)
         super().__init__(
-            model, planner, engine.executor, strict=engine.strict, turn=engine.turn, capturing=self._counted
+            Joint.of(engine.model, part.model),
+            engine.planner,
+            engine.executor,
+            strict=engine.strict,
+            turn=engine.turn,
+            capturing=self._counted,
+            apart=engine._apart,
         )
         self._generations = engine._generations
         self._released = False  # the denoiser or the part was closed
@@ -261,8 +261,10 @@ class JointEngine(Engine):
         yield
 
     def release(self) -> None:
-        """Release all programs; later calls return `APART`. This thread has the turn."""
+        """Run the calls that wait, and release all programs; later calls return `APART`. This thread has the turn."""
         self._released = True
+        with suppress(Exception), torch.no_grad():  # whoever uses a result that has failed hears of it
+            self._waiting.complete()
         self.programs.forget()
 
     def _run_unsplit(self, method: Method | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -330,6 +332,12 @@ class Joints:
             self._engines[feeder] = JointEngine(engine, part)
             feeder.joints.add(self)
         return self._engines[feeder]
+
+    def give_up(self, why: str, feeder: Feeder | None = None) -> None:
+        """Give up calls that wait for others, with one part or with any; this thread has the turn."""
+        for each, joint in self._engines.items():
+            if feeder in (None, each):
+                joint._waiting.fail(why)
 
     def release(self, feeder: Feeder) -> None:
         """Release the programs of a part; this thread has the turn."""

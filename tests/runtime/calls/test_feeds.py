@@ -404,26 +404,6 @@ def test_batched_guidance_is_divided_and_calls_of_each_branch_run_with_residuals
     assert plan.bytes_by_role == {"output": 4 * expected[0].numel()}
 
 
-def test_guidance_in_two_calls_keeps_its_groups_and_runs_apart_from_the_part() -> None:
-    pipe = pipeline()
-
-    def step(sample: Tensor, timestep: Tensor, scale: float) -> Tensor:
-        found = []
-        for i in range(2):
-            here = slice(i, i + 1)
-            residuals, middle = pipe.controlnet(sample[here], timestep, hint=HINT[here])
-            found.append(pipe.unet(sample[here], timestep, PROMPT[here], residuals=residuals, middle=middle))
-        return found[0] + 2 * (found[1] - found[0])
-
-    pipe.step = step
-    expected = generation(pipe, 3)
-    split(pipe, cfg=2)
-    close(generation(pipe, 3), expected)
-    assert own_programs(pipe) == (1, 1)
-    meshes = [fxpass.parallel(each).plan.mesh.groups for each in (pipe.unet, pipe.controlnet)]
-    assert meshes == [2, 1]
-
-
 def test_a_plan_of_both_parts_is_saved_and_used_and_one_that_does_not_fit_lets_them_run_apart(tmp_path: Path) -> None:
     pipe = pipeline()
     expected = generation(pipe, 1)
