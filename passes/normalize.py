@@ -36,10 +36,13 @@ def normalize(program: Program) -> Program:
         if node.op == "placeholder":
             env[node] = b.graph.placeholder(node.name)
             env[node].meta = dict(node.meta)
+            if node.name in program.given:
+                env[node].meta["given"] = program.given[node.name]
             if node.name in constants:
                 known[env[node]] = constants[node.name]
         elif node.op == "output":
-            b.graph.output(_outputs(b, node, env, len(program.written)))
+            results = b.graph.output(_outputs(b, node, env, len(program.written)))
+            results.meta["kept"] = program.kept
         else:
             rewrite(b, node, env)
     folded = _fold(b.graph, known)
@@ -83,6 +86,13 @@ def _outputs(b: Builder, output: fx.Node, env: Mapping[fx.Node, Any], written: i
             b.source = node
             results[i] = b.append(aten.clone.default, (results[i],), {}, node.meta["val"])
     return tuple(results)
+
+
+def memory_of_their_own(program: Program) -> list[int]:
+    """The indices of outputs of a captured program whose memory no input, weight, constant or other output shares."""
+    (output,) = program.graph.find_nodes(op="output")
+    bases = [_base(node) for node in output.args[0]]  # type: ignore[union-attr]
+    return [i for i, base in enumerate(bases) if base.op == "call_function" and bases.count(base) == 1]
 
 
 def _base(node: fx.Node) -> fx.Node:

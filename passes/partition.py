@@ -72,10 +72,12 @@ class Partitioner:
             self._node = node
             if node.op == "placeholder":
                 new = self._graph.placeholder(node.name)
-                new.meta = dict(node.meta) | {"layout": WHOLE}
+                new.meta = dict(node.meta) | {"layout": node.meta.get("given", WHOLE)}
                 env[node] = self._with_cut(node, new)
             elif node.op == "output":
-                self._graph.output(map_arg(node.args[0], lambda n: self._output(env[n])))
+                kept = node.meta.get("kept", ())
+                results = [env[each] for each in node.args[0]]
+                self._graph.output(tuple(self._output(each, i in kept) for i, each in enumerate(results)))
             elif node.target is operator.getitem:
                 env[node] = self._with_cut(node, env[node.args[0]][node.args[1]])
             else:
@@ -327,8 +329,8 @@ class Partitioner:
             return self.lay(value, self._cuts[node.name], "rebalance", "cut")
         return value
 
-    def _output(self, value: fx.Node) -> fx.Node:
-        return self.whole(value, "output")
+    def _output(self, value: fx.Node, kept: bool) -> fx.Node:
+        return value if kept and "holes" not in value.meta else self.whole(value, "output")
 
     def _exchange(
         self, x: fx.Node, declared: Exchange, shape: Sequence[int], layout: Layout, *, holes: bool = False

@@ -21,6 +21,7 @@ from .board import Board
 from .errors import DisagreementError, RankError
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of
 from .groups import connect
+from .held import NOTHING, Held, Holding
 from .network import Network
 from .rank_steps import RankSteps, on_device
 from .step_runner import StepRunner
@@ -95,11 +96,12 @@ class DistributedExecutor:
         self._ranks = _Ranks()
         self._closed = False
         self.traffic: Counter[str] = Counter()
+        self.held = Held()
 
     def share(self) -> DistributedExecutor:
         """Another executor with the same connections."""
         other = copy.copy(self)
-        other.traffic = Counter()
+        other.traffic, other.held = Counter(), Held()
         self._ranks.users += 1
         return other
 
@@ -127,6 +129,9 @@ class DistributedExecutor:
         )
         steps = RankSteps(runner, network, graph=graph)
         return DistributedPlan(self, steps, check)
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        self.held.forget(numbers)
 
     def begin(self, device: torch.device) -> None:
         """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
@@ -204,7 +209,9 @@ class DistributedPlan:
             self.executor.broke(error)
             raise
 
-    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
+    def run(
+        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step, holding: Holding = NOTHING
+    ) -> list[Tensor]:
         """The flat outputs, the same on every rank.
 
         Raises:
@@ -212,7 +219,9 @@ class DistributedPlan:
         """
         try:
             mode = self.runner.mode(step)
-            return self.steps.run(weights, inputs, step.context, mode, step.pace)
+            held = self.executor.held
+            outputs = self.steps.run(weights, held.inputs(inputs, holding), step.context, mode, step.pace)
+            return held.outputs(outputs, holding)
         except BaseException as error:
             self.executor.broke(error)
             raise

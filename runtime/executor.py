@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ..ir.program import Program
 from ..ir.step import Step
+from .held import NOTHING, Holding
 
 #: how steps are compiled: True is "inductor" on the CPU, and "inductor+graph" on CUDA
 Compile = bool | Literal["inductor", "graph", "inductor+graph"]
@@ -79,13 +80,17 @@ class Loaded(Protocol):
         """
         ...
 
-    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
+    def run(
+        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step, holding: Holding = NOTHING
+    ) -> list[Tensor]:
         """The flat outputs; gradients must be off.
 
         Args:
             weights: the model's own tensors, in the order of `plan.program.weights`.
             inputs: in the order of `plan.program.inputs`.
             step: a displaced one needs an earlier exact step of the same context.
+            holding: which inputs ranks have kept, and which outputs they keep: there, tensors without elements are
+                given and returned.
         """
         ...
 
@@ -122,6 +127,10 @@ class Executor(Protocol):
         ...
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Loaded: ...
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        """Free what the ranks have kept under these numbers."""
+        ...
 
     def begin(self, device: torch.device) -> None:
         """Begin a call on `device`.

@@ -13,6 +13,7 @@ from ..ir.step import EXACT, ChannelSpec, Step
 from .channels import Channel, InProcessChannel, Tamper
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of, on_host
 from .graphs import StepGraphs, cuda_recorder
+from .held import NOTHING, Held, Holding
 from .step_runner import StepRunner, as_tensor, run_in_turns
 
 
@@ -39,6 +40,7 @@ class LockstepExecutor:
         self.traffic: Counter[str] = Counter()
         self.tamper = tamper
         self.check = check
+        self.held = [Held() for _ in range(world_size)]  #: by rank
 
     def share(self) -> LockstepExecutor:
         """Another executor like this one."""
@@ -46,6 +48,10 @@ class LockstepExecutor:
 
     def load(self, plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> LockstepPlan:
         return LockstepPlan(self, plan, inputs)
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        for held in self.held:
+            held.forget(numbers)
 
     def begin(self, device: torch.device) -> None:
         pass
@@ -86,11 +92,15 @@ class LockstepPlan:
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
         return question.decide(on_host(question.facts))
 
-    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
+    def run(
+        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step, holding: Holding = NOTHING
+    ) -> list[Tensor]:
         """Rank 0's outputs."""
-        return self.run_all(weights, inputs, step)[0]
+        return self.run_all(weights, inputs, step, holding)[0]
 
-    def run_all(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step = EXACT) -> list[list[Tensor]]:
+    def run_all(
+        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step = EXACT, holding: Holding = NOTHING
+    ) -> list[list[Tensor]]:
         """The outputs of every rank.
 
         Raises:
@@ -99,17 +109,22 @@ class LockstepPlan:
         try:
             modes = [rank.mode(step) for rank in self.ranks]
             assert len(set(modes)) == 1
-            if self._record:
+            if self._record and not holding.takes:
                 if step.context not in self._graphs:
                     self._graphs[step.context] = StepGraphs(self.ranks, step.context, self.device, self._record)
                 return self._graphs[step.context].run(weights, inputs, modes[0], step.pace)
             channels = [rank.channels(step.context) for rank in self.ranks]
             pace = as_tensor(step.pace)
-            runs = [rank.start(weights, inputs, step.context, modes[0], pace) for rank in self.ranks]
+            given = [held.inputs(inputs, holding) for held in self.executor.held]
+            runs = [
+                rank.start(weights, own, step.context, modes[0], pace)
+                for rank, own in zip(self.ranks, given, strict=True)
+            ]
+            del given
             found = [outputs for outputs, _ in run_in_turns(runs, channels)]
             for rank in self.ranks:
                 rank.count(modes[0])
-            return found
+            return [held.outputs(each, holding) for held, each in zip(self.executor.held, found, strict=True)]
         except BaseException:
             self._forget()  # some ranks have put more messages than others
             raise

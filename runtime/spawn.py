@@ -29,6 +29,7 @@ from ..ir.step import Mode, Step
 from ..passes.lower_comm import StepPrograms
 from .errors import RankError
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of, on_host
+from .held import NOTHING, Held, Holding
 from .memory import check_shm
 from .network import Network
 from .operators import refuse_script
@@ -67,6 +68,7 @@ class SpawnExecutor:
         self._scope = f"{self.workers.number()}/"  # of the names of its weights
         self._closed = False
         self.traffic: Counter[str] = Counter()
+        self.held = Held()  #: by rank 0
         self._copies = copies
         self._weights: Weights | None = None  # None until it is known where the model is
         self._plans: dict[int, SpawnPlan] = {}
@@ -151,6 +153,12 @@ class SpawnExecutor:
         self._plans[number] = found = SpawnPlan(self, number, plan, steps, shared, inductor=inductor)
         return found
 
+    def forget(self, numbers: Sequence[int]) -> None:
+        self.held.forget(numbers)
+        if not self.workers.ended:
+            with suppress(ConnectionError):  # the next call raises, with the reason
+                self.workers.send(("forget", list(numbers)))
+
     def begin(self, device: torch.device) -> None:
         if self.ended:
             raise RuntimeError(f"the worker processes have ended ({self.ended}); call fxpass.parallelize again")
@@ -172,7 +180,14 @@ class SpawnExecutor:
             self.workers.leave(self)
 
     def run(
-        self, plan: SpawnPlan, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step, *, look: bool
+        self,
+        plan: SpawnPlan,
+        weights: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        step: Step,
+        holding: Holding,
+        *,
+        look: bool,
     ) -> list[Tensor]:
         """Rank 0's outputs, once all ranks are done. If a rank fails, all workers end.
 
@@ -193,11 +208,12 @@ class SpawnExecutor:
             self.workers.network.board.call = self.workers.calls
             mode = plan.runner.mode(step)
             self._send_code(plan, mode)
-            self.workers.send(("run", plan.number, self.workers.calls, step.context, mode, step.pace))
+            self.workers.send(("run", plan.number, self.workers.calls, step.context, mode, step.pace, holding))
             with _computing_with(self.workers.threads):
-                outputs = plan.steps.run(weights, inputs, step.context, mode, step.pace)
+                own = self.held.inputs(inputs, holding)
+                outputs = plan.steps.run(weights, own, step.context, mode, step.pace)
             self.workers.answers(self.workers.timeout)
-        return outputs
+        return self.held.outputs(outputs, holding)
 
     def _send_code(self, plan: SpawnPlan, mode: Mode) -> None:
         """Send the workers the code of a mode, if they do not have it."""
@@ -263,8 +279,10 @@ class SpawnPlan:
             self._generations.append(question.generation)
         return question.decide(on_host(question.facts))
 
-    def run(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step) -> list[Tensor]:
-        return self.executor.run(self, weights, inputs, step, look=self._look)
+    def run(
+        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], step: Step, holding: Holding = NOTHING
+    ) -> list[Tensor]:
+        return self.executor.run(self, weights, inputs, step, holding, look=self._look)
 
     @property
     def compiled(self) -> Sequence[Report]:

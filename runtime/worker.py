@@ -26,6 +26,7 @@ from ..ir.step import Mode
 from .board import Board
 from .errors import RankError
 from .groups import HOST, connect
+from .held import Held
 from .network import Network
 from .numerics import apply
 from .rank_steps import RankSteps
@@ -45,6 +46,7 @@ class Worker:
         self.plans: dict[int, LoadedPlan] = {}
         self.codes: dict[int, dict[Mode, StepCode]] = {}
         self.steps: dict[int, RankSteps] = {}
+        self.held = Held()  #: of all executors
 
     def handle(self, message: tuple[Any, ...]) -> None:
         match message:
@@ -68,15 +70,18 @@ class Worker:
             case ("release", number):
                 self.steps.pop(number).close()
                 del self.plans[number], self.codes[number]
+            case ("forget", numbers):
+                self.held.forget(numbers)
             case ("drop", names):
                 for name in names:
                     del self.weights[name]
-            case ("run", number, call, context, mode, pace):
+            case ("run", number, call, context, mode, pace, holding):
                 self.network.board.call = call
                 plan = self.plans[number]
                 weights = [self.weights[name] for name in plan.weights]
                 inputs = [x if kept else x.to(self.device) for x, kept in zip(plan.inputs, plan.on_host, strict=True)]
-                self.steps[number].run(weights, inputs, context, mode, pace)
+                outputs = self.steps[number].run(weights, self.held.inputs(inputs, holding), context, mode, pace)
+                self.held.outputs(outputs, holding)
 
     def loaded(self, plan: LoadedPlan, codes: dict[Mode, StepCode]) -> RankSteps:
         runner = StepRunner(

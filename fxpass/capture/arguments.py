@@ -103,7 +103,8 @@ def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
     """Write to the caller's arguments as the model would, and return what it would return."""
     written = [call.tensors[i] for i in program.written]
     shared = {_memory(tensor) for tensor in (*written, *program.constants.values())}
-    supply = iter([tensor.clone() if _memory(tensor) in shared else tensor for tensor in outputs])
+    plain = [type(tensor) is Tensor for tensor in outputs]  # others have no memory yet
+    supply = iter([x.clone() if here and _memory(x) in shared else x for x, here in zip(outputs, plain, strict=True)])
     output, entries = arranged(program, supply, call)
     for tensor, value in zip(written, supply, strict=True):
         tensor.copy_(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from types import FunctionType, MethodType
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..ir.layout import Layout
 from .errors import CaptureError
 from .objects import PLAIN, UNSEEN, all_seen, copied, holds_tensors, is_open, opened, parts_of, state_of, walk
 from .unread import StandIn, Watch, may_be_unread
@@ -62,6 +63,9 @@ class Call:
     method: Method | None = None  #: what is called; None: the model itself, with its hooks
     fed: tuple[str, ...] = ()  #: paths of tensors that another part of a pipeline makes anew for each step
     joined: bool = False  #: whether it calls several parts of a pipeline, each of which has its own arguments
+    given: tuple[
+        tuple[int, Layout], ...
+    ] = ()  #: indices of tensors of which each rank has its rows, with their layouts
 
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None = None) -> Call:
@@ -100,6 +104,20 @@ class Call:
             return self
         fed = tuple(self.paths[i] for i in indices)
         return replace(self, fed=fed, key=(*self.key, fed), _whole=(*self._whole, fed))
+
+    def given_as(self, layouts: Mapping[int, Layout]) -> Call:
+        """The same call with tensors of which each rank has its own rows."""
+        if not layouts:
+            return self
+        given = tuple(layouts.items())
+        return replace(self, given=given, key=(*self.key, given), _whole=(*self._whole, given))
+
+    def apart(self) -> Call:
+        """The same call with empty tensors in place of those of which each rank has its own rows."""
+        if not self.given:
+            return self
+        given = dict(self.given)
+        return replace(self, tensors=tuple(empty_like(x) if i in given else x for i, x in enumerate(self.tensors)))
 
     def without(self, unread: frozenset[int]) -> Call:
         """The same call with a key that leaves out these leaves."""
@@ -165,6 +183,11 @@ class Call:
     def with_numbers(self, tensors: Sequence[Any], lifted: frozenset[int] = frozenset()) -> list[Any]:
         """`tensors` with the caller's Python numbers in place of their tensors, except of the `lifted` ones."""
         return [tensor if i in lifted else self.numbers.get(i, tensor) for i, tensor in enumerate(tensors)]
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """A tensor without elements, of the same dtype and device."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def bind(

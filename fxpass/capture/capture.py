@@ -95,6 +95,7 @@ def _captured(model: nn.Module, call: Call, task: Task) -> Program:
     if call.method is not None:
         program.method = call.method.name
     program.fed, program.joined = call.fed, call.joined
+    program.given = {program.inputs[i]: layout for i, layout in call.given}
     program.modules = {path: type(module).__name__ for path, module in model.named_modules()}
     program.seconds |= {
         "warm up": warm - started,

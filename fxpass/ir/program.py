@@ -7,6 +7,8 @@ A node of a partitioned graph carries in `meta`:
     path           the module it comes from, e.g. "mid_block.attentions.0.attn1"
     flops          of an operator without a formula: FLOPs of its parts on whole tensors, None if unknown
     resized        present if the value has fewer rows at displaced steps (keys and values in a window)
+    given          of an input: the layout that it has before the call (`Program.given`)
+    kept           of the output node: indices of results that are not gathered (`Program.kept`)
     holes          present if the layout leaves out rows that no operator reads (the operand of a strided convolution);
                    such a value is neither exchanged nor an output
 
@@ -57,6 +59,8 @@ class Program:
     method: str = "forward"  #: the method of the model that was called
     fed: tuple[str, ...] = ()  #: paths of inputs that another part of a pipeline makes anew for each step
     joined: bool = False  #: whether it is made of several parts of a pipeline, each of which has its own arguments
+    given: dict[str, Layout] = field(default_factory=dict)  #: inputs of which each rank has its rows, so laid
+    kept: tuple[int, ...] = ()  #: outputs of which each rank keeps its own rows, where they are split
     reads: Any = None  #: the Python state beside the model that is baked in: `capture.reads.Reads`
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:

@@ -76,6 +76,7 @@ class Source:
         run: runs the call, and then gives `give` its results, or `fail` the reason why there are none.
     """
 
+    metadata = METADATA  #: functions that need no value
     fed = False  #: whether the results are made anew for each step of a denoiser
 
     def __init__(self, run: Callable[[], None]) -> None:
@@ -174,7 +175,7 @@ class DeferredTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA and _waits(args[0]):
+        if _waits(args[0] if args else None) and func in args[0].source.metadata:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))

@@ -111,7 +111,7 @@ class Engine:
             return method.function(*args, **kwargs)
         if self.joints is not None and (joined := self.joints.run(self, args, kwargs, method)) is not APART:
             return joined
-        plain(leaves_of(args, kwargs))  # computes results that are deferred: this thread must not have the turn
+        self._compute(leaves_of(args, kwargs))  # this thread must not have the turn
         with self.turn.taken(), torch.no_grad():
             if self._closed:
                 raise RuntimeError(f"this parallel module was closed ({self._closed}); call fxpass.parallelize again")
@@ -304,8 +304,7 @@ class Engine:
             if drawing := self._draws.drawn(self.model, args, kwargs, method):
                 return self._found_with(drawing, gradients)
             call = Call.of(self.model, args, kwargs, method)
-            fed = [i for i, each in enumerate(call.tensors) if isinstance(each, DeferredTensor) and each.source.fed]
-            call = replace(call, tensors=plain(call.tensors), joined=self.joined).fed_with(fed)
+            call = self._bound(call)
             if gradients:
                 call.refuse_gradients()
             self.programs.update()
@@ -330,7 +329,7 @@ class Engine:
                 self.programs.load(entry, plan if plan.calls == 1 else self._apart(entry.captured), call)
             if not waits and entry.plan.calls > 1 and self._generations.current().apart:
                 entry = self._alone(entry, call)
-            check_memory(entry.captured, self.model, call)
+            check_memory(entry.captured, self.model, call.apart())
             return call, entry, waits
         except UNSPLIT as error:
             if method is None or method.most is None or self.strict:
@@ -342,6 +341,15 @@ class Engine:
             else:
                 self._say_unsplit(method, str(error))
             return None
+
+    def _compute(self, arguments: Sequence[Any]) -> None:
+        """Compute arguments that are deferred."""
+        plain(arguments)
+
+    def _bound(self, call: Call) -> Call:
+        """A call as it is captured, of one whose arguments may be deferred."""
+        fed = [i for i, each in enumerate(call.tensors) if isinstance(each, DeferredTensor) and each.source.fed]
+        return replace(call, tensors=plain(call.tensors), joined=self.joined).fed_with(fed)
 
     def _break_up(self, method: Method, paths: Sequence[str]) -> None:
         """Let the modules that a method repeats run on all ranks, each call by itself."""

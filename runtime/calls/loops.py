@@ -2,8 +2,8 @@
 
 A decoder of videos works frame by frame, or tile by tile, in a Python loop. Captured as one program, the loop is
 unrolled. Where that gives more operators than the budget, the loop stays in Python, on every rank, and the calls of the
-module that it repeats are captured and split: a few programs, whatever the number of frames. What a call returns or
-leaves in its arguments (a cache of earlier frames) is whole on every rank.
+module that it repeats are captured and split: a few programs, whatever the number of frames. What a call returns is
+whole on every rank; what it leaves in its arguments (a cache of earlier frames) stays there as rows (`kept.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ...ir.program import Program
 from ..executor import PlanLike
 from .attached import attached_for_now, attached_to
 from .engine import Engine
+from .kept import KeepingEngine, kept_outputs
 from .module import ParallelModule
 
 log = logging.getLogger("fxpass")
@@ -46,7 +47,12 @@ class Loops:
     def attached(self) -> Iterator[None]:
         """Calls of the modules within the context run on all ranks. One thread at a time has it."""
         with self._running, attached_for_now(self._modules.values()):
-            yield
+            try:
+                yield
+            finally:
+                with self._engine.turn.taken():
+                    for module in self._modules.values():
+                        module._engine.forget_unused()
 
     def close(self) -> None:
         for module in self._modules.values():
@@ -57,6 +63,6 @@ class Loops:
         whole = self._engine
 
         def planner(program: Program) -> PlanLike:
-            return whole.planner(replace(program, method="part"))
+            return whole.planner(replace(program, method="part", kept=kept_outputs(program)))
 
-        return Engine(module, planner, whole.executor.share(), strict=whole.strict, turn=whole.turn)
+        return KeepingEngine(module, planner, whole.executor.share(), strict=whole.strict, turn=whole.turn)

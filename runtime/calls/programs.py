@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ...ir.advice import warn
 from ...ir.program import Program
 from ..executor import Executor, PlanLike
 from .clock import Clock
+from .deferred import plain
 from .entry import Entry
 
 SIGNATURES = 8  #: programs kept; the least recently used one is evicted first
@@ -124,7 +126,7 @@ class Programs:
 
     def _capture(self, call: Call, entries: list[Entry], planned: bool) -> Entry:
         with torch.inference_mode(False), self._capturing(self._model):
-            program = capture_call(self._model, call)
+            program = capture_call(self._model, replace(call, tensors=plain(call.tensors)))
         plan = self._planner(program) if planned else None
         while len(self) >= SIGNATURES:
             self._evict()
@@ -145,7 +147,9 @@ class Programs:
             call: one of its calls.
         """
         table = WeightTable(self._model, list(plan.program.weights.values()))
-        inputs = [torch.stack([x] * plan.calls) for x in call.tensors] if plan.calls > 1 else call.tensors
+        inputs = call.apart().tensors
+        if plan.calls > 1:
+            inputs = [torch.stack([x] * plan.calls) for x in inputs]
         entry.loaded = self._executor.load(plan, table.tensors(), inputs)
         exact = plan.exact_steps
         entry.clock = None if exact is None else Clock.of(plan.program, *exact)

@@ -140,7 +140,7 @@ def test_a_branch_with_its_part_that_waits_when_an_error_ends_the_block_is_given
     with pytest.raises(KeyError):
         leave()
     with pytest.raises(RuntimeError, match="the block of the parallel module was left with KeyError"):
-        found[0] + 0
+        _ = found[0] + 0
 
 
 @pytest.mark.parametrize("name", ["unet", "controlnet"])
@@ -150,7 +150,7 @@ def test_a_branch_whose_parts_have_changed_before_it_was_computed_is_an_error(na
     with torch.no_grad():
         getattr(pipe, name).conv_in.weight.mul_(2)
     with pytest.raises(RuntimeError, match="the model's tensors were changed before it was used"):
-        found + 0
+        _ = found + 0
 
 
 def test_workers_run_two_guidance_calls_with_a_part_each_at_once() -> None:
