@@ -1,8 +1,8 @@
 """What calls of a module that a loop repeats leave in their arguments stays on the ranks, as rows, for the next calls.
 
-A decoder of videos keeps values of earlier frames in a list. Only the next call of the same module reads them, so each
-rank keeps its own rows, and the list holds deferred tensors: a later call finds out from these what to take. Any other
-use gathers the rows first; all ranks must make the same use.
+A decoder of videos keeps values of earlier frames in a list, or returns them beside its result. Only the next call of
+the same module reads them, so each rank keeps its own rows, and the caller gets deferred tensors: a later call finds
+out from these what to take. Any other use gathers the rows first; all ranks must make the same use.
 """
 
 from __future__ import annotations
@@ -39,12 +39,18 @@ _numbers = itertools.count()  #: one for each value that ranks keep, of all engi
 
 
 def kept_outputs(program: Program) -> tuple[int, ...]:
-    """The outputs of a captured program that ranks may keep: what it puts into its arguments, in memory of its own."""
+    """The outputs of a captured program that ranks may keep.
+
+    These are what it puts into its arguments, or returns in a dict or list that is part of a tuple (a result, and a new
+    cache), in memory of its own.
+    """
     if any(change.held is not None for change in program.changes):
         return ()
-    returned = program.out_leaves[: program.out_spec.child(0).num_leaves].count(...)
-    last = program.out_leaves.count(...)
-    return tuple(i for i in memory_of_their_own(program) if returned <= i < last)
+    result, changes = pytree.tree_unflatten(list(range(len(program.out_leaves))), program.out_spec)
+    beside = [part for part in result if isinstance(part, (dict, list))] if isinstance(result, tuple) else []
+    keep = set(pytree.tree_leaves((beside, changes)))
+    outputs = [i for i, leaf in enumerate(program.out_leaves) if leaf is ...]
+    return tuple(i for i in memory_of_their_own(program) if i < len(outputs) and outputs[i] in keep)
 
 
 class Kept(Source):

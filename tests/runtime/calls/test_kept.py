@@ -79,6 +79,41 @@ def test_a_cache_that_only_the_repeated_module_uses_is_never_gathered(world: int
         assert cache.value is None
 
 
+class Returning(Step):
+    """Returns a new cache."""
+
+    def forward(self, frame: Tensor, cache: Any) -> Any:
+        now = self.first(frame).relu().sin().cos().tanh().exp().sigmoid()
+        return self.last(now if cache is None else now + cache["first"]["now"].sin()), {"first": {"now": now}}
+
+
+class Handing(Video):
+    """Hands what one call returns to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = Returning()
+
+    def decode(self, z: Tensor) -> Tensor:
+        frames, cache = [], None
+        for frame in self.before(z).movedim(2, 0).contiguous():
+            out, cache = self.step(frame, cache)
+            frames.append(out)
+        return torch.stack(frames, 2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_cache_that_each_call_returns_beside_its_result_is_never_gathered(mode: Any) -> None:
+    torch.manual_seed(0)
+    model: Any = Handing().eval()
+    z = torch.randn(1, 4, FRAMES, 16, 8)
+    with mode(), fxpass.parallelize(model, 2, executor="lockstep") as module:
+        expected = model.decode(z)
+        for _ in range(2):
+            torch.testing.assert_close(module.decode(z), expected)
+        assert received(module, z)["output"] == expected.nbytes // 2
+
+
 USES: dict[str, Callable[[list[Any]], Any]] = {
     "computed with": lambda cache: cache.__setitem__(0, 2 * cache[0]),
     "written to": lambda cache: cache[0].mul_(2),
