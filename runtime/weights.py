@@ -25,8 +25,8 @@ from .wire import raise_file_limit
 from .workers import START, Workers
 
 PIECE = 32 << 20  #: bytes of the buffer
-_COLUMNS = 4093  #: words of a row, when contents are summed: a prime, so that rows of weights do not fall on rows
-_FACTOR = -7046029254386353131  #: odd, with bits all over: 0x9E3779B97F4A7C15 as int64
+_WORDS = 1 << 21  #: words of 64 bits that are mixed at once: 16 MB, so that caches of devices hold them
+_FACTORS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  #: odd int64, with bits all over
 
 
 class Weights(Protocol):
@@ -214,41 +214,41 @@ def digests_of(weights: Sequence[Tensor]) -> list[int]:
 
 @torch.no_grad()
 def _digests(weights: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Sums of 64-bit words, each times an odd factor of its place: any one changed word changes its sum."""
-    words = [_words(weight) for weight in weights]
-    sizes = [each.numel() for each in words]
-    large = [i for i, size in enumerate(sizes) if size >= _COLUMNS]
-    columns = torch.empty(len(large), _COLUMNS, dtype=torch.int64, device=device)
-    rest = words.copy()
-    for i, sums in zip(large, columns.unbind(), strict=True):
-        each, rows = words[i], sizes[i] // _COLUMNS
-        torch.sum(each.as_strided((rows, _COLUMNS), (_COLUMNS, 1)), 0, out=sums)
-        rest[i] = each.as_strided((sizes[i] % _COLUMNS,), (1,), each.storage_offset() + rows * _COLUMNS)
-    total = torch.zeros(len(words), dtype=torch.int64, device=device)
-    total[torch.tensor(large, dtype=torch.int64, device=device)] = (
-        columns * _factors(torch.arange(_COLUMNS, device=device))
-    ).sum(1) * _FACTOR
-    lengths = torch.tensor([each.numel() for each in rest], dtype=torch.int64)
-    ends = lengths.cumsum(0)
-    begins = (ends - lengths).to(device)
-    count = int(lengths.sum())
-    places = torch.arange(count, device=device)
-    places -= torch.repeat_interleave(begins, lengths.to(device), output_size=count)
-    sums = torch.nn.functional.pad((torch.cat(rest) * _factors(places)).cumsum(0), (1, 0))
-    return total + sums[ends.to(device)] - sums[begins]
+    """Sums of the mixed 64-bit words of each weight: int64 [weights]."""
+    contents = [bytes_of(dense(weight)) for weight in weights]
+    sizes = {str(i): -(-len(each) // 8) for i, each in enumerate(contents)}
+    buffer = torch.empty(min(_WORDS, sum(sizes.values())), dtype=torch.int64, device=device)
+    totals = torch.zeros(len(weights), dtype=torch.int64, device=device)
+    for piece in pieces(sizes, _WORDS):
+        words = buffer[: sum(size for _, _, size in piece)]
+        parts = words.split([size for _, _, size in piece])
+        for (name, start, size), part in zip(piece, parts, strict=True):
+            source = contents[int(name)][8 * start : 8 * (start + size)]
+            target = part.view(torch.uint8)
+            target[: len(source)] = source
+            target[len(source) :] = 0
+        _mix(words, torch.cat([torch.arange(start, start + size, device=device) for _, start, size in piece]))
+        for (name, _, _), part in zip(piece, parts, strict=True):
+            totals[int(name)] += part.sum()
+    return totals
 
 
-def _words(weight: Tensor) -> Tensor:
-    """The contents of a weight as int64 [n], with zeros at the end."""
-    flat = dense(weight)
-    size, start = flat.numel() * flat.itemsize, flat.storage_offset() * flat.itemsize
-    if size % 8 or start % 8:
-        return torch.nn.functional.pad(bytes_of(flat), (0, -size % 8)).clone().view(torch.int64)
-    return flat.as_strided((flat.numel(),), (1,)).view(torch.int64)
+def _mix(words: Tensor, places: Tensor) -> None:
+    """Replace words by hashes of them and of their places, in place. Different words at one place stay different.
 
+    A sum of words, or of products of words, would not see an even number of changes of the highest bit. So each round
+    multiplies, which carries bits upwards, then adds the upper half of each word to the lower one without carry.
 
-def _factors(places: Tensor) -> Tensor:
-    return (2 * places + 1) * _FACTOR
+    Args:
+        words, places: int64 [n], the places from 0; both are written to.
+    """
+    places += 1
+    places *= _FACTORS[0]
+    words ^= places
+    lower, upper = words.view(torch.int32).view(-1, 2).unbind(1)  # of a little-endian machine
+    for factor in _FACTORS:
+        words *= factor
+        lower ^= upper
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,6 +48,39 @@ def test_a_digest_changes_with_any_element_and_with_their_order(dtype: torch.dty
         for dim in (0, 1):
             order = torch.arange(weight.shape[dim]).flip(0)
             assert digests_of([weight.view(_BITS[dtype.itemsize]).index_select(dim, order)]) != before
+
+
+def swap_rows(weight: Tensor) -> None:
+    weight[[0, 4093]] = weight[[4093, 0]]
+
+
+@pytest.mark.parametrize(
+    ("weight", "change"),
+    [
+        pytest.param(torch.zeros(64, 64, dtype=torch.float64), Tensor.neg_, id="all signs of float64"),
+        pytest.param(torch.zeros(320, 320), lambda data: data[:, 1::2].neg_(), id="signs of every second column"),
+        pytest.param(torch.zeros(320, 320).bfloat16(), lambda data: data[:, 3].neg_(), id="signs of a bfloat16 column"),
+        pytest.param(torch.zeros(64, 64), lambda data: data[:, 1].neg_(), id="signs of one column"),
+        pytest.param(torch.zeros(5000, 64), swap_rows, id="two rows far apart"),
+    ],
+)
+@pytest.mark.parametrize("words", [1 << 21, 1000], ids=["one chunk", "several chunks"])
+def test_a_digest_changes_with_an_even_number_of_signs_and_with_rows_far_apart(
+    weight: Tensor, change: Callable[[Tensor], Any], words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_WORDS", words)
+    weight.normal_(generator=torch.Generator().manual_seed(0))
+    before = digests_of([weight])
+    change(weight.data)
+    assert digests_of([weight]) != before
+
+
+def test_a_digest_does_not_depend_on_how_many_words_are_mixed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = [tensor(torch.float32, *shape, seed=i) for i, shape in enumerate([(3,), (60, 70), (5,), (999,)])]
+    before = digests_of(several)
+    for words in (1, 7, 1000):
+        monkeypatch.setattr(weights, "_WORDS", words)
+        assert digests_of(several) == before
 
 
 def test_the_digest_of_a_weight_does_not_depend_on_the_others() -> None:
