@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any
 
@@ -12,12 +13,14 @@ _FLAGS = (
     "cuda.matmul.allow_fp16_reduced_precision_reduction",
     "cuda.matmul.allow_bf16_reduced_precision_reduction",
     "cudnn.enabled",
-    "cudnn.allow_tf32",
     "cudnn.benchmark",
     "cudnn.deterministic",
     "mkldnn.enabled",
 )
-_PRECISIONS = ("cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision", "mkldnn.matmul.fp32_precision")
+_PRECISIONS = tuple(  #: of float32, for each kind of operator
+    f"{kind}.fp32_precision"
+    for kind in ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+)
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 
 
@@ -30,13 +33,12 @@ def numerics() -> dict[str, Any]:
         ),
         **{f"{kind}_sdp": getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _ATTENTION},
     }
-    try:
+    found |= {name: attrgetter(name)(torch.backends) for name in _FLAGS}
+    with suppress(RuntimeError):  # where users set precisions by kind of operator, which these cannot express
         found["matmul"] = torch.get_float32_matmul_precision()
-        found |= {name: attrgetter(name)(torch.backends) for name in _FLAGS}
-    except RuntimeError:  # the newer names of these choices are in use, which torch does not mix with the older ones
-        found = {name: value for name, value in found.items() if name != "matmul" and name not in _FLAGS}
-        found |= {name: attrgetter(name)(torch.backends) for name in _PRECISIONS}
-        found |= {name: attrgetter(name)(torch.backends) for name in _FLAGS if "tf32" not in name}
+    with suppress(RuntimeError):
+        found["cudnn.allow_tf32"] = torch.backends.cudnn.allow_tf32
+    found |= {name: attrgetter(name)(torch.backends) for name in _PRECISIONS}  # last: the older settings change these
     return found
 
 

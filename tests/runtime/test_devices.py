@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_workers_compute_as_the_driving_process_has_chosen(monkeypatch: pytest.M
         chosen = found[-1][1]
         assert chosen == before | {
             "matmul": "medium",
+            "cuda.matmul.fp32_precision": "tf32",
+            "mkldnn.matmul.fp32_precision": "bf16",
             "deterministic": (True, False),
             "flash_sdp": False,
             "cudnn.benchmark": True,
@@ -103,6 +106,38 @@ def test_workers_compute_as_the_driving_process_has_chosen(monkeypatch: pytest.M
         apply(before)
         assert numerics() == before
         apply(chosen)
+        assert numerics() == chosen
+    finally:
+        apply(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("cuda.matmul", "tf32"),
+        ("cudnn.conv", "ieee"),
+        ("cudnn.rnn", "ieee"),
+        ("mkldnn.matmul", "bf16"),
+        ("mkldnn.conv", "bf16"),
+        ("mkldnn.rnn", "bf16"),
+    ],
+)
+@pytest.mark.parametrize("older", ["highest", "medium"])
+def test_workers_take_the_precision_of_each_kind_of_operator(kind: str, precision: str, older: str) -> None:
+    from fxpass.runtime.numerics import apply, numerics
+
+    before, settings = numerics(), attrgetter(kind)(torch.backends)
+    try:
+        torch.set_float32_matmul_precision(older)
+        default = numerics()
+        settings.fp32_precision = precision
+        chosen = numerics()
+        assert chosen[f"{kind}.fp32_precision"] == precision
+        apply(default)
+        assert numerics() == default
+        assert settings.fp32_precision == default[f"{kind}.fp32_precision"]
+        apply(chosen)
+        assert settings.fp32_precision == precision
         assert numerics() == chosen
     finally:
         apply(before)
