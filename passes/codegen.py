@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from ..ir import comm
 from ..ir.code import Place, Segment, StepCode
 from ..ir.operators import spec_of
+from ..ir.ops import dense
 from ..ir.step import StepProgram
 from .repeats import cut_at_repeats
 
@@ -54,6 +55,14 @@ class _Text:
             self.table[name] = value
             self.named[key] = name
         return self.named[key]
+
+    def call_text(self, node: fx.Node, prefix: str) -> str:
+        """The call of an operator as source."""
+        arguments = [self.text(a) for a in node.args]
+        if spec_of(node.target).dense:
+            arguments[0] = f"{self.refer(dense, prefix)}({arguments[0]})"
+        arguments += [f"{key}={self.text(value)}" for key, value in node.kwargs.items()]
+        return f"{self.refer(node.target, prefix)}({', '.join(arguments)})"
 
     def text(self, value: Any) -> str:
         """An argument as source."""
@@ -155,9 +164,7 @@ class _Writer(_Text):
         self.line(f'    yield "keep", -1, ({self.text(have)}, {self.text(list(state))})', "the new state")
 
     def call(self, node: fx.Node, name: str, label: str) -> None:
-        arguments = [self.text(a) for a in node.args]
-        arguments += [f"{key}={self.text(value)}" for key, value in node.kwargs.items()]
-        self.line(f"    {name} = {self.refer(node.target, 'f')}({', '.join(arguments)})", label)
+        self.line(f"    {name} = {self.call_text(node, 'f')}", label)
         if self.check and "local_shape" in node.meta:
             checker = self.refer(check_shape, "f")
             shape = self.text(tuple(node.meta["local_shape"]))
@@ -241,9 +248,7 @@ def segment_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Seq
     lines = ["def segment(inputs):"]  # one line for the inputs, then one for each node
     lines.append(f"    {''.join(f'{name}, ' for name in writer.names.values())}= inputs" if inputs else "    pass")
     for node in nodes:
-        arguments = [writer.text(a) for a in node.args]
-        arguments += [f"{key}={writer.text(value)}" for key, value in node.kwargs.items()]
-        called = f"{writer.refer(node.target, 'c')}({', '.join(arguments)})"
+        called = writer.call_text(node, "c")
         writer.names[node] = f"y{len(writer.names)}"
         lines.append(f"    {writer.names[node]} = {called}")
     lines.append(f"    return {writer.text(tuple(outputs))}")

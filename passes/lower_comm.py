@@ -26,7 +26,7 @@ from ..ir.fetch import Fetch
 from ..ir.merge import Moments
 from ..ir.nodes import append, append_copy
 from ..ir.program import specialize
-from ..ir.step import PACE, ChannelSpec, Mode, StateSpec, StepProgram, verify_step
+from ..ir.step import PACE, ChannelSpec, Mode, StateSpec, StepProgram, shared_buffers, verify_step
 
 
 class StepPrograms:
@@ -183,7 +183,10 @@ class _Lowering:
         return self.graph
 
     def _close(self) -> None:
-        """Let the step end with the closing message: what does not read it goes before its put."""
+        """Let the step end with the closing message: what does not read it goes before its put.
+
+        What follows the put reads copies of other messages.
+        """
         closing = {number for channel, number in self.channels.items() if channel.closing}
         puts = self.graph.find_nodes(op="call_function", target=comm.put)
         put = next((node for node in puts if node.args[1] in closing), None)
@@ -197,6 +200,16 @@ class _Lowering:
                 after.add(here)
             else:
                 put.prepend(here)
+        shared = shared_buffers(self.graph)
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in [node for node in self.graph.nodes if node in after]:  # others may write to their buffers by then
+            for used in node.all_input_nodes:
+                if used not in after and shared.get(used, closing) - closing:
+                    if used not in copies:
+                        with self.graph.inserting_before(put):
+                            copies[used] = self.graph.call_function(torch.ops.aten.clone.default, (used,))
+                        copies[used].meta.update(used.meta)
+                    node.replace_input_with(used, copies[used])
 
     def _begin(self) -> None:
         """The placeholders beside those of the model, and what every step does first."""

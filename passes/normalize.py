@@ -17,8 +17,7 @@ from torch._ops import OpOverload
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..capture.kinds import aliases
-from ..ir.operators import spec_of
+from ..ir.operators import aliases, spec_of
 from ..ir.program import Program
 from .builder import Builder, unpacked
 

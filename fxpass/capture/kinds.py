@@ -13,6 +13,8 @@ import torch
 from torch._C import _dispatch_has_kernel_for_dispatch_key as _has_kernel
 from torch._ops import OpOverload
 
+from ..ir.operators import aliases
+
 aten = torch.ops.aten
 
 _METADATA = {
@@ -34,12 +36,6 @@ def argument_names(op: OpOverload) -> tuple[str, ...]:
 @cache
 def is_composite(op: OpOverload) -> bool:
     return _has_kernel(op.name(), "CompositeImplicitAutograd")
-
-
-@cache
-def aliases(op: OpOverload) -> bool:
-    """Whether a result may share memory with an operand, or an operand is written to."""
-    return any(argument.alias_info is not None for argument in op._schema.arguments)
 
 
 @cache

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from functools import cache
 from typing import Any
+
+from torch._ops import OpOverload
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class OpSpec:
     free: bool = False
     """Whether it moves no memory (cost)."""
 
+    dense: bool = False
+    """Whether its operand must lie densely along the last dim (codegen): what a rank holds may lie in another order in
+    memory than what was captured."""
+
     pull_back: Callable[..., Any] | None = None
     """Which rows of the operands may give wanted rows of the result (trim). None: the same rows, with broadcasting."""
 
@@ -38,6 +45,15 @@ class OpSpec:
 
 
 OPERATORS: dict[Any, OpSpec] = {}
+
+
+@cache
+def aliases(op: OpOverload) -> bool:
+    """Whether a result may share memory with an operand, or an operand is written to."""
+    arguments = op._schema.arguments  # pyright: ignore[reportPrivateUsage]
+    return any(argument.alias_info is not None for argument in arguments)
+
+
 _UNKNOWN = OpSpec()
 
 

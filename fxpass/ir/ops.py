@@ -160,6 +160,13 @@ def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
     return torch.stack([mean, deviation * deviation])
 
 
+def dense(x: Tensor) -> Tensor:
+    """`x`, copied unless its last dim lies densely in memory, as a view of it as another dtype needs."""
+    size = x.shape[-1] if x.ndim else 1
+    steps = (*x.stride()[:-1], x.storage_offset())
+    return x if x.is_contiguous() or (x.stride(-1) == 1 and all(n % size == 0 for n in steps)) else x.contiguous()
+
+
 def _located(index: Tensor, rows: Rows, size: int) -> Tensor:
     """The places among `rows` of positions in a dim of `size` (negative: from the end); len(rows) for other rows."""
     place = torch.full((size,), len(rows), dtype=torch.int64, device=index.device)

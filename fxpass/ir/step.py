@@ -23,9 +23,11 @@ from typing import Literal
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from .comm import get, put
 from .exchange import Exchange
+from .operators import aliases
 from .program import calls
 
 Mode = Literal["exact", "first", "steady", "first unpaced", "steady unpaced"]
@@ -108,7 +110,7 @@ def verify_step(program: StepProgram) -> None:
     Raises:
         AssertionError: the new state has other entries than the old one; a message of this step is awaited before it is
             put, or one of the last step after that; a channel is used twice in one way; or what follows the put of the
-            closing message reads anything but it.
+            closing message reads state or a receive buffer of another message, which others may write to by then.
     """
     (output,) = program.graph.find_nodes(op="output")
     _, after = output.args[0]
@@ -135,8 +137,26 @@ def verify_step(program: StepProgram) -> None:
         got.add((channel, now))
     if closing & put_already:
         kept = {spec.name for spec in program.state}
-        read = kept.intersection(str(node.target) for node in _read_after(program, closing) if node.op == "placeholder")
+        after = list(_read_after(program, closing))
+        read = kept.intersection(str(node.target) for node in after if node.op == "placeholder")
+        shared = shared_buffers(program.graph)
+        read |= {program.channels[i].name for node in after for i in shared.get(node, ())} - {
+            program.channels[i].name for i in closing
+        }
         assert not read, f"{program.mode} step of rank {program.rank} reads {read} after the closing message is put"
+
+
+def shared_buffers(graph: fx.Graph) -> dict[fx.Node, frozenset[int]]:
+    """The channels with whose receive buffers each value may share memory."""
+    found: dict[fx.Node, frozenset[int]] = {}
+    for node in calls(graph):
+        if node.target is get:
+            found[node] = frozenset([node.args[0]])  # type: ignore[list-item]
+        elif isinstance(node.target, OpOverload) and not aliases(node.target):
+            found[node] = frozenset()
+        else:
+            found[node] = frozenset().union(*(found.get(each, ()) for each in node.all_input_nodes))
+    return found
 
 
 def _read_after(program: StepProgram, closing: set[int]) -> Iterator[fx.Node]:

@@ -260,3 +260,30 @@ def test_ranks_that_are_ahead_do_not_write_where_others_still_read(name: str, st
         found, expected = Racing(name, strategy, seed).run(STEPS * 2)
         for k, pair in enumerate(zip(found, expected, strict=True)):
             assert same(pair), f"step {k}"
+
+
+class ReadsLate(nn.Module):
+    """Its last operator reads a value that was gathered for an earlier one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        rows = (self.first(sample) + timestep).flatten(1)
+        ordered = rows.sort(1).values
+        wanted = self.second((rows + ordered).view_as(sample)).flatten(1)
+        return torch.searchsorted(rows, wanted)
+
+
+def test_what_the_end_of_a_step_reads_of_earlier_messages_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = ReadsLate().eval()
+    given: dict[str, Any] = {"sample": torch.randn(1, 4, 36, 8), "timestep": torch.tensor([0.5])}
+    plan = fxpass.plan(model, **given, world_size=WORLD, strategy="sync")
+    monkeypatch.setattr("tests.runtime.test_graphs.planned", lambda *_: (model, given, plan))
+    for seed in range(3):
+        found, expected = Racing("reads late", "sync", seed).run(STEPS)
+        for k, pair in enumerate(zip(found, expected, strict=True)):
+            assert same(pair), f"step {k}"

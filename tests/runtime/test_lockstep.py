@@ -2,6 +2,7 @@
 
 import operator
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from fxpass.passes.codegen import step_code
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import drive
 from tests.runtime.plans import CutPlan, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
+
+aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,18 @@ def test_values_are_freed_after_their_last_use() -> None:
     assert "mid.block" in code.lines[-4]
     (outputs, _) = drive(code.run([torch.zeros(2)]), [])
     assert outputs[0].tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("view", [aten.view_as_complex.default, aten.view.dtype])
+def test_values_are_viewed_as_another_dtype_in_whatever_order_they_lie_in_memory(view: Any, segmented: bool) -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    more = () if view is aten.view_as_complex.default else (torch.int16,)
+    graph.output(([graph.call_function(view, (x, *more))], []))
+    code = step_code(StepProgram(0, "exact", graph, (), ()), segmented=segmented)
+    values = torch.randn(3, 8, 2)
+    for lies in (values, values.mT.contiguous().mT, torch.randn(3, 8, 4)[..., 1:3], torch.randn(3, 8, 4)[..., ::2]):
+        compiled = {name: segment.function() for name, segment in code.segments.items()}
+        (found,), _ = drive(code.run([lies], compiled), [])
+        assert torch.equal(found, view(lies.contiguous(), *more))
