@@ -112,30 +112,34 @@ class Workers:
         if self.network is not None:
             return self.network
         self.devices = devices_of(device, self.world_size)
-        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(self.threads),
-            "LOCAL_WORLD_SIZE": str(self.world_size),  # that many share the cores when steps are compiled
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        }
-        for rank in range(1, self.world_size):
-            ours, theirs = socket.socketpair()
-            place = self.devices[rank]
-            arguments = (theirs.fileno(), rank, self.world_size, self._store.port, self.timeout, self.threads, place)
-            command = [sys.executable, "-P", "-m", "fxpass.runtime.worker", *map(str, arguments)]
-            with theirs:
-                self.processes.append(
-                    subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
-                )
-            self.connections.append(Connection(ours))
+        store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.timeout))
+        self._store = store
         with self.ending("at their start"):
+            for rank in range(1, self.world_size):
+                self._start(rank, store.port)
             self.answers(START)
-            board = Board(PrefixStore("board", self._store), 0, self.world_size, self.timeout)
+            board = Board(PrefixStore("board", store), 0, self.world_size, self.timeout)
             board.check_more = self._look
             self.network = connect(board, device, nccl=is_nccl_available(), local=True)
             if not self.network.blocking:
                 self._groups.append(self.network.group)
         return self.network
+
+    def _start(self, rank: int, port: int) -> None:
+        """Start the process of a rank, which finds the others at a port."""
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.threads),
+            "LOCAL_WORLD_SIZE": str(self.world_size),  # that many share the cores when steps are compiled
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        }
+        ours, theirs = socket.socketpair()
+        self.connections.append(Connection(ours))
+        with theirs:
+            arguments = (theirs.fileno(), rank, self.world_size, port, self.timeout, self.threads, self.devices[rank])
+            command = [sys.executable, "-P", "-m", "fxpass.runtime.worker", *map(str, arguments)]
+            self.processes.append(
+                subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+            )
 
     def answers(self, seconds: float) -> None:
         """Wait for every worker to say that it is ready or done.

@@ -77,6 +77,27 @@ def test_three_processes_with_uneven_parts() -> None:
     assert gone(children, 0.1)
 
 
+def test_a_process_that_cannot_be_started_ends_those_before_it_and_later_calls_say_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, started = subprocess.Popen, []
+
+    def started_once(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError("no more processes")
+        started.append(start(*args, **kwargs))
+        return started[0]
+
+    monkeypatch.setattr("fxpass.runtime.workers.subprocess.Popen", started_once)
+    with parallel(block(), SpawnExecutor(3, timeout=60)) as module:
+        with pytest.raises(OSError, match="no more processes"):
+            module(*inputs())
+        assert started[0].poll() is not None
+        with pytest.raises(RuntimeError, match="have ended .at their start: no more processes"):
+            module(*inputs())
+        assert len(started) == 1
+
+
 def test_weights_are_shared_and_their_changes_seen(pair: tuple[Block, ParallelModule]) -> None:
     model, module = pair
     alias = model.conv_in.weight.detach()
