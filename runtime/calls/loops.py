@@ -32,7 +32,8 @@ class Loops:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._modules: dict[str, ParallelModule] = {}  #: by path
-        self._running = threading.Lock()
+        self._running = threading.RLock()  # a method of the model may call itself, or another one
+        self._attached: list[ParallelModule] = []  #: those whose calls run on all ranks now
 
     def add(self, paths: Sequence[str], method: str) -> None:
         """Let calls of these modules of the model run on all ranks."""
@@ -45,11 +46,16 @@ class Loops:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Calls of the modules within the context run on all ranks. One thread at a time has it."""
-        with self._running, attached_for_now(self._modules.values()):
+        """Calls of the modules within the context run on all ranks. One thread at a time has it, and may nest it."""
+        with self._running:
+            before = self._attached
+            new = [module for module in self._modules.values() if module not in before]
+            self._attached = [*before, *new]
             try:
-                yield
+                with attached_for_now(new):
+                    yield
             finally:
+                self._attached = before
                 with self._engine.turn.taken():
                     for module in self._modules.values():
                         module._engine.forget_unused()

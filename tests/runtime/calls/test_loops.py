@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxpass
 from fxpass.capture.runs import Runs
+from fxpass.runtime.calls.attached import attach, detach
 from fxpass.runtime.calls.module import ParallelModule
 
 FRAMES = 8
@@ -116,6 +117,42 @@ def test_the_model_itself_stays_plain_between_the_calls() -> None:
     module.close()
     with pytest.raises(RuntimeError, match="was closed"):
         module.decode(z)
+
+
+class Halves(Video):
+    """Decodes the upper and the lower half by a call of `decode` each."""
+
+    def decode(self, z: Tensor, whole: bool = True) -> Tensor:
+        if not whole:
+            return super().decode(z)
+        return torch.cat([self.decode(half, False) for half in z.chunk(2, -2)], -2)
+
+
+class Twice(Video):
+    """Decodes by a call of `encode`, which runs the same loop, and by its own loop."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return super().decode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(z) + self.encode(z)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [Halves, Twice])
+@torch.no_grad()
+def test_a_method_with_a_long_loop_can_call_itself_and_other_methods_of_an_attached_model(kind: type[Video]) -> None:
+    torch.manual_seed(0)
+    model: Any = kind().eval()
+    z = torch.randn(1, 4, FRAMES, 16, 8)
+    expected = model.decode(z)
+    with fxpass.parallelize(model, 2, executor="lockstep") as module:
+        attach(module)
+        for _ in range(2):
+            torch.testing.assert_close(model.decode(z), expected)
+        assert step_of(module).traffic["halo"] > 0
+        assert "forward" not in vars(model.step)
+        detach(module)
 
 
 @torch.no_grad()
