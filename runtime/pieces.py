@@ -17,19 +17,24 @@ def pieces(source: Tensor, target: Tensor) -> np.ndarray | None:
 
     Returns:
         int64 [pieces, 3], in bytes: where a piece begins in the storage of `source`, where in that of `target`, and its
-        size; None where the pieces would be too small or do not begin at multiples of `UNIT`.
+        size; None where the pieces would be too small or do not begin at multiples of `UNIT`, or where a tensor is
+        conjugated or negated lazily, so that its bytes are not its values.
     """
+    if any(x.is_conj() or x.is_neg() for x in (source, target)):
+        return None
     size = source.element_size()
     dims = _merged([each for each in zip(source.shape, source.stride(), target.stride(), strict=True) if each[0] > 1])
     run = 1
     if dims and dims[-1][1] == dims[-1][2] == 1:
         run = dims.pop()[0]
+    length = run * size
+    if length % UNIT or length < LEAST:
+        return None
     starts = np.array([[source.storage_offset() * size, target.storage_offset() * size]], dtype=np.int64)
     for count, here, there in dims:
         steps = np.arange(count, dtype=np.int64)[:, None] * np.array([here * size, there * size], dtype=np.int64)
         starts = (starts[:, None] + steps[None]).reshape(-1, 2)
-    length = run * size
-    if length % UNIT or (starts % UNIT).any() or length < LEAST:
+    if (starts % UNIT).any():
         return None
     cuts = np.arange(0, length, MOST, dtype=np.int64)
     starts = (starts[:, None] + cuts[None, :, None]).reshape(-1, 2)

@@ -151,7 +151,10 @@ class SymmetricMemory:
             targets: by parity, where each of the sources goes to; the same at each call for a channel.
         """
         storages = {each.untyped_storage().data_ptr(): i for i, each in enumerate(sources)}
-        forms = [(storages[x.untyped_storage().data_ptr()], x.storage_offset(), x.stride()) for x in sources]
+        forms = [
+            (storages[x.untyped_storage().data_ptr()], x.storage_offset(), x.stride(), x.is_conj(), x.is_neg())
+            for x in sources
+        ]
         key = channel, tuple(forms)
         if key not in self._tables:  # for both parities at once: nothing can be copied from the host while recording
             self._tables[key] = [self._table(sources, each) for each in targets]

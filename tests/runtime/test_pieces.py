@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -60,3 +61,19 @@ def test_small_or_unaligned_runs_have_no_pieces() -> None:
     assert pieces(x[:, : LEAST // 8], torch.empty(4, LEAST // 8)) is None
     assert pieces(x[:, 1:61], torch.empty(4, 60)) is None
     assert pieces(x[:, :32], torch.empty(4, 32)) is not None
+
+
+def test_a_lazily_conjugated_or_negated_tensor_has_no_pieces() -> None:
+    x, target = torch.randn(4, 64, dtype=torch.complex64), torch.empty(4, 64, dtype=torch.complex64)
+    assert pieces(x, target) is not None
+    assert pieces(x.conj(), target) is None
+    assert pieces(x, target.conj()) is None
+    assert pieces(torch._neg_view(torch.randn(4, 64)), torch.empty(4, 64)) is None
+
+
+def test_short_runs_are_refused_before_the_pieces_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(*_: object, **__: object) -> None:
+        raise AssertionError("the pieces were listed")
+
+    monkeypatch.setattr("numpy.arange", listed)
+    assert pieces(torch.empty(64, 64), torch.empty(64, 64).t()) is None
