@@ -156,6 +156,7 @@ class _Lowering:
         self.last: dict[_Site, list[fx.Node]] = {}  #: what was got before a put: the messages of the last step
         self.paced = not mode.endswith("unpaced")
         self.node: fx.Node | None = None  #: being lowered
+        self.pace: fx.Node | None = None  #: its placeholder
 
     def run(self) -> fx.Graph:
         for node in self.source.nodes:
@@ -163,7 +164,7 @@ class _Lowering:
             if node.op == "placeholder":
                 self.env[node] = append_copy(self.graph, node)
                 continue
-            if not self.held:
+            if self.pace is None:
                 self._begin()
             if node.op == "output":
                 outputs = [self.env[value] for value in node.args[0]]

@@ -14,7 +14,7 @@ from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
 from fxpass.ir import comm
 from fxpass.ir.exchange import Exchange
-from fxpass.ir.step import EXACT, MODES, Step, StepProgram, verify_step
+from fxpass.ir.step import EXACT, MODES, PACE, Step, StepProgram, verify_step
 from fxpass.models.small import case
 from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
@@ -180,3 +180,9 @@ def test_ranks_that_wait_for_each_other_are_an_error() -> None:
         pytest.raises(AssertionError, match=r"every rank waits for another one, at channels \[0, 1\]"),
     ):
         run_in_turns(runs, [[of_ranks[rank] for of_ranks in ends] for rank in range(WORLD)])
+
+
+def test_a_step_without_state_has_one_input_for_its_pace() -> None:
+    _, _, plan = planned("block", "sync")
+    placeholders = StepPrograms(plan.graph, 0)["exact"].graph.find_nodes(op="placeholder")
+    assert [str(node.target) for node in placeholders].count(PACE) == 1
