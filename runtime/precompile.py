@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
+import selectors
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,12 +28,13 @@ from ..ir import comm
 from ..ir.code import Form, Segment, StepCode
 from ..ir.ops import Table, index_tensors_from
 from ..ir.step import ChannelSpec
+from .numerics import apply, numerics
 from .wire import Connection
 
 log = logging.getLogger("fxpass")
 Job = tuple[Segment, tuple[Form, ...]]
 MOST = 12  #: processes; each holds some hundred MB, on GPUs too
-PATIENCE = 600.0  #: seconds without an answer of any process, after which this process compiles the rest
+PATIENCE = 120.0  #: seconds in all, after which this process compiles the rest
 SHARE = 2  #: segments, for which it is worth to start a process
 
 
@@ -96,43 +99,60 @@ def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
         "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, _cores() // count)),  # for the kernels of one segment
     }
     waiting = sorted(wanted, key=lambda job: len(job[0].source))  # the longest are compiled first
-    working: list[Connection] = []
-    started: list[subprocess.Popen[bytes]] = []
+    busy: set[Connection] = set()
+    started: list[tuple[subprocess.Popen[bytes], Connection]] = []
     cached = True
-    try:
-        for _ in range(count):
-            ours, theirs = socket.socketpair()
-            command = [sys.executable, "-P", "-m", "fxpass.runtime.precompile", str(theirs.fileno())]
-            with theirs:
-                descriptors = [theirs.fileno()]
-                started.append(
-                    subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment)
-                )
-            working.append(Connection(ours))
-        while working:
-            ready = select.select(working, [], [], PATIENCE)[0]
-            if not ready:
-                log.debug("no process that compiles has answered for %g s", PATIENCE)
-                break
-            for connection in ready:
+    deadline = time.monotonic() + PATIENCE
+    with selectors.DefaultSelector() as working:
+        try:
+            for _ in range(count):
                 try:
-                    error, hit = connection.receive()
-                    if error:
-                        log.debug("a segment is left to this process: %s", error)
-                    cached = cached and hit
-                    if _sent(waiting, connection):
-                        continue
-                except ConnectionError as problem:
-                    log.debug("a process that compiles has ended: %s", problem)
-                working.remove(connection)
+                    started.append(_start(environment))
+                except OSError as error:
+                    log.debug("a process that compiles could not start: %s", error)
+                    break
+                working.register(started[-1][1], selectors.EVENT_READ)
+            while working.get_map():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    log.debug("segments are not compiled after %g s and left to this process", PATIENCE)
+                    break
+                for key, _ in working.select(left):
+                    connection: Any = key.fileobj
+                    try:
+                        error, hit = connection.receive()
+                        busy.discard(connection)
+                        if error:
+                            log.debug("a segment is left to this process: %s", error)
+                        cached = cached and hit
+                        if _sent(waiting, connection):
+                            busy.add(connection)
+                            continue
+                    except ConnectionError as problem:
+                        log.debug("a process that compiles has ended: %s", problem)
+                    working.unregister(connection)
+        finally:
+            for process, connection in started:
                 connection.close()
-    finally:
-        for connection in working:
-            connection.close()
-        for process in started:
-            process.kill()
-            process.wait()
-    return cached
+                process.kill()
+                process.wait()
+    return cached and not busy
+
+
+def _start(environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start a process that compiles. Ctrl-C does not reach its process group. Raises `OSError`."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        descriptor = theirs.fileno()
+        command = [sys.executable, "-P", "-m", "fxpass.runtime.precompile", str(descriptor), str(os.getpid())]
+        try:
+            process = subprocess.Popen(
+                command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, env=environment, process_group=0
+            )
+        except OSError:
+            ours.close()
+            raise
+    return process, Connection(ours)
 
 
 def _sent(waiting: list[Job], connection: Connection) -> bool:
@@ -151,12 +171,34 @@ def _sent(waiting: list[Job], connection: Connection) -> bool:
 
 
 def _settings() -> dict[str, Any]:
-    """What Inductor's cache compares beside the graph: attributes of `torch.backends.cuda.matmul`."""
-    names = "fp32_precision", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"
-    return {name: getattr(torch.backends.cuda.matmul, name) for name in names}
+    """What Inductor's cache compares beside the graph."""
+    return {
+        "numerics": numerics(),
+        "precision": torch.backends.cuda.matmul.fp32_precision,
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+    }
 
 
-def main(descriptor: int) -> None:
+def _apply(settings: dict[str, Any]) -> None:
+    """Compile as the caller does. Sets only what differs: setting one name of a choice may change others."""
+    mine = numerics()
+    apply({name: value for name, value in settings["numerics"].items() if name not in mine or mine[name] != value})
+    if torch.backends.cuda.matmul.fp32_precision != settings["precision"]:
+        torch.backends.cuda.matmul.fp32_precision = settings["precision"]
+    torch.set_default_dtype(settings["dtype"])
+    torch.set_num_threads(settings["threads"])
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
+def main(descriptor: int, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from .segments import compiled_segment, missed
 
     connection = Connection(socket.socket(fileno=descriptor))
@@ -170,14 +212,14 @@ def main(descriptor: int) -> None:
         before = missed()
         try:
             _, segment, forms, settings = load()
-            for name, value in settings.items():
-                if value != _settings()[name]:
-                    setattr(torch.backends.cuda.matmul, name, value)
+            _apply(settings)
             compiled_segment(segment, forms)
             answer = "", missed() == before
         except Exception as error:
             answer = f"{type(error).__name__}: {error}", False
+        finally:
+            torch.set_num_threads(1)  # those of the caller count for the compiled code only
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -157,6 +157,8 @@ from fxpass.runtime.segments import Compiler, missed
 from tests.runtime.plans import cut_plan
 from tests.runtime.test_segments import Layer
 
+torch.set_num_threads(2)
+torch.use_deterministic_algorithms(True)
 step_runner.new_compiler = lambda rank: Compiler(rank, processes=2)
 jobs, nobody_else = precompile.jobs, lambda: 0  # what cannot be sent is left to this process
 precompile.jobs = lambda *given: [*jobs(*given), (Segment("def segment(inputs):", (nobody_else,)), ())]

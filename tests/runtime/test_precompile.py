@@ -1,0 +1,90 @@
+"""Processes that compile: how they start and end, and what is left to the caller."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fxpass.ir.code import Segment
+from fxpass.runtime import precompile
+from fxpass.runtime.wire import Connection
+
+JOB: precompile.Job = (Segment("def segment(inputs):\n    return ()\n", ()), ())
+
+
+def answering(count: int, pause: float) -> tuple[subprocess.Popen[bytes], Connection]:
+    """A process, and a connection on which a thread answers `count` times, then hangs up."""
+    ours, theirs = socket.socketpair()
+    there = Connection(theirs)
+
+    def run() -> None:
+        try:
+            for _ in range(count):
+                there.send(("", True))
+                there.packet()
+                time.sleep(pause)
+        except ConnectionError:
+            pass
+        there.close()
+
+    threading.Thread(target=run, daemon=True).start()
+    return subprocess.Popen(["sleep", "60"]), Connection(ours)
+
+
+def test_a_process_that_cannot_start_leaves_the_segments_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    precompile.compile_in_processes([JOB], 2)
+
+
+def test_a_segment_whose_process_ends_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precompile, "_start", lambda _: answering(1, 0))
+    assert not precompile.compile_in_processes([JOB], 1)
+
+
+def test_file_descriptors_above_1023_can_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, limits[1]))
+    kept = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        monkeypatch.setattr(precompile, "_start", lambda _: answering(2, 0))
+        assert precompile.compile_in_processes([JOB], 1)
+    finally:
+        for each in kept:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_the_time_is_bounded_though_processes_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precompile, "_start", lambda _: answering(1000, 0.05))
+    monkeypatch.setattr(precompile, "PATIENCE", 0.5)
+    began = time.monotonic()
+    precompile.compile_in_processes([JOB] * 200, 1)
+    assert time.monotonic() - began < 5
+
+
+def test_ctrl_c_does_not_reach_a_process_that_compiles() -> None:
+    process, connection = precompile._start(dict(os.environ))
+    try:
+        assert os.getpgid(process.pid) != os.getpgrp()
+    finally:
+        connection.close()
+        process.kill()
+        process.wait()
+
+
+def test_a_process_that_compiles_ends_with_its_parent() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-m", "fxpass.runtime.precompile", str(theirs.fileno()), "1"]  # not its parent
+        with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
+            try:
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
