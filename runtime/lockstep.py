@@ -109,21 +109,22 @@ class LockstepPlan:
         try:
             modes = [rank.mode(step) for rank in self.ranks]
             assert len(set(modes)) == 1
-            if self._record and not holding.takes:
+            if self._record and not holding.takes:  # all ranks have the same inputs
                 if step.context not in self._graphs:
                     self._graphs[step.context] = StepGraphs(self.ranks, step.context, self.device, self._record)
-                return self._graphs[step.context].run(weights, inputs, modes[0], step.pace)
-            channels = [rank.channels(step.context) for rank in self.ranks]
-            pace = as_tensor(step.pace)
-            given = [held.inputs(inputs, holding) for held in self.executor.held]
-            runs = [
-                rank.start(weights, own, step.context, modes[0], pace)
-                for rank, own in zip(self.ranks, given, strict=True)
-            ]
-            del given
-            found = [outputs for outputs, _ in run_in_turns(runs, channels)]
-            for rank in self.ranks:
-                rank.count(modes[0])
+                found = self._graphs[step.context].run(weights, inputs, modes[0], step.pace)
+            else:
+                channels = [rank.channels(step.context) for rank in self.ranks]
+                pace = as_tensor(step.pace)
+                given = [held.inputs(inputs, holding) for held in self.executor.held]
+                runs = [
+                    rank.start(weights, own, step.context, modes[0], pace)
+                    for rank, own in zip(self.ranks, given, strict=True)
+                ]
+                del given
+                found = [outputs for outputs, _ in run_in_turns(runs, channels)]
+                for rank in self.ranks:
+                    rank.count(modes[0])
             return [held.outputs(each, holding) for held, each in zip(self.executor.held, found, strict=True)]
         except BaseException:
             self._forget()  # some ranks have put more messages than others

@@ -174,18 +174,14 @@ def _settings() -> dict[str, Any]:
     """What Inductor's cache compares beside the graph."""
     return {
         "numerics": numerics(),
-        "precision": torch.backends.cuda.matmul.fp32_precision,
         "dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
     }
 
 
 def _apply(settings: dict[str, Any]) -> None:
-    """Compile as the caller does. Sets only what differs: setting one name of a choice may change others."""
-    mine = numerics()
-    apply({name: value for name, value in settings["numerics"].items() if name not in mine or mine[name] != value})
-    if torch.backends.cuda.matmul.fp32_precision != settings["precision"]:
-        torch.backends.cuda.matmul.fp32_precision = settings["precision"]
+    """Compile as the caller does."""
+    apply(settings["numerics"])
     torch.set_default_dtype(settings["dtype"])
     torch.set_num_threads(settings["threads"])
 

@@ -63,9 +63,8 @@ class Call:
     method: Method | None = None  #: what is called; None: the model itself, with its hooks
     fed: tuple[str, ...] = ()  #: paths of tensors that another part of a pipeline makes anew for each step
     joined: bool = False  #: whether it calls several parts of a pipeline, each of which has its own arguments
-    given: tuple[
-        tuple[int, Layout], ...
-    ] = ()  #: indices of tensors of which each rank has its rows, with their layouts
+    #: indices of tensors of which each rank has its rows, with their layouts
+    given: tuple[tuple[int, Layout], ...] = ()
 
     @staticmethod
     def of(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None = None) -> Call:

@@ -68,7 +68,7 @@ def measured(network: Network) -> Measured:
     channels = network.open(specs, torch.device("cpu"))
     found = [
         _exchange(channel, exchange, rank, turns)
-        for channel, exchange, turns in zip(channels, exchanges, TURNS, strict=False)
+        for channel, exchange, turns in zip(channels[: len(SIZES)], exchanges, TURNS, strict=True)
     ]
     (small, small_cores), (large, large_cores) = found
     apart = len(SIZES) + LATE_CHANNELS

@@ -18,6 +18,7 @@ from fxpass.passes.normalize import memory_of_their_own
 from fxpass.runtime.held import Held, Holding
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.runtime.plans import cut_plan
+from tests.runtime.tape import tape
 
 
 class Frame(nn.Module):
@@ -64,6 +65,20 @@ def test_a_step_takes_rows_however_ranks_hold_them_and_keeps_those_of_its_layout
 
 def index(layout: Layout, rank: int) -> Tensor:
     return torch.tensor(layout.rows[rank].array)
+
+
+@torch.no_grad()
+def test_steps_that_are_recorded_keep_rows_too() -> None:
+    x = torch.randn(1, 4, 16, 8)
+    program = replace(capture(nn.Tanh(), x), kept=(0,))
+    executor = LockstepExecutor(2)
+    loaded = executor.load(cut_plan(program, 2), [], [x])
+    loaded._record = tape
+    for number in range(3):  # the first one runs as usual, the next is recorded, the last is replayed
+        loaded.run([], [x + number], EXACT, Holding(keeps={0: number}))
+        rows = [held.inputs([x], Holding({0: number}))[0] for held in executor.held]
+        torch.testing.assert_close(torch.cat(rows, 2), (x + number).tanh())
+    assert loaded._graphs[0].graphs
 
 
 def test_what_is_kept_does_not_keep_the_memory_of_the_rest() -> None:

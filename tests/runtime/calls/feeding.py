@@ -97,6 +97,23 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one + 0, other, rtol=0, atol=1e-5)
 
 
+def check_workers(made: Callable[[], Any], world: int, **options: Any) -> None:
+    """Split a pipeline over worker processes, with one exact step: generations must be as they are in lockstep."""
+    options |= {"strategy": "displaced", "warmup_steps": 1}
+    pipe = made()
+    expected = generation(pipe, 3)
+    split(pipe, world, executor="spawn", **options)
+    try:
+        found = generation(pipe, 3)
+        again = generation(pipe, 3)
+        assert own_programs(pipe) == (0, 0)
+    finally:
+        fxpass.restore(pipe)
+    assert all(map(torch.equal, found, again))
+    close(found, generation(split(made(), world, **options), 3))
+    close(found[:1], expected[:1])
+
+
 def own_programs(pipe: Any) -> tuple[int, int]:
     """How many programs of the denoiser alone, and of the part alone, were loaded."""
     unet, part = (fxpass.parallel(each)._engine.programs.all() for each in (pipe.unet, pipe.controlnet))

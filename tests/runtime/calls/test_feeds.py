@@ -20,6 +20,7 @@ from tests.runtime.calls.feeding import (
     HINT,
     PROMPT,
     check_generation,
+    check_workers,
     close,
     generation,
     joint_of,
@@ -483,16 +484,4 @@ def test_under_autocast_the_part_runs_by_itself() -> None:
 
 
 def test_workers_run_both_parts_in_one_program() -> None:
-    pipe = pipeline()
-    expected = generation(pipe, 3)
-    split(pipe, strategy="displaced", warmup_steps=1, executor="spawn")
-    try:
-        found = generation(pipe, 3)
-        again = generation(pipe, 3)
-        assert own_programs(pipe) == (0, 0)
-    finally:
-        fxpass.restore(pipe)
-    here = split(pipeline(), strategy="displaced", warmup_steps=1)
-    assert all(map(torch.equal, found, again))
-    close(found, generation(here, 3))
-    close(found[:1], expected[:1])
+    check_workers(pipeline, 2)

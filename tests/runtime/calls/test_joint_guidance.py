@@ -13,7 +13,17 @@ import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.ir.mesh import Mesh
 from fxpass.runtime.calls.deferred import DeferredTensor
-from tests.runtime.calls.feeding import HINT, PROMPT, close, generation, joint_of, own_programs, pipeline, split
+from tests.runtime.calls.feeding import (
+    HINT,
+    PROMPT,
+    check_workers,
+    close,
+    generation,
+    joint_of,
+    own_programs,
+    pipeline,
+    split,
+)
 
 
 class Branches:
@@ -154,17 +164,4 @@ def test_a_branch_whose_parts_have_changed_before_it_was_computed_is_an_error(na
 
 
 def test_workers_run_two_guidance_calls_with_a_part_each_at_once() -> None:
-    pipe = branches()
-    named: dict[str, Any] = {"cfg": 2, "strategy": "displaced", "warmup_steps": 1}
-    expected = generation(pipe, 3)
-    split(pipe, 4, executor="spawn", **named)
-    try:
-        found = generation(pipe, 3)
-        again = generation(pipe, 3)
-        assert own_programs(pipe) == (0, 0)
-    finally:
-        fxpass.restore(pipe)
-    assert all(map(torch.equal, found, again))
-    here = split(branches(), 4, **named)
-    close(found, generation(here, 3))
-    close(found[:1], expected[:1])
+    check_workers(branches, 4, cfg=2)
