@@ -237,15 +237,19 @@ class Engine:
             if not self._closed:
                 self._closed = why
                 try:
-                    with suppress(Exception), torch.no_grad():  # whoever uses a result that has failed hears of it
-                        self._waiting.complete()
+                    self._release()
                     for each in (self.joints, self.feeder):
                         if each is not None:
                             each.close()
-                    self.programs.forget()
                 finally:
                     self.programs.clear()
                     self.executor.close()
+
+    def _release(self) -> None:
+        """Run the calls that wait, and release all that is loaded on the ranks; this thread has the turn."""
+        with suppress(Exception), torch.no_grad(), self._failing():  # whoever uses a result that has failed hears of it
+            self._waiting.complete()
+        self.programs.forget()
 
     @property
     def ended(self) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from threading import get_ident
 from typing import Any
@@ -263,9 +263,7 @@ class JointEngine(Engine):
     def release(self) -> None:
         """Run the calls that wait, and release all programs; later calls return `APART`. This thread has the turn."""
         self._released = True
-        with suppress(Exception), torch.no_grad():  # whoever uses a result that has failed hears of it
-            self._waiting.complete()
-        self.programs.forget()
+        self._release()
 
     def _run_unsplit(self, method: Method | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return APART

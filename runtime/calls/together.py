@@ -157,10 +157,14 @@ class Waiting:
             together.generation.apart = together.generation.apart or early  # not if a rank disagrees or has failed
 
     def complete(self, entry: Entry | None = None) -> None:
-        """Run all calls that wait, or those of one entry."""
-        for each in list(self._all):
-            if entry in (None, each.entry):
-                self.run(each, early=False)
+        """Run all calls that wait, or those of one entry. If one fails, none of the others is run."""
+        try:
+            for each in list(self._all):
+                if entry in (None, each.entry):
+                    self.run(each, early=False)
+        except BaseException as error:
+            self.fail(str(error) or type(error).__name__)
+            raise
 
     def fail(self, why: str) -> None:
         """Give up the calls that wait: whoever uses their results hears why."""

@@ -14,7 +14,7 @@ from fxpass.ir.advice import FxpassWarning
 from fxpass.ir.mesh import Mesh
 from fxpass.runtime.calls.deferred import DeferredTensor, Source
 from fxpass.runtime.calls.together import GENERATIONS
-from fxpass.runtime.lockstep import LockstepPlan
+from fxpass.runtime.lockstep import LockstepExecutor, LockstepPlan
 from tests.runtime.plans import Block, block, inputs, steps, whole
 
 
@@ -271,6 +271,28 @@ def test_a_view_that_is_asked_for_while_the_result_comes_has_its_value() -> None
     source.fail(ValueError("out of luck"))
     with pytest.raises(RuntimeError, match="out of luck"):
         source.later(Tensor.__getitem__, (x, 0), {}).tolist()
+
+
+def test_calls_that_wait_when_the_module_closes_and_fail_say_so_here_and_to_other_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, (one, _, timestep) = lockstep(), branches()
+    waiting: list[Tensor] = []
+    for _ in range(2):
+        with module.generation():
+            waiting.append(module(one, timestep)["sample"])
+    told: list[BaseException] = []
+    monkeypatch.setattr(LockstepPlan, "run", failing)
+    monkeypatch.setattr(LockstepExecutor, "failed", lambda _, error: told.append(error))
+    module.close()
+    assert [type(error) for error in told] == [MemoryError]
+    for each in waiting:
+        with pytest.raises(RuntimeError, match="was not computed: memory is full"):
+            _ = each + 0
+
+
+def failing(*args: Any) -> Any:
+    raise MemoryError("memory is full")
 
 
 def test_what_waits_when_the_module_closes_is_computed() -> None:

@@ -13,6 +13,7 @@ import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.ir.mesh import Mesh
 from fxpass.runtime.calls.deferred import DeferredTensor
+from fxpass.runtime.lockstep import LockstepExecutor, LockstepPlan
 from tests.runtime.calls.feeding import (
     HINT,
     PROMPT,
@@ -24,6 +25,7 @@ from tests.runtime.calls.feeding import (
     pipeline,
     split,
 )
+from tests.runtime.calls.test_deferred import failing
 
 
 class Branches:
@@ -135,6 +137,21 @@ def test_a_branch_with_its_part_that_waits_when_either_closes_is_computed(name: 
     fxpass.parallel(getattr(pipe, name)).close()
     assert found.value is not None
     close([found], [expected])
+
+
+@pytest.mark.parametrize("name", ["unet", "controlnet"])
+def test_other_ranks_hear_of_a_branch_with_its_part_that_fails_when_either_closes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = split(branches(), 2, cfg=2)
+    found = first_branch(pipe)
+    told: list[BaseException] = []
+    monkeypatch.setattr(LockstepPlan, "run", failing)
+    monkeypatch.setattr(LockstepExecutor, "failed", lambda _, error: told.append(error))
+    fxpass.parallel(getattr(pipe, name)).close()
+    assert [type(error) for error in told] == [MemoryError]
+    with pytest.raises(RuntimeError, match="was not computed: memory is full"):
+        _ = found + 0
 
 
 @pytest.mark.parametrize("name", ["unet", "controlnet"])
