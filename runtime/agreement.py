@@ -100,9 +100,8 @@ class CallCheck:
         watched = {path: _strided(x, INPUT_SAMPLES) for path, x in zip(self._paths, inputs, strict=True) if x.numel()}
         samples = [(torch.view_as_real(x).flatten() if x.is_complex() else x).double() for x in watched.values()]
         board = self._network.board
-        head = torch.tensor(
-            [question.generation, question.call, question.state, board.call, question.together], dtype=torch.float64
-        )
+        about = [question.generation, question.call, question.state, board.call, question.together, question.taken]
+        head = torch.tensor(about, dtype=torch.float64)
         calls = self._gathered([head, *question.facts, *samples])
         numbers = [tuple(map(int, call[: len(head)].tolist())) for call in calls]
         self._check_generation(numbers)
@@ -137,14 +136,19 @@ class CallCheck:
         return received.cpu()
 
     def _check_generation(self, numbers: Sequence[tuple[int, ...]]) -> None:
-        """Raises `DisagreementError` unless all ranks are at the same call of the same generation."""
-        generation, first, state, _, together = numbers[0]
+        """Raises `DisagreementError` unless all ranks are at one call of one generation and take the same values."""
+        generation, first, state, _, together, taken = numbers[0]
         if first == 1:  # ranks number generations alike until one of them leaves a picture early
             self._numbers[generation] = [number for number, *_ in numbers]
             if len(self._numbers) > REMEMBERED:
                 del self._numbers[next(iter(self._numbers))]
         known = self._numbers.get(generation)
-        for rank, (number, call, other, _, came) in enumerate(numbers):
+        for rank, (number, call, other, _, came, takes) in enumerate(numbers):
+            if takes != taken:
+                raise DisagreementError(
+                    f"rank {rank} takes other values than rank 0 of those that earlier calls have left on the ranks: "
+                    "on some ranks only was such a value used (printed on rank 0?); use it on all ranks or on none"
+                )
             if came != together:
                 raise DisagreementError(
                     f"rank {rank} runs {came} of the calls that run at once, rank 0 {together}: on some ranks only "

@@ -39,6 +39,7 @@ class Question:
         call: the number of this call in the generation, from 1; 0 if nobody announced it.
         together: how many calls have come that the step runs at once.
         state: a digest of what else `decide` reads, which is equal on all ranks unless they have run different calls.
+        taken: a digest of which values that ranks have kept the call takes.
     """
 
     facts: Sequence[Tensor]
@@ -47,6 +48,7 @@ class Question:
     call: int = 0
     state: int = 0
     together: int = 1
+    taken: int = 0
 
 
 class PlanLike(Protocol):

@@ -7,10 +7,11 @@ out from these what to take. Any other use gathers the rows first; all ranks mus
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from threading import get_ident
@@ -28,12 +29,13 @@ from ...passes.normalize import memory_of_their_own
 from ...passes.partition import partition
 from ...passes.rules import RULES
 from ...passes.schedule import schedule
-from ..executor import Loaded
+from ..executor import Loaded, Question
 from ..held import Holding
 from .deferred import METADATA, DeferredTensor, Source, plain
 from .engine import Engine
 from .entry import Entry, question_of
 from .generation import Generation
+from .programs import SIGNATURES
 
 _numbers = itertools.count()  #: one for each value that ranks keep, of all engines
 
@@ -59,6 +61,10 @@ class Kept(Source):
     Args:
         like: a tensor without data, of the shape, dtype and device of the whole value.
         gather: gives it its whole value.
+
+    Attributes:
+        number: by which this process's executors know it.
+        order: the same on all ranks: how many the engine has made before.
     """
 
     metadata = METADATA | {Tensor.stride}
@@ -66,7 +72,8 @@ class Kept(Source):
     def __init__(self, engine: KeepingEngine, layout: Layout, like: Tensor, gather: Callable[[Kept], None]) -> None:
         this = weakref.proxy(self)  # no reference cycle: ranks forget the rows when nobody refers to them
         super().__init__(lambda: gather(this))
-        self.engine, self.layout, self.like, self.number = engine, layout, like, next(_numbers)
+        self.engine, self.layout, self.like = engine, layout, like
+        self.number, self.order = next(_numbers), next(engine.orders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +110,8 @@ class KeepingEngine(Engine):
         super().__init__(*args, **named)
         self._unused: deque[int] = deque()  #: numbers of what nobody refers to any more
         self._living: set[int] = set()  #: of what ranks keep
-        self._gathering: dict[Any, Loaded] = {}  #: by the kind of value
+        self._gathering: dict[Any, Loaded] = {}  #: by the kind of value, the least recently used first
+        self.orders = itertools.count()
 
     def forget_unused(self) -> None:
         """Free the rows that nobody refers to any more; this thread has the turn."""
@@ -111,15 +119,13 @@ class KeepingEngine(Engine):
             self.executor.forget(numbers)
             self._living.difference_update(numbers)
 
-    def close(self, why: str = "close() was called") -> None:
-        with self.turn.taken():
-            for loaded in self._gathering.values():
-                loaded.release()
-            self._gathering.clear()
-            if self._living:
-                self.executor.forget(sorted(self._living))
-                self._living.clear()
-        super().close(why)
+    def _release(self) -> None:
+        super()._release()
+        for loaded in self._gathering.values():
+            loaded.release()
+        self._gathering.clear()
+        self.executor.forget(sorted(self._living))
+        self._living.clear()
 
     def _lies(self, leaf: Any) -> bool:
         """Whether an argument is a value whose rows the ranks have."""
@@ -141,10 +147,9 @@ class KeepingEngine(Engine):
         lying: dict[int, Any] = {i: each for i, each in enumerate(inputs) if isinstance(each, DeferredTensor)}
         own = [empty_like(each) if i in lying else each for i, each in enumerate(inputs)]
         new = self._new(entry)
-        takes = {i: each.source.number for i, each in lying.items()}
-        step = entry.loaded.decide(own, question_of(entry.clock, own, generation))
-        holding = Holding(takes, {i: each.number for i, each in new.items()})
-        outputs = entry.loaded.run(weights, own, step, holding)
+        takes = {i: each.source for i, each in lying.items()}
+        question = question_of(entry.clock, own, generation)
+        outputs = _step(entry.loaded, weights, own, question, takes, new)
         for i, kept in new.items():
             (outputs[i],) = kept.results([kept.like])
         return outputs
@@ -178,10 +183,28 @@ class KeepingEngine(Engine):
                     self.executor.begin(like.device)
                 rows = [empty_like(like)]
                 kind = (tuple(like.shape), like.dtype, like.device, kept.layout)
-                if kind not in self._gathering:
+                loaded = self._gathering.pop(kind, None)
+                if loaded is None:
                     plan = GatheringPlan.of(like, kept.layout, self.executor.world_size)
-                    self._gathering[kind] = self.executor.load(plan, [], rows)
-                loaded = self._gathering[kind]
-                step = loaded.decide(rows, question_of(None, rows, self._generations.current()))
-                found = loaded.run([], rows, step, Holding({0: kept.number}))
+                    loaded = self.executor.load(plan, [], rows)
+                self._gathering[kind] = loaded
+                while len(self._gathering) > SIGNATURES:
+                    self._gathering.pop(next(iter(self._gathering))).release()
+                found = _step(loaded, [], rows, question_of(None, rows, self._generations.current()), {0: kept}, {})
             kept.give([each.contiguous() for each in found])
+
+
+def _step(
+    loaded: Loaded,
+    weights: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    question: Question,
+    takes: Mapping[int, Kept],
+    keeps: Mapping[int, Kept],
+) -> list[Tensor]:
+    """The flat outputs of a step, in which all ranks must take the same values."""
+    orders = repr({i: each.order for i, each in takes.items()})
+    taken = int.from_bytes(hashlib.sha256(orders.encode()).digest()[:6])
+    step = loaded.decide(inputs, replace(question, taken=taken))
+    numbers = ({i: each.number for i, each in values.items()} for values in (takes, keeps))
+    return loaded.run(weights, inputs, step, Holding(*numbers))

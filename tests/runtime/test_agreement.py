@@ -113,7 +113,7 @@ def test_a_rank_takes_the_number_of_rank_0s_call() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
 def test_whole_numbers_are_compared_exactly(dtype: torch.dtype) -> None:
     def one_more(numbers: Tensor) -> None:
-        numbers[5] = numbers[5] + 1 if dtype is not torch.bool else 1 - numbers[5]
+        numbers[6] = numbers[6] + 1 if dtype is not torch.bool else 1 - numbers[6]
 
     given = torch.tensor([208, 1, 0]).to(dtype)
     if dtype is torch.float32:

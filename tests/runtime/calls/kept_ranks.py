@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import fxpass
 from fxpass.runtime.calls import module as modules
+from fxpass.runtime.errors import DisagreementError
 from tests.runtime.calls.test_kept import LEFT, cached, received
 
 
@@ -26,8 +29,20 @@ def main() -> dict[str, Any]:
     close = [torch.allclose(module.decode(z), expected, atol=1e-5) for _ in range(3)]
     output = received(module, z)["output"]
     same = torch.allclose(LEFT[0] + 0, cache, atol=1e-5)
+    refused = refuse_different_caches(module, z)
     module.close()
-    return {"close": close, "output": output, "frames": expected.nbytes // 2, "cache": same}
+    return {"close": close, "output": output, "frames": expected.nbytes // 2, "cache": same, "refused": refused}
+
+
+def refuse_different_caches(module: Any, z: Tensor) -> bool:
+    """Whether two caches of one shape are not mixed where each rank uses another one."""
+    caches: list[Tensor] = []
+    for factor in (1, 2):
+        module.decode(factor * z)
+        caches += LEFT
+    with pytest.raises(DisagreementError, match="takes other values than rank 0 of those that earlier calls have left"):
+        _ = caches[dist.get_rank()] + 0
+    return True
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.runtime.calls.deferred import DeferredTensor
 from fxpass.runtime.calls.kept import KeepingEngine
+from fxpass.runtime.calls.programs import SIGNATURES
 from tests.runtime.calls.test_loops import FRAMES, Step, Video, step_of
 from tests.runtime.test_distributed import torchrun
 
@@ -208,6 +209,16 @@ def test_ranks_free_the_rows_that_nobody_refers_to() -> None:
 
 
 @torch.no_grad()
+def test_plans_that_gather_values_of_many_shapes_are_released() -> None:
+    model, _ = cached()
+    with fxpass.parallelize(model, 2, executor="lockstep") as module:
+        for rows in range(8, 8 + 2 * SIGNATURES + 4, 2):
+            z = torch.randn(1, 4, FRAMES, rows, 8)
+            torch.testing.assert_close(module.decode(z), model.decode(z))
+        assert len(engine_of(module)._gathering) == SIGNATURES
+
+
+@torch.no_grad()
 def test_worker_processes_keep_their_rows() -> None:
     model, z = cached()
     expected = model.decode(z)
@@ -223,3 +234,4 @@ def test_ranks_of_torchrun_keep_their_rows_and_gather_them_together(transport: s
         assert rank["close"] == [True] * 3
         assert rank["output"] == rank["frames"]
         assert rank["cache"]
+        assert rank["refused"]
