@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..ir.operators import spec_of
+from ..ir.ops import dense
 from ..ir.program import Program
 from .arguments import check_memory, returned
 from .call import Call
+
+aten = torch.ops.aten
 
 
 def lookup(model: nn.Module, name: str) -> Tensor:
@@ -36,12 +40,24 @@ def run_nodes(
         for node in nodes:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = _call(node.target, args, kwargs)
                 for old in done.get(node, ()) if done else ():
                     del values[old]
             elif node.op == "output":
                 return fx.node.map_arg(node.args[0], values.__getitem__)
     return None
+
+
+def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operator's result, also where an operand lies in another order in memory than what was captured.
+
+    Operators on fake tensors may promise another order than they keep on real ones, as `roll` does.
+    """
+    if target in (aten.view.default, aten._unsafe_view.default):
+        return aten.reshape.default(*args, **kwargs)
+    if spec_of(target).dense:
+        return target(dense(args[0]), *args[1:], **kwargs)
+    return target(*args, **kwargs)
 
 
 def bind(

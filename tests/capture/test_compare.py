@@ -70,3 +70,9 @@ def test_an_encoder_that_skips_padded_tokens_is_refused_or_right() -> None:
     model, x = padded(nested=False), torch.randn(2, 7, 8)
     program = capture(model, torch.randn(2, 7, 8), padding)
     torch.testing.assert_close(evaluate(program, model, Call.of(model, (x, padding), {})), model(x, padding))
+
+
+def test_a_value_in_another_order_in_memory_than_its_fake_is_compared() -> None:
+    # on real tensors `roll` keeps the order of its operand, on fake ones it does not
+    program = capture(Model(lambda x: x.view(4, 2, 3).mT.roll(1, 1).flatten(1)).eval(), torch.randn(4, 6))
+    assert torch.ops.aten.roll.default in {node.target for node in program.graph.nodes}
