@@ -11,6 +11,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ def split(
         program.graph, module, program.weights, program.constants, dict(zip(program.inputs, tensors, strict=True))
     )
     values = {str(node.target): value for node, value in whole.items()}
+    doubt = Doubt(program.graph, values, whole)
     computed = run_nodes(program.graph.nodes, whole)
     assert_equal(list(computed), expected, "normalized program")
 
@@ -125,14 +127,14 @@ def split(
         if (local := partitioner.became.get(node.name)) in envs[0]:
             assert all(rows.runs for rows in layout_of(local).rows), f"a rank is empty: {local.format_node()}"
             for rank, env in enumerate(envs):
-                check_part(env[local], whole[node], layout_of(local), rank, node)
+                check_part(env[local], whole[node], layout_of(local), rank, node, doubt)
     check_parts_agree(graph, envs)
 
     canonical = bucket(trim(graph, program.graph, world, RULES))
     verify(canonical, "partitioned", world)
     error = 0.0
     for outputs in (list(env[output_of(canonical)]) for env in lockstep(canonical, world, values)):
-        error = max(error, assert_equal(outputs, expected, "outputs"))
+        error = max(error, assert_equal(outputs, expected, "outputs", doubt.of_outputs))
     (output,) = program.graph.find_nodes(op="output")
     exchanges = [each for _, declared in exchanges_of(canonical) for each in declared]
     result = Split(
@@ -264,10 +266,46 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-12 if dtype in (torch.float64, torch.complex128) else 1e-5
 
 
-def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> float:
+class Doubt:
+    """How far the values of a whole program are off by themselves, in units of max |value|.
+
+    The program is computed once more, with each result another one in the last bit, and in another order in memory: a
+    normalization of almost equal values amplifies rounding by up to 300, and torch's kernel for channels last by more.
+    """
+
+    def __init__(self, graph: fx.Graph, values: Mapping[str, Tensor], whole: Mapping[fx.Node, Any]) -> None:
+        self.graph, self.values, self.whole = graph, values, whole
+
+    @cached_property
+    def _again(self) -> dict[fx.Node, Any]:
+        found: dict[fx.Node, Any] = {n: self.values[str(n.target)] for n in self.graph.find_nodes(op="placeholder")}
+        for node in self.graph.nodes:
+            run_nodes([node], found)
+            if node.op == "call_function" and isinstance(x := found[node], Tensor) and x.dtype.is_floating_point:
+                odd = torch.arange(x.numel(), dtype=x.dtype).remainder(2).view(x.shape)
+                found[node] = x.contiguous() * (1 + odd * torch.finfo(x.dtype).eps)
+        return found
+
+    def of(self, node: fx.Node) -> float:
+        value, other = self.whole[node], self._again[node]
+        finite = torch.isfinite(value) & torch.isfinite(other)
+        if not value.dtype.is_floating_point or not finite.any():
+            return 0.0
+        off = (value - other)[finite].abs().max().item() / max(value[finite].abs().max().item(), 1e-30)
+        return off if off < 1e3 * tolerance(value.dtype) else 0.0  # more is another choice, as of an `argmax`
+
+    def of_outputs(self, i: int) -> float:
+        outputs: Any = output_of(self.graph).args[0]
+        return self.of(outputs[i])
+
+
+def assert_equal(
+    found: Sequence[Tensor], expected: Sequence[Tensor], what: str, doubt: Callable[[int], float] = lambda i: 0.0
+) -> float:
+    """Returns the largest difference. `doubt`: of each value, for those that differ more than is tolerated."""
     error = 0.0
     assert len(found) == len(expected), what
-    for a, b in zip(found, expected, strict=True):
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)}, expected {tuple(b.shape)}"
         assert a.dtype == b.dtype, f"{what}: {a.dtype}, expected {b.dtype}"
         if a.numel() == 0 or torch.equal(a, b):
@@ -275,12 +313,13 @@ def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], what: str)
         finite = torch.isfinite(b)
         assert torch.equal(a[~finite], b[~finite]) or torch.equal(a[~finite].isnan(), b[~finite].isnan()), what
         worst = (a[finite] - b[finite]).abs().max().item() / max(b[finite].abs().max().item(), 1e-30)
-        assert worst <= tolerance(a.dtype), f"{what}: differs by {worst:.1e}"
+        within = worst <= tolerance(a.dtype) or worst <= tolerance(a.dtype) + 3 * doubt(i)
+        assert within, f"{what}: differs by {worst:.1e}"
         error = max(error, worst)
     return error
 
 
-def check_part(local: Any, whole: Any, layout: Layout, rank: int, node: fx.Node) -> None:
+def check_part(local: Any, whole: Any, layout: Layout, rank: int, node: fx.Node, doubt: Doubt) -> None:
     """Law 1: rank k holds `whole.index_select(dim, rows[k])`."""
     if not isinstance(whole, Tensor):
         return
@@ -296,7 +335,8 @@ def check_part(local: Any, whole: Any, layout: Layout, rank: int, node: fx.Node)
     if part.numel() and not torch.equal(local, part):
         finite = torch.isfinite(part)
         error = (local[finite] - part[finite]).abs().max().item() if finite.any() else 0.0
-        assert error <= tolerance(part.dtype) * max(scale, 1e-30), (
+        allowed, scale = tolerance(part.dtype), max(scale, 1e-30)
+        assert error <= allowed * scale or error <= (allowed + 3 * doubt.of(node)) * scale, (
             f"rank {rank}: {node.format_node()} differs by {error:.1e} of {scale:.1e}"
         )
 

@@ -73,6 +73,8 @@ def test_a_transposed_convolution_whose_kernel_leaves_gaps_is_right() -> None:
 def test_a_transposed_convolution_that_only_pads_is_right() -> None:
     conv = nn.ConvTranspose2d(2, 2, 1, dilation=2, output_padding=1).double()
     split(conv, [randn(1, 2, 4, 5)], {0: evenly(2, 4, 2)}, 2)
+    # the last rank computes the last row, to which no input row is added
+    split(conv, [randn(1, 2, 4, 5)], {0: cut(2, [0, 1, 3], [2], [2], [3])}, 4)
 
 
 def test_a_convolution_fetches_its_halo_only() -> None:
