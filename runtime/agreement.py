@@ -215,7 +215,7 @@ def checksum(tensor: Tensor) -> str:
 def _strided(tensor: Tensor, count: int) -> Tensor:
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // count)
-    return flat[::step]
+    return flat[::step].resolve_conj().resolve_neg()
 
 
 def _sample(tensor: Tensor, count: int) -> list[float]:

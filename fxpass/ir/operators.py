@@ -34,8 +34,8 @@ class OpSpec:
     """Whether it moves no memory (cost)."""
 
     dense: bool = False
-    """Whether its operand must lie densely along the last dim (codegen): what a rank holds may lie in another order in
-    memory than what was captured."""
+    """Whether its operand must lie densely along the last dim, and not be conjugated or negated lazily (codegen): what
+    a rank holds may lie in memory otherwise than what was captured."""
 
     pull_back: Callable[..., Any] | None = None
     """Which rows of the operands may give wanted rows of the result (trim). None: the same rows, with broadcasting."""

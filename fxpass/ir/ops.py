@@ -161,7 +161,11 @@ def moments(x: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def dense(x: Tensor) -> Tensor:
-    """`x`, copied unless its last dim lies densely in memory, as a view of it as another dtype needs."""
+    """`x` as another dtype can view it: copied unless its last dim lies densely in memory, and holds its values.
+
+    Those of a tensor that is conjugated or negated lazily are others than those in its memory.
+    """
+    x = x.resolve_conj().resolve_neg()
     size = x.shape[-1] if x.ndim else 1
     steps = (*x.stride()[:-1], x.storage_offset())
     return x if x.is_contiguous() or (x.stride(-1) == 1 and all(n % size == 0 for n in steps)) else x.contiguous()

@@ -50,6 +50,16 @@ def _copy(b: Builder, node: fx.Node, x: fx.Node, source: fx.Node, *_: Any) -> fx
     return to_copy(b, node, expand(b, node, source), dtype=x.meta["dtype"])
 
 
+def conjugated(b: Builder, node: fx.Node, x: fx.Node) -> fx.Node:
+    """Computed at once: copies that are dropped, and messages, may have done so to what is conjugated lazily."""
+    return b.emit(aten.conj_physical.default, x)
+
+
+def negated(b: Builder, node: fx.Node, x: fx.Node) -> fx.Node:
+    """As `conjugated`."""
+    return b.emit(aten.neg.default, x)
+
+
 def index_put(
     b: Builder, node: fx.Node, x: fx.Node, indices: Sequence[Any], values: fx.Node, accumulate: bool = False
 ) -> fx.Node:

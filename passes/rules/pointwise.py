@@ -82,6 +82,8 @@ TABLE = {
 TABLE |= dict.fromkeys(OVERLOADS, OpSpec(pointwise, row_wise=rows.pointwise)) | {
     aten.clone.default: OpSpec(pointwise, form=copies.clone, row_wise=rows.same),
     aten._to_copy.default: OpSpec(pointwise, form=copies.to_copy, row_wise=rows.same),
+    aten._conj.default: OpSpec(pointwise, form=copies.conjugated, row_wise=rows.pointwise),
+    aten._neg_view.default: OpSpec(pointwise, form=copies.negated, row_wise=rows.pointwise),
     aten.empty_like.default: OpSpec(pointwise, row_wise=rows.like),
     aten.zeros_like.default: OpSpec(pointwise, row_wise=rows.like),
     aten.full_like.default: OpSpec(pointwise, row_wise=rows.like),

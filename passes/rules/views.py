@@ -197,5 +197,5 @@ TABLE = {
     aten.expand.default: OpSpec(expand, form=forms.expand, free=True, pull_back=_expanded, row_wise=row_rules.expand),
     aten.view_as_complex.default: OpSpec(last_dim_pair, dense=True),
     aten.view.dtype: OpSpec(dense=True),
-    aten.view_as_real.default: OpSpec(last_dim_pair),
+    aten.view_as_real.default: OpSpec(last_dim_pair, dense=True),
 }

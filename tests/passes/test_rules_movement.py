@@ -99,6 +99,12 @@ VIEWS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {  # name: func
     "repeat_interleave": (lambda x: x.repeat_interleave(3, 1), (2, 5, 4), (0, 1, 2)),
     "movedim": (lambda x: x.movedim(1, -1), (2, 5, 6), (0, 1, 2)),
     "complex pairs": (lambda x: torch.view_as_real(torch.view_as_complex(x) * 1j), (2, 5, 6, 2), (1, 2)),
+    "conjugate pairs": (
+        lambda x: torch.view_as_real(torch.view_as_complex(x).conj().resolve_conj()),
+        (2, 5, 6, 2),
+        (0, 1, 2),
+    ),
+    "imaginary pairs": (lambda x: torch.view_as_complex(x).conj()[:, :1].imag.exp(), (2, 5, 6, 2), (0, 1, 2)),
 }
 
 

@@ -166,9 +166,18 @@ class Growing(Step):
         return self.last(now if before is None else now + nn.functional.interpolate(before, now.shape[2:]))
 
 
+class Conjugating(Step):
+    """The cache is a conjugate whose values are not those in its memory."""
+
+    def forward(self, frame: Tensor, cache: list[Any]) -> Tensor:
+        now = self.first(frame).relu().sin().cos().tanh().exp().sigmoid()
+        before, cache[0] = cache[0], torch.complex(now, now.sin()).conj()
+        return self.last(now if before is None else now + before.imag)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [Writing, Sharing, Growing])
-def test_caches_that_are_written_to_or_shared_or_change_their_shape_are_right(kind: type[Step]) -> None:
+@pytest.mark.parametrize("kind", [Writing, Sharing, Growing, Conjugating])
+def test_caches_that_are_written_to_or_shared_or_lie_in_memory_otherwise_are_right(kind: type[Step]) -> None:
     torch.manual_seed(1)
     model, z = cached(step=kind())
     expected = model.decode(z)
