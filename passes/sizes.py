@@ -82,6 +82,8 @@ class Sizes:
 
     def _inside(self, size: int, world: int) -> int:
         """The length of the values with most of the work, if they may be cut again inside the model; else 0."""
+        if not self.work:
+            return 0
         lengths: Counter[int] = Counter()
         for level, count in self.work.items():
             lengths[level.length] += count
@@ -95,9 +97,9 @@ class Sizes:
         total, own = 0.0, [0.0] * world
         for level, count in self.work.items():
             work = count * scale**level.power
-            rows = int(level.rows * scale) if level.power else level.rows
+            rows = level.rows * size // self.size if level.power else level.rows
             if inside and inside <= level.length < 2 * inside:
-                rows = int(level.length * scale)
+                rows = level.length * size // self.size
             begins = [ceil(each.start * rows / cuts[-1].stop) for each in cuts] + [rows]
             shares = [stop - start for start, stop in pairwise(begins)]
             if min(shares) == 0:

@@ -13,6 +13,7 @@ from fxpass.capture import capture
 from fxpass.ir.strategy import Strategy
 from fxpass.models.small import case
 from fxpass.passes.limits import WorldSizeError
+from fxpass.passes.sizes import Level, Sizes
 from fxpass.plan import make_plan
 
 
@@ -136,6 +137,19 @@ def test_a_refusal_names_each_dim_that_could_be_longer() -> None:
         "32 ranks need 'sample' with an estimated 32 rows along dim 2 (it has 8) or 32 rows along dim 3 (it has 16)"
         in text
     )
+
+
+def test_a_model_without_floating_point_operations_is_refused_for_its_few_rows() -> None:
+    class Flip(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flip(2)
+
+    assert "at most 8 ranks would do" in refusal(Flip(), 8, 16)
+
+
+def test_rows_at_another_size_are_whole_numbers() -> None:
+    sizes = Sizes("x", 2, 98, 0, {Level(49, 49, 1): 1000})
+    assert [sizes.bound(2 * rows, 2, (1,)) for rows in (2, 4, 14)] == [2.0, 2.0, 2.0]
 
 
 def test_no_size_is_named_where_the_rows_do_not_matter() -> None:
