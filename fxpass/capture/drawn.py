@@ -22,7 +22,7 @@ from .capture import capture_call
 from .draws import GeneratorStandIn, generator_stand_in
 from .errors import CaptureError, model_line
 
-ARGUMENT = "drawn"  #: the name of the argument that holds the numbers
+ARGUMENT = "fxpass_drawn"  #: the name of the argument that holds the numbers: models have none of that name
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class _Mode(TorchFunctionMode):
         if not isinstance(stand_in, GeneratorStandIn):
             return function(*args, **kwargs)
         del kwargs["generator"]
-        if kwargs.get("out") is not None or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):  # also `out`
             raise CaptureError(
                 f"{getattr(function, '__name__', function)} at {model_line()} draws random numbers that depend on a "
                 "tensor, or writes them to one; draw them by torch.randn or torch.rand"

@@ -110,6 +110,10 @@ def of_a_tensor(z: Tensor, generator: Any) -> Tensor:
     return torch.bernoulli(z.sigmoid(), generator=generator)
 
 
+def of_a_named_tensor(z: Tensor, generator: Any) -> Tensor:
+    return torch.normal(mean=z, std=1.0, generator=generator)
+
+
 def of_nobody(z: Tensor, generator: Any) -> Tensor:
     return normal(z, generator) + torch.randn(1)
 
@@ -119,6 +123,7 @@ def of_nobody(z: Tensor, generator: Any) -> Tensor:
     [
         (reading, "the model calls Generator.initial_seed"),
         (of_a_tensor, "bernoulli at .*draws random numbers that depend on a tensor"),
+        (of_a_named_tensor, "normal at .*draws random numbers that depend on a tensor"),
         (of_nobody, "aten.randn.default draws random numbers"),
     ],
 )
@@ -142,6 +147,23 @@ def test_other_numbers_than_in_an_earlier_call_of_the_same_kind_are_noticed() ->
         expected = model.decode(z, generator=seeded(1))
         with pytest.warns(FxpassWarning, match="draws other random numbers than in an earlier call of the same kind"):
             assert torch.equal(module.decode(z, generator=seeded(1)), expected)
+
+
+class Named(Noisy):
+    """Has an argument of its own that is called `drawn`."""
+
+    def forward(self, x: Tensor, drawn: float = 1.0, generator: Any = None) -> Tensor:
+        return drawn * super().forward(x, generator)
+
+
+@torch.no_grad()
+def test_a_model_may_have_an_argument_that_is_called_drawn() -> None:
+    model: Any = Named(normal).eval()
+    x = torch.randn(2, 4, 16, 8)
+    with fxpass.parallelize(model, 2, executor="lockstep") as module:
+        for _ in range(2):
+            found, expected = (each(x, drawn=0.5, generator=seeded(1)) for each in (module, model))
+            torch.testing.assert_close(found, expected)
 
 
 def test_a_call_that_is_refused_leaves_its_generator_as_it_was() -> None:
