@@ -71,7 +71,7 @@ def media_of(pipe: Any, made: Any, frames_per_second: float | None = None) -> li
         NotImplementedError: the result holds none of them.
     """
     found: list[Medium] = []
-    held = {name: value for name, value in vars(made).items() if value is not None}
+    held = {name: value for name, value in getattr(made, "__dict__", {}).items() if value is not None}
     for name in ("images", "frames"):
         if name in held:
             values = _pixels(held[name][0])
@@ -81,7 +81,8 @@ def media_of(pipe: Any, made: Any, frames_per_second: float | None = None) -> li
     found += [Medium("sound", _samples(each), _sampling_rate(pipe)) for each in sounds]
     if not found:
         raise NotImplementedError(
-            f"generate writes pictures, videos and sounds, and {type(pipe).__name__} makes {', '.join(held)}"
+            f"generate writes pictures, videos and sounds, and {type(pipe).__name__} makes "
+            f"{', '.join(held) or 'a ' + type(made).__name__}"
         )
     return found
 
@@ -101,11 +102,17 @@ def _array(value: Any) -> np.ndarray:
     return value.detach().float().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
+def _frame(value: Any) -> np.ndarray:
+    """As `_array`, of something that may have no channels: one is added."""
+    values = _array(value)
+    return values[..., None] if values.ndim == 2 else values
+
+
 def _pixels(value: Any) -> np.ndarray:
     """A picture, or a video as an array, tensor or list of frames: [(F,) H, W, C] in 0..1."""
     import numpy as np
 
-    values = np.stack([_array(each) for each in value]) if isinstance(value, list) else _array(value)
+    values = np.stack([_frame(each) for each in value]) if isinstance(value, list) else _frame(value)
     if values.shape[-1] not in (1, 3, 4) and values.shape[-3] in (1, 3, 4):  # channels first
         values = np.moveaxis(values, -3, -1)
     return (values / 255 if values.dtype == np.uint8 else values).astype(np.float32)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    Picture = np.ndarray  #: [H, W, 3] in 0..1
+    Picture = np.ndarray  #: [H, W, channels] in 0..1: grey, RGB or RGBA
 
 AMPLIFICATION = 100
 MARGIN = 12
@@ -28,11 +28,12 @@ def psnr_text(value: float) -> str:
 
 
 def image(picture: Picture) -> Image:
-    """Convert to 8-bit RGB."""
+    """Convert to 8 bits per channel."""
     import numpy as np
     from PIL import Image as PILImage
 
-    return PILImage.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+    values = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
+    return PILImage.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
 
 
 def comparison(left: Picture, right: Picture, labels: tuple[str, str], heading: str = "") -> Image:

@@ -90,6 +90,11 @@ def test_under_torchrun_only_rank_0_writes_and_prints(folder: Path, tmp_path: Pa
     assert np.abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "a-one-device.png")).max() <= 1
 
 
+def test_a_dtype_that_is_not_known_is_an_error_with_those_that_are(folder: Path) -> None:
+    with pytest.raises(ValueError, match="no dtype 'int3'; choose one of float32, float16, bfloat16"):
+        load(str(folder), "int3")
+
+
 def test_the_pipeline_gets_its_models_back(folder: Path) -> None:
     from fxpass.tools.commands.generate import make
 

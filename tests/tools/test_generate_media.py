@@ -169,6 +169,21 @@ def test_the_rate_of_a_sound_is_that_of_the_part_that_makes_it() -> None:
         media_of(Maker(feature_extractor=listener), sound)
 
 
+@pytest.mark.parametrize("shape", [(6, 8, 1), (6, 8)])
+def test_pictures_and_videos_may_be_grey(shape: tuple[int, ...], tmp_path: Path) -> None:
+    grey = np.linspace(0, 1, 48, dtype=np.float32).reshape(shape)
+    for name, value in (("images", grey), ("frames", [grey, grey]), ("images", Image.new("L", (8, 6)))):
+        (made,) = media_of(Maker(), SimpleNamespace(**{name: [value]}))
+        assert made.values.shape[-3:] == (6, 8, 1)
+        (path,) = save([made], tmp_path / "grey.png")
+        assert (frames(path)[0] == (made.picture * 255).round()).all()
+
+
+def test_a_result_without_names_is_an_error() -> None:
+    with pytest.raises(NotImplementedError, match="and Maker makes a tuple"):
+        media_of(Maker(), (np.zeros((1, 4, 4, 3)),))
+
+
 def test_a_result_without_pictures_or_sounds_is_named() -> None:
     with pytest.raises(NotImplementedError, match="and Maker makes image_embeds"):
         media_of(Maker(), SimpleNamespace(image_embeds=1, nothing=None))

@@ -155,7 +155,8 @@ def load(pipeline: str, dtype: str = "float32", device: str = "cpu") -> Any:
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
-        raise ValueError(f"no dtype {dtype!r}; {_hint(difflib.get_close_matches(dtype, dtypes, n=1))}")
+        near = difflib.get_close_matches(dtype, dtypes, n=1)
+        raise ValueError(f"no dtype {dtype!r}; {_hint(near) or 'choose one of ' + ', '.join(dtypes)}")
     path = Path(pipeline)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
