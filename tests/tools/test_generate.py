@@ -90,11 +90,6 @@ def test_under_torchrun_only_rank_0_writes_and_prints(folder: Path, tmp_path: Pa
     assert np.abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "a-one-device.png")).max() <= 1
 
 
-def test_a_dtype_that_is_not_known_is_an_error_with_those_that_are(folder: Path) -> None:
-    with pytest.raises(ValueError, match="no dtype 'int3'; choose one of float32, float16, bfloat16"):
-        load(str(folder), "int3")
-
-
 def test_the_pipeline_gets_its_models_back(folder: Path) -> None:
     from fxpass.tools.commands.generate import make
 
@@ -117,7 +112,9 @@ class Picky:
         (("TINY/unet",), "is no pipeline: it has no model_index.json"),
         (("TINY/model_index.json",), "is a file; give the diffusers folder"),
         (("TINY", "--executor", "spwan"), "did you mean spawn?"),
+        (("TINY", "--executor", "distributed"), "start them with `torchrun --nproc-per-node 2"),
         (("TINY", "--dtype", "float23"), "did you mean float32?"),
+        (("TINY", "--dtype", "int3"), "no dtype 'int3'; choose one of float32, float16, bfloat16"),
         (("TINY", "--strategy", "ulysses"), "unknown strategy"),
         (("TINY", "-o", "a.jpg"), "did you mean a.png?"),
         (("someone/who-is-not-there",), "cannot load someone/who-is-not-there: "),

@@ -122,12 +122,18 @@ def check_arguments(strategy: str, executor: str, output: Path | None) -> None:
     """Check the arguments before anything is loaded. Raises `ValueError`."""
     from ...api import EXECUTORS
     from ...ir.strategy import Strategy
+    from ...runtime import distributed
     from ..media import check_ending
 
     Strategy.of(strategy)
     if executor not in EXECUTORS:
         near = difflib.get_close_matches(executor, EXECUTORS, n=1)
         raise ValueError(f"unknown executor {executor!r}; {_hint(near) or 'choose one of ' + ', '.join(EXECUTORS)}")
+    if executor == "distributed" and not distributed.inside():
+        raise ValueError(
+            "--executor distributed needs a process for each rank: start them with `torchrun --nproc-per-node 2 -m "
+            "fxpass.tools.cli generate …`, or use --executor spawn"
+        )
     if output is not None:
         check_ending(output)
 
