@@ -176,6 +176,7 @@ def test_pictures_and_videos_may_be_grey(shape: tuple[int, ...], tmp_path: Path)
         (made,) = media_of(Maker(), SimpleNamespace(**{name: [value]}))
         assert made.values.shape[-3:] == (6, 8, 1)
         (path,) = save([made], tmp_path / "grey.png")
+        assert made.picture is not None
         assert (frames(path)[0] == (made.picture * 255).round()).all()
 
 
