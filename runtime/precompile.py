@@ -29,7 +29,7 @@ from ..ir.code import Form, Segment, StepCode
 from ..ir.ops import Table, index_tensors_from
 from ..ir.step import ChannelSpec
 from .numerics import apply, numerics
-from .wire import Connection
+from .wire import Connection, Watch
 
 log = logging.getLogger("fxpass")
 Job = tuple[Segment, tuple[Form, ...]]
@@ -103,6 +103,11 @@ def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
     started: list[tuple[subprocess.Popen[bytes], Connection]] = []
     cached = True
     deadline = time.monotonic() + PATIENCE
+
+    def watch() -> None:
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"it was silent in the middle of a message until {PATIENCE:g} s had passed")
+
     with selectors.DefaultSelector() as working:
         try:
             for _ in range(count):
@@ -120,12 +125,12 @@ def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
                 for key, _ in working.select(left):
                     connection: Any = key.fileobj
                     try:
-                        error, hit = connection.receive()
+                        error, hit = connection.receive(watch)
                         busy.discard(connection)
                         if error:
                             log.debug("a segment is left to this process: %s", error)
                         cached = cached and hit
-                        if _sent(waiting, connection):
+                        if _sent(waiting, connection, watch):
                             busy.add(connection)
                             continue
                     except ConnectionError as problem:
@@ -155,12 +160,12 @@ def _start(environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], Connec
     return process, Connection(ours)
 
 
-def _sent(waiting: list[Job], connection: Connection) -> bool:
+def _sent(waiting: list[Job], connection: Connection, watch: Watch) -> bool:
     """Send a process one of the segments that wait, unless there is none. Raises `ConnectionError` if it has ended."""
     while waiting:
         job = waiting.pop()
         try:
-            connection.send(("compile", *job, _settings()))
+            connection.send(("compile", *job, _settings()), watch)
         except ConnectionError:
             raise
         except Exception as error:  # pickles fail in many ways

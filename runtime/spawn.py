@@ -131,7 +131,7 @@ class SpawnExecutor:
         with torch.inference_mode(False):  # later calls write to them, also outside inference mode
             shared = [torch.empty_like(tensor, device="cpu") for tensor in inputs]
         on_host = [tensor.device.type == "cpu" for tensor in inputs]
-        for rank, connection in enumerate(self.workers.connections, 1):
+        for rank in range(1, self.world_size):
             steps = StepPrograms(plan.graph, rank)
             loaded = LoadedPlan(
                 placeholders(plan.program),
@@ -144,7 +144,7 @@ class SpawnExecutor:
                 inductor,
                 graph,
             )
-            connection.send(("load", number, loaded))
+            self.workers.send_to(rank, ("load", number, loaded))
         runner = StepRunner.of(
             plan, 0, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
         )
@@ -219,9 +219,9 @@ class SpawnExecutor:
         """Send the workers the code of a mode, if they do not have it."""
         if mode in plan.sent:
             return
-        for rank, connection in enumerate(self.workers.connections, 1):
+        for rank in range(1, self.world_size):
             code = coder(StepPrograms(plan.plan.graph, rank), compile=plan.inductor)(mode)
-            connection.send(("code", plan.number, mode, code))
+            self.workers.send_to(rank, ("code", plan.number, mode, code))
         self.workers.answers(START)
         plan.sent.add(mode)
 

@@ -14,7 +14,8 @@ import resource
 import select
 import socket
 import struct
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -26,10 +27,15 @@ from .operators import reference, resolve
 
 _HEADER = struct.Struct("<QQ")  # bytes of the message, file descriptors that come before it
 _PER_CALL = 200  # file descriptors per system call; Linux takes 253
+_PAUSE = 1.0  # seconds of silence, after which a wait is watched
+Watch = Callable[[], None]  #: called again and again in a wait for the other side; raises if the wait is in vain
 
 
 class Connection:
-    """One end of a connection."""
+    """One end of a connection.
+
+    The other side may fall silent in the middle of a message, so each wait for it can be watched.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -37,7 +43,7 @@ class Connection:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Any, watch: Watch | None = None) -> None:
         """Send a message. Raises `ConnectionError` if the other side has ended."""
         buffer = io.BytesIO()
         pickler = _Pickler(buffer)
@@ -45,23 +51,24 @@ class Connection:
         payload = buffer.getbuffer()
         descriptors = pickler.descriptors
         try:
-            self._socket.sendall(_HEADER.pack(len(payload), len(descriptors)))
+            self._send(_HEADER.pack(len(payload), len(descriptors)), (), watch)
             for i in range(0, len(descriptors), _PER_CALL):
-                socket.send_fds(self._socket, [b"."], descriptors[i : i + _PER_CALL])
-            self._socket.sendall(payload)
+                self._send(b".", descriptors[i : i + _PER_CALL], watch)
+            self._send(payload, (), watch)
         except OSError as error:
             raise ConnectionError(str(error)) from None
 
-    def receive(self) -> Any:
+    def receive(self, watch: Watch | None = None) -> Any:
         """The next message; waits for it. Raises `ConnectionError` at the end."""
-        return self.packet()()
+        return self.packet(watch)()
 
-    def packet(self) -> Callable[[], Any]:
+    def packet(self, watch: Watch | None = None) -> Callable[[], Any]:
         """The next message, as a function that unpickles it, to be called once. Raises `ConnectionError` at the end."""
-        size, count = _HEADER.unpack(self._exactly(_HEADER.size))
+        size, count = _HEADER.unpack(self._exactly(_HEADER.size, watch))
         descriptors: list[int] = []
         while len(descriptors) < count:
             expected = min(_PER_CALL, count - len(descriptors))
+            self._wait(select.POLLIN, watch)
             try:
                 data, some, _, _ = socket.recv_fds(self._socket, 1, expected)
             except OSError as error:
@@ -71,19 +78,46 @@ class Connection:
             if len(some) != expected:
                 raise OSError("file descriptors were lost in transfer: the limit of open files is too low (ulimit -n)")
             descriptors += some
-        return partial(_unpickled, self._exactly(size), descriptors)
+        return partial(_unpickled, self._exactly(size, watch), descriptors)
 
     def ready(self, seconds: float) -> bool:
         """Whether a message (or the end) arrives within the time."""
-        return bool(select.select([self._socket], [], [], seconds)[0])
+        return self._can(select.POLLIN, seconds)
 
     def close(self) -> None:
         self._socket.close()
 
-    def _exactly(self, size: int) -> bytearray:
+    def _can(self, event: int, seconds: float | None) -> bool:
+        """Whether bytes can be read or written within the time. Raises `ConnectionError` if this end was closed."""
+        if self._socket.fileno() < 0:
+            raise ConnectionError("the connection was closed")
+        poll = select.poll()  # `select.select` takes no file descriptor above 1023
+        poll.register(self._socket, event)
+        return bool(poll.poll(None if seconds is None else 1000 * seconds))
+
+    def _wait(self, event: int, watch: Watch | None) -> None:
+        """Wait until bytes can be read or written."""
+        while not self._can(event, None if watch is None else _PAUSE):
+            if watch is not None:
+                watch()
+
+    def _send(self, data: bytes | memoryview, descriptors: Sequence[int], watch: Watch | None) -> None:
+        """Send bytes, the first of them with file descriptors."""
+        view = memoryview(data)
+        while len(view):
+            self._wait(select.POLLOUT, watch)
+            along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
+            try:
+                view = view[self._socket.sendmsg([view], along, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:  # the kernel has less room than it said
+                continue
+            descriptors = ()
+
+    def _exactly(self, size: int, watch: Watch | None) -> bytearray:
         data = bytearray(size)
         view = memoryview(data)
         while len(view):
+            self._wait(select.POLLIN, watch)
             try:
                 count = self._socket.recv_into(view)
             except OSError as error:

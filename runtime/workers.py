@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -82,8 +83,31 @@ class Workers:
         self.network = self._store = self.buffer = None
 
     def send(self, message: Any) -> None:
-        for connection in self.connections:
-            connection.send(message)
+        """Send all workers a message.
+
+        Raises:
+            RankError: one does not take it.
+            ConnectionError: one has ended.
+        """
+        for rank in range(1, len(self.connections) + 1):
+            self.send_to(rank, message)
+
+    def send_to(self, rank: int, message: Any) -> None:
+        """Send one worker a message."""
+        watch = self._watch(rank, f"did not take a message within {self.timeout:g} s", self.timeout)
+        self.connections[rank - 1].send(message, watch)
+
+    def _watch(self, rank: int, silence: str, seconds: float) -> Callable[[], None]:
+        """A function to be called while a worker is waited for; raises `RankError` if that is in vain."""
+        deadline = time.monotonic() + seconds
+
+        def watch() -> None:
+            if self.network:
+                self.network.board.check()
+            if time.monotonic() > deadline:
+                raise RankError(rank, silence, hangs=True)
+
+        return watch
 
     def check(self, device: torch.device) -> None:
         """Check that they can take part in a call on `device`.
@@ -148,19 +172,21 @@ class Workers:
             RankError: a worker failed, or did not answer in time.
             ConnectionError: one has ended.
         """
-        waiting = dict(zip(self.connections, range(1, self.world_size), strict=True))
-        deadline = time.monotonic() + seconds
-        while waiting:
-            ready = select.select(list(waiting), [], [], POLL)[0]
-            if not ready and self.network:
-                self.network.board.check()
-            for connection in ready:
-                rank = waiting.pop(connection)
-                message = connection.receive()
-                if message[0] == "error":
-                    raise RankError(rank, message[2])
-            if waiting and time.monotonic() > deadline:
-                raise RankError(min(waiting.values()), f"no answer within {seconds:g} s")
+        silence = f"no answer within {seconds:g} s"
+        with selectors.DefaultSelector() as waiting:
+            for rank, connection in enumerate(self.connections, 1):
+                waiting.register(connection, selectors.EVENT_READ, (rank, self._watch(rank, silence, seconds)))
+            while waiting.get_map():
+                ready = [key for key, _ in waiting.select(POLL)]
+                if not ready:
+                    _, watch = min((key.data for key in waiting.get_map().values()), key=itemgetter(0))
+                    watch()
+                for key in ready:
+                    waiting.unregister(key.fileobj)
+                    rank, watch = key.data
+                    message = self.connections[rank - 1].receive(watch)
+                    if message[0] == "error":
+                        raise RankError(rank, message[2])
 
     def _look(self) -> None:
         """Raises `RankError` if a worker process has ended."""
@@ -187,13 +213,16 @@ class Workers:
         for rank, (connection, process) in enumerate(zip(self.connections, self.processes, strict=True), 1):
             try:
                 while connection.ready(max(0.0, deadline - time.monotonic())):
-                    message = connection.receive()
+                    message = connection.receive(self._watch(rank, "its message has no end", GRACE))
                     if message[0] == "error" and not message[1]:
                         return RankError(rank, message[2])
                     if message[0] == "error":
                         followers.append(RankError(rank, message[2]))
+            except RankError as silent:
+                followers.append(silent)
             except ConnectionError:
-                process.wait(GRACE)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
         for rank, process in enumerate(self.processes, 1):
             code = process.poll()
             if code:

@@ -69,6 +69,20 @@ def test_the_time_is_bounded_though_processes_answer(monkeypatch: pytest.MonkeyP
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("bytes_", [5, 16], ids=["half a header", "a header"])
+def test_a_process_that_falls_silent_in_the_middle_of_an_answer_is_left(
+    bytes_: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall((b"\x28" + bytes(15))[:bytes_])
+        monkeypatch.setattr(precompile, "_start", lambda _: (subprocess.Popen(["sleep", "60"]), Connection(ours)))
+        monkeypatch.setattr(precompile, "PATIENCE", 0.5)
+        began = time.monotonic()
+        precompile.compile_in_processes([JOB], 1)
+        assert time.monotonic() - began < 5
+
+
 def test_ctrl_c_does_not_reach_a_process_that_compiles() -> None:
     process, connection = precompile._start(dict(os.environ))
     try:

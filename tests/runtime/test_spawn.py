@@ -3,11 +3,14 @@
 import gc
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from fxpass.runtime.calls.programs import SIGNATURES
 from fxpass.runtime.errors import RankError
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.spawn import SpawnExecutor
+from fxpass.runtime.wire import Connection
 from tests.runtime.plans import Block, block, broken_on_rank_1, cut_plan, inputs, parallel, whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,10 +237,14 @@ def test_a_worker_that_is_stopped_after_its_last_exchange_ends_the_call(monkeypa
     (child,) = executor.processes
     answers = executor.workers.answers
 
+    def give_up() -> None:
+        raise ConnectionError("it was stopped in the middle of its answer")
+
     def wait_for_stopped(seconds: float) -> None:
         os.kill(child.pid, signal.SIGSTOP)
-        if executor.workers.connections[0].ready(1.0):
-            executor.workers.connections[0].receive()  # its answer was sent before it was stopped: none comes after it
+        if executor.workers.connections[0].ready(1.0):  # its answer was sent before it was stopped: none comes after it
+            with suppress(ConnectionError):
+                executor.workers.connections[0].receive(give_up)
         answers(seconds)
 
     monkeypatch.setattr(executor.workers, "answers", wait_for_stopped)
@@ -244,6 +252,48 @@ def test_a_worker_that_is_stopped_after_its_last_exchange_ends_the_call(monkeypa
     with pytest.raises(RankError, match="process is stopped"):
         module(*inputs())
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("timeout", "words"), [(600, "process is stopped"), (1.5, "no answer within 1.5 s")], ids=["noticed", "unnoticed"]
+)
+def test_a_worker_that_is_stopped_in_the_middle_of_its_answer_ends_the_call(
+    timeout: float, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = SpawnExecutor(2, timeout=timeout)
+    module = parallel(block(), executor)
+    module(*inputs())
+    (child,) = executor.processes
+    (connection,) = executor.workers.connections
+    answers = executor.workers.answers
+    ours, theirs = socket.socketpair()
+
+    def begun(seconds: float) -> None:
+        os.kill(child.pid, signal.SIGSTOP)
+        theirs.sendall(struct.pack("<QQ", 30, 0) + b"the begin")
+        executor.workers.connections[:] = [Connection(ours)]
+        answers(seconds)
+
+    monkeypatch.setattr(executor.workers, "answers", begun)
+    began = time.monotonic()
+    with pytest.raises(RankError, match=words):
+        module(*inputs())
+    assert time.monotonic() - began < 12
+    connection.close()
+    theirs.close()
+
+
+def test_a_worker_that_takes_no_message_ends_the_call() -> None:
+    executor = SpawnExecutor(2, timeout=600)
+    module = parallel(block(), executor)
+    module(*inputs())
+    (child,) = executor.processes
+    os.kill(child.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(RankError, match="process is stopped"), executor.workers.ending("in a test"):
+        executor.workers.send(("forget", bytes(10 << 20)))
+    assert time.monotonic() - began < 12
+    assert gone([child.pid], 0.1)
 
 
 def test_a_worker_that_ends_before_its_first_exchange_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
