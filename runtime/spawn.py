@@ -146,7 +146,13 @@ class SpawnExecutor:
             )
             self.workers.send_to(rank, ("load", number, loaded))
         runner = StepRunner.of(
-            plan, 0, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
+            plan,
+            0,
+            lambda specs: network.open(specs, device),
+            device,
+            self.traffic,
+            compile=inductor,
+            sharing=self.world_size,
         )
         steps = RankSteps(runner, network, graph=graph)
         self.workers.answers(START)

@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..ir.code import Form
 from .memory import check_gpu, check_shm
 from .wire import raise_file_limit
-from .workers import START, Workers
+from .workers import Workers
 
 PIECE = 32 << 20  #: bytes of the buffer
 _WORDS = 1 << 21  #: words of 64 bits that are mixed at once: 16 MB, so that caches of devices hold them
@@ -32,11 +32,12 @@ _FACTORS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  #
 class Weights(Protocol):
     """The weights of one executor, which its workers have."""
 
-    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool) -> None:
+    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
         """Send the workers what they do not have.
 
         Args:
             look: compare contents, too.
+            seconds: allowed for each piece.
 
         Raises:
             OSError: too little shared memory, or too low a limit of open files.
@@ -61,7 +62,7 @@ class SharedWeights:
         self._scope = scope
         self._sent: dict[str, Tensor] = {}  #: kept alive so that no address is reused
 
-    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool) -> None:
+    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
         sent = self._sent
         new = {
             name: weight.detach()
@@ -94,7 +95,7 @@ class CopiedWeights:
         self._seen: dict[str, tuple[ref[Tensor], StorageWeakRef, tuple[Any, ...]]] = {}  #: what was sent
         self._digests: dict[str, int] = {}  #: of its contents
 
-    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool) -> None:
+    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
         given = dict(zip(names, weights, strict=True))
         if not self._workers.connections:
             return
@@ -104,7 +105,7 @@ class CopiedWeights:
             return
         digests = dict(zip(looked, digests_of([given[name] for name in looked]), strict=True))
         changed = [name for name in looked if name in moved or digests[name] != self._digests[name]]
-        self._send({name: given[name] for name in changed})
+        self._send({name: given[name] for name in changed}, seconds)
         for name in changed:
             weight = given[name]
             # the references keep identities from being reused, not memory
@@ -117,7 +118,7 @@ class CopiedWeights:
             return False
         return seen[0]() is weight or seen[1].cdata == weight.untyped_storage()._cdata
 
-    def _send(self, weights: Mapping[str, Tensor]) -> None:
+    def _send(self, weights: Mapping[str, Tensor], seconds: float) -> None:
         if not weights:
             return
         buffer = self._workers.buffer
@@ -133,7 +134,7 @@ class CopiedWeights:
             for (name, start, size), view in zip(piece, views(buffer, piece), strict=True):
                 view.copy_(contents[name][start : start + size])
             self._workers.send(("piece", piece))
-            self._workers.answers(START)
+            self._workers.answers(seconds)
 
     def drop(self, names: Sequence[str]) -> None:
         for name in names:

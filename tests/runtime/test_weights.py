@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from fxpass.ir.code import Form
 from fxpass.runtime import weights
 from fxpass.runtime.calls.module import ParallelModule
+from fxpass.runtime.errors import RankError
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.spawn import SpawnExecutor
 from fxpass.runtime.weights import allocate, bytes_of, dense, digests_of, pieces, views
@@ -264,6 +267,19 @@ def test_weights_larger_than_a_piece_arrive_whole_also_in_inference_mode(
         with torch.no_grad():  # the buffer can be written to, wherever the first call was made
             model.key.weight.mul_(1.5)
         assert is_exact(model, module)
+
+
+def test_changed_weights_are_waited_for_as_long_as_the_user_allows() -> None:
+    model = block()
+    executor = SpawnExecutor(2, timeout=1.5, copies=True)
+    with parallel(model, executor) as module:
+        module(*inputs())
+        (child,) = executor.processes
+        with torch.no_grad():
+            model.key.weight.mul_(1.5)
+        os.kill(child.pid, signal.SIGSTOP)
+        with pytest.raises(RankError, match=r"no answer within 1\.5 s"):
+            module(*inputs())
 
 
 def test_modules_on_the_same_workers_have_weights_of_their_own_also_from_two_threads() -> None:
