@@ -125,7 +125,13 @@ class DistributedExecutor:
         network = self._ranks.network
         check = CallCheck(network, plan.program.input_paths, device, self.traffic)
         runner = StepRunner.of(
-            plan, board.rank, lambda specs: network.open(specs, device), device, self.traffic, compile=inductor
+            plan,
+            board.rank,
+            lambda specs: network.open(specs, device),
+            device,
+            self.traffic,
+            compile=inductor,
+            sharing=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
         steps = RankSteps(runner, network, graph=graph)
         return DistributedPlan(self, steps, check)

@@ -80,23 +80,27 @@ def jobs(code: StepCode, values: Sequence[Tensor], specs: Sequence[ChannelSpec])
     return list(found)
 
 
-def most_processes() -> int:
-    """How many processes may compile at once; 0 where this process alone is as fast."""
-    most = min(MOST, _cores() * 3 // 4)
+def most_processes(sharing: int = 1) -> int:
+    """How many processes may compile at once; 0 where this process alone is as fast.
+
+    Args:
+        sharing: the processes that share this machine's cores, of which each does so.
+    """
+    most = min(MOST, _cores(sharing) * 3 // 4)
     return most if most > 1 else 0
 
 
-def _cores() -> int:
-    """Those that a rank has for itself."""
-    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def _cores(sharing: int) -> int:
+    """Those that a process has for itself."""
+    return len(os.sched_getaffinity(0)) // sharing
 
 
-def compile_in_processes(wanted: Sequence[Job], count: int) -> bool:
+def compile_in_processes(wanted: Sequence[Job], count: int, sharing: int = 1) -> bool:
     """Compile segments in `count` new processes. Returns whether Inductor's cache had all of them."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, _cores() // count)),  # for the kernels of one segment
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, _cores(sharing) // count)),  # for the kernels of one segment
     }
     waiting = sorted(wanted, key=lambda job: len(job[0].source))  # the longest are compiled first
     busy: set[Connection] = set()

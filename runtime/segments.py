@@ -44,10 +44,12 @@ class Compiler:
 
     Args:
         processes: how many compile at once before a step first runs; default: what the machine's cores allow.
+        sharing: the ranks that share these cores.
     """
 
-    def __init__(self, rank: int, processes: int | None = None) -> None:
+    def __init__(self, rank: int, processes: int | None = None, sharing: int = 1) -> None:
         self.rank = rank
+        self._sharing = sharing
         self._processes = processes
         self.report: Report | None = None  #: what has been compiled so far
         self._compiled: dict[Segment, dict[Any, Compiled]] = {}  #: by the form of the inputs, the oldest first
@@ -64,7 +66,7 @@ class Compiler:
 
         They fill Inductor's cache on disk, from which this process loads each segment when it first runs.
         """
-        most = self._processes or precompile.most_processes()
+        most = self._processes or precompile.most_processes(self._sharing)
         if not most:
             return
         jobs = {job: None for code, values in steps for job in precompile.jobs(code, values, specs)}
@@ -74,7 +76,7 @@ class Compiler:
             return
         say(f"compile {len(new)} segments in {processes} processes")
         started = time.perf_counter()
-        cached = precompile.compile_in_processes(new, processes)
+        cached = precompile.compile_in_processes(new, processes, self._sharing)
         before = self.report or Report(self.rank, 0, 0.0, True)
         seconds = before.seconds + time.perf_counter() - started
         self.report = Report(self.rank, before.segments, seconds, before.cached and cached)

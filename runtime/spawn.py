@@ -122,7 +122,7 @@ class SpawnExecutor:
             kind = CopiedWeights if self._copies or device.type != "cpu" else SharedWeights
             self._weights = kind(self.workers, self._scope)
         self._drop_weights(names)
-        self._weights.bring(names, weights, look=False)
+        self._weights.bring(names, weights, look=False, seconds=START)
         self.workers.share_numerics()
         number = self.workers.number()
         constants = [constant.cpu() for constant in plan.program.constants.values()]
@@ -205,7 +205,7 @@ class SpawnExecutor:
         """
         with self.workers.ending("in an earlier call"):
             assert self._weights is not None
-            self._weights.bring(plan.names, weights, look=look)
+            self._weights.bring(plan.names, weights, look=look, seconds=self.workers.timeout)
             self.workers.share_numerics()
             for buffer, tensor in zip(plan.shared, inputs, strict=True):
                 buffer.copy_(tensor)

@@ -146,8 +146,13 @@ class StepRunner:
         *,
         compile: bool = False,  # noqa: A002
         check: bool = False,
+        sharing: int = 1,
     ) -> StepRunner:
-        """The runner of a rank in a process that has the plan."""
+        """The runner of a rank in a process that has the plan.
+
+        Args:
+            sharing: the ranks that share this machine's cores when they compile.
+        """
         programs = StepPrograms(plan.graph, rank)
         return StepRunner(
             placeholders(plan.program),
@@ -158,7 +163,7 @@ class StepRunner:
             open_channels,
             device,
             traffic,
-            new_compiler(rank) if compile else None,
+            new_compiler(rank, sharing) if compile else None,
             ("steady",) if plan.exact_steps else (),
         )
 
@@ -318,11 +323,15 @@ def run_in_turns(runs: Sequence[Run], channels: Sequence[Sequence[Channel]]) -> 
     return [results[rank] for rank in range(len(runs))]
 
 
-def new_compiler(rank: int) -> Compiler:
-    """A compiler; loads Inductor, which takes seconds."""
+def new_compiler(rank: int, sharing: int) -> Compiler:
+    """A compiler; loads Inductor, which takes seconds.
+
+    Args:
+        sharing: the ranks that share this machine's cores.
+    """
     from .segments import Compiler
 
-    return Compiler(rank)
+    return Compiler(rank, sharing=sharing)
 
 
 def placeholders(program: Program) -> list[str]:

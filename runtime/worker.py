@@ -93,7 +93,7 @@ class Worker:
             lambda specs: self.network.open(specs, self.device),
             self.device,
             Counter(),
-            new_compiler(self.network.board.rank) if plan.compile else None,
+            new_compiler(self.network.board.rank, self.network.board.world) if plan.compile else None,
         )
         return RankSteps(runner, self.network, graph=plan.graph)
 

@@ -153,7 +153,6 @@ class Workers:
         """Start the process of a rank, which finds the others at a port."""
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.threads),
-            "LOCAL_WORLD_SIZE": str(self.world_size),  # that many share the cores when steps are compiled
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
         ours, theirs = socket.socketpair()

@@ -14,7 +14,9 @@ import pytest
 
 from fxpass.ir.code import Segment
 from fxpass.runtime import precompile
+from fxpass.runtime.spawn import SpawnExecutor
 from fxpass.runtime.wire import Connection
+from tests.runtime.plans import block, inputs, parallel
 
 JOB: precompile.Job = (Segment("def segment(inputs):\n    return ()\n", ()), ())
 
@@ -102,3 +104,26 @@ def test_a_process_that_compiles_ends_with_its_parent() -> None:
                 assert process.wait(60) == 0
             finally:
                 process.kill()
+
+
+class StopError(Exception):
+    pass
+
+
+def test_the_first_rank_shares_the_cores_with_the_workers_that_it_drives(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[int] = []
+
+    def noted(sharing: int) -> int:
+        shared.append(sharing)
+        raise StopError
+
+    monkeypatch.setattr(precompile, "most_processes", noted)
+    module = parallel(block(), SpawnExecutor(2, timeout=60, compile=True))
+    with pytest.raises(StopError):
+        module(*inputs())
+    assert shared == [2]
+
+
+def test_ranks_that_share_a_machine_start_fewer_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    assert [precompile.most_processes(sharing) for sharing in (1, 2, 4, 8)] == [12, 6, 3, 0]

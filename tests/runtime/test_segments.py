@@ -159,7 +159,7 @@ from tests.runtime.test_segments import Layer
 
 torch.set_num_threads(2)
 torch.use_deterministic_algorithms(True)
-step_runner.new_compiler = lambda rank: Compiler(rank, processes=2)
+step_runner.new_compiler = lambda rank, sharing: Compiler(rank, processes=2)
 jobs, nobody_else = precompile.jobs, lambda: 0  # what cannot be sent is left to this process
 precompile.jobs = lambda *given: [*jobs(*given), (Segment("def segment(inputs):", (nobody_else,)), ())]
 model, x = Layer().eval(), torch.randn(1, 32, 8)
