@@ -109,6 +109,7 @@ def mean_of(found: list[Device]) -> Device:
         matrix={name: statistics.mean(each.matrix[name] for each in found) for name in first.matrix},
         reached={name: statistics.mean(each.reached[name] for each in found) for name in first.reached},
         bandwidth=statistics.mean(each.bandwidth for each in found),
+        elements={name: statistics.mean(each.elements[name] for each in found) for name in first.elements},
         kernel=statistics.mean(each.kernel for each in found),
     )
 

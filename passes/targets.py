@@ -31,6 +31,8 @@ class Device:
         units: multiprocessors, each of which works on one tile of a result at a time; 1 if work divides at will.
         tiles: the sizes of tiles (rows, columns), and the speed with each, relative to the best.
         bandwidth: bytes per second that operators read and write in the device's memory.
+        elements: elements per second of the results of operators that take longer than their bytes do, by their names
+            in ATen, as `gelu`.
         cache: bytes of the last cache; a kernel that reads and writes no more finds its operands there.
         cache_bandwidth: bytes per second that such kernels read and write.
         memory: bytes of memory; 0 if unknown.
@@ -47,6 +49,7 @@ class Device:
     reached: Mapping[Work, float] = field(default_factory=dict)
     units: int = 1
     tiles: tuple[tuple[int, int, float], ...] = ((1, 1, 1.0),)
+    elements: Mapping[str, float] = field(default_factory=dict)
     cache: float = 0
     cache_bandwidth: float = 0.0
     memory: float = 0
@@ -190,7 +193,7 @@ def _made(kind: type[Any], name: str, entry: Any, where: str) -> Any:
     if missing := [key for key in needed if key not in entry]:
         raise ValueError(f"{where}: {missing[0]!r} is missing")
     for key, value in entry.items():
-        if key in ("matrix", "reached", "sources") and not isinstance(value, dict):
+        if key in ("matrix", "reached", "elements", "sources") and not isinstance(value, dict):
             raise ValueError(f"{where}: {key!r} is no table")
         for number in value.values() if isinstance(value, dict) else (value,):
             if key in NUMBERS and (isinstance(number, bool) or not isinstance(number, int | float) or number < 0):
@@ -200,8 +203,8 @@ def _made(kind: type[Any], name: str, entry: Any, where: str) -> Any:
     return kind(name=name, **entry)
 
 
-NUMBERS = {"matrix", "reached", "units", "bandwidth", "cache", "cache_bandwidth", "memory", "kernel", "launch"}
-NUMBERS |= {"latency", "nodes", "late_latency", "late_bandwidth", "core_latency", "core_bandwidth"}
+NUMBERS = {"matrix", "reached", "elements", "units", "bandwidth", "cache", "cache_bandwidth", "memory", "kernel"}
+NUMBERS |= {"launch", "latency", "nodes", "late_latency", "late_bandwidth", "core_latency", "core_bandwidth"}
 
 
 def find(target: str, link: str | None = None) -> Target:

@@ -33,12 +33,14 @@ def device_of(name: str, device: torch.device, link: str) -> Device:
     kind = device.type
     matrix = {name: _products(timer, getattr(torch, name)) for name in DTYPES[kind]}
     usual = DTYPES[kind][0]
-    rates, bandwidth = _in_a_step(timer, getattr(torch, usual))
+    rates, bandwidth, elements = _in_a_step(timer, getattr(torch, usual))
     reached: dict[Work, float] = {work: rate / matrix[usual] for work, rate in rates.items()}
     kernel, launch = _tiny(timer)
     what = "measured by fxpass calibrate"
     sources: dict[str, str] = dict.fromkeys(("matrix", "reached", "bandwidth", "kernel"), what)
     more: dict[str, Any] = {}
+    if kind == "cpu":
+        more, sources["elements"] = {"elements": elements}, what
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(device)
         gpu = packaged().devices["H100"]
@@ -86,8 +88,20 @@ def _products(timer: _Timer, dtype: torch.dtype) -> float:
     return 2 * n**3 / timer.seconds(lambda: a @ b)
 
 
-def _in_a_step(timer: _Timer, dtype: torch.dtype) -> tuple[dict[Work, float], float]:
-    """FLOPs per second of each kind of work, and bytes per second of an elementwise operator.
+#: operators that take a CPU longer than reading and writing their operands in order does
+ELEMENTS: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    ("gelu", F.gelu),
+    ("gelu", lambda h: F.gelu(h, approximate="tanh")),
+    ("silu", F.silu),
+    ("layer_norm", lambda h: F.layer_norm(h, h.shape[-1:])),
+    ("rms_norm", lambda h: F.rms_norm(h, h.shape[-1:])),
+    ("clone", lambda h: h.mT.contiguous()),
+    ("upsample_nearest2d", lambda h: F.interpolate(h[None], scale_factor=2.0)),
+]
+
+
+def _in_a_step(timer: _Timer, dtype: torch.dtype) -> tuple[dict[Work, float], float, dict[str, float]]:
+    """FLOPs per second of each kind of work, bytes per second of an addition, and elements per second of `ELEMENTS`.
 
     The operators take turns, each time with other weights and with new memory for their results, as in a step: one that
     is repeated by itself finds its operands in the caches, and is up to a sixth faster.
@@ -104,6 +118,7 @@ def _in_a_step(timer: _Timer, dtype: torch.dtype) -> tuple[dict[Work, float], fl
         "attention": 4 * heads * tokens**2 * width,
     }
     taken: dict[str, list[float]] = {}
+    sizes: dict[str, int] = {}  # of the results of `ELEMENTS`
 
     def timed(name: str, call: Callable[[], Tensor]) -> Tensor:
         timer.settle()
@@ -122,8 +137,13 @@ def _in_a_step(timer: _Timer, dtype: torch.dtype) -> tuple[dict[Work, float], fl
         y = timed("stream", lambda y=y: y + 1)
         q = timed("product", lambda w=weight: F.linear(h, w)).view(1, tokens, heads, width).transpose(1, 2)
         timed("attention", lambda q=q: F.scaled_dot_product_attention(q, q, q))
+        for name, function in ELEMENTS:
+            z = timed(name, lambda f=function: f(h))
+            sizes[name] = z.numel()
     seconds = {name: statistics.mean(each) for name, each in taken.items()}  # a step has slow ones as well
-    return {work: flops[work] / seconds[work] for work in flops}, 2 * y.nbytes / seconds["stream"]
+    rates: dict[Work, float] = {work: flops[work] / seconds[work] for work in flops}
+    elements = {name: size / seconds[name] for name, size in sizes.items()}
+    return rates, 2 * y.nbytes / seconds["stream"], elements
 
 
 def _tiny(timer: _Timer) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The price of an operator of a step program on every rank: kernels, seconds on the device, bytes that it allocates.
 
-    seconds = kernels * Device.kernel + max(FLOPs at the rate that the shape allows, bytes at the rate of the memory)
+    seconds = kernels * Device.kernel + max(FLOPs at the rate that the shape allows, bytes at the rate of the memory,
+                                            elements at the rate of the operator, if the device has one)
 
 All ranks run the same operators in the same order, so one program serves for all: figures are arrays over the ranks, of
 one element where the ranks are alike. Equal operators are priced once.
@@ -147,13 +148,20 @@ class Prices:
             shapes = fx.node.map_aggregate(args, lambda each: each.shape if isinstance(each, _Operand) else each)
             flops = formula(result.shape, *shapes)
         if not flops:
-            return counted.kernels, self._memory_bound(counted), counted.allocated, counted.most
+            seconds = counted.kernels * self.device.kernel + self._elements(node, result)
+            return counted.kernels, max(seconds, self._memory_bound(counted)), counted.allocated, counted.most
         dtype = next((each.dtype for each in operands if each.dtype is not None), result.dtype)
         kind, *matrix = _result_of(node, result.shape)
         slower = slowdown(self.device.units, self.device.tiles, *matrix)
         computing = flops / self.device.rate(str(dtype).removeprefix("torch."), kind) * slower
         seconds = counted.kernels * self.device.kernel + max(computing, counted.moved / self.device.bandwidth)
         return counted.kernels, seconds, counted.allocated, counted.most
+
+    def _elements(self, node: fx.Node, result: _Operand) -> float:
+        """Seconds of the elements of a result, where the device has a rate of the operator."""
+        target = node.target
+        name = target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
+        return prod(result.shape) / self.device.elements[name] if name in self.device.elements else 0.0
 
 
 def _counted(node: fx.Node, operands: list[_Operand], result: _Operand) -> Counted:

@@ -46,6 +46,16 @@ def test_operators_bound_by_memory_take_the_bytes_of_operands_and_results() -> N
     assert seconds == pytest.approx([2 * 4 * size / 1e6 for size in local])
 
 
+def test_operators_that_the_device_has_a_rate_of_take_their_elements() -> None:
+    made = planned(world=2)
+    (silu,) = (n for n in calls(StepPrograms(made.graph, 0)["exact"].graph) if "silu" in n.name)
+    local = [prod(layout_of(silu).local_shape(silu.meta["shape"], rank)) for rank in range(2)]
+    slow, fast = (replace(NARROW, elements={"silu": rate, "gelu": 1.0}) for rate in (10.0, 1e9))
+    seconds = torch.tensor(Prices(slow, 2).of(silu).seconds).expand(2).tolist()
+    assert seconds == pytest.approx([size / 10.0 for size in local])
+    assert Prices(fast, 2).of(silu).seconds == pytest.approx(Prices(NARROW, 2).of(silu).seconds)
+
+
 def test_views_cost_nothing_and_allocate_nothing() -> None:
     prices = Prices(NARROW, 2)
     for node in calls(StepPrograms(small("flux").graph, 0)["exact"].graph):
