@@ -38,6 +38,7 @@ def described(plan: Plan) -> dict[str, Any]:
             None if displaced is None else [plan.padding_received(rank, exact=False) for rank in ranks]
         ),
         "state_bytes_per_rank": list(plan.state_bytes_per_rank),
+        "state_bytes_by_channel": {kind: list(sizes) for kind, sizes in plan.state_bytes_by_channel.items()},
         "fallbacks": [
             {"exchanges": e.exchanges, "node": e.node, "path": e.path, "shapes": e.shapes, "bytes": e.bytes,
              "reason": e.reason}

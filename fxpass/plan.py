@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ from .passes.samples import IndivisibleError, stacked
 from .passes.targets import Target, find
 from .planning import Chooser, check_target, check_world_size, groups_of, strategy_of, target_of
 from .predict.prediction import Prediction, predict
+from .runtime.state_bytes import bytes_by_channel
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -209,13 +211,20 @@ class Plan:
         """Bytes that each rank holds from one step to the next, per guidance branch.
 
         These are messages that the next step reads, and what forecasts, estimates and codes need of the steps before.
-        (Shared memory holds each message twice; buffers of process groups also hold padding and, for all-gathers, the
-        own part.)
+        `state_bytes_by_channel` counts the buffers of each kind of channel instead.
         """
         nodes = [declared for _, declared in exchanges_of(self.graph)]
         return tuple(
             sum(kept_bytes(declared, declared[0].place(rank)) for declared in nodes) for rank in range(self.world_size)
         )
+
+    @cached_property
+    def state_bytes_by_channel(self) -> Mapping[str, tuple[int, ...]]:
+        """Bytes that each rank holds from one step to the next, per guidance branch, by kind of channel.
+
+        Kinds: `in one process`, `shared memory`, `gloo`, `NCCL`, and `symmetric memory` unless the ranks are a mesh.
+        """
+        return bytes_by_channel(self.graph, self.world_size)
 
     @property
     def exact_steps(self) -> tuple[int, int] | None:

@@ -59,6 +59,11 @@ class Channel(Protocol):
         ...
 
 
+def in_process_bytes(specs: Sequence[ChannelSpec], rank: int) -> int:
+    """Bytes of a rank's messages that lie between ranks of one process from one step to the next."""
+    return sum(each.received(spec.place(rank)) for spec in specs if spec.late for each in spec.exchanges)
+
+
 class InProcessChannel:
     """A rank's end of a channel between ranks in one process. It checks that payloads are what the plan declares.
 

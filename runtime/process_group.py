@@ -40,6 +40,26 @@ def padding(exchanges: tuple[Exchange, ...], rank: int) -> int:
     return sum(sizes) - sum(each.received(rank) for each in exchanges)
 
 
+def held_bytes(specs: Sequence[ChannelSpec], rank: int, *, blocking: bool) -> int:
+    """Bytes of a rank's messages in flight from one step to the next, with their padding: what it sends and receives.
+
+    Args:
+        blocking: as of `GroupChannel`.
+    """
+    total = 0
+    for spec in specs:
+        if not spec.late:
+            continue
+        place, world = spec.place(rank), len(spec.members(rank))
+        blob = gathered(spec.exchanges) if spec.exchanges[0].lines == 1 else 0
+        if blob > (SMALL if blocking else 0):
+            total += blob * world
+            continue
+        ends = [end for other in range(world) if other != place for end in ((place, other), (other, place))]
+        total += sum(Message(spec.exchanges, *end).size for end in ends)
+    return total
+
+
 class GroupChannel:
     """A channel through a process group.
 
@@ -93,10 +113,13 @@ class GroupChannel:
         self.close()
         if self.gather:
             other = (self.place + 1) % len(self.members)
-            send = torch.empty(self.blob, dtype=torch.uint8, device=self.device)
-            self.outgoing[self.members[other]].write([payloads[other] for payloads in packed], send, 0)
             receive = torch.empty(self.blob * len(self.ranks), dtype=torch.uint8, device=self.host)
-            self._work = self.group._allgather_base(receive, send.to(self.host))
+            own = receive.narrow(0, self.starts[self.board.rank], self.blob)  # all-gathers in place need no other buffer
+            send = own if self.device == self.host else torch.empty_like(own, device=self.device)
+            self.outgoing[self.members[other]].write([payloads[other] for payloads in packed], send, 0)
+            if send is not own:
+                own.copy_(send)
+            self._work = self.group._allgather_base(receive, own)
         else:
             send = torch.empty(sum(self.sends), dtype=torch.uint8, device=self.device)
             starts = dict(zip(self.ranks, accumulate(self.sends[:-1], initial=0), strict=True))

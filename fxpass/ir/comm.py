@@ -140,14 +140,16 @@ def kept_shapes(exchange: Exchange, rank: int, one: bool) -> dict[str, tuple[int
 
 def kept_bytes(exchanges: tuple[Exchange, ...], rank: int) -> int:
     """Bytes that a rank holds of an exchange node from one step to the next, with the message in its channel."""
-    wires = tuple(each.wire for each in exchanges)
-    total = 0
-    for each, wire in zip(exchanges, wires, strict=True):
-        shapes = kept_shapes(each, rank, wires == exchanges).values()
-        total += sum(prod(shape) for shape in shapes) * each.dtype.itemsize
-        if each.fresh != "sync" and each.repeated:
-            total += wire.received(rank)
-    return total
+    late = [each.wire for each in exchanges if each.fresh != "sync" and each.repeated]
+    return state_bytes(exchanges, rank) + sum(wire.received(rank) for wire in late)
+
+
+def state_bytes(exchanges: tuple[Exchange, ...], rank: int) -> int:
+    """Bytes that a rank holds of an exchange node from one step to the next, beside the message in its channel."""
+    one = tuple(each.wire for each in exchanges) == exchanges
+    return sum(
+        prod(shape) * each.dtype.itemsize for each in exchanges for shape in kept_shapes(each, rank, one).values()
+    )
 
 
 def payloads(received: Tensor, exchange: Exchange, rank: int) -> Payloads:

@@ -130,7 +130,7 @@ def check_rank(rank: int, world_size: int) -> None:
 
 def show(out: Console, model: str, plan: Plan) -> None:
     """Print a plan as tables."""
-    from ...inspect.words import flops_text
+    from ...inspect.words import bytes_text, flops_text
 
     out.print(f"{model} on {plan.arrangement}, strategy {plan.strategy.name}, target {plan.target.name}", style="bold")
     out.print(_cuts(plan))
@@ -149,6 +149,9 @@ def show(out: Console, model: str, plan: Plan) -> None:
         out.print(_ranks(plan))
         out.print("\na displaced step", style="bold")
         out.print(_ranks(plan, exact=False))
+        kinds = plan.state_bytes_by_channel.items()
+        held = ", ".join(f"{kind} {bytes_text(max(sizes))}" for kind, sizes in kinds)
+        out.print(f"kept from step to step per guidance branch: {held}", soft_wrap=True)
     seconds = plan.seconds
     if plan.fallbacks:
         out.print("\nfallbacks: gathered whole, because no rule could split them", style="bold yellow")
