@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +88,7 @@ class Engine:
         self._unsplit_structure: Structure | None = None  # of the model after the first of them
         self.turn = turn or Turn()
         self._closed: str | None = None
+        self._calling = RLock()  # held by the thread that makes a call: a method may call itself, or another one
         self.before_call: list[Callable[[], None]] = []  #: each finds generations that nobody has announced yet
         self.calls = 0  #: how many calls were begun
         self._generations = Generations()
@@ -103,6 +104,10 @@ class Engine:
             GuardError: it turns an input that differs at every call into a Python number.
             RankError: another rank failed.
         """
+        with self._calling:  # a loop in Python has not the turn, and what is attached meanwhile looks like a change
+            return self._called(args, kwargs, method)
+
+    def _called(self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None) -> Any:
         for each in list(self.before_call):
             each()
         self.calls += 1

@@ -9,7 +9,6 @@ whole on every rank; what it leaves in its arguments (a cache of earlier frames)
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +31,6 @@ class Loops:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._modules: dict[str, ParallelModule] = {}  #: by path
-        self._running = threading.RLock()  # a method of the model may call itself, or another one
         self._attached: list[ParallelModule] = []  #: those whose calls run on all ranks now
 
     def add(self, paths: Sequence[str], method: str) -> None:
@@ -46,19 +44,18 @@ class Loops:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Calls of the modules within the context run on all ranks. One thread at a time has it, and may nest it."""
-        with self._running:
-            before = self._attached
-            new = [module for module in self._modules.values() if module not in before]
-            self._attached = [*before, *new]
-            try:
-                with attached_for_now(new):
-                    yield
-            finally:
-                self._attached = before
-                with self._engine.turn.taken():
-                    for module in self._modules.values():
-                        module._engine.forget_unused()
+        """Calls of the modules within the context run on all ranks. The thread whose call it is may nest it."""
+        before = self._attached
+        new = [module for module in self._modules.values() if module not in before]
+        self._attached = [*before, *new]
+        try:
+            with attached_for_now(new):
+                yield
+        finally:
+            self._attached = before
+            with self._engine.turn.taken():
+                for module in self._modules.values():
+                    module._engine.forget_unused()
 
     def close(self) -> None:
         for module in self._modules.values():

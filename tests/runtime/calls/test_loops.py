@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,6 +86,51 @@ def test_the_calls_of_a_long_loop_are_split_by_a_program_for_each_kind_of_call()
         more = torch.cat([z, z], 2)
         torch.testing.assert_close(module.decode(more), model.decode(more))
         assert programs(step_of(module)) == 2
+
+
+MEANWHILE: list[Callable[[], None]] = []  #: called after each frame
+
+
+class Interrupted(Video):
+    def decode(self, z: Tensor) -> Tensor:
+        frames, cache = [], [None]
+        for frame in self.before(z).movedim(2, 0).contiguous():
+            frames.append(self.step(frame, cache))
+            for each in MEANWHILE:
+                each()
+        return torch.stack(frames, 2)
+
+
+@torch.no_grad()
+def test_a_call_of_another_thread_waits_for_a_loop_and_finds_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, z = Interrupted().eval(), torch.randn(1, 4, FRAMES, 16, 8)
+    expected = model.decode(z)
+    with fxpass.parallelize(model, 2, executor="lockstep") as module:
+        for _ in range(2):
+            module.decode(z)
+        monkeypatch.setattr("fxpass.runtime.calls.programs.capture_call", None)  # nothing is captured again
+        found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(decoded(module, z)))
+
+        def start() -> None:
+            if thread.ident is None:
+                thread.start()
+                thread.join(0.5)
+
+        monkeypatch.setattr(sys.modules[__name__], "MEANWHILE", [start])
+        found.append(module.decode(z))
+        thread.join()
+        for each in found:
+            torch.testing.assert_close(each, expected)
+        assert len(found) == 2
+    assert "forward" not in vars(model.step)
+
+
+@torch.no_grad()
+def decoded(module: Any, z: Tensor) -> Tensor:
+    return module.decode(z)
 
 
 @torch.no_grad()
