@@ -105,7 +105,8 @@ class Interrupted(Video):
 def test_a_call_of_another_thread_waits_for_a_loop_and_finds_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, z = Interrupted().eval(), torch.randn(1, 4, FRAMES, 16, 8)
+    model: Any = Interrupted().eval()
+    z = torch.randn(1, 4, FRAMES, 16, 8)
     expected = model.decode(z)
     with fxpass.parallelize(model, 2, executor="lockstep") as module:
         for _ in range(2):
