@@ -183,7 +183,7 @@ def _moved(part: Tensor, device: torch.device) -> Tensor:
 
 
 def _facts(plan: PlanLike, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> dict[str, str]:
-    facts = dict(zip(("version of fxpass", "version of torch"), versions(), strict=True))
+    facts: dict[str, str] = dict(zip(("version of fxpass", "version of torch"), versions(), strict=True))
     for path, tensor in zip(plan.program.input_paths, inputs, strict=True):
         facts[f"input {path}"] = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device.type}"
     for name, tensor in zip(plan.program.weights.values(), weights, strict=True):

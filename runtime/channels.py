@@ -134,9 +134,9 @@ class InProcessChannel:
         nothing: list[Tensor | None] = [None] * len(self.spec.exchanges)
         if not self.number:
             return no_message(self.spec, self.rank, self.device)
-        take = self.inbox.get if self.spec.late else self.inbox.pop
+        take = self.inbox.__getitem__ if self.spec.late else self.inbox.pop
         arrived = [nothing if s == self.rank else take((s, self.number)) for s in range(len(self.ends))]
-        return assembled(self.spec, self.rank, arrived, self.device)  # type: ignore[arg-type]
+        return assembled(self.spec, self.rank, arrived, self.device)
 
     def close(self) -> None:
         self.inbox.clear()

@@ -91,7 +91,7 @@ class DistributedExecutor:
             self._name = f"fxpass/{'.'.join(map(str, ranks))}/{_counts[ranks]}"
         self.world_size = world_size
         self.timeout = timeout
-        self.compile = compile
+        self.compile: Compile = compile
         self._group = group
         self._ranks = _Ranks()
         self._closed = False

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ir.step import EXACT, ChannelSpec, Step
+from ..ir.step import EXACT, ChannelSpec, Mode, Step
 from .channels import Channel, InProcessChannel, Tamper
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of, on_host
 from .graphs import StepGraphs, cuda_recorder
@@ -34,7 +34,7 @@ class LockstepExecutor:
         check: bool = False,
         compile: Compile = False,  # noqa: A002
     ) -> None:
-        self.compile = compile
+        self.compile: Compile = compile
         self.world_size = world_size
         self.ended: str | None = None
         self.traffic: Counter[str] = Counter()
@@ -107,7 +107,7 @@ class LockstepPlan:
             AssertionError: every rank waits for another one, or a payload has not the declared shape.
         """
         try:
-            modes = [rank.mode(step) for rank in self.ranks]
+            modes: list[Mode] = [rank.mode(step) for rank in self.ranks]
             assert len(set(modes)) == 1
             if self._record and not holding.takes:  # all ranks have the same inputs
                 if step.context not in self._graphs:

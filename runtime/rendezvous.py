@@ -33,7 +33,7 @@ def local_group(board: Board, backend: Any) -> Callable[[], AbstractContextManag
     store = AlignedStore(PrefixStore("symmetric", board.store))
     group = ProcessGroup(store, board.rank, board.world)
     group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.CUSTOM, backend)
-    group._set_group_name(name)  # type: ignore[arg-type]
+    group._set_group_name(name)  # pyright: ignore[reportArgumentType]
     group._set_group_desc("fxpass")
 
     return partial(_registered, name, group, store)
@@ -42,11 +42,11 @@ def local_group(board: Board, backend: Any) -> Callable[[], AbstractContextManag
 @contextmanager
 def _registered(name: str, group: ProcessGroup, _: Store) -> Iterator[ProcessGroup]:
     """Have a group registered. The store is an argument to keep it alive: torch holds only its C++ part."""
-    _register_process_group(name, group)  # type: ignore[arg-type]
+    _register_process_group(name, group)  # pyright: ignore[reportArgumentType]
     try:
         yield group
     finally:
-        _unregister_process_group(name)  # type: ignore[arg-type]
+        _unregister_process_group(name)  # pyright: ignore[reportArgumentType]
 
 
 class AlignedStore(Store):

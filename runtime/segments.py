@@ -139,12 +139,9 @@ def compiled_segment(segment: Segment, inputs: Sequence[Tensor | Form]) -> Compi
     def run(inputs: list[Tensor]) -> list[Any]:
         given = [*inputs, *tables]
         inputs.clear()
-        outputs = compiled(*given)
+        outputs = [*compiled(*given), None]
         del given
-        return [
-            [None if i is None else outputs[i] for i in place] if isinstance(place, list) else outputs[place]
-            for place in places
-        ]
+        return [[outputs[i] for i in place] if isinstance(place, list) else outputs[place] for place in places]
 
     return run
 
@@ -175,18 +172,15 @@ def _flat(results: Sequence[Any]) -> list[Tensor]:
     return [item for item in items if item is not None]
 
 
-def _places(results: Sequence[Any]) -> list[int | list[int | None]]:
-    """For each result the number of the output, or of a list those of its items."""
+def _places(results: Sequence[Any]) -> list[int | list[int]]:
+    """For each result the number of the output, or of a list those of its items; -1 for None."""
     count = 0
 
-    def place(item: Any) -> int | None:
+    def place(item: Any) -> int:
         nonlocal count
         if item is None:
-            return None
+            return -1
         count += 1
         return count - 1
 
-    return [
-        [place(item) for item in result] if isinstance(result, list | tuple) else place(result)  # type: ignore[misc]
-        for result in results
-    ]
+    return [[place(item) for item in each] if isinstance(each, list | tuple) else place(each) for each in results]

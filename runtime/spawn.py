@@ -62,7 +62,7 @@ class SpawnExecutor:
         copies: bool = False,
     ) -> None:
         self.world_size = world_size
-        self.compile = compile
+        self.compile: Compile = compile
         self.workers = workers or Workers(world_size, timeout)
         self.workers.join(self)
         self._scope = f"{self.workers.number()}/"  # of the names of its weights

@@ -54,12 +54,14 @@ class ContextState:
         if not step.exact and not self.steps:
             raise ValueError("the first step of a context is exact")
         paced = bool(step.pace) and self.steps >= 2
-        displaced: Mode = "first" if self.exact else "steady"
+        after_exact = self.exact
         self.steps += 1
         self.exact = step.exact
         if step.exact:
             return "exact"
-        return displaced if paced else f"{displaced} unpaced"  # type: ignore[return-value]
+        if after_exact:
+            return "first" if paced else "first unpaced"
+        return "steady" if paced else "steady unpaced"
 
     def overwrite(self, values: Sequence[Tensor]) -> None:
         """Take these values as the new state, at the addresses of the old one."""
@@ -319,7 +321,9 @@ def run_in_turns(runs: Sequence[Run], channels: Sequence[Sequence[Channel]]) -> 
                 else:
                     waiting = channel
             at[rank] = waiting
-        assert moved, f"every rank waits for another one, at channels {sorted({*at.values()} - {None})}"
+        assert moved, (
+            f"every rank waits for another one, at channels {sorted({c for c in at.values() if c is not None})}"
+        )
     return [results[rank] for rank in range(len(runs))]
 
 

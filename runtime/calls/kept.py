@@ -136,7 +136,7 @@ class KeepingEngine(Engine):
         plain([each for each in arguments if not self._lies(each)])
 
     def _bound(self, call: Call) -> Call:
-        layouts = {i: each.source.layout for i, each in enumerate(call.tensors) if self._lies(each)}  # type: ignore[attr-defined]
+        layouts = {i: each.source.layout for i, each in enumerate(call.tensors) if self._lies(each)}
         tensors = tuple(each if i in layouts else plain(each) for i, each in enumerate(call.tensors))
         return replace(call, tensors=tensors).given_as(layouts) if layouts else super()._bound(call)
 
