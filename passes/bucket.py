@@ -49,7 +49,7 @@ def bucket(graph: fx.Graph) -> fx.Graph:
 
 def _is_result(node: fx.Node) -> bool:
     """Whether the node is one result of an exchange."""
-    return node.target is operator.getitem and node.args[0].target is ops.exchange  # type: ignore[union-attr]
+    return node.target is operator.getitem and node.args[0].target is ops.exchange
 
 
 def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
@@ -59,12 +59,12 @@ def _groups(graph: fx.Graph, position: dict[fx.Node, int]) -> list[_Group]:
         if node.target is not ops.exchange:
             continue
         values, declared = node.args
-        ready = max(position[value] for value in values)  # type: ignore[union-attr,index]
+        ready = max(position[value] for value in values)
         # an exchange of the result counts as a use where its operand is: the result itself
         needed = min(
             position[item if user.target is ops.exchange else user] for item in node.users for user in item.users
         )
-        kind = declared[0].role, declared[0].fresh  # type: ignore[union-attr,index]
+        kind = declared[0].role, declared[0].fresh
         group = last.get(kind)
         if group is None or max(group.ready, ready) >= min(group.needed, needed):
             group = last[kind] = _Group(ready, needed)
@@ -79,7 +79,7 @@ def _emit(result: fx.Graph, group: _Group, env: dict[fx.Node, fx.Node]) -> None:
     declared: tuple[Any, ...] = tuple(
         replace(exchange, order=order) if isinstance(exchange, Fetch) and (order := order_of(value)) else exchange
         for node in group.members
-        for value, exchange in zip(*node.args, strict=True)  # type: ignore[arg-type]
+        for value, exchange in zip(*node.args, strict=True)
     )
     merged = append(result, ops.exchange, (tuple(values), declared), meta=group.members[0].meta)
     offset = 0

@@ -309,7 +309,7 @@ def _inner(search: Search, best: Candidate) -> tuple[list[tuple[str, Layout]], l
         if node in streams and node not in after:
             continue
         layout = layouts[node.name]
-        dim = layout.dim if layout.dim is not None else max(range(1, len(shape) - 1), key=lambda d: shape[d])
+        dim = layout.dim if layout.dim is not None else max(range(1, len(shape) - 1), key=shape.__getitem__)
         if shape[dim] < 4 * search.world:
             continue
         rows = even(shape[dim], search.world)

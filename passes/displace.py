@@ -13,12 +13,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.exchange import Exchange, Freshness
+from ..ir.exchange import Exchange, Freshness, Role
 from ..ir.fetch import Fetch
 from ..ir.layout import full, owned
 from ..ir.nodes import append_copy
@@ -45,7 +46,7 @@ def displace(graph: fx.Graph, strategy: Strategy, inputs: Collection[str], world
             continue
         new = env[node] = append_copy(result, node, env.__getitem__)
         if node.target is ops.exchange:
-            declared = _displaced(node.args[1], strategy, steady=node not in moving)  # type: ignore[arg-type]
+            declared = _displaced(node.args[1], strategy, steady=node not in moving)
             new.args = (new.args[0], declared)
         if not _differs(new, node in moving, differing):
             continue
@@ -57,7 +58,7 @@ def displace(graph: fx.Graph, strategy: Strategy, inputs: Collection[str], world
 
 def _differs(node: fx.Node, moves: bool, differing: Collection[fx.Node]) -> bool:
     """Whether the ranks' copies of a node of the result may differ by more than rounding."""
-    if node.target is operator.getitem and node.args[0].target is ops.exchange:  # type: ignore[union-attr]
+    if node.target is operator.getitem and node.args[0].target is ops.exchange:
         source, place = node.args
         exchange: Exchange = source.args[1][place]  # type: ignore[union-attr,index]
         if exchange.fresh != "sync":
@@ -109,7 +110,7 @@ def _forecast(exchange: Exchange, fresh: Freshness) -> bool:
     return fresh == "predicted" or (fresh == "stale" and exchange.role == "halo" and len(exchange.shape) > 1)
 
 
-def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: str) -> fx.Node:
+def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: Role) -> fx.Node:
     """Exchange `node` so that each row that several ranks hold is taken from its owner."""
     layout, shape = layout_of(node), shape_of(node)
     if not shape:
@@ -122,8 +123,9 @@ def _agreed(graph: fx.Graph, node: fx.Node, world: int, role: str) -> fx.Node:
     if owners == rows:
         return node
     reason = "ranks may differ after stale exchanges"
-    fetch = Fetch(role, shape, node.meta["dtype"], world, reason, dim, rows, rows, owners=owners)  # type: ignore[arg-type]
-    sent = graph.call_function(ops.exchange, ((node,), (fetch,)))
+    fetch = Fetch(role, shape, node.meta["dtype"], world, reason, dim, rows, rows, owners=owners)
+    args: Any = (node,), (fetch,)
+    sent = graph.call_function(ops.exchange, args)
     sent.meta = {key: value for key, value in node.meta.items() if key not in ("shape", "dtype", "layout", "val")}
     return _emit(graph, node, operator.getitem, (sent, 0), shape)
 

@@ -37,7 +37,7 @@ class _Joiner:
     def __init__(self, whole: fx.Graph, samples: Samples, mesh: Mesh) -> None:
         self.whole = {node.name: node for node in whole.nodes if node.op == "placeholder"}
         (output,) = whole.find_nodes(op="output")
-        self.outputs: Sequence[fx.Node] = output.args[0]  # type: ignore[assignment]
+        self.outputs: Sequence[fx.Node] = output.args[0]
         self.samples = samples
         self.mesh = mesh
         self.graph = fx.Graph()

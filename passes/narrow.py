@@ -66,12 +66,12 @@ def _reason_against(node: fx.Node) -> str:
     fetches = [_fetch(operand) for operand in keys_values]
     mask = node.args[3] if len(node.args) > 3 else None
     at = layout_of(query)  # type: ignore[arg-type]
-    if not all(set(operand.users) == {node} for operand in keys_values):  # type: ignore[union-attr]
+    if not all(set(operand.users) == {node} for operand in keys_values):
         return "another operator reads them, too"
     if at.dim != len(shape_of(query)) - 2 or not all(f and f.have == at.rows and not f.before for f in fetches):  # type: ignore[arg-type]
         return "their layout differs from that of the queries"
     # a mask may hide the whole window; a causal one never hides a token from itself
-    return "" if mask is None or mask.target is ops.causal_mask else "the attention is masked"  # type: ignore[union-attr]
+    return "" if mask is None or mask.target is ops.causal_mask else "the attention is masked"
 
 
 def _set_reason(node: fx.Node, places: Iterable[int], why: str) -> None:
@@ -80,7 +80,7 @@ def _set_reason(node: fx.Node, places: Iterable[int], why: str) -> None:
     for i in places:
         if declared[i].role == "keys_values" and declared[i].fresh == "stale":
             declared[i] = replace(declared[i], reason=f"fetched without a window: {why}")
-    node.update_arg(1, tuple(declared))
+    node.update_arg(1, tuple(declared))  # pyright: ignore[reportArgumentType]
 
 
 def _fetch(operand: object) -> Fetch | None:
@@ -88,7 +88,7 @@ def _fetch(operand: object) -> Fetch | None:
     if not isinstance(operand, fx.Node) or operand.target is not operator.getitem:
         return None
     source, index = operand.args
-    if source.target is not ops.exchange:  # type: ignore[union-attr]
+    if source.target is not ops.exchange:
         return None
     found: Exchange = source.args[1][index]  # type: ignore[union-attr,index]
     return found if isinstance(found, Fetch) and found.role == "keys_values" and found.fresh == "stale" else None

@@ -90,7 +90,7 @@ def _outputs(b: Builder, output: fx.Node, env: Mapping[fx.Node, Any], written: i
 def memory_of_their_own(program: Program) -> list[int]:
     """The indices of outputs of a captured program whose memory no input, weight, constant or other output shares."""
     (output,) = program.graph.find_nodes(op="output")
-    bases = [_base(node) for node in output.args[0]]  # type: ignore[union-attr]
+    bases = [_base(node) for node in output.args[0]]
     return [i for i, base in enumerate(bases) if base.op == "call_function" and bases.count(base) == 1]
 
 
@@ -119,7 +119,7 @@ def _fold(graph: fx.Graph, known: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
     first = next(iter(graph.nodes))
     for node in [node for node in graph.nodes if node in foldable and node not in known]:
         args, kwargs = pytree.tree_map_only(fx.Node, values.__getitem__, (node.args, node.kwargs))
-        value = values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = values[node] = node.target(*args, **kwargs)
         for operand in node.all_input_nodes:
             waiting[operand] -= 1
         for done in (node, *node.all_input_nodes):

@@ -353,7 +353,7 @@ class Partitioner:
 def _nodes(tree: Any) -> list[fx.Node]:
     """The nodes among an operator's arguments."""
     found: list[fx.Node] = []
-    map_arg(tree, found.append)  # type: ignore[arg-type]
+    map_arg(tree, found.append)
     return found
 
 

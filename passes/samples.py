@@ -149,7 +149,7 @@ def _divided(program: Program, graph: fx.Graph) -> Samples:
             _check_gather(node)
         elif _differs(node.args) or _differs(node.kwargs):
             source = node.args[0]
-            if node.target is not ops.take or source.op != "placeholder":  # type: ignore[union-attr]
+            if node.target is not ops.take or source.op != "placeholder":
                 raise _MixedError(node, "depends on the place of a sample in the batch")
             takes[source] = node  # type: ignore[index]
     for source, node in takes.items():
@@ -157,9 +157,9 @@ def _divided(program: Program, graph: fx.Graph) -> Samples:
             user = next(user for user in source.users if user is not node)
             raise _MixedError(user if user.op != "output" else node, "reads samples of other groups")
     (output,) = graph.find_nodes(op="output")
-    results = tuple(layout_of(each.args[0].args[0][0]) if _gathered(each) else WHOLE for each in output.args[0])  # type: ignore[union-attr]
+    results = tuple(layout_of(each.args[0].args[0][0]) if _gathered(each) else WHOLE for each in output.args[0])
     if not any(layout.split for layout in results):
-        raise _MixedError(output.args[0][0], "is an output that does not depend on the batch")  # type: ignore[index]
+        raise _MixedError(output.args[0][0], "is an output that does not depend on the batch")
     part = _one_group(graph, takes)
     count_work(part)
     taken = {source.name: layout_of(node) for source, node in takes.items()}
@@ -176,7 +176,7 @@ def _check_gather(node: fx.Node) -> None:
 
 def _gathered(node: fx.Node) -> bool:
     """Whether a node is the result of an exchange."""
-    return node.target is operator.getitem and node.args[0].target is ops.exchange  # type: ignore[union-attr]
+    return node.target is operator.getitem and node.args[0].target is ops.exchange
 
 
 def _differs(tree: Any) -> bool:

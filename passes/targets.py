@@ -165,7 +165,7 @@ def read(path: Path) -> Targets:
         inside = entry.get("inside")
         if inside is not None and inside not in known:
             raise ValueError(f"{where}: `inside` names the link {inside!r}, which is not there or comes later")
-        link = _made(Link, name, entry | {"inside": known.get(inside)}, where)
+        link = _made(Link, name, entry | {"inside": None if inside is None else known[inside]}, where)
         if link.medium not in get_args(Medium):
             raise ValueError(f"{where}: `medium` is one of {', '.join(get_args(Medium))}, not {link.medium!r}")
         known[name] = link

@@ -57,7 +57,7 @@ def _upsample(names: tuple[str, ...]) -> Form:
         size = list(shape_of(node)[2:])
         flags = [given[name] for name in names]
         scales = [None] * len(size) if given.get("output_size") is not None else list(given["scale_factors"])
-        return b.emit(node.target.overloadpacket.default, x, size, *flags, *scales)  # type: ignore[union-attr]
+        return b.emit(node.target.overloadpacket.default, x, size, *flags, *scales)
 
     return form
 

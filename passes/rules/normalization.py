@@ -30,7 +30,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def norm(function: Rule) -> Rule:
     """Fetch weights and given statistics whole; apply `function` only if `x` is split."""
 
-    def rule(p: Partitioner, op: Op, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+    def rule(p: Partitioner, op: Op, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node | tuple[fx.Node, ...]:
         args, kwargs = map_arg((args, kwargs), lambda w: p.whole(w, "realign", "weights of a norm are used whole"))
         if not layout_of(x).split:
             return p.same(op, (x, *args), kwargs, layout=Layout())

@@ -56,7 +56,7 @@ def reduction(partial: ReduceOp | Literal["mean"]) -> Rule:
     return rule
 
 
-def truth(partial: str) -> Rule:
+def truth(partial: ReduceOp) -> Rule:
     """`any` merges the ranks' results by their maximum, `all` by their minimum."""
 
     def rule(p: Partitioner, op: Op, x: fx.Node, dims: Any = None, keepdim: bool = False) -> fx.Node:
@@ -68,7 +68,7 @@ def truth(partial: str) -> Rule:
     return rule
 
 
-def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node:
+def whole_sum(p: Partitioner, op: Op, x: fx.Node, **kwargs: Any) -> fx.Node | tuple[fx.Node, ...]:
     """`x.sum()` and `x.mean()` over all elements."""
     reduce = aten.sum.dim_IntList if op.target is aten.sum.default else aten.mean.dim
     inner = Op(op.node, reduce)

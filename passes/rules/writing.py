@@ -41,8 +41,8 @@ def write(aligned: bool) -> Rule:
         ndim = len(op.shape)
         dim = dim % ndim
         sources = [t for t in (index, source) if isinstance(t, fx.Node) and len(shape_of(t)) == ndim]
-        layout = next((layout_of(t) for t in (x, *sources) if layout_of(t).split), None)
-        together = layout is not None and layout.dim != dim and (sources or aligned)
+        layout = next((layout_of(t) for t in (x, *sources) if layout_of(t).split), Layout())
+        together = layout.split and layout.dim != dim and (sources or aligned)
         if together and all(shape_of(t)[layout.axis] == op.shape[layout.axis] for t in sources):
             x, source = (p.lay(t, layout) if t is x or t in sources else t for t in (x, source))
             index = p.lay(index, layout) if aligned else p.whole(index, "realign", ANY)
