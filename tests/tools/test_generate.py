@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from fxpass import parallel, parallelize
 from fxpass.tools import checkout
-from fxpass.tools.commands.generate import Request, device_for, load, run
+from fxpass.tools.commands.generate import Request, device_for, load, make, run
 from fxpass.tools.demo import command as demo
 from fxpass.tools.pictures import AMPLIFICATION, comparison, image, psnr, psnr_text
 from tests.tools.command import fxpass
@@ -91,14 +92,22 @@ def test_under_torchrun_only_rank_0_writes_and_prints(folder: Path, tmp_path: Pa
 
 
 def test_the_pipeline_gets_its_models_back(folder: Path) -> None:
-    from fxpass.tools.commands.generate import make
-
     pipe = load(str(folder))
     unet = pipe.unet
     make(pipe, Request("x", steps=1), 2, "sync", "lockstep", "2 ranks", compare=False)
     assert pipe.unet is unet
     with pytest.raises(ValueError, match="takes no num_inference_steps"):
         run(Picky(), Request("x", steps=1), "")
+
+
+def test_the_bytes_that_all_parts_receive_are_counted(folder: Path) -> None:
+    pipe = load(str(folder))
+    made, _ = make(pipe, Request("x", steps=1), 2, "sync", "lockstep", "2 ranks", compare=False)
+    parallelize(pipe, 2, executor="lockstep")
+    run(pipe, Request("x", steps=1), "")
+    received = [sum(parallel(part).traffic.values()) for part in (pipe.unet, pipe.vae)]
+    assert all(received)
+    assert sum(made.traffic.values()) == sum(received)
 
 
 class Picky:

@@ -207,12 +207,18 @@ def make(
 ) -> tuple[Made, Made | None]:
     """Call the pipeline on `world` ranks and, on rank 0 if `compare`, on one device. Its models are restored."""
     from ... import parallel, parallelize, restore
-    from ...models.pipelines import denoisers
+    from ...models.pipelines import autoencoders, beside, denoisers, pipelines_in
 
     parallelize(pipe, world, strategy=strategy, executor=executor)
-    modules = [parallel(getattr(pipe, name)) for name in denoisers(pipe)]
     try:
-        split = run(pipe, request, label, modules)
+        places = [
+            (each, name)
+            for each in pipelines_in(pipe)
+            for find in (denoisers, beside, autoencoders)
+            for name in find(each)
+        ]
+        parts = {id(part): parallel(part) for part in (getattr(*place) for place in places)}
+        split = run(pipe, request, label, list(parts.values()))
     finally:
         restore(pipe)
     return split, run(pipe, request, "one device") if compare and rank() == 0 else None
