@@ -17,7 +17,7 @@ from .ir.program import Program
 from .ir.strategy import Strategy
 from .plan import Plan, make_plan
 from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
-from .predict.compare import slower_than_one
+from .predict.compare import slower_than_fewer
 from .runtime import distributed
 from .runtime.calls.engine import Engine
 from .runtime.calls.turn import Turn
@@ -81,7 +81,7 @@ def parallelize(
             ranks are on GPUs of one machine that can map each other's memory. "inductor+graph": both. True: the last on
             CUDA, the first on CPUs.
         target: the device to plan for, or a file of `fxpass calibrate` (docs/targets.md).
-        link: what joins the ranks. If it or a target is given, a warning says if one rank would be faster.
+        link: what joins the ranks. If it or a target is given, a warning says if fewer ranks would be faster.
         strict: raise `FallbackError` at the first call if an operator cannot be split. Otherwise such operators run
             whole on every rank, and a warning names them.
         ignore_tiling: split a whole `decode` or `encode` although tiling is switched on (`enable_tiling`): ranks save
@@ -191,7 +191,7 @@ def _warning(planner: Callable[[Program], Plan], *, slow: bool) -> Callable[[Pro
     def planned(program: Program) -> Plan:
         nonlocal slow
         plan = planner(program)
-        if slow and (hint := slower_than_one(plan.program, plan.predict())):
+        if slow and (hint := slower_than_fewer(plan.program, plan.predict())):
             warn(hint)
         slow = False
         if plan.gathered:

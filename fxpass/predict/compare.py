@@ -80,7 +80,20 @@ def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str 
     return f"{' with '.join(better)} would be faster: {theirs:.3g} s instead of {mine:.3g} s for {steps} steps"
 
 
-def slower_than_one(program: Program, predicted: Prediction) -> str | None:
-    """A sentence if one rank is predicted to be faster; None if it is not."""
-    (one,) = compared(program, (1,), (Strategy.of("sync"),), predicted.target, graphs=predicted.graphs)
-    return advice(predicted, [one], USUAL) if isinstance(one, Prediction) and predicted.world > 1 else None
+def slower_than_fewer(program: Program, predicted: Prediction) -> str | None:
+    """A sentence if fewer ranks are predicted to be faster; None if they are not.
+
+    One rank is tried, then half of the ranks, and fewer and fewer as long as that is faster.
+    """
+
+    def alone(world: int) -> list[Prediction]:
+        rows = compared(program, (world,), (predicted.strategy,), predicted.target, graphs=predicted.graphs)
+        return [each for each in rows if isinstance(each, Prediction)]
+
+    if predicted.world == 1:
+        return None
+    found, best, world = alone(1), predicted, predicted.world // 2
+    while world > 1 and (made := alone(world)) and made[0].generation(USUAL) < best.generation(USUAL):
+        found += made
+        best, world = made[0], world // 2
+    return advice(predicted, found, USUAL)

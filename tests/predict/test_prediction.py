@@ -14,7 +14,7 @@ from fxpass.passes.lower_comm import StepPrograms
 from fxpass.passes.targets import Target, find
 from fxpass.plan import plan
 from fxpass.predict.choose import choose, choose_strategy
-from fxpass.predict.compare import Impossible, advice, compared, slower_than_one
+from fxpass.predict.compare import Impossible, advice, compared, slower_than_fewer
 from fxpass.predict.events import step_of
 from fxpass.predict.prediction import Prediction, predict
 from fxpass.predict.price import Prices
@@ -26,7 +26,7 @@ SLOW = Target(replace(find("cpu").device, matrix={"float32": 1e6}), find("cpu").
 
 
 def over(**changes: Any) -> Target:
-    return replace(SLOW, link=replace(SLOW.link, medium="ports", **changes))
+    return replace(SLOW, link=replace(SLOW.link, **{"medium": "ports", **changes}))
 
 
 def test_more_ranks_are_faster_where_messages_cost_nothing_and_slower_where_they_cost_much() -> None:
@@ -161,9 +161,17 @@ def test_a_plan_for_auto_has_the_mesh_that_is_predicted_to_be_fastest() -> None:
     assert (divided.mesh.groups, divided.copies) == (2, 1)  # as it was asked for
 
 
-def test_a_split_that_is_slower_than_one_rank_is_noticed() -> None:
+def test_a_split_that_is_slower_than_fewer_ranks_is_noticed() -> None:
     made = planned()
-    assert "slower than 1" in str(slower_than_one(made.program, made.predict(over(latency=1.0))))
-    assert slower_than_one(made.program, made.predict(over(latency=0.0))) is None
+    assert "slower than 1" in str(slower_than_fewer(made.program, made.predict(over(latency=1.0))))
+    assert slower_than_fewer(made.program, made.predict(over(latency=0.0))) is None
     one = planned(world=1)
-    assert slower_than_one(one.program, one.predict(SLOW)) is None
+    assert slower_than_fewer(one.program, one.predict(SLOW)) is None
+
+
+@pytest.mark.parametrize("world", [4, 8])
+def test_the_best_of_fewer_ranks_is_named_where_one_is_slower_too(world: int) -> None:
+    target, made = over(latency=0.0, bandwidth=1e5, medium="bus"), planned(world=world)
+    one, two, four = (planned(world=ranks).predict(target).generation(50) for ranks in (1, 2, 4))
+    assert two < four < one
+    assert str(slower_than_fewer(made.program, made.predict(target))).startswith("2 ranks would be faster")
