@@ -103,6 +103,14 @@ def test_the_page_on_targets_shows_what_its_commands_print(command: str, lines: 
     assert printed[-len(lines) + 1 :] == lines[1:]
 
 
+@pytest.mark.parametrize(("command", "lines"), outputs("docs/inspect.md"), ids=lambda value: str(value)[:70])
+def test_the_page_on_inspecting_shows_what_its_commands_print(command: str, lines: list[str]) -> None:
+    printed = [line.strip() for line in fxpass(*shlex.split(command)[1:]).stdout.splitlines()]
+    parts = [r"(.*\n)*?" if line == "…" else re.escape(line).replace("…", ".*") + r"\n" for line in lines]
+    assert len(parts) > 6
+    assert re.match("".join(parts), "".join(f"{line}\n" for line in printed))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_modules_in_python_commands_exist(document: str) -> None:
     named = {name for line in commands(document) for name in re.findall(r"-m ((?:fxpass|benchmarks)[\w.]*)", line)}
