@@ -47,7 +47,7 @@ def strategy_of(strategy: str | Strategy, *, graphs: bool = False) -> Strategy |
             return Choice(choose_strategy(program, world // groups, target, graphs=graphs), groups)
         return choose(program, world, target, graphs=graphs)
 
-    return chosen if strategy == "auto" else Strategy.of(strategy)
+    return chosen if strategy == "auto" else Strategy.of(strategy, "auto")
 
 
 def check_world_size(world_size: Any) -> int:

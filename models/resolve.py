@@ -96,9 +96,9 @@ def _why_not(model: str) -> str:
     if path.parent.is_dir() and path.parent != Path():
         siblings = [each.name for each in path.parent.iterdir() if each.is_dir()]
         return f"{path.parent} has no such folder{_suggest(path.name, siblings)}"
-    return f"it is neither in the catalog ({', '.join(catalog)}), nor a folder, nor package.module:factory" + _suggest(
-        model, catalog
-    )
+    known = [*catalog, *(f"small:{case.name}" for case in cases)]
+    near = _suggest(model, known)
+    return f"it is not in the catalog (see `fxpass models`), no folder, and not package.module:factory{near}"
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -36,6 +36,10 @@ Frames = Annotated[int | None, typer.Option(min=1, help="Frames of video.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Samples per call, guidance branches counted.")]
 
 
+#: a wrong option or argument: of click, or of the copy of click in newer versions of typer
+UsageError: Any = typer.BadParameter.__base__
+
+
 def rank() -> int:
     """The rank of this process under torchrun, else 0."""
     return int(os.environ.get("RANK", "0"))
@@ -83,6 +87,9 @@ def message(error: Exception) -> str | None:
     from ..extras import missing
     from ..runtime.errors import DisagreementError, RankError
 
+    if isinstance(error, UsageError):
+        command = error.ctx.command_path if error.ctx is not None else "fxpass"
+        return f"{' '.join(error.format_message().split())} (see `{command} --help`)"
     if isinstance(error, RankError):
         last = error.message.strip().splitlines()[-1]
         return f"rank {error.rank} failed: {last}" if error.rank is not None else last

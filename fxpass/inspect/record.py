@@ -138,12 +138,12 @@ class Snapshot:
         if module is not None:
             inside = {path for path in self._paths() if _matches(path, module)}
             if not inside:
-                raise ValueError(f"no module matches {module!r}{_near(module, self._paths())}")
+                raise ValueError(f"no module matches {module!r}{_near(module, self._paths(), 'modules')}")
             selected = [node for node in selected if node.path in inside]
         if operator is not None:
             names = {name for node in self.nodes for name in self._names(node)}
             if operator not in names:
-                raise ValueError(f"no operator is called {operator!r}{_near(operator, names)}")
+                raise ValueError(f"no operator is called {operator!r}{_near(operator, names, 'operators')}")
             selected = [node for node in selected if operator in self._names(node)]
         shown = {node.name for node in selected}
         ids = {each.id for each in self.exchanges if each.node in shown}
@@ -172,6 +172,6 @@ def _matches(path: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
 
 
-def _near(wanted: str, known: Iterable[str]) -> str:
+def _near(wanted: str, known: Iterable[str], what: str) -> str:
     near = difflib.get_close_matches(wanted, sorted(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"; did you mean {' or '.join(near)}?" if near else f"; `fxpass dump MODEL --unfold` shows the {what}"

@@ -102,20 +102,24 @@ class Strategy:
         return all(kind == "sync" for kind in kinds)
 
     @staticmethod
-    def of(strategy: Strategy | str) -> Strategy:
+    def of(strategy: Strategy | str, *others: str) -> Strategy:
         """The preset of that name, or the strategy itself.
+
+        Args:
+            others: names that the caller takes besides; messages suggest them too.
 
         Raises:
             ValueError: no such preset; the message suggests the nearest.
         """
         if isinstance(strategy, str):
             if strategy not in PRESETS:
-                near = difflib.get_close_matches(strategy, PRESETS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}"
+                known = [*PRESETS, *others]
+                near = difflib.get_close_matches(strategy, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
                 raise ValueError(f"unknown strategy {strategy!r}; {hint}")
             strategy = PRESETS[strategy]
         if not isinstance(strategy, Strategy):
-            raise ValueError(f"a strategy is a name ({', '.join(PRESETS)}) or a Strategy, not {strategy!r}")
+            raise ValueError(f"a strategy is a name ({', '.join([*PRESETS, *others])}) or a Strategy, not {strategy!r}")
         return strategy
 
     def __str__(self) -> str:

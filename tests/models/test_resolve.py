@@ -170,7 +170,7 @@ def test_a_factory_may_return_only_a_module_whose_inputs_are_known(module_name: 
         ("some_factories:linear", "linear is a Linear, not a callable"),
         ("some_factorys:pair", "there is no module 'some_factorys' to import"),
         (":pair", "'' is no dotted module path"),
-        ("sdx", "neither in the catalog .* did you mean sdxl"),
+        ("sdx", "not in the catalog .* did you mean sdxl"),
         ("./sdxl-bas", "has no such folder; did you mean sdxl-base"),
     ],
 )
