@@ -114,7 +114,7 @@ class GroupChannel:
         if self.gather:
             other = (self.place + 1) % len(self.members)
             receive = torch.empty(self.blob * len(self.ranks), dtype=torch.uint8, device=self.host)
-            own = receive.narrow(0, self.starts[self.board.rank], self.blob)  # all-gathers in place need no other buffer
+            own = receive.narrow(0, self.starts[self.board.rank], self.blob)  # gathered in place: no other buffer
             send = own if self.device == self.host else torch.empty_like(own, device=self.device)
             self.outgoing[self.members[other]].write([payloads[other] for payloads in packed], send, 0)
             if send is not own:
