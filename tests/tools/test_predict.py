@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from fxpass.ir.progress import watched
 from fxpass.passes.targets import find
 from tests.tools.command import fxpass
+from tests.tools.test_progress import Recorded
 
 GOOD = "tests.tools.models:good"
 
@@ -119,7 +121,9 @@ def test_a_measured_timeline_refuses_what_it_cannot_use(tmp_path: Path) -> None:
 
 def test_calibrate_writes_a_target_for_plans(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    fxpass("calibrate", "-o", path, "--name", "mine")
+    with watched(tasks := Recorded()):
+        fxpass("calibrate", "-o", path, "--name", "mine")
+    assert [task.what for task in tasks.begun] == ["measure links between two processes", "measure cpu"]
     target = find(str(path))
     assert target.name == "mine"
     assert target.device.matrix["float32"] > target.device.bandwidth > target.link.bandwidth / 10 > 0

@@ -23,6 +23,7 @@ def calibrate(
     """Measure a device, and the links between CPU processes; write them as a target: `fxpass plan --target FILE`."""
     import torch
 
+    from ...ir.progress import progress
     from ...passes.targets import find
     from ...predict.calibrate import device_of, to_toml
     from ...predict.calibrate_links import links
@@ -38,6 +39,10 @@ def calibrate(
         raise ValueError(f"there is no device {device!r}: {str(error).partition(chr(10))[0]}") from None
     joined = find("H100", link or "nvlink4").link.name
     torch.set_num_threads(threads)
-    found = links() if wanted.type == "cpu" else {}
-    measured = device_of(name, wanted, next(iter(found), joined))
+    found = {}
+    if wanted.type == "cpu":
+        with progress("measure links between two processes"):
+            found = links()
+    with progress(f"measure {device}"):
+        measured = device_of(name, wanted, next(iter(found), joined))
     out.write(output, to_toml(measured, found))
