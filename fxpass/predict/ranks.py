@@ -38,8 +38,8 @@ def run_ranks(
     end = time.monotonic() + timeout
     try:
         for rank in range(world):
-            each = subprocess.Popen([*command, str(rank), str(world), *arguments], env=environment)
-            ranks.append(each)
+            call = [*command, str(rank), str(world), *arguments]
+            ranks.append(subprocess.Popen(call, env=environment, process_group=0))  # Ctrl-C ends them through this one
         while any(each.poll() is None for each in ranks) and not any(each.poll() for each in ranks):
             if time.monotonic() > end:
                 raise TimeoutError(f"{module}: the ranks have not ended within {timeout:.0f} s")

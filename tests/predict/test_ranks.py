@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import Any
 
@@ -41,4 +42,21 @@ def test_a_rank_that_fails_is_named_and_the_others_end(capfd: pytest.CaptureFixt
 def test_ranks_that_take_too_long_end(started: list[subprocess.Popen[bytes]]) -> None:
     with pytest.raises(TimeoutError, match="the ranks have not ended within"):
         run_ranks("fxpass.predict.link_rank", (), 2, 0.5)
+    assert all(each.poll() is not None for each in started)
+
+
+def test_ctrl_c_reaches_this_process_alone_which_ends_the_ranks(
+    started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+
+    def interrupt(_: float) -> None:
+        groups.extend(os.getpgid(each.pid) for each in started)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks("fxpass.predict.link_rank", (), 2, 60.0)
+    assert len(groups) == 2
+    assert os.getpgrp() not in groups
     assert all(each.poll() is not None for each in started)
