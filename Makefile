@@ -88,6 +88,7 @@ gpu: .venv/.stamp  ## one rank's steps on a CUDA device, for sdxl and flux-dev: 
 	$(PY) -m benchmarks.gpu --models sdxl --size 2048 --whole eager torch.compile channels_last
 	$(PY) -m benchmarks.gpu --models sdxl --size 3840 --whole eager
 	$(PY) -m benchmarks.gpu --models sdxl flux-dev --ranks 1 2 8 --links nvlink pcie --ways eager graph inductor+graph
+	$(PY) -m benchmarks.gpu --models sdxl --ranks 8 --cfg 2 --links nvlink pcie --ways eager graph inductor+graph
 
 gpu-tests: .venv/.stamp  ## the tests that need a CUDA device
 	$(PY) -m pytest tests/cuda tests/benchmarks/test_gpu.py

@@ -147,12 +147,15 @@ def measure(name: str, options: argparse.Namespace) -> None:
     program = fxpass.capture(model, **inputs)
     if options.exact:
         exact(name, program, model, inputs, expected, options, device)
-    for world in options.ranks:
+    meshes = [(world, groups) for world in options.ranks for groups in options.cfg if world % groups == 0]
+    for world, groups in meshes:
+        if get(name).batch % groups:  # its calls cannot be divided
+            continue
         strategy = options.strategy if world > 1 else "sync"
-        plan = fxpass.plan(program, world_size=world, strategy=strategy)
+        plan = fxpass.plan(program, world_size=world, strategy=strategy, cfg=groups)
         received = [sum(roles.values()) for roles in plan.bytes_received_per_rank]
         rank = max(range(world), key=lambda r, p=plan, b=received: (p.flops_per_rank[r], b[r]))
-        print(f"  {world} ranks, rank {rank}: bound {plan.bound:.2f}, {flops(program.graph) / 1e12:.2f} TFLOP in all")
+        print(f"  {mesh(plan)}, rank {rank}: bound {plan.bound:.2f}, {flops(program.graph) / 1e12:.2f} TFLOP in all")
         for way in options.ways if device.type == "cuda" else ("eager",):
             one_rank(results, plan, rank, model, call, way, options, device)
     (options.out / f"{kind}.md").write_text(results.markdown() + "\n")
@@ -228,7 +231,13 @@ def one_rank(
             found["all s"] = time.perf_counter() - began
             return found
 
-        results.measure(f"{plan.world_size} ranks, {link}, {way}", row)
+        results.measure(f"{mesh(plan)}, {link}, {way}", row)
+
+
+def mesh(plan: fxpass.Plan) -> str:
+    """The ranks of a plan: `8 ranks`, or `2 x 4 ranks` for two groups of four."""
+    groups = plan.mesh.groups
+    return f"{groups} x {plan.world_size // groups} ranks" if groups > 1 else f"{plan.world_size} ranks"
 
 
 def exact(
@@ -269,6 +278,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="the precision that the model is usually run in by default")
     parser.add_argument("--size", type=int, help="pixels of a side; the model's usual size by default")
     parser.add_argument("--ranks", type=int, nargs="+", choices=range(1, 65), metavar="N", default=[8])
+    parser.add_argument("--cfg", type=int, nargs="+", choices=(1, 2), default=[1], help="groups for guidance branches")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=["nvlink"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["inductor+graph"])
     parser.add_argument("--whole", nargs="*", choices=WHOLE, default=["eager", "torch.compile"])

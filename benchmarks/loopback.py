@@ -59,10 +59,7 @@ class Loopback(SymmetricMemory):
         self._cycles = cycles_per_second() if self._cuda else 0.0
         self._free = 0.0  #: on CPUs: when the link will have carried all messages so far
         self._arrived: dict[int, Any] = {}  #: by channel: an event, or on CPUs a time
-        self._sizes = [
-            sum(Message(spec.exchanges, src, self.rank).size for src in range(self.world) if src != self.rank)
-            for spec in specs
-        ]
+        self._sizes = [_received(spec, self.rank) for spec in specs]
         if self._cuda:
             super()._prepare(specs, flags)
 
@@ -113,13 +110,20 @@ class Loopback(SymmetricMemory):
         pass
 
 
+def _received(spec: ChannelSpec, rank: int) -> int:
+    """Bytes that a rank receives in a step that sends."""
+    own = spec.place(rank)
+    others = (place for place in range(len(spec.members(rank))) if place != own)
+    return sum(Message(spec.exchanges, place, own).size for place in others)
+
+
 class Silent:
     """A channel for a rank without exchanges: nothing is sent, and the same buffers are received again."""
 
     lends = False
 
     def __init__(self, spec: ChannelSpec, rank: int, device: torch.device) -> None:
-        self._buffers = no_message(spec, rank, device)
+        self._buffers = no_message(spec, spec.place(rank), device)
 
     def put(self, packed: Any) -> None:
         pass

@@ -61,7 +61,8 @@ def buffer_places(specs: Sequence[ChannelSpec], world: int) -> tuple[int, list[l
                 starts: list[int] = []
                 for each in spec.exchanges:
                     starts.append(totals[rank])
-                    totals[rank] += _aligned(prod(comm.received_shape(each, rank)) * each.dtype.itemsize)
+                    shape = comm.received_shape(each, each.place(rank))
+                    totals[rank] += _aligned(prod(shape) * each.dtype.itemsize)
                 places[-1][-1].append(starts)
     return max(totals), places
 
@@ -243,14 +244,17 @@ class SymmetricChannel:
         self.memory = memory
         self.index = index
         self.spec = spec
-        rank, peers = memory.rank, memory.peers
+        rank, members, peers = spec.place(memory.rank), spec.members(memory.rank), memory.peers
         self._incoming: list[list[Tensor]] = []  #: by parity: the receive buffers
         self._parts: list[tuple[int, int, tuple[int, int] | None]] = []  #: exchange, destination, rows: what is sent
         self._targets: list[list[Tensor]] = []  #: by parity: where each part goes to
         for places in memory.places[index]:
             buffers = [
-                [receive_buffer(each, r, peer, start) for each, start in zip(spec.exchanges, places[r], strict=True)]
-                for r, peer in enumerate(peers)
+                [
+                    receive_buffer(each, i, peers[r], start)
+                    for each, start in zip(spec.exchanges, places[r], strict=True)
+                ]
+                for i, r in enumerate(members)
             ]
             landings = [
                 (i, dst, rows, view)

@@ -49,6 +49,43 @@ def test_a_step_takes_as_long_as_the_link_but_no_longer_where_messages_travel_me
     assert set(memory._arrived) == set(range(channels))
 
 
+@pytest.mark.parametrize("link", [LINKS["nvlink"], None], ids=["link", "no link"])
+@torch.no_grad()
+def test_a_rank_of_a_mesh_runs_alone_and_hears_only_its_group_and_the_output(link: Link | None) -> None:
+    model: Any = case("unet_sd").build()
+    inputs = branches(case("unet_sd").inputs(rows=32, module=model))
+    plan = fxpass.plan(fxpass.capture(model, **inputs), world_size=4, strategy="displaced", cfg=2)
+    one = OneRank(plan, 3, model, Call.of(model, (), inputs), link)
+    for step in (EXACT, DISPLACED, DISPLACED, EXACT):
+        assert [output.shape for output in one.step(step)] == [inputs["sample"].shape]
+    if link is not None:
+        (memory,) = {channel.memory for channel in one.runner.channels(0)}
+        assert isinstance(memory, Loopback)
+        assert sum(memory._sizes) == pytest.approx(sum(plan.bytes_received_per_rank[3].values()), rel=0.02)
+
+
+def branches(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a call for both guidance branches."""
+    return {
+        name: torch.cat([each, each]) if isinstance(each, torch.Tensor) and each.ndim else each
+        for name, each in inputs.items()
+    }
+
+
+@pytest.mark.parametrize(("cfg", "meshes"), [(["1"], ["2 ranks"]), (["1", "2"], ["2 ranks", "2 x 1 ranks"])])
+def test_guidance_groups_are_measured_beside_patches(
+    cfg: list[str], meshes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = case("unet_sd").build()
+    inputs = branches(case("unet_sd").inputs(rows=32, module=model))
+    monkeypatch.setattr(gpu, "published", lambda *_: (model, inputs))
+    options = ["--models", "sdxl", "--ranks", "2", "--steps", "1", "--cfg", *cfg, "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["gpu", *options])
+    main()
+    rows = json.loads((tmp_path / "sdxl-1024-displaced-float32-CPU.json").read_text())
+    assert list(rows) == ["whole, eager", *(f"{each}, nvlink, eager" for each in meshes)]
+
+
 def test_results_are_kept_and_written_as_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
