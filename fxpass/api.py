@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .inspect.words import bytes_text
 from .ir.advice import warn
-from .ir.program import Program
+from .ir.program import Program, shape_of
 from .ir.strategy import Strategy
 from .plan import Plan, make_plan
 from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
@@ -26,6 +28,7 @@ from .runtime.lockstep import LockstepExecutor
 from .runtime.spawn import SpawnExecutor
 from .saved import SavedPlan, load, plan_again
 
+log = logging.getLogger("fxpass")
 T = TypeVar("T")
 EXECUTORS = ("auto", "distributed", "spawn", "lockstep")
 
@@ -191,6 +194,8 @@ def _warning(planner: Callable[[Program], Plan], *, slow: bool) -> Callable[[Pro
     def planned(program: Program) -> Plan:
         nonlocal slow
         plan = planner(program)
+        if log.isEnabledFor(logging.INFO):
+            log.info("a new kind of call: %s", _costs(plan))
         if slow and (hint := slower_than_fewer(plan.program, plan.predict())):
             warn(hint)
         slow = False
@@ -202,6 +207,20 @@ def _warning(planner: Callable[[Program], Plan], *, slow: bool) -> Callable[[Pro
         return plan
 
     return planned
+
+
+def _costs(plan: Plan) -> str:
+    """What a kind of call costs once, in time, and as long as its program is kept, in memory."""
+    program = plan.program
+    shapes = {node.name: list(shape_of(node)) for node in program.graph.nodes if node.name in program.inputs}
+    given = zip(program.inputs, program.input_paths, strict=True)
+    inputs = ", ".join(f"{path} {shapes[name]}" for name, path in given)
+    memory = plan.predict().memory
+    return (
+        f"{inputs}; captured in {sum(program.seconds.values()):.1f} s, planned in {plan.seconds['plan']:.1f} s; a "
+        f"rank needs about {bytes_text(memory.activations)} of activations in a call, and {bytes_text(memory.state)} "
+        "from step to step"
+    )
 
 
 def _executor(name: str, world: int, timeout: float, group: Any, compile: Compile) -> Executor:  # noqa: A002

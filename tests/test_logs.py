@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -32,6 +33,25 @@ def test_captures_and_passes_are_shown_at_level_debug(level: str | None) -> None
     passes = [text.split()[1] for text in texts if text.startswith("pass ")]
     assert passes == [each.name for each in PASSES]
     assert "exchanges" in texts[-1]
+
+
+def test_level_info_says_what_each_new_kind_of_call_costs() -> None:
+    script = """
+import torch, fxpass
+model = fxpass.parallelize(torch.nn.Conv2d(3, 3, 3, padding=1).eval(), 2, executor="lockstep")
+for rows in (8, 8, 16):
+    model(torch.ones(1, 3, rows, 8))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"FXPASS_LOG": "info"}, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    lines = [line.partition(" fxpass INFO ")[2] for line in run.stderr.splitlines() if " fxpass INFO " in line]
+    cost = r"captured in \d+\.\d s, planned in \d+\.\d s; a rank needs about [\d.]+ k?B of activations"
+    assert [
+        bool(re.match(rf"a new kind of call: input \[1, 3, {rows}, 8\]; {cost}", line))
+        for rows, line in zip((8, 16), lines, strict=True)
+    ] == [True] * 2, lines
 
 
 def test_an_unknown_level_is_named() -> None:
