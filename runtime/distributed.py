@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ir.advice import speak
 from ..ir.step import Step
 from .agreement import CallCheck, agree
 from .board import Board
@@ -86,6 +87,7 @@ class DistributedExecutor:
             if dist.is_initialized()
             else tuple(range(world_size))
         )
+        speak(ranks[0] == (dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])))
         with _counting:
             _counts[ranks] += 1
             self._name = f"fxpass/{'.'.join(map(str, ranks))}/{_counts[ranks]}"

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 import fxpass
+from fxpass.ir.advice import warn
 from fxpass.ir.program import exchanges_of
 from fxpass.ir.strategy import Strategy
 from fxpass.runtime.distributed import DistributedExecutor
@@ -51,6 +53,19 @@ def attempt(action: Callable[[], Any], limit: int = 30) -> str:
     except Exception as error:
         return f"{type(error).__name__} after {f'<{limit} s' if time.monotonic() - start < limit else 'long'}: {error}"
     return "nothing"
+
+
+def warns() -> bool:
+    """Whether this rank gives the warning that its steps are all exact."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(4, 4, 3, padding=1).eval()
+    module: Any = fxpass.parallelize(model, strategy="displaced")
+    with warnings.catch_warnings(record=True) as given, torch.no_grad():
+        warnings.simplefilter("always")
+        module(torch.ones(1, 4, 8, 8))
+    module.close()
+    return any("no input that is known to be a timestep" in str(each.message) for each in given)
 
 
 @contextmanager
@@ -189,6 +204,7 @@ def everything() -> dict[str, Any]:
         for seed in (0, 1)
     ]
     seen["backend"] = dist.get_backend()
+    seen["warns"] = warns()
     seen["traffic"] = dict(module.traffic)
     sample, timestep = inputs()
     sample[:, 0, -1, 0] = float("nan")
@@ -325,7 +341,11 @@ def uneven() -> dict[str, Any]:
     mine = [group for pair, group in zip(pairs, groups, strict=True) if RANK in pair]
     modules = [parallel(block(), DistributedExecutor(2, group=group, timeout=20)) for group in mine]
     expected = parallel(block(), LockstepExecutor(2))(*inputs())["sample"]
-    return {"equal": [torch.equal(module(*inputs())["sample"], expected) for module in modules]}
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        warn("something")
+    equal = [torch.equal(module(*inputs())["sample"], expected) for module in modules]
+    return {"equal": equal, "warns": bool(given)}
 
 
 def alone() -> dict[str, Any]:

@@ -165,6 +165,11 @@ def test_an_error_on_one_rank_is_raised_on_the_others(seen: list[dict[str, Any]]
 def test_ranks_of_different_numbers_of_groups_meet_in_each_group(tmp_path: Path) -> None:
     seen = torchrun("tests.runtime.ranks", "uneven", folder=tmp_path, world=3)
     assert [rank["equal"] for rank in seen] == [[True], [True, True], [True]]
+    assert [rank["warns"] for rank in seen] == [True, True, False]  # the first of each group
+
+
+def test_of_all_ranks_the_first_one_warns(seen: list[dict[str, Any]]) -> None:
+    assert [rank["warns"] for rank in seen] == [True, False]
 
 
 def test_a_first_call_on_one_rank_only_is_a_rank_error_that_says_who_must_call(tmp_path: Path) -> None:
