@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib import import_module
 from types import FunctionType
 from typing import Any
@@ -41,9 +41,21 @@ def refuse_script(operators: Iterable[OpOverload]) -> None:
 
 def reference(operator: OpOverload) -> tuple[str, list[str], list[str]]:
     """What `resolve` needs to find an operator in another process."""
-    namespace = operator.namespace
-    package = [namespace] if namespace in sys.modules else []  # extensions tend to call both alike
-    return str(operator), [*origins(operator), *package], sorted(torch.ops.loaded_libraries)
+    found = origins(operator)
+    return str(operator), [*found, *_namesakes(operator.namespace, found)], sorted(torch.ops.loaded_libraries)
+
+
+def _namesakes(namespace: str, known: Collection[str]) -> list[str]:
+    """Imported modules that are called as the namespace of an operator is: extensions tend to call both alike.
+
+    Args:
+        known: modules that register the operator. Without any (torch forgets where `torch.library.define` was called),
+            modules within packages count as well.
+    """
+    if namespace in sys.modules:
+        return [namespace]
+    inner = [] if known else [name for name in sys.modules if name.rpartition(".")[2] == namespace]
+    return sorted(name for name in inner if name.partition(".")[0] not in ("torch", "fxpass"))
 
 
 def resolve(name: str, modules: list[str], libraries: list[str]) -> Any:

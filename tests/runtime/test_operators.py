@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.runtime.errors import RankError
 from fxpass.runtime.operators import origins
+from tests.runtime import fxpass_test_namesake
 from tests.runtime.custom_kernels import doubled
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be split")
@@ -49,6 +50,11 @@ def test_workers_import_the_modules_that_define_an_operator_and_its_kernels() ->
 
 def test_workers_import_the_module_of_a_library() -> None:
     call(torch.ops.fxpass_test_library.tripled)
+
+
+def test_workers_import_the_module_that_is_called_as_the_namespace_is() -> None:
+    assert origins(fxpass_test_namesake.operator) == []
+    call(fxpass_test_namesake.operator)
 
 
 @pytest.mark.parametrize(
