@@ -52,6 +52,13 @@ def test_generate_also_writes_the_image_of_one_device_and_compares(folder: Path,
         assert word in result.stdout
 
 
+def test_generate_may_choose_the_strategy(folder: Path, tmp_path: Path) -> None:
+    options = ("--executor", "lockstep", "--steps", 1, "--strategy", "auto", "--height", 32, "--width", 32)
+    result = fxpass("generate", folder, "--prompt", "x", *options, "-o", tmp_path / "a.png")
+    assert result.exit_code == 0, result.stderr
+    assert pixels(tmp_path / "a.png").shape == (32, 32, 3)
+
+
 def test_equal_seeds_give_equal_images_and_other_seeds_others(folder: Path, tmp_path: Path) -> None:
     made = []
     for i, seed in enumerate((1, 1, 2)):
@@ -125,6 +132,7 @@ class Picky:
         (("TINY", "--dtype", "float23"), "did you mean float32?"),
         (("TINY", "--dtype", "int3"), "no dtype 'int3'; choose one of float32, float16, bfloat16"),
         (("TINY", "--strategy", "ulysses"), "unknown strategy"),
+        (("TINY", "--strategy", "auot"), "did you mean 'auto'?"),
         (("TINY", "-o", "a.jpg"), "did you mean a.png?"),
         (("someone/who-is-not-there",), "cannot load someone/who-is-not-there: "),
     ],

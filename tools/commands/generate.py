@@ -121,11 +121,11 @@ def generate(
 def check_arguments(strategy: str, executor: str, output: Path | None) -> None:
     """Check the arguments before anything is loaded. Raises `ValueError`."""
     from ...api import EXECUTORS
-    from ...ir.strategy import Strategy
+    from ...planning import strategy_of
     from ...runtime import distributed
     from ..media import check_ending
 
-    Strategy.of(strategy)
+    strategy_of(strategy)
     if executor not in EXECUTORS:
         near = difflib.get_close_matches(executor, EXECUTORS, n=1)
         raise ValueError(f"unknown executor {executor!r}; {_hint(near) or 'choose one of ' + ', '.join(EXECUTORS)}")
