@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+import itertools
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,19 +104,47 @@ class ModelPatcher:
         self.model_options["model_function_wrapper"] = wrapper
 
 
-def sample(patcher: ModelPatcher, steps: int = 8, seed: int = 0) -> Tensor:
+def euler(slope: Callable[[Tensor, Tensor], Tensor], x: Tensor, now: Tensor, after: Tensor) -> Tensor:
+    return x + slope(x, now) * (after - now)
+
+
+def heun(slope: Callable[[Tensor, Tensor], Tensor], x: Tensor, now: Tensor, after: Tensor) -> Tensor:
+    """Calls at the next sigma, where the next step calls again."""
+    first = slope(x, now)
+    if not after:
+        return x + first * (after - now)
+    return x + (first + slope(x + first * (after - now), after)) / 2 * (after - now)
+
+
+def dpm_2(slope: Callable[[Tensor, Tensor], Tensor], x: Tensor, now: Tensor, after: Tensor) -> Tensor:
+    """Calls at a sigma between two."""
+    if not after:
+        return euler(slope, x, now, after)
+    middle = (now * after).sqrt()
+    return x + slope(euler(slope, x, now, middle), middle) * (after - now)
+
+
+def sample(
+    patcher: ModelPatcher,
+    steps: int = 8,
+    seed: int = 0,
+    step: Callable[..., Tensor] = euler,
+    sigmas: Tensor | None = None,
+    context: Tensor | None = None,
+) -> Tensor:
     """A picture with guidance, sampled as there: both branches in one batch, options made anew for each call."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 4, 16, 8, generator=generator)
-    context = torch.randn(2, 6, 8, generator=generator)
-    sigmas = torch.linspace(1, 0, steps + 1)
+    context = torch.randn(2, 6, 8, generator=generator) if context is None else context
+    sigmas = torch.linspace(1, 0, steps + 1) if sigmas is None else sigmas
     names = [uuid.uuid4(), uuid.uuid4()]
-    for k in range(steps):
+
+    def slope(x: Tensor, sigma: Tensor) -> Tensor:
         options = copy.copy(patcher.model_options["transformer_options"])
-        options |= {"sample_sigmas": sigmas, "sigmas": sigmas[k : k + 1], "cond_or_uncond": [1, 0], "uuids": names}
+        options |= {"sample_sigmas": sigmas, "sigmas": sigma[None], "cond_or_uncond": [1, 0], "uuids": names}
         call = {
             "input": torch.cat([x, x]),
-            "timestep": sigmas[k].expand(2),
+            "timestep": sigma.expand(2),
             "c": {"c_crossattn": context, "transformer_options": options},
             "cond_or_uncond": [1, 0],
         }
@@ -126,7 +155,10 @@ def sample(patcher: ModelPatcher, steps: int = 8, seed: int = 0) -> Tensor:
             output = wrapper(patcher.model.apply_model, call)
         without, guided = output.chunk(2)
         denoised = without + 3 * (guided - without)
-        x = x + (x - denoised) / sigmas[k] * (sigmas[k + 1] - sigmas[k])
+        return (x - denoised) / sigma
+
+    for now, after in itertools.pairwise(sigmas):
+        x = step(slope, x, now, after)
     return x
 
 
@@ -187,6 +219,42 @@ def test_each_picture_is_announced_so_that_its_first_and_last_steps_are_exact(
         assert exact == [True] * 4 + [False] * 7 + [True]
         assert 0 < (found - expected).norm() < 0.02 * expected.norm()
     module_of(split).close()
+
+
+@pytest.mark.parametrize("step", [euler, heun, dpm_2])
+def test_a_picture_reads_no_state_of_the_one_before_whose_sigmas_it_shares(
+    loaded: ModelPatcher, step: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[list[float]] = []
+    exact: list[bool] = []
+    reset, run = ParallelModule.reset, SpawnPlan.run
+
+    def begun(self: ParallelModule, timesteps: Any) -> None:
+        announced.append(timesteps)
+        reset(self, timesteps)
+
+    def noted(self: SpawnPlan, weights: Any, inputs: Any, step: Step) -> list[Tensor]:
+        exact.append(step.exact)
+        return run(self, weights, inputs, step)
+
+    monkeypatch.setattr(ParallelModule, "reset", begun)
+    monkeypatch.setattr(SpawnPlan, "run", noted)
+    (split,) = SPLIT().split(loaded, gpus=2, guidance=False, strategy="displaced", compile=False)
+    sigmas, context = torch.linspace(1, 0, 13), torch.randn(2, 6, 8)
+    sample(split, seed=1, step=step, sigmas=sigmas, context=context)
+    assert len(announced) == 1
+    exact.clear()
+    found = sample(split, seed=2, step=step, sigmas=sigmas, context=context)  # a cached node gives the same tensor
+    assert len(announced) == 2
+    assert exact[:4] == [True] * 4
+    assert exact[-1]
+    assert not all(exact)
+    expected = sample(loaded, seed=2, step=step, sigmas=sigmas, context=context)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    module_of(split).close()
+    (alone,) = SPLIT().split(loaded, gpus=2, guidance=False, strategy="displaced", compile=False)
+    assert torch.equal(found, sample(alone, seed=2, step=step, sigmas=sigmas, context=context))
+    module_of(alone).close()
 
 
 def test_what_other_nodes_have_put_around_the_call_stays_and_runs_within(loaded: ModelPatcher) -> None:

@@ -32,7 +32,8 @@ class Split:
         self._options = options
         self._before = before
         self._module: Any = None  #: the parallel module of the latest diffusion model
-        self._sigmas: torch.Tensor | None = None  #: of the latest picture; a new one brings another tensor
+        self._sigmas: torch.Tensor | None = None  #: of the latest picture
+        self._now = 0.0  #: the sigma of the latest call
 
     def __call__(self, apply_model: Callable[..., torch.Tensor], call: dict[str, Any]) -> torch.Tensor:
         """Called by the sampler for each call of the model, with the model's bound method `apply_model`."""
@@ -41,7 +42,7 @@ class Split:
         if self._module is None or self._module.unwrapped is not whole:
             self.close()
             self._module = fxpass.parallelize(whole, executor="spawn", **self._options)
-        self._begin(model, call["c"].get("transformer_options", {}).get("sample_sigmas"))
+        self._begin(model, call["c"].get("transformer_options", {}).get("sample_sigmas"), call["timestep"])
         model.diffusion_model = self._module
         try:
             if self._before is not None:
@@ -53,9 +54,16 @@ class Split:
         finally:
             model.diffusion_model = whole
 
-    def _begin(self, model: Any, sigmas: torch.Tensor | None) -> None:
-        """Announce a picture with its timesteps, if this is its first call."""
-        if sigmas is not None and sigmas is not self._sigmas:
+    def _begin(self, model: Any, sigmas: torch.Tensor | None, sigma: torch.Tensor) -> None:
+        """Announce a picture with its timesteps, if this is its first call.
+
+        A new picture brings other sigmas, or begins with the first of the same ones again: a cached node gives them out
+        twice. Samplers also call at sigmas between them, and at one twice.
+        """
+        if sigmas is None:
+            return
+        before, self._now = self._now, sigma.max().item()
+        if sigmas is not self._sigmas or before < self._now >= sigmas[0].item():
             self._sigmas = sigmas
             self._module.reset(model.model_sampling.timestep(sigmas[:-1]).tolist())
 
