@@ -10,6 +10,7 @@ with every allocator of device memory, and with the 64 MB of shared memory that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Protocol
@@ -87,24 +88,36 @@ class SharedWeights:
 
 
 class CopiedWeights:
-    """Weights of which each worker has a copy on its device: written once, and again where they have changed."""
+    """Weights of which each worker has a copy on its device: written once, and again where they have changed.
+
+    Names of one tensor (tied weights) share one copy.
+    """
 
     def __init__(self, workers: Workers, scope: str) -> None:
         self._workers = workers
         self._scope = scope
         self._seen: dict[str, tuple[ref[Tensor], StorageWeakRef, tuple[Any, ...]]] = {}  #: what was sent
         self._digests: dict[str, int] = {}  #: of its contents
+        self._copies: dict[str, int] = {}  #: the number of the copy that a name has on the workers
+        self._numbers = itertools.count()
 
     def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
         given = dict(zip(names, weights, strict=True))
         if not self._workers.connections:
             return
         moved = {name for name, weight in given.items() if not self._is_seen(name, weight)}
-        looked = [name for name in given if look or name in moved]
-        if not looked:
+        if not look and not moved:
             return
-        digests = dict(zip(looked, digests_of([given[name] for name in looked]), strict=True))
-        changed = [name for name in looked if name in moved or digests[name] != self._digests[name]]
+        # torch may count a write to a tensor under one of its names only
+        groups = [group for group in _tied(given) if look or not moved.isdisjoint(group)]
+        found = digests_of([given[first] for first, *_ in groups])
+        digests = {name: digest for group, digest in zip(groups, found, strict=True) for name in group}
+        new = [
+            group
+            for group in groups
+            if not moved.isdisjoint(group) or any(digests[name] != self._digests[name] for name in group)
+        ]
+        changed = [name for group in new for name in group]
         self._send({name: given[name] for name in changed}, seconds)
         for name in changed:
             weight = given[name]
@@ -127,8 +140,13 @@ class CopiedWeights:
             with torch.inference_mode(False):  # later calls write to it, also outside inference mode
                 self._workers.buffer = buffer = torch.empty(PIECE, dtype=torch.uint8)
             self._workers.send(("buffer", buffer))
-        flat = {self._scope + name: dense(weight) for name, weight in weights.items()}
+        groups = _tied(weights)
+        self._workers.send(("drop", [self._scope + name for name in self._taken(groups)]))
+        flat = {self._scope + name: dense(weights[name]) for name, *_ in groups}
         self._workers.send(("copies", {name: Form.of(weight) for name, weight in flat.items()}))
+        tied = {self._scope + name: self._scope + first for first, *others in groups for name in others}
+        if tied:
+            self._workers.send(("tied", tied))
         contents = {name: bytes_of(weight) for name, weight in flat.items()}
         for piece in pieces({name: len(each) for name, each in contents.items()}, PIECE):
             for (name, start, size), view in zip(piece, views(buffer, piece), strict=True):
@@ -136,12 +154,35 @@ class CopiedWeights:
             self._workers.send(("piece", piece))
             self._workers.answers(seconds)
 
+    def _taken(self, groups: Sequence[Sequence[str]]) -> list[str]:
+        """Number the copies of names that are tied from now on.
+
+        Returns:
+            The names whose copy is read under other names, too, and so must not be written to.
+        """
+        taken: list[str] = []
+        for group in groups:
+            first = self._copies.get(group[0])
+            readers = {name for name, copy in self._copies.items() if copy == first}
+            if not readers <= {*group}:
+                taken.append(group[0])
+            self._copies |= dict.fromkeys(group, next(self._numbers))
+        return taken
+
     def drop(self, names: Sequence[str]) -> None:
         for name in names:
-            del self._seen[name], self._digests[name]
+            del self._seen[name], self._digests[name], self._copies[name]
 
     def names(self) -> list[str]:
         return list(self._seen)
+
+
+def _tied(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor."""
+    groups: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        groups.setdefault((weight.device, _place(weight)), []).append(name)
+    return list(groups.values())
 
 
 def allocate(forms: Mapping[str, Form], held: dict[str, Tensor], device: torch.device) -> None:

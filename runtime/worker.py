@@ -56,6 +56,8 @@ class Worker:
                 self.buffer = buffer
             case ("copies", forms):
                 allocate(forms, self.weights, self.device)
+            case ("tied", names):
+                self.weights |= {name: self.weights[first] for name, first in names.items()}
             case ("piece", piece):
                 for (name, start, size), part in zip(piece, views(self.buffer, piece), strict=True):
                     bytes_of(self.weights[name])[start : start + size].copy_(part)

@@ -145,7 +145,13 @@ def pair() -> Iterator[tuple[Block, ParallelModule]]:
 @pytest.fixture
 def sent(pair: tuple[Block, ParallelModule], monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The weights that are sent from now on, by message."""
-    workers: Any = pair[1]._engine.executor.workers
+    return noted_copies(pair[1], monkeypatch)
+
+
+def noted_copies(module: ParallelModule, monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The weights that are sent from now on, by message."""
+    executor: Any = module._engine.executor
+    workers = executor.workers
     found: list[set[str]] = []
     send = workers.send
 
@@ -267,6 +273,61 @@ def test_weights_larger_than_a_piece_arrive_whole_also_in_inference_mode(
         with torch.no_grad():  # the buffer can be written to, wherever the first call was made
             model.key.weight.mul_(1.5)
         assert is_exact(model, module)
+
+
+class Tied(nn.Module):
+    """One tensor under two names, as two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tie()
+
+    def tie(self) -> None:
+        self.last.weight = nn.Parameter(self.first.weight.data)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        x = (self.conv(sample) + timestep.view(-1, 1, 1, 1)).permute(0, 2, 3, 1)
+        return {"sample": self.last(self.first(x).relu())}
+
+
+@torch.no_grad()
+def near(model: nn.Module, module: ParallelModule) -> bool:
+    return torch.allclose(module(*inputs())["sample"], model(*inputs())["sample"], atol=1e-6)
+
+
+def test_tied_weights_are_sent_once_and_stay_tied_until_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tied().eval()
+    compared: list[int] = []
+
+    def noted(given: list[Tensor]) -> list[int]:
+        compared.append(len(given))
+        return digests_of(given)
+
+    monkeypatch.setattr(weights, "digests_of", noted)
+    with parallel(model, SpawnExecutor(2, timeout=60, copies=True)) as module, module.generation():
+        assert near(model, module)
+        found = noted_copies(module, monkeypatch)
+        assert set(compared) == {5}  # of six names
+        for write in (
+            lambda: model.first.weight.mul_(1.5),  # torch counts it under one name
+            lambda: model.last.weight.add_(0.5),
+        ):
+            with torch.no_grad():
+                write()
+            assert near(model, module)
+            assert found.pop() == {"first.weight"}
+        model.last.weight = nn.Parameter(2 * model.first.weight)
+        assert near(model, module)
+        assert found.pop() == {"last.weight"}
+        model.tie()
+        assert near(model, module)
+        assert found.pop() == {"first.weight"}
+        model.first.weight = nn.Parameter(3 * model.last.weight)
+        assert near(model, module)
+        assert found.pop() == {"first.weight"}
+        assert not found
 
 
 def test_changed_weights_are_waited_for_as_long_as_the_user_allows() -> None:
