@@ -23,6 +23,7 @@ from .errors import CaptureError
 from .objects import PLAIN, copied, flatten, is_open, parts_of, state_of
 from .reach import left_by, table_of, tensors_in
 from .survivors import mark_left_behind
+from .views import as_views
 
 _GONE = object()
 
@@ -104,7 +105,8 @@ def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
     written = [call.tensors[i] for i in program.written]
     shared = {_memory(tensor) for tensor in (*written, *program.constants.values())}
     plain = [type(tensor) is Tensor for tensor in outputs]  # others have no memory yet
-    supply = iter([x.clone() if here and _memory(x) in shared else x for x, here in zip(outputs, plain, strict=True)])
+    own = [x.clone() if here and _memory(x) in shared else x for x, here in zip(outputs, plain, strict=True)]
+    supply = iter(as_views(program.views, own))
     output, entries = arranged(program, supply, call)
     for tensor, value in zip(written, supply, strict=True):
         tensor.copy_(value)

@@ -61,6 +61,7 @@ class Program:
     joined: bool = False  #: whether it is made of several parts of a pipeline, each of which has its own arguments
     given: dict[str, Layout] = field(default_factory=dict)  #: inputs of which each rank has its rows, so laid
     kept: tuple[int, ...] = ()  #: outputs of which each rank keeps its own rows, where they are split
+    views: tuple[View, ...] = ()  #: outputs that lie in the memory of another one
     reads: Any = None  #: the Python state beside the model that is baked in: `capture.reads.Reads`
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
@@ -75,6 +76,19 @@ class Given:
     """What the caller has given: the arguments' entry under these keys, one inside the other."""
 
     place: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """An output lies in the memory of another one, which is dense. Strides and the offset are in elements."""
+
+    result: int  #: its index among the outputs
+    base: int  #: the other's index
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int  #: after the other's first element
+    base_shape: tuple[int, ...]
+    base_stride: tuple[int, ...]  #: of the other, with which `stride` and `offset` belong together
 
 
 @dataclass(frozen=True)
