@@ -161,7 +161,7 @@ def _allegro(transformer: diffusers.AllegroTransformer3DModel, size: Size, draw:
     text = size.tokens(512)
     rows, cols = size.rows // config.patch_size, size.cols // config.patch_size
     scales = (config.interpolation_scale_t, config.interpolation_scale_h, config.interpolation_scale_w)
-    *angles, t, h, w = get_3d_rotary_pos_embed_allegro(
+    *angles, t, h, w = get_3d_rotary_pos_embed_allegro(  # pyright: ignore[reportAssignmentType]
         config.attention_head_dim, ((0, 0), (rows, cols)), (rows, cols), size.frames, scales, device=draw.device
     )
     places = torch.cartesian_prod(t, h, w).to(torch.int64)

@@ -146,7 +146,7 @@ def _scheduler(classes: list[Any], spec: Part) -> Any:
         classes = [diffusers.DDIMScheduler]
     # pipelines warn of the older defaults, and replace them
     options = {"steps_offset": 1, "clip_sample": False} if classes[0] is diffusers.DDIMScheduler else {}
-    return classes[0](**options | spec.options)
+    return classes[0](**{**options, **spec.options})
 
 
 def _class(name: str) -> Any:

@@ -60,12 +60,12 @@ def _same() -> nn.Module:
     return diffusers.AutoencoderSAME(
         patch_size=2,
         encoder_channels=8,
-        encoder_c_mults=(2,),
-        encoder_strides=(4,),
-        encoder_transformer_depths=(2,),
+        encoder_c_mults=[2],
+        encoder_strides=[4],
+        encoder_transformer_depths=[2],
         latent_dim=4,
         dim_heads=8,
-        decoder_sinusoidal_blocks=(2,),
+        decoder_sinusoidal_blocks=[2],
     )
 
 

@@ -41,9 +41,9 @@ def _qwen21() -> nn.Module:
 
 def _cogvideox() -> nn.Module:
     return diffusers.AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 16),
-        down_block_types=("CogVideoXDownBlock3D",) * 3,
-        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 16),  # pyright: ignore[reportArgumentType]
+        down_block_types=("CogVideoXDownBlock3D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("CogVideoXUpBlock3D",) * 3,  # pyright: ignore[reportArgumentType]
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=4,
@@ -52,7 +52,7 @@ def _cogvideox() -> nn.Module:
 
 def _hunyuan() -> nn.Module:
     return diffusers.AutoencoderKLHunyuanVideo(
-        block_out_channels=(8, 8, 16),
+        block_out_channels=(8, 8, 16),  # pyright: ignore[reportArgumentType]
         down_block_types=("HunyuanVideoDownBlock3D",) * 3,
         up_block_types=("HunyuanVideoUpBlock3D",) * 3,
         latent_channels=4,
@@ -65,7 +65,10 @@ def _hunyuan() -> nn.Module:
 def _hunyuan15() -> nn.Module:
     """One sample at a time: its mask does not support batches."""
     vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(16, 32, 32), layers_per_block=1, spatial_compression_ratio=4
+        latent_channels=4,
+        block_out_channels=(16, 32, 32),  # pyright: ignore[reportArgumentType]
+        layers_per_block=1,
+        spatial_compression_ratio=4,
     )
     vae.enable_slicing()
     return vae
@@ -110,7 +113,7 @@ _ltx095: dict[str, Any] = {
 
 
 def _ltx2() -> nn.Module:
-    config = _ltx095 | {"block_out_channels": (8, 16, 16)}
+    config: dict[str, Any] = _ltx095 | {"block_out_channels": (8, 16, 16)}
     return diffusers.AutoencoderKLLTX2Video(
         **config, down_block_types=("LTX2VideoDownBlock3D",) * 3, upsample_type=("spatiotemporal",) * 2
     )
@@ -124,8 +127,8 @@ def _timestep(module: nn.Module, size: Size, draw: Draw) -> dict[str, Any]:
 
 def _mochi() -> nn.Module:
     return diffusers.AutoencoderKLMochi(
-        encoder_block_out_channels=(32, 32, 64),
-        decoder_block_out_channels=(32, 32, 64),
+        encoder_block_out_channels=(32, 32, 64),  # pyright: ignore[reportArgumentType]
+        decoder_block_out_channels=(32, 32, 64),  # pyright: ignore[reportArgumentType]
         latent_channels=4,
         layers_per_block=(1, 1, 1, 1),
         temporal_expansions=(2, 3),
@@ -151,9 +154,9 @@ def _cosmos() -> nn.Module:
 def _magvit() -> nn.Module:
     vae = diffusers.AutoencoderKLMagvit(
         latent_channels=4,
-        block_out_channels=[8, 8, 16],
-        down_block_types=["SpatialDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D"],
-        up_block_types=["SpatialUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D"],
+        block_out_channels=(8, 8, 16),
+        down_block_types=("SpatialDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D"),
+        up_block_types=("SpatialUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D"),
         layers_per_block=1,
         norm_num_groups=4,
     )
@@ -216,7 +219,8 @@ def _allegro() -> nn.Module:
 
 def _temporal_decoder() -> nn.Module:
     return diffusers.AutoencoderKLTemporalDecoder(
-        down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 64)
+        down_block_types=("DownEncoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
+        block_out_channels=(32, 64),  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -109,10 +109,10 @@ def _xs(**options: Any) -> nn.Module:
     """A small UNet beside the large one; they exchange features after every block."""
     return diffusers.UNetControlNetXSModel(
         **_blocks,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),  # pyright: ignore[reportArgumentType]
         num_attention_heads=2,
-        ctrl_conditioning_embedding_out_channels=_hint_channels,
-        ctrl_block_out_channels=(8, 16),
+        ctrl_conditioning_embedding_out_channels=_hint_channels,  # pyright: ignore[reportArgumentType]
+        ctrl_block_out_channels=(8, 16),  # pyright: ignore[reportArgumentType]
         ctrl_num_attention_heads=2,
         ctrl_max_norm_num_groups=4,
         **options,

@@ -111,13 +111,14 @@ def _hidream() -> nn.Module:
         num_attention_heads=2,
         caption_channels=[24, 20],
         text_emb_dim=16,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=(4, 6, 6),  # pyright: ignore[reportArgumentType]
         max_resolution=(50, 50),
         llama_layers=[0, 1, 1, 2],
     )
 
 
 def _hunyuan_image(**options: Any) -> nn.Module:
+    config: dict[str, Any] = {"patch_size": (1, 1), "rope_axes_dim": (8, 8)} | options
     return diffusers.HunyuanImageTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -126,7 +127,7 @@ def _hunyuan_image(**options: Any) -> nn.Module:
         num_layers=2,
         num_single_layers=2,
         text_embed_dim=24,
-        **{"patch_size": (1, 1), "rope_axes_dim": (8, 8)} | options,
+        **config,
     )
 
 

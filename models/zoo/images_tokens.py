@@ -36,7 +36,8 @@ def _chroma() -> nn.Module:
 
 
 def _flux_2() -> nn.Module:
-    return diffusers.Flux2Transformer2DModel(**_joint | {"axes_dims_rope": (4, 4, 4, 4)}, timestep_guidance_channels=16)
+    config: dict[str, Any] = _joint | {"axes_dims_rope": (4, 4, 4, 4)}
+    return diffusers.Flux2Transformer2DModel(**config, timestep_guidance_channels=16)
 
 
 def _flux_3(**options: Any) -> nn.Module:

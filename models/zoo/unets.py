@@ -67,7 +67,7 @@ def _unet_2d_skip() -> nn.Module:
         mid_block_scale_factor=1.4,
         down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
         up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-        norm_num_groups=None,
+        norm_num_groups=None,  # pyright: ignore[reportArgumentType]
         norm_eps=1e-6,
         attention_head_dim=16,
     )
@@ -239,8 +239,8 @@ def _audio_ldm_2() -> nn.Module:
     """Two texts: each level attends to one, then to the other."""
     return diffusers.AudioLDM2UNet2DConditionModel(
         **_two,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),  # pyright: ignore[reportArgumentType]
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),  # pyright: ignore[reportArgumentType]
         cross_attention_dim=([None, 24, 20], [None, 24, 20]),  # type: ignore[arg-type]
         attention_head_dim=4,
     )

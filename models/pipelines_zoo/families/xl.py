@@ -61,7 +61,9 @@ RECIPES: dict[str, Recipe] = {
             "unet": Part("unet_sd", options=_two | {"layers_per_block": 2}),
             **_texts,
             "controlnet": lambda parts: diffusers.ControlNetXSAdapter.from_unet(
-                parts["unet"], size_ratio=0.5, conditioning_embedding_out_channels=(8, 16)
+                parts["unet"],
+                size_ratio=0.5,
+                conditioning_embedding_out_channels=(8, 16),  # pyright: ignore[reportArgumentType]
             ),
         }
     ),

@@ -30,7 +30,7 @@ def _allegro() -> nn.Module:
 def _allegro_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
     config = module.config
     rows, cols = size.rows // config.patch_size, size.cols // config.patch_size
-    *freqs, grid_t, grid_h, grid_w = get_3d_rotary_pos_embed_allegro(
+    *freqs, grid_t, grid_h, grid_w = get_3d_rotary_pos_embed_allegro(  # pyright: ignore[reportAssignmentType]
         config.attention_head_dim,
         ((0, 0), (rows, cols)),
         (rows, cols),

@@ -58,7 +58,8 @@ def _wan(**options: Any) -> nn.Module:
 
 
 def _vace() -> nn.Module:
-    return diffusers.WanVACETransformer3DModel(**_config | {"num_layers": 3}, vace_layers=[0, 2], vace_in_channels=6)
+    config: dict[str, Any] = _config | {"num_layers": 3}
+    return diffusers.WanVACETransformer3DModel(**config, vace_layers=[0, 2], vace_in_channels=6)
 
 
 def _vace_inputs(module: Any, size: Size, draw: Draw) -> dict[str, Any]:
