@@ -59,4 +59,5 @@ def main(port: int, rank: int, world: int, request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), json.loads(sys.argv[4]))
+    port, rank, world = map(int, sys.argv[1:4])
+    main(port, rank, world, json.loads(sys.argv[4]))

@@ -192,7 +192,7 @@ def difference(old: Snapshot, new: Snapshot, wanted: Mapping[str, Any]) -> str:
             errors.append(error)
     if len(errors) == 2:
         raise errors[-1]
-    lines = list(difflib.unified_diff(*texts, f"after {old.stage}", f"after {new.stage}", lineterm=""))
+    lines = list(difflib.unified_diff(texts[0], texts[1], f"after {old.stage}", f"after {new.stage}", lineterm=""))
     colours = {"+": "green", "-": "red", "@": "cyan"}
     coloured = [typer.style(line, fg=colours[line[0]]) if line[0] in colours else line for line in lines]
     return "\n".join(coloured) or f"{new.stage} changed nothing"

@@ -193,7 +193,7 @@ def _box(mask: NDArray[np.bool_], grid: int = 32) -> NDArray[np.bool_]:
 
 @cache
 def _templates() -> dict[str, NDArray[np.bool_]]:
-    y, x = np.mgrid[-1.2:1.2:128j, -1.2:1.2:128j].astype(np.float32)  # type: ignore[misc]
+    y, x = np.mgrid[-1.2:1.2:128j, -1.2:1.2:128j].astype(np.float32)
     return {shape: _box(outline(x, y) < 0) for shape, outline in _OUTLINES.items()}
 
 

@@ -76,7 +76,8 @@ def _split(use: Use, order: str, options: dict[str, Any], steps: Recipe) -> list
     small = start()
     if order == "before":
         small = use.apply(small)
-    split = fxpass.parallelize(small.pipeline, RANKS, **{"executor": "lockstep"} | options)
+    given: dict[str, Any] = {"executor": "lockstep"} | options
+    split = fxpass.parallelize(small.pipeline, RANKS, **given)
     try:
         if order == "after":
             _longer(small, steps).run()

@@ -70,7 +70,8 @@ class Found:
         """From plain data, as `measure` returns and JSON keeps them."""
         known = {each.name for each in fields(Found)}
         lists = {name: tuple(data.get(name, ())) for name in ("split", "whole")}
-        return Found(**{name: value for name, value in data.items() if name in known} | lists)
+        given: dict[str, Any] = {name: value for name, value in data.items() if name in known} | lists
+        return Found(**given)
 
 
 def measure(name: str, key: str) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def overheard(small: Small, hear: Callable[[Call, Any], None]) -> Iterator[None]
         for method in methods_of(module) or ["forward"]:
             plain = getattr(module, method)
 
-            def heard(*args: Any, _plain: Any = plain, _key: Any = (module, method), **kwargs: Any) -> Any:
+            def heard(*args: Any, _plain: Any = plain, _key: tuple[Any, str] = (module, method), **kwargs: Any) -> Any:
                 output = _plain(*args, **kwargs)
                 hear(Call(*_key, args, kwargs), output)
                 return output

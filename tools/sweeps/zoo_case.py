@@ -86,7 +86,8 @@ class Found:
             for n, each in data.get("splits", {}).items()
         }
         lists = {"read": tuple(map(tuple, data.get("read", ()))), "blind": tuple(data.get("blind", ()))}
-        return Found(**data | {"splits": splits} | lists)
+        given: dict[str, Any] = data | {"splits": splits} | lists
+        return Found(**given)
 
 
 @dataclass(frozen=True)

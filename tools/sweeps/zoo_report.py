@@ -123,7 +123,7 @@ def _read(each: Found) -> list[str]:
     for paths, line in each.read:
         for path in paths.split(", "):
             lines.setdefault(path.split(".")[0], set()).add(line)
-    return [f"`{name}` at {_slashes(sorted(where))}" for name, where in lines.items()]
+    return [f"`{name}` at {_slashes(iter(sorted(where)))}" for name, where in lines.items()]
 
 
 def _notes(title: str, found: Sequence[Found], of: Callable[[Found], Iterator[str] | list[str]]) -> list[str]:
