@@ -54,14 +54,19 @@ for rows in (8, 8, 16):
     ] == [True] * 2, lines
 
 
-def test_an_unknown_level_is_named() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["-c", "import fxpass"], 0), (["-m", "fxpass.tools.cli", "models"], 2)]
+)
+def test_an_unknown_level_is_said_in_one_line_and_refused_by_the_command(arguments: list[str], code: int) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", "import fxpass"],
-        env=os.environ | {"FXPASS_LOG": "loud"},
+        [sys.executable, *arguments],
+        env=os.environ | {"FXPASS_LOG": "debgu"},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith("ValueError: FXPASS_LOG=loud: there is no such level; the levels are")
+    assert run.returncode == code
+    (line,) = run.stderr.splitlines()
+    assert "WARNING FXPASS_LOG=debgu: there is no such level; did you mean debug? The levels are debug, info" in line
+    assert not run.stdout

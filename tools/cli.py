@@ -7,6 +7,10 @@ import sys
 
 def main() -> None:
     """Run the command line; without its libraries, say how to install them and exit with 2."""
+    from .. import logs
+
+    if not logs.known():  # the import of the package has said so
+        sys.exit(2)
     try:
         from .commands.app import app
     except ModuleNotFoundError as error:
