@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -54,6 +54,17 @@ def console() -> Console:
 class _ErrorsInOneLine:
     """Prints errors that the user can correct as one red line, without a traceback, and exits with 2."""
 
+    no_args_is_help: bool
+
+    def make_context(self, info_name: Any, args: list[str], *others: Any, **more: Any) -> Any:
+        asked = [*args]
+        try:
+            return super().make_context(info_name, args, *others, **more)
+        except UsageError as error:
+            if not asked and self.no_args_is_help:
+                raise  # the help has been shown
+            _fail(error)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -61,12 +72,19 @@ class _ErrorsInOneLine:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except Exception as error:
-            text = None if ctx.params.get("traceback") else message(error)
-            if text is None:
+            if ctx.params.get("traceback"):
                 raise
-        who = f"rank {rank()}: " if "RANK" in os.environ else ""
-        typer.secho(f"error: {who}{text}", fg="red", err=True)
-        raise typer.Exit(2)
+            _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Print an error and exit with 2; raise it if its traceback is useful."""
+    text = message(error)
+    if text is None:
+        raise error
+    who = f"rank {rank()}: " if "RANK" in os.environ else ""
+    typer.secho(f"error: {who}{text}", fg="red", err=True)
+    raise typer.Exit(2) from None
 
 
 class Commands(_ErrorsInOneLine, TyperGroup):

@@ -205,6 +205,8 @@ def test_models_lists_the_catalog_and_the_small_models() -> None:
         (("plan", GOOD, "--steps", "ten"), "'--steps'"),
         (("plan", GOOD, "--linc", "pcie4"), "--linc"),
         (("pln", GOOD), "'pln'"),
+        (("--quite", "plan", GOOD), "No such option: --quite (Possible options: --quiet)"),
+        (("dump", GOOD, "--link", "pcie5"), "did you mean pcie4?"),
         (("plan",), "MODEL"),
         (("plan", "small:unet_s"), "did you mean unet_sd"),
         (("plan", "small:unet_sd", "--strategy", "displced"), "did you mean 'displaced'?"),
@@ -245,6 +247,12 @@ def test_errors_of_the_user_are_one_line_and_exit_code_2(arguments: tuple[object
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert not result.stdout
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = fxpass()
+    assert "COMMAND" in result.stdout
+    assert not result.stderr
 
 
 def test_tracebacks_are_shown_on_request_and_for_unexpected_errors() -> None:
