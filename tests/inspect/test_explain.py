@@ -120,6 +120,11 @@ def test_every_node_of_a_model_can_be_explained() -> None:
         assert name not in snapshot.by_id or f"exchange  {name}: " in shown
 
 
+def test_the_command_explains_groups_of_ranks() -> None:
+    divided = ("small:unet_sd", "-n", 4, "--cfg", 2, "--batch", 2, "--rank", 3)
+    assert "rank 3 receives 64 B" in fxpass("explain", *divided, "x0.0").stdout
+
+
 def test_the_command_explains_and_refuses_in_one_line() -> None:
     shown = fxpass("explain", "tests.tools.models:good", "x3.0", "--rank", 1, "--strategy", "displaced").stdout
     assert "rank 1 receives 1.0 kB" in shown

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ..console import Batch, Cfg, Data, Frames, Height, Model, StrategyName, TargetName, Width, World
+from ..console import (
+    Batch,
+    Cfg,
+    Data,
+    Frames,
+    Graphs,
+    Height,
+    LinkName,
+    Model,
+    StrategyName,
+    TargetName,
+    Width,
+    World,
+)
 
 if TYPE_CHECKING:
     from ...inspect.record import Snapshot
     from ...ir.program import Program
+    from ...ir.step import Mode
+    from ...ir.strategy import Strategy
     from ...passes import Build
+    from ...passes.targets import Target
+    from ...planning import Chooser
 
 CAPTURED = "captured"  #: the graph before the first pass
 FORMATS = ("text", "json", "dot", "svg", "onnx")
@@ -53,6 +70,8 @@ def dump(
     cfg: Cfg = 1,
     data: Data = 1,
     target: TargetName = "auto",
+    link: LinkName = None,
+    graphs: Graphs = False,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -66,7 +85,7 @@ def dump(
     from ...inspect.draw import graphviz
     from ...inspect.onnx_export import write_onnx
     from ...models.resolve import Options, resolve
-    from ...planning import check_target, groups_of, strategy_of
+    from ...planning import check_target, groups_of, strategy_of, target_of
     from .. import output as out
     from .check import refuse_large
     from .plan import check_rank
@@ -78,16 +97,18 @@ def dump(
     check_choice("selection", only or "exchanges", ("exchanges",))
     if diff == CAPTURED:
         raise ValueError(f"--diff shows what a pass changed, and nothing comes before {CAPTURED!r}")
+    onnx_step: tuple[Path, Mode] | None = None
     if format == "onnx":
-        check_onnx_options(mode, output, weights, after, diff, module, op, only, "--unfold" if unfold else None)
+        others = (after, diff, module, op, only, "--unfold" if unfold else None)
+        onnx_step = onnx_options(mode, output, weights, *others)
     elif mode is not None or weights is not None:
         raise ValueError("--mode and --weights are for --format onnx")
     if diff is not None and format != "text":
         raise ValueError(f"--diff is text; it has no format {format!r}")
     check_rank(rank, world_size)
     groups = groups_of(world_size, cfg, data)
-    strategy_of(strategy)
-    check_target(target)
+    chosen = strategy_of(strategy, graphs=graphs)
+    check_target(target, link)
     out.check(output)
     if format == "svg":
         graphviz()
@@ -95,6 +116,7 @@ def dump(
         refuse_large(model)
     resolved = resolve(model, Options(height, width, frames, batch, fake=weights is None))
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
+    machine = target_of(target, program, link)
 
     def shown(state: Build, stage: str) -> Snapshot:
         return taken(model, state, rank, stage)
@@ -103,29 +125,29 @@ def dump(
     if diff is not None:
         names = stages()
         before = names[names.index(diff) - 1]
-        first = built(program, world_size, before, target, strategy, groups)
+        first = built(program, world_size, before, machine, chosen, groups)
         out.write(output, difference(shown(first, before), shown(following(first, diff), diff), wanted))
         return
     stage = after or stages()[-1]
-    state = built(program, world_size, stage, target, strategy, groups)
-    if format == "onnx":
+    state = built(program, world_size, stage, machine, chosen, groups)
+    if onnx_step is not None:
         given = None if weights is None else resolved.module
-        write_onnx(
-            state.program, state.current, shown(state, stage), output, mode or "exact",
-            model=given, weights=weights,
-        )  # fmt: skip
+        write_onnx(state.program, state.current, shown(state, stage), *onnx_step, model=given, weights=weights)
         return
     snapshot = shown(state, stage).only(**wanted)
     out.write(output, rendered(snapshot, format, folded=not (unfold or module or op or only)))
 
 
-def check_onnx_options(mode: str | None, output: Path | None, weights: str | None, *others: str | None) -> None:
-    """Raises `ValueError` unless options fit a step's program, and `MissingExtraError` unless onnx is installed."""
+def onnx_options(mode: str | None, output: Path | None, weights: str | None, *others: str | None) -> tuple[Path, Mode]:
+    """The file and the mode of a step's program.
+
+    Raises `ValueError` unless options fit one, and `MissingExtraError` unless onnx is installed.
+    """
     from ...inspect.onnx_export import check_onnx, check_weights
     from ...ir.step import MODES
 
     check_onnx()
-    check_choice("mode", mode or "exact", MODES)
+    wanted = check_choice("mode", mode or "exact", MODES)
     if output is None or output == Path("-"):
         raise ValueError("--format onnx is binary; give --output FILE")
     if weights is not None:
@@ -134,15 +156,20 @@ def check_onnx_options(mode: str | None, output: Path | None, weights: str | Non
         raise ValueError(
             "--format onnx is a whole program; leave out --after, --diff, --module, --op, --only, --unfold"
         )
+    return output, wanted
 
 
-def check_choice(what: str, name: str, names: Iterable[str]) -> None:
-    """Raises `ValueError` with the names there are, and the nearest, unless `name` is one of them."""
-    names = list(names)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no {what} is called {name!r}; {hint}There is: {', '.join(names)}")
+Name = TypeVar("Name", bound=str)
+
+
+def check_choice(what: str, name: str, names: Sequence[Name]) -> Name:
+    """The one of `names` that `name` is. Raises `ValueError` with the names there are, and the nearest."""
+    for each in names:
+        if each == name:
+            return each
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"no {what} is called {name!r}; {hint}There is: {', '.join(names)}")
 
 
 def stages() -> list[str]:
@@ -198,22 +225,22 @@ def difference(old: Snapshot, new: Snapshot, wanted: Mapping[str, Any]) -> str:
     return "\n".join(coloured) or f"{new.stage} changed nothing"
 
 
-def built(program: Program, world_size: int, stage: str, target: str, strategy: str, groups: int) -> Build:
+def built(
+    program: Program, world_size: int, stage: str, target: Target, strategy: Strategy | Chooser, groups: int
+) -> Build:
     """The state of the passes after `stage`."""
     from ...ir.strategy import Strategy
     from ...passes import Build, build
-    from ...planning import strategy_of, target_of
     from ...predict.choose import Choice
 
-    machine, chosen = target_of(target, program), strategy_of(strategy)
-    if isinstance(chosen, Strategy):
-        choice = Choice(chosen, groups)
+    if isinstance(strategy, Strategy):
+        choice = Choice(strategy, groups)
     else:
-        choice = chosen(program, world_size, groups, machine)
+        choice = strategy(program, world_size, groups, target)
     fresh, groups, copies = choice.strategy, choice.groups, choice.copies
     if stage == CAPTURED:
-        return Build(program, world_size, machine, fresh, groups=groups, copies=copies)
-    return build(program, world_size, machine, fresh, groups=groups, copies=copies, after=stage)
+        return Build(program, world_size, target, fresh, groups=groups, copies=copies)
+    return build(program, world_size, target, fresh, groups=groups, copies=copies, after=stage)
 
 
 def following(state: Build, name: str) -> Build:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import Batch, Frames, Height, Model, StrategyName, TargetName, Width, World
+from ..console import Batch, Cfg, Data, Frames, Graphs, Height, LinkName, Model, StrategyName, TargetName, Width, World
 
 
 def explain(
@@ -17,7 +17,11 @@ def explain(
     world_size: World = 2,
     rank: Annotated[int, typer.Option(min=0, help="Whose sizes and bytes.")] = 0,
     strategy: StrategyName = "sync",
+    cfg: Cfg = 1,
+    data: Data = 1,
     target: TargetName = "auto",
+    link: LinkName = None,
+    graphs: Graphs = False,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -28,5 +32,6 @@ def explain(
     from .plan import check_rank, make
 
     check_rank(rank, world_size)
-    plan = make(model, world_size, strategy, target, Options(height, width, frames, batch))
+    options = Options(height, width, frames, batch)
+    plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs)
     typer.echo(plan.explain(node, rank))
