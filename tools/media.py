@@ -7,6 +7,7 @@ import subprocess
 import wave
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -149,9 +150,7 @@ def ffmpeg() -> str | None:
         return found
     if find_spec("imageio_ffmpeg") is None:
         return None
-    import imageio_ffmpeg
-
-    return imageio_ffmpeg.get_ffmpeg_exe()
+    return import_module("imageio_ffmpeg").get_ffmpeg_exe()
 
 
 def check_ending(path: Path) -> None:

@@ -12,6 +12,7 @@ import argparse
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def main() -> None:
     scenes = [draw_scene(rng, held_out=True) for _ in range(options.prompts)]
     wanted = [fact(scene) for scene in scenes]
     exact = score(wanted, [read_things(render(s, options.size, options.size, rng)) for s in scenes])
-    pipeline = DiffusionPipeline.from_pretrained(options.folder)
+    pipeline: Any = DiffusionPipeline.from_pretrained(options.folder)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(options.seed)
     found: list[list[Fact]] = []

@@ -137,7 +137,7 @@ def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> A
     side = min(height, width)
     top, bottom = (np.array(c, np.float32) for c in BACKGROUNDS[scene.background])
     fade = ((np.arange(height, dtype=np.float32) + np.float32(0.5)) / np.float32(height))[:, None, None]
-    picture = np.broadcast_to(top * (1 - fade) + bottom * fade, (height, width, 3)).copy()
+    picture = np.broadcast_to(top * (1 - fade) + bottom * fade, (height, width, 3)).astype(np.float32, order="C")
     fx, fy = POSITIONS[scene.position]
     radius = side * rng.uniform(0.20, 0.25)
     cx = width * fx + side * rng.uniform(-0.02, 0.02)
@@ -154,12 +154,14 @@ def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> A
 
 def _paint(scene: Scene, u: Array, v: Array, tint: Array, radius: float) -> tuple[Array, Array]:
     """Colour [h, w, 3] and coverage [h, w, 1] of the shape, in its own coordinates (its radius is 1)."""
-    light = 1 - np.float32(0.10) * np.clip(np.hypot(u + 0.4, v + 0.5), 0, 2)
+    light = 1 - np.float32(0.10) * np.clip(np.hypot(u + np.float32(0.4), v + np.float32(0.5)), 0, 2)
+    often, half = np.float32(1.7), np.float32(0.5)
+    scale = np.float32(radius / 1.7)
     if scene.texture == "striped":
-        light *= 1 - np.float32(0.42) * _step((np.abs((u * 1.7 + 0.25) % 1 - 0.5) - 0.22) * (radius / 1.7))
+        light *= 1 - np.float32(0.42) * _step((np.abs((u * often + half / 2) % 1 - half) - np.float32(0.22)) * scale)
     elif scene.texture == "dotted":
-        du, dv = ((w * 1.7 + 0.5) % 1 - 0.5 for w in (u, v))
-        light *= 1 - np.float32(0.42) * _step((np.hypot(du, dv) - 0.27) * (radius / 1.7))
+        du, dv = ((w * often + half) % 1 - half for w in (u, v))
+        light *= 1 - np.float32(0.42) * _step((np.hypot(du, dv) - np.float32(0.27)) * scale)
     return tint * light[..., None], _step(_OUTLINES[scene.shape](u, v) * radius)[..., None]
 
 

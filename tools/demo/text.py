@@ -23,6 +23,7 @@ TEXT_LENGTH = 16
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    ids = tokenizer.get_vocab()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -31,9 +32,9 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
         projection_dim=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=ids[str(tokenizer.bos_token)],
+        eos_token_id=ids[str(tokenizer.eos_token)],
+        pad_token_id=ids[str(tokenizer.pad_token)],
     )
     model = CLIPTextModel(config)
     words, places = (getattr(model.get_submodule("embeddings"), f"{n}_embedding").weight for n in ("token", "position"))

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,9 +58,10 @@ class Factors(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(count, width) for count in FACTORS)
+        tables = [nn.Embedding(count, width) for count in FACTORS]
+        self.tables = nn.ModuleList(tables)
         self.null = nn.Parameter(torch.zeros(width))
-        for table in self.tables:
+        for table in tables:
             nn.init.normal_(table.weight, std=0.3)
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def make_dit() -> DiTTransformer2DModel:
 
 
 def embedders(model: DiTTransformer2DModel) -> list[nn.Module]:
-    return [block.norm1.emb for block in model.transformer_blocks]
+    return [block.get_submodule("norm1.emb") for block in model.transformer_blocks]
 
 
 def make_training_dit() -> DiTTransformer2DModel:
@@ -88,12 +89,10 @@ def make_training_dit() -> DiTTransformer2DModel:
     for embedder in embedders(model):
         embedder.class_embedder = Factors(model.inner_dim)
     with torch.no_grad():
-        for block in model.transformer_blocks:
-            block.norm1.linear.weight.zero_()
-            block.norm1.linear.bias.zero_()
-        for layer in (model.proj_out_1, model.proj_out_2):
-            layer.weight.zero_()
-            layer.bias.zero_()
+        gates = [block.get_submodule("norm1.linear") for block in model.transformer_blocks]
+        for layer in (*gates, model.proj_out_1, model.proj_out_2):
+            for parameter in layer.parameters():
+                parameter.zero_()
     return model
 
 
@@ -124,8 +123,9 @@ def train(steps: int, save_every: int) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
-    for block in model.transformer_blocks:
-        block.attn1.set_processor(AttnProcessor())  # plain matmuls: on CPUs their backward is twice as fast
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            layer.set_processor(AttnProcessor())  # plain matmuls: on CPUs their backward is twice as fast
     compiled = torch.compile(model, dynamic=False)
     began, losses = time.time() - seconds, []
     for step in range(start, steps):
@@ -171,13 +171,13 @@ def export(folder: Path) -> None:
     ids = torch.arange(NULL + 1)
     with torch.no_grad():
         for source, target in zip(embedders(trained), embedders(model), strict=True):
-            table = source.class_embedder(ids)
+            table = source.get_submodule("class_embedder")(ids)
             table[len(scenes()) : NULL] = 0  # ids without a scene
-            target.class_embedder.embedding_table.weight.copy_(table)
+            target.get_parameter("class_embedder.embedding_table.weight").copy_(table)
     pipeline = DiTPipeline(
         transformer=model,
         vae=AutoencoderKL.from_pretrained(VAE),
-        scheduler=make_scheduler(),
+        scheduler=make_scheduler(),  # pyright: ignore[reportArgumentType]
     )
     pipeline.save_pretrained(folder)
     index = folder / "model_index.json"  # save_pretrained leaves the names of the classes out

@@ -69,7 +69,8 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=(1, 2, 4),  # by an old quirk of the class, the number of heads per level
+        # by an old quirk of the class, the number of heads per level
+        attention_head_dim=(1, 2, 4),  # pyright: ignore[reportArgumentType]
         norm_num_groups=8,
         time_embedding_dim=256,
         resnet_time_scale_shift="scale_shift",
@@ -124,7 +125,7 @@ def train_vae(steps: int) -> None:
         vae = AutoencoderKL.from_pretrained(OUT / "vae").train()
     average.load_state_dict(vae.state_dict())
     vae.encoder.requires_grad_(False)
-    weights = list(vae.decoder.parameters())
+    weights: list[Tensor] = list(vae.decoder.parameters())
     optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
     began, errors = time.time(), []
     for step in range(steps):
@@ -137,7 +138,7 @@ def train_vae(steps: int) -> None:
             crops.append(pool[side][k, :, y : y + 64, x : x + 64])
         x0 = torch.stack(crops)
         z = code(x0)
-        x1 = vae.decode(z + 0.02 * torch.randn_like(z)).sample
+        x1 = decoded(vae, z + 0.02 * torch.randn_like(z))
         edges = sum((x1.diff(dim=d) - x0.diff(dim=d)).abs().mean() for d in (2, 3))
         error = (x1 - x0).abs().mean()
         optimizer.zero_grad()
@@ -151,13 +152,18 @@ def train_vae(steps: int) -> None:
         if step % 50 == 49:
             with torch.no_grad():
                 check = pool[128][:24]
-                final = (average.decode(code(check)).sample - check).abs().mean().item()
+                final = (decoded(average, code(check)) - check).abs().mean().item()
             print(
                 f"vae {step + 1} L1 {np.mean(errors[-50:]):.4f} averaged {final:.4f} {time.time() - began:.0f} s",
                 flush=True,
             )
             average.save_pretrained(OUT / "vae")
             note("vae", {"steps": step + 1, "seconds": round(time.time() - began), "L1 at 128x128": final})
+
+
+def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """The images of latents."""
+    return vae.decode(latents).sample  # pyright: ignore[reportArgumentType]
 
 
 def make_latents(first: int, shards: int) -> None:
@@ -201,13 +207,14 @@ def train_unet(steps: int, save_every: int) -> None:
     tokenizer = load_tokenizer(OUT / "tokenizer")
     empty = tokens(tokenizer, [""])
     alphas = make_scheduler().alphas_cumprod
-    model = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
-    model["text_encoder"].load_state_dict(torch.load(OUT / "text.pt"))
+    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+    model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    text_encoder.load_state_dict(torch.load(OUT / "text.pt"))
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    model["unet"].set_attn_processor(AttnProcessor())  # plain matmuls: on CPUs their backward is twice as fast
-    model["text_encoder"].set_attn_implementation("eager")
+    unet.set_attn_processor(AttnProcessor())  # plain matmuls: on CPUs their backward is twice as fast
+    text_encoder.set_attn_implementation("eager")
     weights = list(model.parameters())
-    groups = [{"params": list(model[n].parameters()), "scale": k} for n, k in (("unet", 1.0), ("text_encoder", 0.2))]
+    groups = [{"params": list(part.parameters()), "scale": k} for part, k in ((unet, 1.0), (text_encoder, 0.2))]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     start, seconds = 0, 0.0
     if (OUT / "unet.pt").exists():
@@ -238,8 +245,8 @@ def train_unet(steps: int, save_every: int) -> None:
         a = alphas[at].view(-1, 1, 1, 1)
         noise = torch.randn_like(x0)
         with torch.autocast("cpu", torch.bfloat16):
-            text = model["text_encoder"](ids)[0]
-            guess = model["unet"](a.sqrt() * x0 + (1 - a).sqrt() * noise, at, text).sample.float()
+            text = text_encoder(ids)[0]
+            guess = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, at, text).sample.float()
         loss = F.mse_loss(guess, a.sqrt() * noise - (1 - a).sqrt() * x0)
         optimizer.zero_grad()
         loss.backward()
@@ -285,9 +292,9 @@ def export(folder: Path) -> None:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
+        scheduler=make_scheduler(),  # pyright: ignore[reportArgumentType]
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
@@ -303,7 +310,7 @@ def export(folder: Path) -> None:
 
 def sheet(folder: Path, file: Path) -> None:
     """An image of labelled samples: three rows of 128x128 and one of 256x256."""
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(5)
     prompts = [draw_scene(rng, held_out=True).caption for _ in range(28)]

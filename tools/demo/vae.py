@@ -23,9 +23,9 @@ HOME = {0: (0, 1), 2: (0, -1), 1: (1, 1), 3: (1, -1), 4: (2, 1), 6: (2, -1), 5: 
 def make_vae() -> AutoencoderKL:
     """Images [B, 3, H, W] in -1..1 to latents [B, 4, H/4, W/4] and back, initialised as described above."""
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         norm_num_groups=2,
         sample_size=128,
@@ -34,17 +34,18 @@ def make_vae() -> AutoencoderKL:
     with torch.no_grad():
         _write_code(vae.encoder, k=8.0, rest=0.0)
         _write_code(vae.decoder, k=3.0, rest=0.3)
-        vae.encoder.conv_out.weight[4:] = 0
-        vae.encoder.conv_out.bias[4:] = -12  # log-variance of the posterior: practically none
-        down = vae.encoder.down_blocks[1].downsamplers[0].conv.weight
+        moments = _biased(vae.encoder.conv_out)
+        moments[0][4:] = 0
+        moments[1][4:] = -12  # log-variance of the posterior: practically none
+        down, _ = _biased(vae.encoder.get_submodule("down_blocks.1.downsamplers.0.conv"))
         for channel, (number, sign) in HOME.items():
             for source, (colour, source_sign) in HOME.items():
                 if number == 3 and colour < 3:
                     down[channel, source, 0, 0] = GAIN * sign * source_sign / 6
                     down[channel, source, 1, 1] = -GAIN * sign * source_sign / 6
-        for conv in (vae.quant_conv, vae.post_quant_conv):
-            conv.weight.copy_(torch.eye(len(conv.bias))[:, :, None, None])
-            conv.bias.zero_()
+        for weight, bias in map(_biased, (vae.quant_conv, vae.post_quant_conv)):
+            weight.copy_(torch.eye(len(bias))[:, :, None, None])
+            bias.zero_()
     return vae
 
 
@@ -52,6 +53,13 @@ def code(pictures: Tensor) -> Tensor:
     """What the encoder computes (to within its norm's small curvature): [B, 3, H, W] to [B, 4, H/4, W/4]."""
     half = F.avg_pool2d(pictures.mean(1, keepdim=True), 2)
     return torch.cat([F.avg_pool2d(pictures, 4), GAIN * (half[..., ::2, ::2] - half[..., 1::2, 1::2])], 1)
+
+
+def _biased(layer: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of a layer that has both."""
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    assert layer.bias is not None
+    return layer.weight, layer.bias
 
 
 def _signs(channels: int) -> Tensor:
@@ -66,7 +74,7 @@ def _write_code(side: nn.Module, k: float, rest: float) -> None:
             part.bias.copy_(-k * _signs(len(part.bias)))
         if not isinstance(part, nn.Conv2d):
             continue
-        weight, bias = part.weight, part.bias
+        weight, bias = _biased(part)
         stream = name.endswith(("shortcut", "samplers.0.conv"))
         bias.zero_()
         weight.mul_(1 if name.endswith("conv1") else rest)
@@ -92,6 +100,6 @@ def _write_code(side: nn.Module, k: float, rest: float) -> None:
                     weight[channel, channel, :2, :2] = 0.25
                 else:
                     weight[channel, channel, 1, 1] = 1
-    out = side.mid_block.attentions[0].to_out[0]
-    out.weight.mul_(rest)
-    out.bias.zero_()
+    weight, bias = _biased(side.get_submodule("mid_block.attentions.0.to_out.0"))
+    weight.mul_(rest)
+    bias.zero_()

@@ -122,6 +122,7 @@ def make_cell(
     progress: Progress,
 ) -> Outcome:
     """Run one cell and add it to the results. If the model has too few rows, the outcome says so."""
+    from ...plan import Plan
     from ..pictures import image
     from .runs import busiest, compare, split, step_errors
 
@@ -130,6 +131,7 @@ def make_cell(
         with split(asked.pipe, cell.ranks, strategy, cell.warmup) as model:
             found = _generate(asked, cell.steps, batch, progress, str(cell))
             last = len(asked.prompts) % batch or min(batch, len(asked.prompts))  # batch of the plan
+            assert isinstance(model.plan, Plan)
             received = busiest(model.plan, cell.steps)
     except WorldSizeError as error:
         outcome = Outcome(cell, None, None, time.perf_counter() - began, " ".join(str(error).split()))

@@ -265,7 +265,7 @@ def compare(cell: Cell, prompts: Sequence[Prompt], found: Generation, whole: Gen
     for k, prompt in enumerate(prompts):
         mine, theirs = found.pictures[k], whole.pictures[k]
         # with the window of Wang et al., "Image Quality Assessment" (2004)
-        ssim = structural_similarity(
+        ssim: Any = structural_similarity(
             mine, theirs, channel_axis=2, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
         right, right_unsplit = (
