@@ -284,6 +284,20 @@ def test_each_rank_routes_its_own_tokens(body: Body) -> None:
             torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
 
 
+_turn = torch.view_as_complex(torch.linspace(0, 1, 2 * WIDTH).view(WIDTH, 2)).conj()
+
+
+@pytest.mark.parametrize("turn", [_turn, _turn.imag], ids=["conjugated", "negated"])
+def test_constants_that_torch_conjugates_or_negates_lazily_are_compared(turn: Tensor) -> None:
+    def body(m: Experts, x: Tensor, w: Tensor, i: Tensor) -> Tensor:
+        return skipped(m, torch.view_as_real(x * turn.resolve_conj() + 0j).sum(-1), w, i)
+
+    model = made(body)
+    program = capture(model, torch.randn(2, 6, WIDTH))
+    x = inputs()[0]
+    torch.testing.assert_close(evaluate(program, model, Call.of(model, (x,), {})), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_results_of_an_expert_for_unselected_tokens_are_discarded() -> None:
     """Also infinite ones."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxpass.ir.code import Form
 from fxpass.runtime import weights
+from fxpass.runtime.agreement import checksum
 from fxpass.runtime.calls.module import ParallelModule
 from fxpass.runtime.errors import RankError
 from fxpass.runtime.lockstep import LockstepExecutor
@@ -365,3 +366,31 @@ def test_modules_on_the_same_workers_have_weights_of_their_own_also_from_two_thr
     assert is_exact(models[1], modules[1])
     modules[1].close()
     assert all(process.poll() is not None for process in first.processes)
+
+
+class Turned(nn.Module):
+    """Reads buffers that torch conjugates or negates when they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        turn = torch.view_as_complex(torch.randn(16, 2)).conj()
+        self.register_buffer("turn", turn)
+        self.register_buffer("lift", turn.imag)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.turn, Tensor)
+        assert isinstance(self.lift, Tensor)
+        x = self.conv(x) * self.lift + self.lift.resolve_neg()
+        return torch.view_as_real(x * self.turn * self.turn.resolve_conj()).sum(-1)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_weights_that_torch_conjugates_or_negates_lazily_arrive_with_their_values(copies: bool) -> None:
+    model, x = Turned().eval(), torch.randn(1, 3, 16, 16)
+    with parallel(model, SpawnExecutor(2, timeout=60, copies=copies)) as module:
+        torch.testing.assert_close(module(x), model(x))
+    for weight in (model.turn, model.lift):
+        assert isinstance(weight, Tensor)
+        assert weight.is_conj() or weight.is_neg()
+        assert checksum(weight) == checksum(weight.resolve_conj().resolve_neg()) != checksum(2 * weight)
