@@ -4,7 +4,7 @@ from .arguments import arranged, check_memory, returned, unsplit
 from .call import Call, Method, autocast, bind, passed
 from .capture import capture, capture_call
 from .drawn import DrawingCall, Draws
-from .errors import CaptureError, DrawsError, GuardError, TooManyOperatorsError
+from .errors import CaptureError, DrawsError, GuardError, OtherDrawsError, TooManyOperatorsError
 from .guards import broken_guard, guard_error, outdated, written
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "DrawsError",
     "GuardError",
     "Method",
+    "OtherDrawsError",
     "TooManyOperatorsError",
     "arranged",
     "autocast",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from .call import Call, Method
 from .capture import capture_call
 from .draws import GeneratorStandIn, generator_stand_in
-from .errors import CaptureError, model_line
+from .errors import CaptureError, OtherDrawsError, model_line
 
 ARGUMENT = "fxpass_drawn"  #: the name of the argument that holds the numbers: models have none of that name
 
@@ -55,18 +56,24 @@ class DrawingCall:
 
 
 class Draws:
-    """What calls of a model draw, by the kind of call."""
+    """What calls of a model draw, by the kind of call and the numbers among its arguments."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[Draw, ...]] = {}
+        self._known: dict[Any, dict[Any, tuple[Draw, ...]]] = {}
 
     def drawn(
         self, model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None
     ) -> DrawingCall | None:
-        """The call with its numbers drawn, if it is known that calls of its kind draw some; else None."""
+        """The call with its numbers drawn, if it is known that calls of its kind draw some; else None.
+
+        If other numbers among its arguments make it draw something else, its capture raises `OtherDrawsError`.
+        """
         held = _Held.of(model, args, kwargs, method) if self._known else None
-        draws = self._known.get(held.key) if held is not None else None
-        return None if held is None or draws is None else held.drawing(draws)
+        if held is None or held.key not in self._known:
+            return None
+        known = self._known[held.key]
+        draws = known.get(held.numbers, next(reversed(known.values())))
+        return held.drawing(draws) if draws else None
 
     def observed(
         self, model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None
@@ -76,11 +83,12 @@ class Draws:
         Returns None if it draws from no generator among its arguments.
         """
         held = _Held.of(model, args, kwargs, method)
-        draws = held.observe() if held is not None else ()
-        if held is None or not draws:
+        if held is None:
             return None
-        self._known[held.key] = draws
-        return held.drawing(draws)
+        draws = held.observe()
+        if draws or held.key in self._known:
+            self._known.setdefault(held.key, {})[held.numbers] = draws
+        return held.drawing(draws) if draws else None
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,17 @@ class _Held:
         held, named = pytree.tree_unflatten(leaves, spec)
         return _Held(model, held, named, method or Method("forward", _forward(model)), generators)
 
+    @cached_property
+    def call(self) -> Call:
+        return Call.of(self.model, self.args, self.kwargs, self.method)
+
     @property
     def key(self) -> Any:
-        return Call.of(self.model, self.args, self.kwargs, self.method).key
+        return self.call.key
+
+    @property
+    def numbers(self) -> Any:
+        return tuple(self.call.numbers.values())
 
     def observe(self) -> tuple[Draw, ...]:
         """What the call draws. The model is run once; it and the generators are left as they were."""
@@ -205,8 +221,8 @@ class _Replacing(_Mode):
         if self._waiting:
             raise self._other("at the end")
 
-    def _other(self, where: str) -> CaptureError:
-        return CaptureError(
+    def _other(self, where: str) -> OtherDrawsError:
+        return OtherDrawsError(
             f"the model draws other random numbers than in an earlier call of the same kind ({where}); pass them in as "
             "an input"
         )

@@ -21,6 +21,10 @@ class DrawsError(CaptureError):
     """A call draws random numbers."""
 
 
+class OtherDrawsError(CaptureError):
+    """A call draws other random numbers than an earlier call of its kind."""
+
+
 class TooManyOperatorsError(CaptureError):
     """A call records more operators than are worth splitting.
 

@@ -21,6 +21,7 @@ from ...capture import (
     DrawsError,
     GuardError,
     Method,
+    OtherDrawsError,
     TooManyOperatorsError,
     arranged,
     check_memory,
@@ -305,13 +306,20 @@ class Engine:
         return device_of([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
     def _found(
-        self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool
+        self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool, *, last: bool = True
     ) -> tuple[Call, Entry, bool] | None:
-        """A call with its program, and whether it waits for a denoiser; None if it has to run unsplit."""
+        """A call with its program, and whether it waits for a denoiser; None if it has to run unsplit.
+
+        Args:
+            last: if it draws other random numbers than were drawn for it, it runs unsplit; else this raises.
+        """
         call = None
         try:
             if drawing := self._draws.drawn(self.model, args, kwargs, method):
-                return self._found_with(drawing, gradients)
+                with suppress(OtherDrawsError):
+                    return self._found_with(drawing, gradients, last=False)
+                if drawing := self._draws.observed(self.model, args, kwargs, method):
+                    return self._found_with(drawing, gradients)
             call = Call.of(self.model, args, kwargs, method)
             call = self._bound(call)
             if gradients:
@@ -341,6 +349,8 @@ class Engine:
             check_memory(entry.captured, self.model, call.apart())
             return call, entry, waits
         except UNSPLIT as error:
+            if isinstance(error, OtherDrawsError) and not last:
+                raise
             if method is None or method.most is None or self.strict:
                 raise
             if call is not None:
@@ -367,11 +377,13 @@ class Engine:
         self.loops = self.loops or Loops(self)
         self.loops.add(paths, method.name)
 
-    def _found_with(self, drawing: DrawingCall, gradients: bool) -> tuple[Call, Entry, bool] | None:
+    def _found_with(
+        self, drawing: DrawingCall, gradients: bool, *, last: bool = True
+    ) -> tuple[Call, Entry, bool] | None:
         """As `_found`, of a call whose random numbers have been drawn; they are given back if it runs unsplit."""
         found = None
         try:
-            found = self._found(drawing.args, drawing.kwargs, drawing.method, gradients)
+            found = self._found(drawing.args, drawing.kwargs, drawing.method, gradients, last=last)
         finally:
             if found is None:
                 drawing.give_back()
