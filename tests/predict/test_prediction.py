@@ -46,6 +46,14 @@ def test_displaced_steps_hide_messages_that_exact_steps_wait_for() -> None:
     assert planned("sync", 2).predict(target).steady is None
 
 
+def test_figures_of_messages_for_the_next_step_leave_exact_steps_alone() -> None:
+    plain, slow = (planned("displaced", 2).predict(over(latency=1e-3, late_latency=late)) for late in (0.0, 1.0))
+    assert plain.steady is not None
+    assert slow.steady is not None
+    assert slow.exact == plain.exact
+    assert slow.steady.seconds > 1 > plain.steady.seconds
+
+
 def test_a_plan_can_be_predicted_on_other_targets_and_over_other_links() -> None:
     made = planned("displaced")
     assert made.predict().target == made.target == find("cpu")
