@@ -20,11 +20,8 @@ def views_among(results: Sequence[Tensor]) -> tuple[View, ...]:
     """
     found: list[View] = []
     bases: list[tuple[int, Tensor]] = []
-    for i, view in sorted(enumerate(results), key=lambda each: -each[1].numel()):
-        if is_traceable_wrapper_subclass(view) or view.layout != torch.strided or not view.numel():
-            continue
-        if view.is_conj() or view.is_neg():
-            continue
+    plain = [(i, each) for i, each in enumerate(results) if _is_plain(each)]
+    for i, view in sorted(plain, key=lambda each: (not _is_dense(each[1]), -each[1].numel())):
         for j, base in bases:
             offset = int(view.storage_offset() - base.storage_offset())
             inside = 0 <= offset <= base.numel() - _span(view)
@@ -51,6 +48,12 @@ def as_views(views: Sequence[View], results: Sequence[Tensor]) -> list[Tensor]:
             new[view.base] = base
         new[view.result] = base.as_strided(view.shape, view.stride, base.storage_offset() + view.offset)
     return new
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are those in its memory."""
+    strided = not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
+    return strided and tensor.numel() > 0 and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _storage(tensor: Tensor) -> int:

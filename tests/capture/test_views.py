@@ -20,6 +20,8 @@ RETURNS: dict[str, Callable[[Tensor], Any]] = {
     "another order": lambda y: {"view": y.permute(0, 2, 3, 1), "all": y},
     "a view of a view": lambda y: [y.transpose(1, 3)[:, 1:], y.transpose(1, 3), y[..., 2]],
     "expanded": lambda y: (y, y[:, :1].expand(-1, 4, -1, -1)),
+    "expanded before": lambda y: (y[:, :1].expand(-1, 4, -1, -1), y),
+    "expanded beyond": lambda y: (y, y[:, :1].expand(-1, 9, -1, -1)),
     "parts beside each other": lambda y: (y[:, :2], y[:, 2:]),
     "a copy": lambda y: (y, y[:, :2].clone()),
     "written to": lambda y: (y, y[:, :2].mul_(2)),
