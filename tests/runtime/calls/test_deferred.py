@@ -422,6 +422,26 @@ def test_when_the_calls_fail_both_results_are_errors(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(again[0] + 0, whole(block(), one, timestep))
 
 
+class Parted(Block):
+    """It returns a part of its result, too."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+        result = super().forward(sample, timestep)["sample"]
+        return result, result[:, :2]
+
+
+def test_results_of_calls_that_run_at_once_share_memory_as_those_of_the_model_do() -> None:
+    model = Parted().eval()
+    module, (one, two, timestep) = lockstep(model=model), branches()
+    for run in (model, module):
+        with torch.no_grad():
+            found = [run(x, timestep) for x in (one, two)]
+        for result, part in found:
+            before = part.clone()
+            result.mul_(3)
+            torch.testing.assert_close(part + 0, 3 * before)
+
+
 class Counting(Block):
     """It writes to an argument."""
 
