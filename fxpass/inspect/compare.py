@@ -10,6 +10,7 @@ from .words import bytes_text, count_text
 
 SETTINGS = (
     "ranks",
+    "mesh",
     "strategy",
     "target",
     "bound",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib import import_module
 from itertools import pairwise
 
 from torch import fx
@@ -118,10 +120,10 @@ class _Explainer:
         elif rule is None:
             yield f"rule      none for {source.target}: the operators of which torch makes it were split instead"
         else:
-            said = (inspect.getdoc(rule) or "").partition("\n")[0]
-            yield f"rule      `{rule.__name__}` of {rule.__module__} for {source.target}" + (
-                f": {said}" if said else ""
-            )
+            rule = rule.func if isinstance(rule, partial) else rule
+            name = rule.__qualname__.partition(".")[0]  # of a rule that a function has made, this function
+            said = (inspect.getdoc(getattr(import_module(rule.__module__), name)) or "").partition("\n")[0]
+            yield f"rule      `{name}` of {rule.__module__} for {source.target}" + (f": {said}" if said else "")
 
     # -- the split ------------------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def bytes_text(count: float) -> str:
         return f"{count:.0f} B"
     for unit in ("kB", "MB"):
         count /= 1000
-        if count < 1000:
+        if round(count, 1) < 1000:
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} GB"
 
@@ -62,7 +62,7 @@ def count_text(count: int, what: str) -> str:
 def flops_text(count: float) -> str:
     """`800 FLOP`, `1.50 kFLOP`, `20.00 GFLOP`, …"""
     for unit in ("", "k", "M", "G", "T"):
-        if count < 1000 or unit == "T":
+        if round(count, 2) < 1000 or unit == "T":
             break
         count /= 1000
     return f"{count:.2f} {unit}FLOP" if unit else f"{count:.0f} FLOP"
@@ -70,9 +70,10 @@ def flops_text(count: float) -> str:
 
 def seconds_text(seconds: float) -> str:
     """`80.0 us`, `1.5 ms`, `2.00 s`."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+    for unit, scale in (("us", 1e6), ("ms", 1e3)):
+        if round(seconds * scale, 1) < 1000:
+            return f"{seconds * scale:.1f} {unit}"
+    return f"{seconds:.2f} s"
 
 
 def cuts_text(rows: Sequence[Rows], size: int) -> str:

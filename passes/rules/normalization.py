@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
 from math import prod
 from typing import Any
 
@@ -30,6 +31,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def norm(function: Rule) -> Rule:
     """Fetch weights and given statistics whole; apply `function` only if `x` is split."""
 
+    @wraps(function)
     def rule(p: Partitioner, op: Op, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node | tuple[fx.Node, ...]:
         args, kwargs = map_arg((args, kwargs), lambda w: p.whole(w, "realign", "weights of a norm are used whole"))
         if not layout_of(x).split:
@@ -50,6 +52,7 @@ def group_norm(
     eps: float = 1e-5,
     cudnn: bool = True,
 ) -> fx.Node:
+    """Each rank normalizes its rows by the moments of all ranks."""
     layout, shape = layout_of(x), shape_of(x)
     if layout.dim == 0:
         return p.same(op, (x, groups, weight, bias, eps, cudnn), layout=layout)
@@ -86,6 +89,7 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn: bool = True,
 ) -> fx.Node:
+    """Each rank normalizes its rows; if a normalized dim is split, by the moments of all ranks."""
     layout = layout_of(x)
     first = len(op.shape) - len(normalized)
     if layout.axis < first:

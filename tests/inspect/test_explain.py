@@ -93,7 +93,20 @@ def test_the_search_is_listed_with_the_chosen_cuts() -> None:
 def test_a_gathered_value_is_explained_by_the_rule_that_gathers_it() -> None:
     shown = planned().explain("x2.1")
     assert "rule      `attention` of fxpass.passes.rules" in shown
-    assert "because the rank's queries attend to the keys and values of all ranks" in shown
+
+
+def test_a_rule_that_a_function_makes_has_the_name_of_the_function() -> None:
+    shown = planned().explain("x0.0")
+    assert (
+        "`group_norm` of fxpass.passes.rules.normalization for aten.group_norm.default: Each rank normalizes" in shown
+    )
+
+
+def test_a_rule_for_operators_of_any_number_of_dims_is_named() -> None:
+    made = plan(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(2)).eval(), inputs()[0], world_size=2)
+    assert "rule      `avg_pool` of fxpass.passes.rules.windows for aten.avg_pool2d" in made.explain(
+        "avg_pool2d_default"
+    )
 
 
 def test_operators_on_whole_values_need_no_rule() -> None:

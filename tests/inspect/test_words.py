@@ -9,6 +9,7 @@ from fxpass.inspect.words import (
     exchange_text,
     flops_text,
     layout_text,
+    seconds_text,
     sizes_text,
 )
 from fxpass.ir.fetch import Fetch
@@ -78,4 +79,6 @@ def test_quantities_are_rounded_for_reading() -> None:
     assert [bytes_text(n) for n in (0, 999, 1500, 20_000_000, 3_140_000_000)] == [
         "0 B", "999 B", "1.5 kB", "20.0 MB", "3.1 GB",
     ]  # fmt: skip
+    assert [seconds_text(s) for s in (8e-5, 1.5e-3, 2)] == ["80.0 us", "1.5 ms", "2.00 s"]
+    assert (bytes_text(999_960), flops_text(999_999), seconds_text(0.99999)) == ("1.0 MB", "1.00 MFLOP", "1.00 s")
     assert [flops_text(n) for n in (12, 1_780_000_000, 3e18)] == ["12 FLOP", "1.78 GFLOP", "3000000.00 TFLOP"]
