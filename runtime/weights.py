@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 from weakref import ref
 
 import torch
@@ -30,33 +30,8 @@ _WORDS = 1 << 21  #: words of 64 bits that are mixed at once: 16 MB, so that cac
 _FACTORS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  #: odd int64, with bits all over
 
 
-class Weights(Protocol):
-    """The weights of one executor, which its workers have."""
-
-    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
-        """Send the workers what they do not have.
-
-        Args:
-            look: compare contents, too.
-            seconds: allowed for each piece.
-
-        Raises:
-            OSError: too little shared memory, or too low a limit of open files.
-            RankError: a worker failed.
-        """
-        ...
-
-    def drop(self, names: Sequence[str]) -> None:
-        """The workers have forgotten these."""
-        ...
-
-    def names(self) -> list[str]:
-        """Those that the workers have."""
-        ...
-
-
 class SharedWeights:
-    """Weights in memory that the workers share, moved there in place. Writes to it need no message."""
+    """Weights of one executor in memory that the workers share, moved there in place. Writes to it need no message."""
 
     def __init__(self, workers: Workers, scope: str) -> None:
         self._workers = workers
@@ -64,6 +39,12 @@ class SharedWeights:
         self._sent: dict[str, Tensor] = {}  #: kept alive so that no address is reused
 
     def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
+        """Send the workers what they do not have. `look` and `seconds` are for copies.
+
+        Raises:
+            OSError: too little shared memory, or too low a limit of open files.
+            RankError: a worker failed.
+        """
         sent = self._sent
         new = {
             name: weight.detach()
@@ -80,15 +61,17 @@ class SharedWeights:
         sent.update(new)
 
     def drop(self, names: Sequence[str]) -> None:
+        """The workers have forgotten these."""
         for name in names:
             del self._sent[name]
 
     def names(self) -> list[str]:
+        """Those that the workers have."""
         return list(self._sent)
 
 
 class CopiedWeights:
-    """Weights of which each worker has a copy on its device: written once, and again where they have changed.
+    """Weights of one executor, of which each worker has a copy on its device: written once, and where they change.
 
     Names of one tensor (tied weights) share one copy.
     """
@@ -102,6 +85,16 @@ class CopiedWeights:
         self._numbers = itertools.count()
 
     def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
+        """Send the workers what they do not have.
+
+        Args:
+            look: compare contents, too.
+            seconds: allowed for each piece.
+
+        Raises:
+            OSError: too little shared memory.
+            RankError: a worker failed.
+        """
         given = dict(zip(names, weights, strict=True))
         if not self._workers.connections:
             return
@@ -170,11 +163,16 @@ class CopiedWeights:
         return taken
 
     def drop(self, names: Sequence[str]) -> None:
+        """The workers have forgotten these."""
         for name in names:
             del self._seen[name], self._digests[name], self._copies[name]
 
     def names(self) -> list[str]:
+        """Those that the workers have."""
         return list(self._seen)
+
+
+Weights = SharedWeights | CopiedWeights
 
 
 def _tied(weights: Mapping[str, Tensor]) -> list[list[str]]:
