@@ -95,7 +95,6 @@ def outputs(document: str) -> list[tuple[str, list[str]]]:
     return [(command, [line.strip() for line in lines.splitlines()]) for command, lines in found]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("command", "lines"), outputs("docs/targets.md"), ids=lambda value: str(value)[:70])
 def test_the_page_on_targets_shows_what_its_commands_print(command: str, lines: list[str]) -> None:
     printed = [line.strip() for line in fxpass(*shlex.split(command)[1:]).stdout.splitlines()]
