@@ -51,7 +51,8 @@ def held_bytes(specs: Sequence[ChannelSpec], rank: int, *, blocking: bool) -> in
         if not spec.late:
             continue
         place, world = spec.place(rank), len(spec.members(rank))
-        blob = gathered(spec.exchanges) if spec.exchanges[0].lines == 1 else 0
+        own_group = blocking or spec.exchanges[0].lines == 1  # gloo's groups are of the ranks of a line
+        blob = gathered(spec.exchanges) if own_group else 0
         if blob > (SMALL if blocking else 0):
             total += blob * world
             continue

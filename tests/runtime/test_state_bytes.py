@@ -20,6 +20,7 @@ from fxpass.runtime.shared_memory import file_layout
 from fxpass.runtime.symmetric_memory import buffer_places
 from tests.inspect.test_mesh import one_group
 from tests.inspect.test_mesh import planned as two_groups
+from tests.runtime.plans import block, inputs
 
 WORLD = 3
 STRATEGIES = ["sync", "displaced", "compressed", "pcpp", "no_sync", "corrected_async_gn"]
@@ -85,3 +86,15 @@ def test_a_group_of_a_mesh_keeps_what_it_keeps_alone() -> None:
     assert "symmetric memory" not in mesh.state_bytes_by_channel
     for kind in ("in one process", "gloo"):
         assert mesh.state_bytes_by_channel[kind] == one_group().state_bytes_by_channel[kind] * 2, kind
+
+
+def test_the_ranks_of_a_line_gather_through_gloo_groups_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxpass.runtime.process_group.SMALL", 0)
+    plan = fxpass.plan(block(), *inputs(rows=64), world_size=8, cfg=2, strategy="displaced")
+    specs, rank = StepPrograms(plan.graph, 0).channels, 5
+    board: Any = SimpleNamespace(rank=rank, timeout=1.0)
+    late = [each for each in specs if each.late]
+    ends = [GroupChannel(each, None, each.members(rank), torch.device("cpu"), True, board) for each in late]
+    held = sum(end.blob * len(end.ranks) if end.gather else sum(end.sends) + sum(end.receives) for end in ends)
+    assert any(end.gather for end in ends)
+    assert held_bytes(specs, rank, blocking=True) == held
