@@ -54,7 +54,7 @@ def _namesakes(namespace: str, known: Collection[str]) -> list[str]:
     """
     if namespace in sys.modules:
         return [namespace]
-    inner = [] if known else [name for name in sys.modules if name.rpartition(".")[2] == namespace]
+    inner = [] if known else [name for name in list(sys.modules) if name.rpartition(".")[2] == namespace]
     return sorted(name for name in inner if name.partition(".")[0] not in ("torch", "fxpass"))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxpass
 from fxpass.runtime.errors import RankError
-from fxpass.runtime.operators import origins
+from fxpass.runtime.operators import origins, reference
 from tests.runtime import fxpass_test_namesake
 from tests.runtime.custom_kernels import doubled
 
@@ -55,6 +55,20 @@ def test_workers_import_the_module_of_a_library() -> None:
 def test_workers_import_the_module_that_is_called_as_the_namespace_is() -> None:
     assert origins(fxpass_test_namesake.operator) == []
     call(fxpass_test_namesake.operator)
+
+
+def test_another_thread_may_import_modules_while_an_operator_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Name(str):
+        """Of a module; another one is imported while it is read."""
+
+        __slots__ = ()
+
+        def rpartition(self, sep: str, /) -> tuple[str, str, str]:
+            monkeypatch.setitem(sys.modules, "fxpass_test_imported_meanwhile", sys)
+            return super().rpartition(sep)
+
+    monkeypatch.setitem(sys.modules, Name("fxpass_test_name"), sys)
+    assert reference(torch.ops.aten.add.Tensor)[:2] == ("aten.add.Tensor", [])
 
 
 @pytest.mark.parametrize(
