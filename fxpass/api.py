@@ -129,7 +129,7 @@ def parallelize(
         return make_plan(program, world, chosen, target, link, strict=strict)
 
     first = _executor(executor, world, timeout, group, compile)
-    unused, turn = [first], Turn()
+    unused, turn = [first], Turn(one_thread=isinstance(first, distributed.DistributedExecutor))
 
     def engine_of(model: nn.Module) -> Engine:
         """Engines of several parts of a pipeline use the same processes, one after the other."""

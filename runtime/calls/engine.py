@@ -229,7 +229,7 @@ class Engine:
 
     def give_up(self, why: str) -> None:
         """Give up calls that wait for others: their results are errors. The other ranks may take no further part."""
-        with self.turn.taken():
+        with self.turn.taken(ending=True):
             self._waiting.fail(why)
             for each in (self.joints, self.feeder):
                 if each is not None:
@@ -239,7 +239,7 @@ class Engine:
         """Release everything on all ranks; later calls raise."""
         if self.loops is not None:
             self.loops.close()
-        with self.turn.taken():
+        with self.turn.taken(ending=True):
             if not self._closed:
                 self._closed = why
                 try:

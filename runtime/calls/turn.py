@@ -8,27 +8,53 @@ from contextlib import contextmanager
 
 
 class Turn:
-    """A lock whose holder is known. A thread that holds it already would wait for ever: that is an error instead."""
+    """A lock whose holder is known. A thread that holds it already would wait for ever: that is an error instead.
 
-    def __init__(self) -> None:
+    Args:
+        one_thread: all calls come from the thread of the first one, until it ends. Several processes that each run
+            threads would take their turns in different orders.
+    """
+
+    def __init__(self, *, one_thread: bool = False) -> None:
         self._lock = threading.Lock()
         self.holder: int | None = None  #: the thread that has the lock
+        self._one_thread = one_thread
+        self._thread: threading.Thread | None = None  #: whose calls are taken
+        self._choosing = threading.Lock()
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self, *, ending: bool = False) -> Iterator[None]:
         """Wait for the turn, and hold it.
 
+        Args:
+            ending: it is no call; every thread may end things.
+
         Raises:
-            RuntimeError: this thread holds it already.
+            RuntimeError: this thread holds it already, or another thread than this one makes the calls.
         """
         if self.holder == threading.get_ident():
             raise RuntimeError(
                 "a parallel module was called, reset or closed within one of its own calls: the model, a hook on it or "
                 "a signal handler uses the wrapper that fxpass.parallelize returned; use its .unwrapped model there"
             )
+        if self._one_thread and not ending:
+            self._check_thread()
         with self._lock:
             self.holder = threading.get_ident()
             try:
                 yield
             finally:
                 self.holder = None
+
+    def _check_thread(self) -> None:
+        this = threading.current_thread()
+        with self._choosing:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = this
+        if self._thread is not this:
+            raise RuntimeError(
+                f"the thread {this.name!r} calls a parallel module whose earlier calls came from {self._thread.name!r}: "
+                "threads of several processes (torchrun) have no common order, so all calls must come from one thread; "
+                "hand the work to that thread through a queue, or start one process without torchrun "
+                "(executor='spawn'), where threads take turns"
+            )

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -165,9 +166,12 @@ def pipeline() -> dict[str, Any]:
     handles = {name: fxpass.parallel(model) for name, model in models.items()}
     executors: list[Any] = [handle._engine.executor for handle in handles.values()]
     shared = executors[0]._ranks.network is executors[1]._ranks.network is not None
+    with ThreadPoolExecutor(1, "another") as pool:
+        refused = pool.submit(attempt, lambda: pipe.unet(*inputs())).result()
     handles["unet"].close()
     equal.append(torch.equal(pipe.prior(*inputs())["sample"], expected["prior"]))
     found = {"equal": equal, "shared": shared, "traffic": [sum(each.traffic.values()) for each in handles.values()]}
+    found["refused"] = refused
     fxpass.restore(pipe)
     return found | {"gone": executors[1]._ranks.network is None}
 

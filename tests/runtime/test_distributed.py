@@ -65,6 +65,15 @@ def test_the_parts_of_a_pipeline_share_connections_and_count_their_own_traffic(s
         assert len(set(rank["pipeline"]["traffic"])) == 2
 
 
+def test_a_call_from_a_second_thread_is_refused_and_the_first_one_goes_on(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        refused = rank["pipeline"]["refused"]
+        assert refused.startswith("RuntimeError after <30 s: the thread 'another_0' calls a parallel module whose")
+        assert "came from 'MainThread'" in refused
+        assert "through a queue" in refused
+        assert rank["pipeline"]["equal"][-1]
+
+
 def test_a_part_feeds_its_denoiser_as_in_lockstep_though_rank_0_alone_looks_at_its_results(
     seen: list[dict[str, Any]],
 ) -> None:
