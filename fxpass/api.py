@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +47,7 @@ def parallelize(
     link: str | None = None,
     strict: bool = False,
     ignore_tiling: bool = False,
+    on_first_rank: bool | str | Collection[str] = False,
     plan: str | Path | None = None,
     timeout: float = 600.0,
     group: Any = None,
@@ -89,6 +90,9 @@ def parallelize(
             whole on every rank, and a warning names them.
         ignore_tiling: split a whole `decode` or `encode` although tiling is switched on (`enable_tiling`): ranks save
             the memory that tiles were to save. The result is the untiled one; a call that runs unsplit stays tiled.
+        on_first_rank: names of parts of a pipeline that are not split (text encoders, a safety checker), or True: all
+            of these. Under torchrun rank 0 alone runs them, and sends what they return; the others may leave their
+            weights on the CPU or on "meta". With "spawn" and "lockstep" one process runs them anyway.
         plan: a file of plans (`Plan.save`): its cuts, world size and strategy are used, and nothing is searched. A call
             that none of them fits is an error.
         timeout: seconds to wait for another rank before raising an error.
@@ -98,7 +102,12 @@ def parallelize(
         ValueError: an argument is invalid; the message lists the valid values.
         TypeError: the first argument is neither a module nor a pipeline with a denoiser.
     """
+    from .models.pipelines import untiled
+    from .one_rank import chosen_parts, leave_to_first
+    from .pipeline import split_module, split_pipeline
+
     check_target(target, link)
+    alone = chosen_parts(model_or_pipeline, on_first_rank)
     saved = None if plan is None else _selected(plan, world_size, strategy, groups_of(0, cfg, data))
     if saved and warmup_steps is not None:
         raise ValueError("warmup_steps is part of the saved plan's strategy; leave it out, or make another plan")
@@ -138,12 +147,11 @@ def parallelize(
         capturing = untiled if ignore_tiling else nullcontext
         return Engine(model, planner, own, strict=strict, turn=turn, capturing=capturing, apart=one_by_one)
 
-    from .models.pipelines import untiled
-    from .pipeline import split_module, split_pipeline
-
     if isinstance(model_or_pipeline, nn.Module):
         return split_module(model_or_pipeline, engine_of)
     split_pipeline(model_or_pipeline, engine_of)
+    if isinstance(first, distributed.DistributedExecutor):
+        leave_to_first(model_or_pipeline, alone, first, turn)
     return model_or_pipeline
 
 

@@ -22,7 +22,9 @@ from .models.pipelines import (
     modules_text,
     never_denoises,
     pipelines_in,
+    split_parts,
 )
+from .one_rank import leave_to_first_again, run_everywhere
 from .runtime.calls.attached import attach, attach_again, attached_to, detach
 from .runtime.calls.engine import Engine
 from .runtime.calls.feeds import connect
@@ -66,7 +68,7 @@ def split_pipeline(pipeline: Any, engine_of: Callable[[nn.Module], Engine]) -> N
             f"{modules_text(pipeline)}), so only its autoencoders are split"
         )
     needed = {id(_model(getattr(*place))) for place in steps}
-    places = [(each, name) for each in pipelines for name in _names(each)]
+    places = [(each, name) for each in pipelines for name in split_parts(each)]
     models = {id(_model(value)): value for value in (getattr(*place) for place in places)}
     engines = {key: engine_of(_model(model)) for key, model in models.items()}  # before anything changes
     for each in pipelines:
@@ -130,11 +132,6 @@ def _model(value: nn.Module) -> nn.Module:
     return value.unwrapped if type(value) is ParallelModule else value
 
 
-def _names(pipeline: Any) -> list[str]:
-    """The parts of a pipeline that are split, the main denoiser first."""
-    return list(dict.fromkeys([*denoisers(pipeline), *beside(pipeline), *autoencoders(pipeline)]))
-
-
 def _plain(model: nn.Module) -> nn.Module:
     module = model if type(model) is ParallelModule else attached_to(model)
     if module is None:
@@ -155,7 +152,7 @@ def _watch(pipelines: Sequence[Any], modules: dict[int, ParallelModule]) -> None
     """Watch each pipeline. Of those that others are made of, which come first, only they call the parts."""
     heard: set[int] = set()
     for pipeline in pipelines:
-        names = [name for name in _names(pipeline) if id(getattr(pipeline, name)) in modules]
+        names = [name for name in split_parts(pipeline) if id(getattr(pipeline, name)) in modules]
         mine = {
             name: modules[id(getattr(pipeline, name))] for name in names if id(getattr(pipeline, name)) not in heard
         }
@@ -168,6 +165,7 @@ def _watch(pipelines: Sequence[Any], modules: dict[int, ParallelModule]) -> None
 
 def _unwatch(pipeline: Any) -> list[ParallelModule]:
     """Stop watching a pipeline; returns its parallel modules."""
+    run_everywhere(pipeline)
     modules = _parts.pop(id(pipeline), [])
     for module in modules:
         for watch in list(module._watches):
@@ -225,6 +223,7 @@ class PipelineWatch:
 
     def _end(self) -> None:
         """Warn once if a denoiser was not called in a call of the pipeline: then nothing of it was split."""
+        leave_to_first_again(self.pipeline())
         unused = [
             f"{name} ({type(module.unwrapped).__name__})"
             for name, module in self._running().items()

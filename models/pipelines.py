@@ -21,6 +21,8 @@ TIMESTEP = re.compile(
     r"t|ts|r|times?|timesteps?|timestep_ratio|sigmas?|noise_(levels?|labels?|time)|decoder_noise_time"
 )
 BESIDE = re.compile(r"ControlNet|Adapter")  #: classes that work beside a denoiser
+CALLED = re.compile(r"generate|get_\w+_features|check_\w+_safety")  #: what pipelines call of text encoders and checkers
+PROGRESS = "_progress_bar_config"  #: the attribute of a pipeline that says how it shows its progress
 PICTURE = re.compile(r"x|samples?|latents?|hidden_states|img|image")  #: what a forward may call its picture
 
 
@@ -66,6 +68,40 @@ def untiled(module: nn.Module) -> Iterator[None]:
 def autoencoders(pipeline: Any) -> list[str]:
     """Names of the attributes of `pipeline` that are autoencoders."""
     return [name for name, module in _modules(pipeline).items() if methods_of(module)]
+
+
+def split_parts(pipeline: Any) -> list[str]:
+    """Names of the attributes of `pipeline` that are split, the main denoiser first."""
+    return list(dict.fromkeys([*denoisers(pipeline), *beside(pipeline), *autoencoders(pipeline)]))
+
+
+def other_parts(pipeline: Any) -> list[str]:
+    """Names of the attributes of `pipeline` that are modules, and left alone: text encoders, safety checkers."""
+    split = split_parts(pipeline)
+    return [name for name in _modules(pipeline) if name not in split]
+
+
+def called_of(module: nn.Module) -> list[str]:
+    """The methods beside `forward` that pipelines call of a part that is left alone."""
+    return [name for name in dir(type(module)) if CALLED.fullmatch(name) and callable(getattr(type(module), name))]
+
+
+def quiet(pipeline: Any) -> Callable[[], None]:
+    """Show no progress of a pipeline in this process; returns what undoes it."""
+    before = vars(pipeline).get(PROGRESS)
+    ours = {**(before or {}), "disable": True}
+    vars(pipeline)[PROGRESS] = ours
+    reference = weakref.ref(pipeline)
+
+    def undo() -> None:
+        pipeline = reference()
+        if pipeline is None or vars(pipeline).get(PROGRESS) is not ours:  # the user has set it since
+            return
+        del vars(pipeline)[PROGRESS]
+        if before is not None:
+            vars(pipeline)[PROGRESS] = before
+
+    return undo
 
 
 def _takes_tensor(method: Any) -> bool:

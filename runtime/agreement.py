@@ -47,7 +47,7 @@ def agree(
     text = json.dumps(facts)
     mine = {
         "digest": hashlib.sha256(text.encode()).hexdigest(),
-        "inputs": {p: _sample(t, INPUT_SAMPLES) for p, t in zip(plan.program.input_paths, inputs, strict=True)},
+        "inputs": {p: sampled(t, INPUT_SAMPLES) for p, t in zip(plan.program.input_paths, inputs, strict=True)},
     }
     prefix = f"plan/{number}"
     board.store.set(f"{prefix}/facts/{board.rank}", text)
@@ -60,7 +60,7 @@ def agree(
             ours, theirs = (json.loads(board.read(f"{prefix}/facts/{r}", what)) for r in (0, rank))
             raise DisagreementError(_first_difference(rank, ours, theirs))
         for (path, sample), x in zip(first["inputs"].items(), inputs, strict=True):
-            if not _all_close(sample, other["inputs"][path], exact=_is_whole(x)):
+            if not all_close(sample, other["inputs"][path], exact=_is_whole(x)):
                 raise DisagreementError(
                     f"rank {rank} was called with another value of `{path}` than rank 0; every rank must be given the "
                     "same whole inputs (does each seed its generator alike?)"
@@ -110,7 +110,7 @@ class CallCheck:
         parts = [call[count:].split([part.numel() for part in samples]) for call in calls]
         for rank, theirs in enumerate(parts):
             for (path, x), one, another in zip(watched.items(), parts[0], theirs, strict=True):
-                if not _all_close(one.tolist(), another.tolist(), exact=_is_whole(x)):
+                if not all_close(one.tolist(), another.tolist(), exact=_is_whole(x)):
                     raise DisagreementError(
                         f"rank {rank} was called with another value of `{path}` than rank 0 at this call; every rank "
                         "must be given the same whole inputs (does each seed its generator alike?)"
@@ -218,7 +218,7 @@ def _strided(tensor: Tensor, count: int) -> Tensor:
     return flat[::step].resolve_conj().resolve_neg()
 
 
-def _sample(tensor: Tensor, count: int) -> list[float]:
+def sampled(tensor: Tensor, count: int) -> list[float]:
     return (
         torch.view_as_real(t).flatten().tolist() if (t := _strided(tensor, count)).is_complex() else t.double().tolist()
     )
@@ -229,7 +229,7 @@ def _is_whole(x: Tensor) -> bool:
     return not x.is_floating_point() and not x.is_complex()
 
 
-def _all_close(a: list[float], b: list[float], *, exact: bool = False) -> bool:
+def all_close(a: list[float], b: list[float], *, exact: bool = False) -> bool:
     if exact:
         return a == b
     left, right = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)

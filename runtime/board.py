@@ -30,6 +30,7 @@ class Board:
         self.world = world
         self.timeout = timeout
         self.call = 0
+        self.meetings = 0  #: calls so far that rank 0 alone runs; ranks meet before each (`first_rank.py`)
         self.check_more: Callable[[], None] | None = None  #: called in each wait; raises if the wait is in vain
         self._cards: dict[int, str] = {}  #: the processes of the other ranks, as far as they are known
         self._looked = 0.0  #: when they were looked at
@@ -48,9 +49,11 @@ class Board:
         """Called in each wait.
 
         Raises:
-            RankError: another rank has failed in this call, or its process, on this machine, has ended or is stopped.
+            RankError: another rank has failed in this call, or is in another one, or its process, on this machine, has
+                ended or is stopped.
         """
         self._check_messages()
+        self._check_place()
         if time.monotonic() - self._looked >= 0.9 * POLL:  # callers come every POLL seconds, more or less
             self._looked = time.monotonic()
             self._look()
@@ -63,6 +66,19 @@ class Board:
             rank, _, message = self.store.get(key).decode().partition(" ")
             if int(rank) != self.rank:
                 raise RankError(int(rank), message)
+
+    def place(self) -> str:
+        """The key under which a rank says that this call of it begins with a meeting, with the meeting's number."""
+        return f"meets/{self.call}"
+
+    def _check_place(self) -> None:
+        """Raises `RankError` if another rank waits in a meeting instead of this call: it would wait in vain."""
+        if self._has(self.place()) and int(self.store.get(self.place())) > self.meetings:
+            raise RankError(
+                None,
+                f"another rank has come to a part that runs on rank 0 alone, but rank {self.rank} is in another call: "
+                "a rank left a picture early (an exception in a callback?)",
+            )
 
     def _look(self) -> None:
         """Raises `RankError` if the process of another rank on this machine has ended or stays stopped."""

@@ -6,7 +6,8 @@ import copy
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,7 @@ from .agreement import CallCheck, agree
 from .board import Board
 from .errors import DisagreementError, RankError
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of
+from .first_rank import FirstRank
 from .groups import connect
 from .held import NOTHING, Held, Holding
 from .network import Network
@@ -49,6 +51,7 @@ class _Ranks:
     users: int = 1
     board: Board | None = None
     network: Network | None = None
+    first: FirstRank | None = None
     plans: int = 0
     ended: str | None = None  #: why this rank can make no further call
 
@@ -87,7 +90,9 @@ class DistributedExecutor:
             if dist.is_initialized()
             else tuple(range(world_size))
         )
-        speak(ranks[0] == (dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])))
+        #: whether this process is rank 0
+        self.first = ranks[0] == (dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]))
+        speak(self.first)
         with _counting:
             _counts[ranks] += 1
             self._name = f"fxpass/{'.'.join(map(str, ranks))}/{_counts[ranks]}"
@@ -143,9 +148,53 @@ class DistributedExecutor:
 
     def begin(self, device: torch.device) -> None:
         """Begin a call. The first one meets the other ranks, so that they hear of any later failure."""
-        if self.ended:
-            raise RuntimeError(f"the ranks cannot go on after an earlier call: {self.ended}")
+        self._refuse_ended()
         self._join(device).call += 1
+
+    def on_first(
+        self, what: str, arguments: Mapping[str, Any], compute: Callable[[], Any], device: torch.device
+    ) -> Any:
+        """What `compute` returns on rank 0, on every rank: a call that the others do not make.
+
+        Args:
+            what: the part that is called, and
+            arguments: with which values: they are compared.
+            device: where this rank wants tensors that rank 0 has on a GPU.
+
+        Raises:
+            DisagreementError: on every rank, if one calls another part or with other values.
+            RankError: rank 0 failed; or another rank did, or did not come.
+            TypeError: on rank 0, if the result cannot be sent.
+        """
+        self._refuse_ended()
+        board = self._join(device, mixed=True)
+        board.call += 1
+        self._ranks.first = first = self._ranks.first or FirstRank(board)
+        with self._breaking():
+            first.meet(what, arguments)
+        if board.rank == 0:
+            value = compute()
+            with self._breaking(lambda error: isinstance(error, TypeError)):
+                first.send(what, value)
+            return value
+        with self._breaking(lambda error: isinstance(error, RankError) and error.rank == 0):
+            receive = first.awaited(what)
+        with self._breaking():
+            return receive(device)
+
+    @contextmanager
+    def _breaking(self, harmless: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
+        """If the body raises, refuse later calls.
+
+        Args:
+            harmless: of an error, whether all ranks have raised, and no message is in flight. A disagreement is.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, DisagreementError) and not harmless(error):
+                self.broke(error)
+            raise
 
     def failed(self, error: BaseException) -> None:
         """Tell the other ranks, also of a failure heard from one: not all of them wait for the rank that failed."""
@@ -168,11 +217,20 @@ class DistributedExecutor:
         if not self._ranks.users:
             self._ranks.network = None
 
-    def _join(self, device: torch.device) -> Board:
-        """The board that all ranks share; initialises the default process group if needed."""
+    def _refuse_ended(self) -> None:
+        if self.ended:
+            raise RuntimeError(f"the ranks cannot go on after an earlier call: {self.ended}")
+
+    def _join(self, device: torch.device, *, mixed: bool = False) -> Board:
+        """The board that all ranks share; initialises the default process group if needed.
+
+        Args:
+            mixed: later calls may be on another device, and on other ranks this one may be.
+        """
         if self._ranks.board is None:
             if not dist.is_initialized():
-                self._initialize("nccl" if device.type == "cuda" else "gloo")
+                both = mixed and torch.cuda.is_available()
+                self._initialize("cpu:gloo,cuda:nccl" if both else "nccl" if device.type == "cuda" else "gloo")
             store = dist.PrefixStore(self._name, dist.distributed_c10d._get_default_store())
             rank = dist.get_rank(self._group)
             self._ranks.board = Board(store, rank, self.world_size, self.timeout)

@@ -57,6 +57,11 @@ def connect(
     return Network(group, urgent, blocking, board, rendezvous, gloo if blocking else None)
 
 
+def host_group(board: Board) -> ProcessGroupGloo:
+    """A group of all ranks for host memory, whatever device their models are on. All ranks make it."""
+    return _gloo(board, "host", range(board.world), local=False)
+
+
 def _gloo(board: Board, name: str, ranks: Sequence[int], local: bool) -> ProcessGroupGloo:
     """A group of some of the ranks, which all of these make."""
     store = PrefixStore(f"{name}/{'.'.join(map(str, ranks))}", board.store)

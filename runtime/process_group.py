@@ -156,15 +156,24 @@ class GroupChannel:
             self._work.wait()  # orders the streams; the group's own timeout applies
             self._work = None
             return
-        deadline = time.monotonic() + self.board.timeout
-        while True:
-            try:
-                self._work.wait(timedelta(seconds=POLL))
-                self._work = None
-                return
-            except RuntimeError as error:
-                if self._work.is_completed():
-                    raise self.board.lost(error) from error
-            self.board.check()
-            if time.monotonic() > deadline:
-                raise self.board.timed_out(str(self.spec))
+        finish(self._work, self.board, str(self.spec))
+        self._work = None
+
+
+def finish(work: Any, board: Board, what: str) -> None:
+    """Wait for a message of gloo, and look at the board meanwhile.
+
+    Raises:
+        RankError: a rank failed, or did not come in time.
+    """
+    deadline = time.monotonic() + board.timeout
+    while True:
+        try:
+            work.wait(timedelta(seconds=POLL))
+            return
+        except RuntimeError as error:
+            if work.is_completed():
+                raise board.lost(error) from error
+        board.check()
+        if time.monotonic() > deadline:
+            raise board.timed_out(what)

@@ -59,7 +59,7 @@ def detach(module: ParallelModule) -> None:
 def attach_again(module: ParallelModule) -> None:
     """Attach methods that were replaced since, as hooks for offloading do when they are set again."""
     for name, (method, _) in list(module._attached.items()):
-        if not _leads_to(module.unwrapped, name, method):
+        if not leads_to(module.unwrapped, name, method):
             _put(module, name)
 
 
@@ -96,7 +96,7 @@ def _put(module: ParallelModule, name: str) -> None:
     vars(model)[name] = vars(module)[name] = method
 
 
-def _leads_to(model: nn.Module, name: str, method: MethodType) -> bool:
+def leads_to(model: nn.Module, name: str, method: MethodType) -> bool:
     """Whether a method is in place, alone or within what wraps it."""
     if vars(model).get(name) is method:
         return True

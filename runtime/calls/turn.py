@@ -53,8 +53,8 @@ class Turn:
                 self._thread = this
         if self._thread is not this:
             raise RuntimeError(
-                f"the thread {this.name!r} calls a parallel module whose earlier calls came from {self._thread.name!r}: "
-                "threads of several processes (torchrun) have no common order, so all calls must come from one thread; "
-                "hand the work to that thread through a queue, or start one process without torchrun "
-                "(executor='spawn'), where threads take turns"
+                f"the thread {this.name!r} calls a parallel module whose earlier calls came from "
+                f"{self._thread.name!r}: threads of several processes (torchrun) have no common order, so all calls "
+                "must come from one thread; hand the work to that thread through a queue, or start one process without "
+                "torchrun (executor='spawn'), where threads take turns"
             )

@@ -27,7 +27,7 @@ def test_of_one_thread_only_the_others_may_end_things_and_take_over_when_it_has_
     turn = Turn(one_thread=True)
     with ThreadPoolExecutor(1, "first") as pool:
         assert pool.submit(take, turn).result()
-        with pytest.raises(RuntimeError, match="'MainThread' calls a parallel module whose .* from 'first_0'"):
+        with pytest.raises(RuntimeError, match=r"'MainThread' calls a parallel module whose .* from 'first_0'"):
             take(turn)
         assert take(turn, ending=True)
         assert pool.submit(take, turn).result()

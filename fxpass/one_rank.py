@@ -1,0 +1,73 @@
+"""What one rank of torchrun does for all: rank 0 runs parts of a pipeline for the others, and shows its progress."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+
+from .models.pipelines import called_of, other_parts, pipelines_in, quiet, split_parts
+from .runtime.calls.first_rank import FirstRankPart
+from .runtime.calls.turn import Turn
+from .runtime.distributed import DistributedExecutor
+
+#: of each pipeline, by its id: the parts that run on rank 0, and what shows its progress again
+_parts: dict[int, list[FirstRankPart]] = {}
+_shown: dict[int, list[Callable[[], None]]] = {}
+
+
+def chosen_parts(pipeline: Any, chosen: bool | str | Collection[str]) -> dict[str, nn.Module]:
+    """The parts of a pipeline, and of those that it is made of, that are to run on rank 0 alone, by name.
+
+    Args:
+        chosen: their names, or True: all that are not split.
+
+    Raises:
+        ValueError: a name is not that of a part that is not split.
+    """
+    if chosen is False:
+        return {}
+    if isinstance(pipeline, nn.Module):
+        raise ValueError("on_first_rank names parts of a pipeline (its text encoders); a module alone has none")
+    pipelines = pipelines_in(pipeline)
+    found = {name: getattr(each, name) for each in pipelines for name in other_parts(each)}
+    if chosen is True:
+        return found
+    names = [chosen] if isinstance(chosen, str) else list(chosen)
+    wrong = [name for name in names if name not in found]
+    if wrong:
+        split = [name for each in pipelines for name in split_parts(each)]
+        why = [f"{name!r} (which runs on all ranks)" if name in split else repr(name) for name in wrong]
+        known = ", ".join(f"{name} ({type(module).__name__})" for name, module in found.items()) or "none"
+        raise ValueError(
+            f"on_first_rank has {', '.join(why)}, but these are the parts of this {type(pipeline).__name__} that can "
+            f"run on rank 0 alone: {known}"
+        )
+    return {name: found[name] for name in names}
+
+
+def leave_to_first(pipeline: Any, parts: dict[str, nn.Module], executor: DistributedExecutor, turn: Turn) -> None:
+    """Let parts run on rank 0 alone, and rank 0 alone show the progress of a pipeline."""
+    _parts[id(pipeline)] = [
+        FirstRankPart(module, name, called_of(module), executor.share(), turn) for name, module in parts.items()
+    ]
+    weakref.finalize(pipeline, _parts.pop, id(pipeline), None)
+    if not executor.first:
+        _shown[id(pipeline)] = [quiet(each) for each in pipelines_in(pipeline)]
+        weakref.finalize(pipeline, _shown.pop, id(pipeline), None)
+
+
+def leave_to_first_again(pipeline: Any) -> None:
+    """Let them run there also after hooks were set again."""
+    for part in _parts.get(id(pipeline), ()):
+        part.attach_again()
+
+
+def run_everywhere(pipeline: Any) -> None:
+    """Undo `leave_to_first`."""
+    for part in _parts.pop(id(pipeline), ()):
+        part.detach()
+    for show in _shown.pop(id(pipeline), ()):
+        show()

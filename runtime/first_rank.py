@@ -1,0 +1,197 @@
+"""Calls that rank 0 alone makes: the others get what it returns, tensors through gloo and the rest pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .agreement import INPUT_SAMPLES, all_close, sampled
+from .board import Board
+from .errors import DisagreementError
+from .groups import host_group
+from .process_group import finish
+
+PLAIN = (bool, int, float, complex, str, type(None))  #: arguments that are compared by what they look like
+
+
+class FirstRank:
+    """What the parts of a pipeline that run on rank 0 alone share: meetings before each call, and a group."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._keys: list[str] = []  #: what this rank has set in this meeting
+        self._group: Any = None
+
+    def meet(self, what: str, arguments: Mapping[str, Any]) -> None:
+        """Meet the other ranks before a call, and compare its arguments.
+
+        So rank 0 is never a call ahead, and no rank takes the result of another call.
+
+        Args:
+            what: the part that is called.
+
+        Raises:
+            DisagreementError: on every rank, if one calls another part or with other values.
+            RankError: a rank failed or did not come.
+        """
+        board = self._board
+        board.meetings += 1
+        old, self._keys = self._keys, []
+        self._set(board.place(), str(board.meetings))
+        mine = json.dumps({"call": board.call, "what": what, "arguments": described(arguments)})
+        key = f"first/{board.meetings}"
+        self._keys.append(f"{key}/{board.rank}")
+        calls = [json.loads(text) for text in board.all_gather(key, mine, f"the other ranks to call {what}")]
+        for each in old:  # all have read it, for they have come to this meeting
+            board.store.delete_key(each)
+        board.call = calls[0]["call"]  # a rank whose last call failed before it met the others is ahead
+        for rank, call in enumerate(calls):
+            if difference := _difference(calls[0], call, rank):
+                raise DisagreementError(difference)
+
+    def send(self, what: str, value: Any) -> None:
+        """Send what rank 0 has computed.
+
+        Raises:
+            TypeError: it cannot be sent.
+        """
+        try:
+            payload, tensors = packed(value)
+        except Exception as error:
+            raise TypeError(
+                f"what {what} returns cannot be sent to the other ranks ({error}); leave it out of on_first_rank"
+            ) from error
+        kinds = [[list(each.shape), str(each.dtype).removeprefix("torch."), each.device.type] for each in tensors]
+        self._set(f"first/{self._board.meetings}/result", json.dumps([len(payload), kinds]))
+        self._broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        for each in tensors:
+            self._broadcast(_bytes_of(each.cpu()))
+
+    def awaited(self, what: str) -> Callable[[torch.device], Any]:
+        """Wait until rank 0 has computed; returns what receives its result.
+
+        Raises:
+            RankError: rank 0 failed; or another one did.
+        """
+        text = self._board.read(f"first/{self._board.meetings}/result", f"rank 0 to compute {what}")
+        size, kinds = json.loads(text)
+
+        def receive(device: torch.device) -> Any:
+            payload = torch.empty(size, dtype=torch.uint8)
+            self._broadcast(payload)
+            tensors = []
+            for shape, dtype, kind in kinds:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+                self._broadcast(_bytes_of(tensor))
+                tensors.append(tensor if kind == "cpu" else tensor.to(device))
+            return _Unpacker(io.BytesIO(payload.numpy().tobytes()), tensors).load()
+
+        return receive
+
+    def _set(self, key: str, text: str) -> None:
+        self._keys.append(key)
+        self._board.store.set(key, text)
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        """Give all ranks the bytes [n] that rank 0 has, in place."""
+        if self._group is None:
+            self._group = host_group(self._board)
+        if tensor.numel():
+            options = dist.BroadcastOptions()
+            options.rootRank = options.rootTensor = 0
+            finish(self._group.broadcast([tensor], options), self._board, "a result of rank 0")
+
+
+def described(arguments: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Of each leaf of the arguments, by name: its kind, and its value as far as it is compared."""
+    found: dict[str, list[Any]] = {}
+    for name, value in arguments.items():
+        leaves = pytree.tree_leaves(value)
+        for i, leaf in enumerate(leaves):
+            found[name if len(leaves) == 1 else f"{name}[{i}]"] = _description(leaf)
+    return found
+
+
+def _description(leaf: Any) -> list[Any]:
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+        leaf = torch.from_numpy(np.ascontiguousarray(leaf))
+    if isinstance(leaf, Tensor):
+        kind = f"{tuple(leaf.shape)} {leaf.dtype}"
+        if leaf.is_floating_point() or leaf.is_complex():
+            return [kind, sampled(leaf, INPUT_SAMPLES)]
+        return [kind, hashlib.sha256(_bytes_of(leaf.detach().cpu()).numpy().tobytes()).hexdigest()]
+    return [repr(leaf) if isinstance(leaf, PLAIN) else type(leaf).__name__, ""]
+
+
+def _difference(first: Mapping[str, Any], other: Mapping[str, Any], rank: int) -> str:
+    """How a rank's call differs from rank 0's; empty if it does not."""
+    if first["what"] != other["what"]:
+        return (
+            f"rank {rank} calls {other['what']}, rank 0 {first['what']}, which both run on rank 0 alone: a rank left a "
+            "picture early (an exception in a callback?), or makes other calls; begin the next picture on all ranks"
+        )
+    ours, theirs = first["arguments"], other["arguments"]
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        (kind, value), (their_kind, their_value) = ours.get(name, ["none", ""]), theirs.get(name, ["none", ""])
+        if kind != their_kind:
+            return f"rank {rank} calls {other['what']} with {their_kind} for `{name}`, rank 0 with {kind}"
+        same = all_close(value, their_value) if isinstance(value, list) else value == their_value
+        if not same:
+            return (
+                f"rank {rank} calls {other['what']} with another value of `{name}` than rank 0; every rank must be "
+                "given the same prompts and pictures"
+            )
+    return ""
+
+
+def packed(value: Any) -> tuple[bytes, Sequence[Tensor]]:
+    """A value as bytes, and the tensors in it, each once."""
+    buffer = io.BytesIO()
+    packer = _Packer(buffer)
+    packer.dump(value)
+    return buffer.getvalue(), packer.tensors
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+        self._places: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # so that no identity is given again
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return None
+        if type(obj) not in (Tensor, nn.Parameter) or obj.layout != torch.strided or obj.is_quantized:
+            raise TypeError(f"it has a {type(obj).__name__}, which is no plain tensor")
+        if obj.device.type == "meta":
+            raise TypeError("it has a tensor without values, on the device meta")
+        if id(obj) not in self._places:
+            self._places[id(obj)] = len(self.tensors)
+            self._kept.append(obj)
+            self.tensors.append(obj.detach().resolve_conj().resolve_neg())
+        return self._places[id(obj)]
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        return self._tensors[pid]
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes [n] of a tensor on the CPU; those of a contiguous one are its memory."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
