@@ -70,15 +70,16 @@ def media_of(pipe: Any, made: Any, frames_per_second: float | None = None) -> li
 
     Raises:
         NotImplementedError: the result holds none of them.
+        ValueError: it holds an empty list of them, or a video without frames.
     """
     found: list[Medium] = []
     held = {name: value for name, value in getattr(made, "__dict__", {}).items() if value is not None}
     for name in ("images", "frames"):
         if name in held:
-            values = _pixels(held[name][0])
+            values = _pixels(_first(pipe, name, held[name]))
             kind: Kind = "video" if values.ndim == 4 else "picture"
             found.append(Medium(kind, values, (frames_per_second or frame_rate_of(pipe)) * (kind == "video")))
-    sounds = [held[name][0] for name in ("audios", "audio") if name in held]
+    sounds = [_first(pipe, name, held[name]) for name in ("audios", "audio") if name in held]
     found += [Medium("sound", _samples(each), _sampling_rate(pipe)) for each in sounds]
     if not found:
         raise NotImplementedError(
@@ -86,6 +87,13 @@ def media_of(pipe: Any, made: Any, frames_per_second: float | None = None) -> li
             f"{', '.join(held) or 'a ' + type(made).__name__}"
         )
     return found
+
+
+def _first(pipe: Any, name: str, made: Any) -> Any:
+    first = made[0] if len(made) else []
+    if len(first) == 0 if isinstance(first, list) else 0 in getattr(first, "shape", ()):
+        raise ValueError(f"{type(pipe).__name__} has made nothing that could be written: its {name} are empty")
+    return first
 
 
 def frame_rate_of(pipe: Any) -> float:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fxpass import parallel, parallelize
 from fxpass.tools import checkout
-from fxpass.tools.commands.generate import Request, device_for, load, make, run
+from fxpass.tools.commands.generate import SEEDS, Request, device_for, load, make, run
 from fxpass.tools.demo import command as demo
 from fxpass.tools.pictures import AMPLIFICATION, comparison, image, psnr, psnr_text
 from tests.tools.command import fxpass
@@ -69,6 +69,14 @@ def test_equal_seeds_give_equal_images_and_other_seeds_others(folder: Path, tmp_
     assert made[0].shape == (32, 48, 3)
     assert np.array_equal(made[0], made[1])
     assert not np.array_equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_of_more_than_64_bits_is_refused_before_anything_is_loaded(seed: int, tmp_path: Path) -> None:
+    result = fxpass("generate", tmp_path / "nowhere", "--prompt", "x", "--seed", seed)
+    assert result.exit_code == 2
+    assert "Invalid value for '--seed'" in result.stderr
+    assert str(SEEDS[seed > 0]) in result.stderr
 
 
 def test_the_demo_runs_on_two_processes(folder: Path, tmp_path: Path) -> None:

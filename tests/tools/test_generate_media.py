@@ -188,3 +188,13 @@ def test_a_result_without_names_is_an_error() -> None:
 def test_a_result_without_pictures_or_sounds_is_named() -> None:
     with pytest.raises(NotImplementedError, match="and Maker makes image_embeds"):
         media_of(Maker(), SimpleNamespace(image_embeds=1, nothing=None))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [{"images": []}, {"frames": [[]]}, {"frames": torch.empty(1, 0, 8, 8, 3)}, {"audios": np.empty((1, 0))}],
+    ids=lambda made: f"{next(iter(made))} {type(next(iter(made.values()))).__name__}",
+)
+def test_a_result_without_anything_in_it_is_a_clear_error(made: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"has made nothing that could be written: its {next(iter(made))} are empty"):
+        media_of(SimpleNamespace(__call__=lambda: None, sampling_rate=8), SimpleNamespace(**made))

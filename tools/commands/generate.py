@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_WORLD = 2  #: ranks, outside torchrun
+SEEDS = (-(2**63), 2**64 - 1)  #: the least and the largest that torch takes
 FRAMES = ("num_frames", "video_length")  #: what pipelines call the number of frames
 SECONDS = ("audio_length_in_s", "audio_end_in_s", "audio_duration", "audio_duration_s", "duration")  #: of a sound
 
@@ -80,7 +81,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=SEEDS[0], max=SEEDS[1], help="Seed of the initial noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second of a video.")] = None,
