@@ -19,7 +19,7 @@ def show(out: Console, chosen: Prediction, others: Sequence[Prediction | Impossi
         others: other numbers of ranks and strategies; the first is one rank.
         steps: of a generation.
     """
-    from ..inspect.words import bytes_text, seconds_text
+    from ..inspect.words import bytes_text, count_text, seconds_text
     from ..predict.compare import advice
     from ..predict.prediction import Prediction
     from .commands.plan import table
@@ -38,7 +38,7 @@ def show(out: Console, chosen: Prediction, others: Sequence[Prediction | Impossi
     step("an exact step", chosen.exact)
     if chosen.steady is not None:
         step("a displaced step", chosen.steady)
-    times.add_row(f"{steps} steps", seconds_text(chosen.generation(steps)))
+    times.add_row(count_text(steps, "step"), seconds_text(chosen.generation(steps)))
     out.print(times)
     memory = chosen.memory
     needed = ", ".join(f"{name} {bytes_text(size)}" for name, size in memory.items())
@@ -58,14 +58,13 @@ def show(out: Console, chosen: Prediction, others: Sequence[Prediction | Impossi
 
 def _compared(rows: Sequence[Prediction | Impossible], steps: int) -> RenderableType:
     """A row for each number of ranks and strategy."""
-    from ..inspect.words import bytes_text, seconds_text
+    from ..inspect.words import bytes_text, count_text, seconds_text
     from ..predict.compare import Impossible
     from .commands.plan import table
 
     alone = next((row.generation(steps) for row in rows if not isinstance(row, Impossible) and row.world == 1), None)
-    shown = table(
-        "ranks", "strategy", "an exact step", "a displaced step", f"{steps} steps", "speed", "memory", right=True
-    )
+    whole_name = count_text(steps, "step")
+    shown = table("ranks", "strategy", "an exact step", "a displaced step", whole_name, "speed", "memory", right=True)
     seen = set()
     for row in sorted(rows, key=lambda each: each.world):
         if isinstance(row, Impossible):

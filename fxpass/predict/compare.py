@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..inspect.words import count_text, seconds_text
 from ..ir.layout import Layout
 from ..ir.program import Program
 from ..ir.progress import progress
@@ -73,11 +74,12 @@ def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str 
         return None
     if best.world == 1:
         ranks = f"{chosen.world} ranks over {chosen.target.link.name}"
-        times = f"{mine:.3g} s instead of {theirs:.3g} s for {steps} steps"
+        times = f"{seconds_text(mine)} instead of {seconds_text(theirs)} for {count_text(steps, 'step')}"
         return f"no split would be faster: {ranks} would be slower than 1, {times}"
     better = [f"{best.world} ranks"] if best.world != chosen.world else []
     better += [f"strategy {best.strategy.name!r}"] if best.strategy != chosen.strategy else []
-    return f"{' with '.join(better)} would be faster: {theirs:.3g} s instead of {mine:.3g} s for {steps} steps"
+    times = f"{seconds_text(theirs)} instead of {seconds_text(mine)} for {count_text(steps, 'step')}"
+    return f"{' with '.join(better)} would be faster: {times}"
 
 
 def slower_than_fewer(program: Program, predicted: Prediction) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fxpass.capture import capture
+from fxpass.inspect.words import seconds_text
 from fxpass.ir.step import Mode
 from fxpass.ir.strategy import Strategy
 from fxpass.passes.lower_comm import StepPrograms
@@ -118,7 +119,7 @@ def test_a_comparison_predicts_what_a_plan_does() -> None:
 def test_advice_says_plainly_what_would_be_faster() -> None:
     slow = [row for row in predicted((1, 2), over(latency=1.0), "sync", "displaced") if isinstance(row, Prediction)]
     one, two, stale = slow
-    times = f"{two.generation(50):.3g} s instead of {one.generation(50):.3g} s for 50 steps"  # those of 2 ranks first
+    times = f"{seconds_text(two.generation(50))} instead of {seconds_text(one.generation(50))} for 50 steps"
     assert f"2 ranks over cpu would be slower than 1, {times}" in str(advice(two, slow, 50))
     assert advice(one, slow, 50) is None
     assert "strategy 'displaced' would be faster" in str(advice(two, [stale], 50))
