@@ -43,7 +43,7 @@ from .passes.cost import flops, node_flops, totals
 from .passes.cuts import Tried
 from .passes.samples import IndivisibleError, stacked
 from .passes.targets import Target, find
-from .planning import Chooser, check_target, check_world_size, groups_of, strategy_of, target_of
+from .planning import Chooser, check_target, check_world_size, groups_of, strategy_of, target_of, warn_undivided
 from .predict.prediction import Prediction, predict
 from .runtime.state_bytes import bytes_by_channel
 
@@ -361,11 +361,7 @@ def make_plan(
     if together and isinstance(result.mixed, IndivisibleError) and not program.written and not program.changes:
         result = replace(result, samples=stacked(result.program, groups), mixed=None)
     result = resume(result, after="samples")
-    if result.mixed:
-        warn(
-            f"the batch is not divided among {groups} groups of ranks, so all {world_size} ranks work on patches of "
-            f"all samples: {result.mixed}"
-        )
+    warn_undivided(result, groups)
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .ir.advice import warn
 from .ir.program import Program
 from .ir.strategy import Strategy
+from .passes import Build
 from .passes.targets import Target, find
 from .predict.choose import Choice, choose, choose_strategy
 
@@ -48,6 +50,15 @@ def strategy_of(strategy: str | Strategy, *, graphs: bool = False) -> Strategy |
         return choose(program, world, target, graphs=graphs)
 
     return chosen if strategy == "auto" else Strategy.of(strategy, "auto")
+
+
+def warn_undivided(state: Build, groups: int) -> None:
+    """Warn if the samples of a batch could not be divided among so many groups."""
+    if state.mixed:
+        warn(
+            f"the batch is not divided among {groups} groups of ranks, so all {state.world} ranks work on patches of "
+            f"all samples: {state.mixed}"
+        )
 
 
 def check_world_size(world_size: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -283,4 +284,9 @@ def _from_result(model: str, made: Any, options: Options) -> Resolved:
             raise ResolveError(f"{model} returned ({kind}); it must return {expected}")
     if any((options.height, options.width, options.frames, options.batch)):
         raise ResolveError(f"{model} gives its own inputs: sizes and batch are chosen there")
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        name = type(module).__name__
+        raise ResolveError(f"{model} returned inputs that do not fit forward() of {name}: {error}") from None
     return Resolved(model, module, args, kwargs)

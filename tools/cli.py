@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 
 def main() -> None:
@@ -13,6 +14,7 @@ def main() -> None:
         sys.exit(2)
     try:
         from .commands.app import app
+        from .console import warning_text
     except ModuleNotFoundError as error:
         from ..extras import missing
 
@@ -20,6 +22,7 @@ def main() -> None:
             raise
         print(f"error: {hint}", file=sys.stderr)
         sys.exit(2)
+    warnings.formatwarning = warning_text
     app()
 
 

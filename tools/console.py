@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
+
+format_warning = warnings.formatwarning
 
 MODEL = "a catalog name (see `fxpass models`), small:NAME, a diffusers folder, or package.module:factory"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
@@ -75,6 +78,15 @@ class _ErrorsInOneLine:
             if ctx.params.get("traceback"):
                 raise
             _fail(error)
+
+
+def warning_text(message: Any, category: type[Warning], *place: Any) -> str:
+    """A warning as `warnings` shows it; one of this package in one line, without a line of source."""
+    from ..ir.advice import FxpassWarning
+
+    if issubclass(category, FxpassWarning):
+        return f"warning: {message}\n"
+    return format_warning(message, category, *place)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -60,3 +60,8 @@ class Unsplittable(nn.Module):
 
 def unsplittable() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     return Unsplittable().eval(), (torch.randn(2, 3, 8, 6),), {}
+
+
+def without_inputs() -> tuple[nn.Module, dict[str, Any]]:
+    """Forgets the input of its model."""
+    return nn.Sequential(), {}

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from fxpass.inspect.store import from_json
 from fxpass.inspect.text import text
+from fxpass.ir.advice import FxpassWarning
 from fxpass.tools.commands.app import app
+from fxpass.tools.console import warning_text
 from fxpass.tools.output import write
 from tests.tools.command import fxpass
 
@@ -223,6 +225,10 @@ def test_models_lists_the_catalog_and_the_small_models() -> None:
         (("dump", "small:unet_sd", "--data", 3), "2 ranks cannot be divided into cfg x data = 1 x 3 groups"),
         (("plan", GOOD, "-n", 17), "cannot be shared among 17 ranks"),
         (("plan", "tests.tools.models:uncapturable"), "models.py:"),
+        (
+            ("plan", "tests.tools.models:without_inputs"),
+            "do not fit forward() of Sequential: missing a required argument",
+        ),
         (("dump", "small:unet_sd", "--after", "normalise"), "did you mean 'normalize'?"),
         (("dump", "small:unet_sd", "--rank", 2), "counted from 0 to 1"),
         (("dump", "small:unet_sd", "--rank", -1), "'--rank'"),
@@ -247,6 +253,16 @@ def test_errors_of_the_user_are_one_line_and_exit_code_2(arguments: tuple[object
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert not result.stdout
+
+
+def test_a_batch_that_cannot_be_divided_is_said_in_one_line() -> None:
+    for command in ("plan", "dump"):
+        with pytest.warns(FxpassWarning, match="the batch is not divided among 2 groups of ranks") as found:
+            fxpass(command, "small:unet_sd", "--cfg", 2)
+        shown = warning_text(found[0].message, found[0].category, found[0].filename, found[0].lineno)
+        assert shown.startswith("warning: the batch is not divided")
+        assert len(shown.splitlines()) == 1
+    assert "test.py:1: UserWarning: words" in warning_text("words", UserWarning, "test.py", 1)
 
 
 def test_without_a_command_the_help_is_shown() -> None:

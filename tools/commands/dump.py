@@ -231,6 +231,7 @@ def built(
     """The state of the passes after `stage`."""
     from ...ir.strategy import Strategy
     from ...passes import Build, build
+    from ...planning import warn_undivided
     from ...predict.choose import Choice
 
     if isinstance(strategy, Strategy):
@@ -240,7 +241,9 @@ def built(
     fresh, groups, copies = choice.strategy, choice.groups, choice.copies
     if stage == CAPTURED:
         return Build(program, world_size, target, fresh, groups=groups, copies=copies)
-    return build(program, world_size, target, fresh, groups=groups, copies=copies, after=stage)
+    state = build(program, world_size, target, fresh, groups=groups, copies=copies, after=stage)
+    warn_undivided(state, groups)
+    return state
 
 
 def following(state: Build, name: str) -> Build:
