@@ -20,8 +20,6 @@ from .memory import Memory, alive, weights_of
 from .price import Figures, Prices
 from .simulate import Elapsed, Simulation
 
-SETTLED = 3  #: displaced steps after which each takes as long as the one before
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -155,8 +153,8 @@ class Steps:
         exact = _taken(simulation, self.modes["exact"])
         steady = None
         if displaced := [step for mode, step in self.modes.items() if mode != "exact"]:
-            for _ in range(SETTLED):
-                steady = _taken(simulation, displaced[0])
+            simulation.settle(displaced[0])
+            steady = _taken(simulation, displaced[0])
         return Prediction(target, world, strategy, graphs, exact, steady, self.memory)
 
 

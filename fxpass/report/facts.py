@@ -156,18 +156,20 @@ class Facts:
         return [(round(float(end), 4), int(piece.max())) for end, piece in zip(ends, pieces, strict=True)]
 
     def _timelines(self) -> Iterator[tuple[str, list[Bar]]]:
-        """The first exact step, and the third displaced one."""
+        """The first exact step, and a displaced one after which each takes as long."""
         world = self.plan.world_size
         shown = sorted({round(i * (world - 1) / max(1, min(world, RANKS) - 1)) for i in range(min(world, RANKS))})
         recorder = _Recorder(shown)
         simulation = Simulation(world, self.plan.target.link, recorder)
         for mode, step in self.priced.modes.items():
+            if mode != "exact":
+                simulation.settle(step)
             recorder.bars.clear()
             ends = [float(simulation.stream.max())]
-            for _ in range(1 if mode == "exact" else 4):  # what the third sends arrives in the fourth
+            for _ in range(1 if mode == "exact" else 2):  # what a displaced step sends arrives in the next one
                 simulation.step(step)
                 ends.append(float(simulation.stream.max()))
-            began, ended = ends[-2:] if mode == "exact" else ends[2:4]
+            began, ended = ends[:2]
             bars = [bar.within(began, ended) for bar in recorder.bars if bar.began < ended and bar.ended > began]
             yield "exact step" if mode == "exact" else "displaced step", list(_merged(bars, BARS))
 

@@ -88,6 +88,17 @@ def test_a_message_for_the_next_step_costs_nothing_while_the_step_takes_longer()
     assert np.diff(ends(2, link(bandwidth=0.5), *[steady] * 4), axis=0)[-1].tolist() == [128.0, 128.0]
 
 
+def test_messages_that_pile_up_over_many_steps_are_waited_for_once_it_has_settled() -> None:
+    several = [message(gather(2, 672), late=True, number=i) for i in range(5)]
+    events = [event for m in several for event in (get(m), put(m), work(640.0))]
+    simulation = Simulation(2, link())
+    first = [simulation.step(Step((*events,))).ended[0] for _ in range(6)]
+    assert np.diff(first).tolist()[:3] == [5 * 640] * 3
+    simulation.settle(Step((*events,)))
+    began = simulation.stream[0]
+    assert simulation.step(Step((*events,))).ended[0] - began == pytest.approx(5 * 672)
+
+
 def test_exposed_seconds_are_those_that_ranks_wait() -> None:
     m = message(gather(2, 64))
     elapsed = Simulation(2, link()).step(Step((work(1.0, 3.0), put(m), work(4.0), get(m))))
