@@ -72,9 +72,9 @@ def test_displaced_steps_of_a_rule_equal_exact_ones_on_equal_inputs_and_all_rank
     program = captured(example.function, example.inputs)
     for place, dim, size in places:
         for world in range(2, min(size, 3) + 1):
+            cuts, known = {place: evenly(dim, size, world)}, {}
             for preset in PRESETS:
-                cuts = {place: evenly(dim, size, world)}
-                found = follow(example.function, example.inputs, cuts, world, preset, program)
+                found = follow(example.function, example.inputs, cuts, world, preset, program, known)
                 assert found.finite or name == COMPARES, f"input {place} cut along {dim} on {world} ranks, {preset}"
 
 
