@@ -9,6 +9,7 @@ import itertools
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.ir.step import Step
 from fxpass.runtime.calls.module import ParallelModule
+from fxpass.runtime.lockstep import LockstepPlan
 from fxpass.runtime.spawn import SpawnPlan
 from tests.runtime.test_spawn import gone
 
@@ -221,24 +223,33 @@ def test_each_picture_is_announced_so_that_its_first_and_last_steps_are_exact(
     module_of(split).close()
 
 
-@pytest.mark.parametrize("step", [euler, heun, dpm_2])
+@pytest.mark.parametrize(
+    ("step", "executor", "plan"),
+    [(euler, "spawn", SpawnPlan), (heun, "lockstep", LockstepPlan), (dpm_2, "lockstep", LockstepPlan)],
+)
 def test_a_picture_reads_no_state_of_the_one_before_whose_sigmas_it_shares(
-    loaded: ModelPatcher, step: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+    loaded: ModelPatcher, step: Callable[..., Tensor], executor: str, plan: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Which steps are exact is decided alike whatever runs them: workers for one sampler will do."""
     announced: list[list[float]] = []
     exact: list[bool] = []
-    reset, run = ParallelModule.reset, SpawnPlan.run
+    reset, run = ParallelModule.reset, plan.run
 
     def begun(self: ParallelModule, timesteps: Any) -> None:
         announced.append(timesteps)
         reset(self, timesteps)
 
-    def noted(self: SpawnPlan, weights: Any, inputs: Any, step: Step) -> list[Tensor]:
+    def noted(self: Any, weights: Any, inputs: Any, step: Step) -> list[Tensor]:
         exact.append(step.exact)
         return run(self, weights, inputs, step)
 
+    def split_by(model: Any, executor: str, **options: Any) -> Any:
+        return fxpass.parallelize(model, executor=chosen, **options)
+
+    chosen = executor
+    monkeypatch.setattr(node, "fxpass", SimpleNamespace(parallelize=split_by))
     monkeypatch.setattr(ParallelModule, "reset", begun)
-    monkeypatch.setattr(SpawnPlan, "run", noted)
+    monkeypatch.setattr(plan, "run", noted)
     (split,) = SPLIT().split(loaded, gpus=2, guidance=False, strategy="displaced", compile=False)
     sigmas, context = torch.linspace(1, 0, 13), torch.randn(2, 6, 8)
     sample(split, seed=1, step=step, sigmas=sigmas, context=context)
