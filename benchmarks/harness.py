@@ -96,7 +96,9 @@ class Stepper:
 
     def without_exchanges(self, step: Step) -> Callable[[], list[Tensor]]:
         """This rank's program without exchanges, in the mode of `step`; see `without_exchanges` below."""
-        return without_exchanges(self.loaded.runner, self.weights, self.tensors, replace(step, context=CEILING))
+        return without_exchanges(
+            self.loaded.steps.runners[0], self.weights, self.tensors, replace(step, context=CEILING)
+        )
 
     def received(self, step: Callable[[], Any]) -> dict[str, int]:
         """Bytes that this rank receives in one `step`, by role."""

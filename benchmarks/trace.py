@@ -72,7 +72,7 @@ class Trace:
 def trace(stepper: Stepper) -> Trace | None:
     """Run one exact and three displaced steps, and record the last two. Returns None on ranks other than 0."""
     log, rank = Log(), dist.get_rank()
-    runner = recorded(stepper.plan, stepper.loaded.runner.channels(CONTEXT), rank, log)
+    runner = recorded(stepper.plan, stepper.loaded.steps.runners[0].channels(CONTEXT), rank, log)
 
     def run(step: Step) -> None:
         runner.run(stepper.weights, stepper.tensors(), 0, runner.mode(step), step.pace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ from .ir.advice import warn
 from .ir.comm import kept_bytes
 from .ir.fetch import Fetch
 from .ir.layout import Layout
-from .ir.mesh import Mesh
+from .ir.mesh import Mesh, Placement
 from .ir.program import Program, exchanges_of, fingerprint
 from .ir.step import Mode
 from .ir.strategy import Strategy
@@ -43,7 +44,17 @@ from .passes.cost import flops, node_flops, totals
 from .passes.cuts import Tried
 from .passes.samples import IndivisibleError, stacked
 from .passes.targets import Target, find
-from .planning import Chooser, check_target, check_world_size, groups_of, strategy_of, target_of, warn_undivided
+from .planning import (
+    Chooser,
+    check_target,
+    check_world_size,
+    counts_of,
+    groups_of,
+    refuse_patches,
+    strategy_of,
+    target_of,
+    warn_undivided,
+)
 from .predict.prediction import Prediction, predict
 from .runtime.state_bytes import bytes_by_channel
 
@@ -70,6 +81,7 @@ class Plan:
     groups: int = 1  #: of ranks, each of which runs different samples of the batch, or a call of its own
     calls: int = 1  #: how many calls of the program run at once, each on a group of ranks
     copies: int = 1  #: so many groups do the same: fewer ranks are faster (`strategy="auto"`)
+    counts: tuple[int, ...] = ()  #: how many ranks each process runs, in turn; (): each runs one
 
     @property
     def mesh(self) -> Mesh:
@@ -77,9 +89,16 @@ class Plan:
         return Mesh(self.groups, self.world_size // self.groups)
 
     @property
+    def placement(self) -> Placement:
+        """Which process runs which ranks."""
+        return Placement(self.counts or (1,) * self.world_size)
+
+    @property
     def arrangement(self) -> str:
         """The ranks in words, for messages: "4 ranks (2 groups of 2 patches)"."""
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        if self.placement.several:
+            ranks += f" on {len(self.counts)} process{'es' * (len(self.counts) > 1)}"
         if self.groups == 1:
             return ranks
         patches = self.mesh.patches
@@ -89,7 +108,8 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that the ranks must agree on."""
-        return fingerprint(self.graph)
+        found = fingerprint(self.graph)
+        return hashlib.sha256(f"{found} {self.counts}".encode()).hexdigest() if self.placement.several else found
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file, for `parallelize(…, plan=path)`; the file's plans of other calls stay.
@@ -224,7 +244,7 @@ class Plan:
 
         Kinds: `in one process`, `shared memory`, `gloo`, `NCCL`, and `symmetric memory` unless the ranks are a mesh.
         """
-        return bytes_by_channel(self.graph, self.world_size)
+        return bytes_by_channel(self.graph, self.placement)
 
     @property
     def exact_steps(self) -> tuple[int, int] | None:
@@ -338,13 +358,15 @@ def make_plan(
     link: str | None = None,
     *,
     groups: int = 1,
+    patches: int | None = None,
     together: bool = False,
     strict: bool = False,
 ) -> Plan:
-    """Plan a captured program for `world_size` ranks. Raises as `plan` does.
+    """Plan a captured program for `world_size` processes. Raises as `plan` does.
 
     Args:
         strategy: or what chooses one, and the mesh.
+        patches: of each group; None: one for each process.
         groups: of ranks, among which the samples of a batch are divided, if they are independent; they divide
             `world_size`. Otherwise all ranks work on patches of all samples, and a warning says why.
         together: where the batch cannot be divided evenly, each group runs a call of its own instead, unless calls
@@ -354,10 +376,12 @@ def make_plan(
     started = time.perf_counter()
     machine = target_of(target, program, link)
     copies = 1
+    counts = counts_of(world_size, groups, patches)
     if not isinstance(strategy, Strategy):
         choice = strategy(program, world_size, groups, machine)
         strategy, groups, copies = choice.strategy, choice.groups, choice.copies
-    result: Build = build(program, world_size, machine, strategy, groups=groups, copies=copies, after="samples")
+    ranks = sum(counts) or world_size
+    result: Build = build(program, ranks, machine, strategy, groups=groups, copies=copies, after="samples")
     if together and isinstance(result.mixed, IndivisibleError) and not program.written and not program.changes:
         result = replace(result, samples=stacked(result.program, groups), mixed=None)
     result = resume(result, after="samples")
@@ -365,8 +389,9 @@ def make_plan(
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     plan = Plan(
-        result.program, result.graph, world_size, strategy, result.target, dict(result.cuts), seconds, result.tried,
+        result.program, result.graph, ranks, strategy, result.target, dict(result.cuts), seconds, result.tried,
         result.mesh.groups, result.samples.calls if result.samples else 1, result.copies if result.samples else 1,
+        counts,
     )  # fmt: skip
     if strict and plan.gathered:
         raise FallbackError(
@@ -389,17 +414,18 @@ def plan(
     strategy: str | Strategy = "sync",
     cfg: int = 1,
     data: int = 1,
+    patches: int | None = None,
     target: str | Target = "auto",
     link: str | None = None,
     strict: bool = False,
     **kwargs: Any,
 ) -> Plan:
-    """Plan `model(*args, **kwargs)` on `world_size` ranks without running it. Weight-free (fake) models work.
+    """Plan `model(*args, **kwargs)` on `world_size` processes without running it. Weight-free (fake) models work.
 
     `target` names a device, or a file that describes one; `link` what joins the ranks (docs/targets.md lists both).
     `strategy="auto"` takes what is predicted to be fastest there: "displaced" or "sync", any number of groups, and
     fewer ranks if that is faster (`Plan.copies`). Planning takes several times as long.
-    `cfg` and `data` are those of `parallelize`.
+    `cfg`, `data` and `patches` are those of `parallelize`.
 
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if it cannot be split over
     so many ranks, and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (`Plan.gathered`).
@@ -408,5 +434,6 @@ def plan(
     groups = groups_of(world_size, cfg, data)
     check_target(target, link)
     chosen = strategy_of(strategy)
+    refuse_patches(chosen, counts_of(world_size, groups, patches))
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
-    return make_plan(program, world_size, chosen, target, link, groups=groups, strict=strict)
+    return make_plan(program, world_size, chosen, target, link, groups=groups, patches=patches, strict=strict)

@@ -30,8 +30,40 @@ def groups_of(world_size: int, cfg: Any, data: Any) -> int:
     return cfg * data
 
 
+def counts_of(world_size: int, groups: int, patches: Any) -> tuple[int, ...]:
+    """How many patches each process runs; () if each runs one.
+
+    Args:
+        world_size: the number of processes.
+        patches: of each group; None: one for each of its processes.
+
+    Raises:
+        ValueError: `patches` is no whole number of at least 1, or cannot be dealt to the processes of a group.
+    """
+    processes = world_size // groups
+    if patches is None or (patches == processes and not isinstance(patches, bool)):
+        return ()
+    if isinstance(patches, bool) or not isinstance(patches, int) or patches < 1:
+        raise ValueError(f"patches must be a whole number of at least 1, not {patches!r}")
+    where = f"the {processes} processes" + " of each group" * (groups > 1)
+    if patches < processes:
+        raise ValueError(f"{patches} patches are too few for {where}; patches={processes} or a multiple of it would do")
+    if patches % processes:
+        fewer = patches - patches % processes
+        raise ValueError(
+            f"{patches} patches cannot be dealt evenly to {where}; {fewer} or {fewer + processes} patches would do"
+        )
+    return (patches // processes,) * world_size
+
+
 #: chooses how so many ranks, divided into so many groups (1: any number), share a program
 Chooser = Callable[[Program, int, int, Target], Choice]
+
+
+def refuse_patches(strategy: Strategy | Chooser, counts: Sequence[int]) -> None:
+    """Raises `ValueError` if processes run several patches and the strategy, and with it the mesh, is to be chosen."""
+    if counts and not isinstance(strategy, Strategy):
+        raise ValueError("patches is for a strategy that is named, not for strategy='auto'")
 
 
 def strategy_of(strategy: str | Strategy, *, graphs: bool = False) -> Strategy | Chooser:

@@ -127,7 +127,7 @@ class CallCheck:
             message = Merged("inputs", (len(mine),), torch.float64, board.world)
             self._received = message.received(board.rank)
             spec = ChannelSpec("inputs", "", (message,), late=False)
-            self._channel = self._network.open([spec], self._device)[0]
+            self._channel = self._network.open([spec], self._device)[0][0]
         self._channel.put([[None if dst == board.rank else mine for dst in range(board.world)]])
         self._traffic["inputs"] += self._received
         (received,) = self._channel.get()

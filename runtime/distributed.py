@@ -26,8 +26,7 @@ from .first_rank import FirstRank
 from .groups import connect
 from .held import NOTHING, Held, Holding
 from .network import Network
-from .rank_steps import RankSteps, on_device
-from .step_runner import StepRunner
+from .rank_steps import RankSteps, on_device, steps_of
 
 #: executors made by this process, by their member ranks; all members make them in the same order
 _counts: Counter[tuple[int, ...]] = Counter()
@@ -131,16 +130,8 @@ class DistributedExecutor:
             self._ranks.network = connect(board, device, nccl=nccl, registered=self._group or dist.group.WORLD)
         network = self._ranks.network
         check = CallCheck(network, plan.program.input_paths, device, self.traffic)
-        runner = StepRunner.of(
-            plan,
-            board.rank,
-            lambda specs: network.open(specs, device),
-            device,
-            self.traffic,
-            compile=inductor,
-            sharing=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        )
-        steps = RankSteps(runner, network, graph=graph)
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        steps = steps_of(plan, network, device, self.traffic, compile=inductor, graph=graph, sharing=sharing)
         return DistributedPlan(self, steps, check)
 
     def forget(self, numbers: Sequence[int]) -> None:
@@ -262,12 +253,11 @@ class DistributedPlan:
     ) -> None:
         self.executor = executor
         self.steps = steps
-        self.runner = steps.runner
         self.check = check
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
         try:
-            with on_device(self.runner.device):
+            with on_device(self.steps.device):
                 return self.check.decide(inputs, question)
         except DisagreementError:  # on every rank, before any exchange
             raise
@@ -284,17 +274,15 @@ class DistributedPlan:
             RankError: another rank failed, ended, or did not answer in time.
         """
         try:
-            mode = self.runner.mode(step)
-            held = self.executor.held
-            outputs = self.steps.run(weights, held.inputs(inputs, holding), step.context, mode, step.pace)
-            return held.outputs(outputs, holding)
+            mode, held = self.steps.mode(step), self.executor.held
+            return self.steps.run(weights, inputs, step.context, mode, step.pace, held, holding)[0]
         except BaseException as error:
             self.executor.broke(error)
             raise
 
     @property
     def compiled(self) -> Sequence[Report]:
-        return self.runner.reports
+        return self.steps.runners[0].reports
 
     def release(self) -> None:
         self.steps.forget_graphs()

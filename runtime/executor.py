@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, fx
 
+from ..ir.mesh import Placement
 from ..ir.program import Program
 from ..ir.step import Step
 from .held import NOTHING, Holding
@@ -59,7 +60,15 @@ class PlanLike(Protocol):
     @property
     def graph(self) -> fx.Graph: ...
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """The number of ranks."""
+        ...
+
+    @property
+    def placement(self) -> Placement:
+        """Which process runs which ranks."""
+        ...
+
     @property
     def fingerprint(self) -> Any: ...  # a str; type checkers do not take a cached property for one
     @property
@@ -107,7 +116,7 @@ class Loaded(Protocol):
 
 
 class Executor(Protocol):
-    """Runs plans on `world_size` ranks."""
+    """Runs plans on `world_size` processes."""
 
     world_size: int
 

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ir.step import EXACT, ChannelSpec, Mode, Step
-from .channels import Channel, InProcessChannel, Tamper
+from ..ir.mesh import Placement
+from ..ir.step import EXACT, ChannelSpec, Step
+from .channels import Channel, RankChannel, Tamper
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of, on_host
-from .graphs import StepGraphs, cuda_recorder
 from .held import NOTHING, Held, Holding
-from .step_runner import StepRunner, as_tensor, run_in_turns
+from .rank_steps import Ends, RankSteps
+from .step_runner import StepRunner
 
 
 class LockstepExecutor:
@@ -40,7 +41,7 @@ class LockstepExecutor:
         self.traffic: Counter[str] = Counter()
         self.tamper = tamper
         self.check = check
-        self.held = [Held() for _ in range(world_size)]  #: by rank
+        self.held = Held()
 
     def share(self) -> LockstepExecutor:
         """Another executor like this one."""
@@ -50,8 +51,7 @@ class LockstepExecutor:
         return LockstepPlan(self, plan, inputs)
 
     def forget(self, numbers: Sequence[int]) -> None:
-        for held in self.held:
-            held.forget(numbers)
+        self.held.forget(numbers)
 
     def begin(self, device: torch.device) -> None:
         pass
@@ -68,26 +68,30 @@ class LockstepPlan:
 
     def __init__(self, executor: LockstepExecutor, plan: PlanLike, inputs: Sequence[Tensor]) -> None:
         self.executor = executor
-        self.device = device_of(inputs)
-        self.world = plan.world_size
-        self._ends: list[list[Channel]] = []  #: of the context that is opened
-        inductor, graph = compilers(executor.compile, self.device)
+        device = device_of(inputs)
+        inductor, graph = compilers(executor.compile, device)
         others: Counter[str] = Counter()  # what all ranks but the first receive is not counted
+        every = range(plan.world_size)
+
+        def opened(specs: Sequence[ChannelSpec]) -> list[list[Channel]]:
+            ends = [RankChannel.of_ranks(spec, every, device, tamper=executor.tamper) for spec in specs]
+            return [[of_ranks[rank] for of_ranks in ends] for rank in every]
+
+        ends = Ends(opened)
         self.ranks = [
             StepRunner.of(
                 plan,
                 rank,
-                partial(self._open, rank),
-                self.device,
+                partial(ends.of, rank),
+                device,
                 others if rank else executor.traffic,
                 compile=inductor,
                 check=executor.check,
             )
-            for rank in range(plan.world_size)
+            for rank in every
         ]
-        recorded = graph and not self.ranks[0].specs  # messages between ranks have no fixed places here
-        self._record = cuda_recorder(self.device) if recorded else None
-        self._graphs: dict[int, StepGraphs] = {}  #: by context
+        # messages between ranks have no fixed places here: only one rank's steps can be recorded
+        self.steps = RankSteps(self.ranks, Placement((plan.world_size,)), graph=graph)
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
         return question.decide(on_host(question.facts))
@@ -107,27 +111,10 @@ class LockstepPlan:
             AssertionError: every rank waits for another one, or a payload has not the declared shape.
         """
         try:
-            modes: list[Mode] = [rank.mode(step) for rank in self.ranks]
-            assert len(set(modes)) == 1
-            if self._record and not holding.takes:  # all ranks have the same inputs
-                if step.context not in self._graphs:
-                    self._graphs[step.context] = StepGraphs(self.ranks, step.context, self.device, self._record)
-                found = self._graphs[step.context].run(weights, inputs, modes[0], step.pace)
-            else:
-                channels = [rank.channels(step.context) for rank in self.ranks]
-                pace = as_tensor(step.pace)
-                given = [held.inputs(inputs, holding) for held in self.executor.held]
-                runs = [
-                    rank.start(weights, own, step.context, modes[0], pace)
-                    for rank, own in zip(self.ranks, given, strict=True)
-                ]
-                del given
-                found = [outputs for outputs, _ in run_in_turns(runs, channels)]
-                for rank in self.ranks:
-                    rank.count(modes[0])
-            return [held.outputs(each, holding) for held, each in zip(self.executor.held, found, strict=True)]
+            mode = self.steps.mode(step)
+            return self.steps.run(weights, inputs, step.context, mode, step.pace, self.executor.held, holding)
         except BaseException:
-            self._forget()  # some ranks have put more messages than others
+            self.steps.close()  # some ranks have put more messages than others
             raise
 
     @property
@@ -135,18 +122,5 @@ class LockstepPlan:
         return self.ranks[0].reports if self.ranks else []
 
     def release(self) -> None:
-        self._forget()
-        self.ranks = []
-
-    def _open(self, rank: int, specs: Sequence[ChannelSpec]) -> list[Channel]:
-        """Called for rank 0 first: it opens the ends of all ranks."""
-        if rank == 0:
-            tamper = self.executor.tamper
-            ends = [InProcessChannel.of_all_ranks(spec, self.world, self.device, tamper) for spec in specs]
-            self._ends = [[of_ranks[r] for of_ranks in ends] for r in range(self.world)]
-        return self._ends[rank]
-
-    def _forget(self) -> None:
-        self._graphs.clear()  # before what they read
-        for rank in self.ranks:
-            rank.close()
+        self.steps.close()
+        self.ranks.clear()

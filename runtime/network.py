@@ -1,4 +1,4 @@
-"""One rank's connection to the others: opens channels, through memory that all ranks map, else by a group."""
+"""One process's connection to the others: opens channels, through memory that all ranks map, else by a group."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from ..ir.mesh import Placement
 from ..ir.step import ChannelSpec
 from . import processes, symmetric_memory
 from .board import POLL, Board
-from .channels import Channel
+from .channels import Channel, ProcessChannel, RankChannel
 from .errors import RankError
+from .messages import partners
 from .process_group import GroupChannel
 from .shared_memory import DISABLE, OPENING, open_channels
 from .symmetric_memory import SymmetricChannel, SymmetricMemory
@@ -60,30 +62,48 @@ class Network:
         self._maps: bool | None = None  #: whether all GPUs can map each other's memory; None if nobody has looked
         self._memories: list[SymmetricMemory] = []
 
-    def open(self, specs: Sequence[ChannelSpec], device: torch.device) -> Sequence[Channel]:
-        """Open channels for values on `device`. All ranks call it, for the same channels in the same order.
+    def open(
+        self, specs: Sequence[ChannelSpec], device: torch.device, placement: Placement | None = None
+    ) -> list[Sequence[Channel]]:
+        """Open channels for values on `device`. All processes call it, for the same channels in the same order.
+
+        Args:
+            placement: which process runs which ranks; None: each runs one.
+
+        Returns:
+            The ends of each rank of this process.
 
         Raises:
             OSError: the machine has too little memory left for the messages.
             RankError: a rank failed or did not come.
         """
         self._opened += 1
+        board = self.board
+        placement = placement or Placement.one_each(board.world)
+        between: Sequence[ProcessChannel] | None = None
         if device.type == "cpu":
-            shared = open_channels(specs, self.board, self._opened)
-            if shared is not None:
-                return shared
-        if self.maps(specs, device):
+            between = open_channels(specs, board, self._opened, placement)
+        if between is None and self.maps(specs, device, placement):
             assert self._rendezvous is not None
             # later calls write to it, also outside inference mode
             with torch.inference_mode(False), self._rendezvous() as group:
-                memory = symmetric_memory.allocated(specs, group, self.board, device, self._opened)
+                memory = symmetric_memory.allocated(specs, group, board, device, self._opened)
             self._memories = [each for each in self._memories if not each.closed] + [memory]
-            return [SymmetricChannel(memory, i, spec) for i, spec in enumerate(specs)]
-        return [GroupChannel(spec, *self._group_of(spec), device, self.blocking, self.board) for spec in specs]
+            return [[SymmetricChannel(memory, i, spec) for i, spec in enumerate(specs)]]
+        if between is None:
+            between = [
+                GroupChannel(spec, *self._group_of(spec, placement), device, self.blocking, board, placement)
+                for spec in specs
+            ]
+        own = placement.ranks(board.rank)
+        ends = [RankChannel.of_ranks(spec, own, device, each) for spec, each in zip(specs, between, strict=True)]
+        return [[of_ranks[i] for of_ranks in ends] for i in range(len(own))]
 
-    def maps(self, specs: Sequence[ChannelSpec], device: torch.device) -> bool:
+    def maps(self, specs: Sequence[ChannelSpec], device: torch.device, placement: Placement) -> bool:
         """Whether these channels go through memory that all GPUs map. All ranks call it in the same order."""
         if device.type != "cuda" or self._rendezvous is None or not any(spec.closing for spec in specs):
+            return False
+        if placement.several:  # a process would have to tell ranks of its own from others
             return False
         if self._maps is None:
             cards = gpu_cards(self.board, device)
@@ -126,10 +146,10 @@ class Network:
             elif isinstance(error, RankError) and error.hangs:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
-    def _group_of(self, spec: ChannelSpec) -> tuple[Any, Sequence[int]]:
-        """The group of a channel and its ranks: an urgent one for what is never stale, also in displaced steps."""
+    def _group_of(self, spec: ChannelSpec, placement: Placement) -> tuple[Any, Sequence[int]]:
+        """The group of a channel and its members: an urgent one for what is never stale, also in displaced steps."""
         name = "urgent" if spec.exchanges[0].fresh == "sync" else "group"
-        members = spec.members(self.board.rank)
+        members = partners(spec, placement, self.board.rank)
         if self._connect is None or len(members) == self.board.world:
             return (self.urgent if name == "urgent" else self.group), range(self.board.world)
         # no rank waits for another one in vain: where one needs a new group of its line, so do all ranks of theirs

@@ -12,80 +12,94 @@ import torch
 from torch import Tensor
 
 from ..ir.exchange import Exchange, Payloads
+from ..ir.mesh import Placement
 from ..ir.step import ChannelSpec
 from .board import POLL, Board
-from .channels import assembled, no_message
-from .messages import Message
+from .messages import Bundle, Message, partners
 
 SMALL = 1 << 16  #: bytes; up to here gloo (not NCCL) is faster at an all-to-all than at an all-gather (0.6 and 1.0 ms)
 
 
-def gathered(exchanges: tuple[Exchange, ...]) -> int:
-    """Bytes of each rank's part in an all-gather among the ranks that exchange: the largest message.
+def gathered(spec: ChannelSpec, placement: Placement, process: int = 0) -> int:
+    """Bytes of each process's part in an all-gather among the processes that exchange: the largest bundle.
 
     0 if an all-to-all is used instead: a rank sends different messages, or an all-gather would add more than a quarter
     of padding.
+
+    Args:
+        process: one of these.
     """
-    world = exchanges[0].world
-    if not all(each.broadcast for each in exchanges):
+    if not all(each.broadcast for each in spec.exchanges):
         return 0
-    sizes = [Message(exchanges, rank, (rank + 1) % world).size for rank in range(world)]
-    return max(sizes) if 4 * max(sizes) * world <= 5 * sum(sizes) else 0
+    sizes = [_sent_to_all(spec, placement, each).size for each in partners(spec, placement, process)]
+    return max(sizes) if 4 * max(sizes) * len(sizes) <= 5 * sum(sizes) else 0
+
+
+def _sent_to_all(spec: ChannelSpec, placement: Placement, process: int) -> Bundle:
+    """What a process sends to all others, on a channel on which ranks send the same to all."""
+    own = placement.ranks(process)
+    return Bundle(spec, own, set(range(placement.world)).difference(own))
 
 
 def padding(exchanges: tuple[Exchange, ...], rank: int) -> int:
-    """Bytes of padding that a rank, as the exchanges count it, receives of a message through NCCL."""
-    blob = gathered(exchanges) if exchanges[0].lines == 1 else 0
-    sizes = [blob or Message(exchanges, src, rank).size for src in range(exchanges[0].world) if src != rank]
+    """Bytes of padding that a rank, as the exchanges count it, receives of a message through NCCL.
+
+    Each rank has a process of its own.
+    """
+    world, spec = exchanges[0].world, ChannelSpec("", "", exchanges, late=False)
+    blob = gathered(spec, Placement.one_each(world)) if exchanges[0].lines == 1 else 0
+    sizes = [blob or Message(exchanges, src, rank).size for src in range(world) if src != rank]
     return sum(sizes) - sum(each.received(rank) for each in exchanges)
 
 
-def held_bytes(specs: Sequence[ChannelSpec], rank: int, *, blocking: bool) -> int:
-    """Bytes of a rank's messages in flight from one step to the next, with their padding: what it sends and receives.
+def held_bytes(specs: Sequence[ChannelSpec], placement: Placement, process: int, *, blocking: bool) -> int:
+    """Bytes of a process's messages in flight from one step to the next, with their padding: sent and received.
 
     Args:
         blocking: as of `GroupChannel`.
     """
     total = 0
+    own = placement.ranks(process)
     for spec in specs:
         if not spec.late:
             continue
-        place, world = spec.place(rank), len(spec.members(rank))
-        own_group = blocking or spec.exchanges[0].lines == 1  # gloo's groups are of the ranks of a line
-        blob = gathered(spec.exchanges) if own_group else 0
+        others = partners(spec, placement, process)
+        own_group = blocking or len(others) == placement.processes  # gloo's groups are of the ranks of a line
+        blob = gathered(spec, placement, process) if own_group else 0
         if blob > (SMALL if blocking else 0):
-            total += blob * world
+            total += blob * len(others)
             continue
-        ends = [end for other in range(world) if other != place for end in ((place, other), (other, place))]
-        total += sum(Message(spec.exchanges, *end).size for end in ends)
+        for other in others:
+            if other != process:
+                theirs = placement.ranks(other)
+                total += Bundle(spec, own, theirs).size + Bundle(spec, theirs, own).size
     return total
 
 
 class GroupChannel:
-    """A channel through a process group.
+    """A channel between processes through a process group.
 
-    Where only some of the group's ranks exchange with this one, all take part in an all-to-all, and send the others
-    nothing: every rank puts on the same channels in the same order. (Through gloo they wait for each other all the
+    Where only some of the group's processes exchange with this one, all take part in an all-to-all, and send the others
+    nothing: every process puts on the same channels in the same order. (Through gloo they wait for each other all the
     same; NCCL launches nothing for parts without bytes.)
 
     Args:
         group: a `ProcessGroup` or one of its backends.
-        ranks: the ranks of the group, in its order: all ranks, or those that exchange with this one.
+        members: the processes of the group, in its order: all, or those that exchange with this one.
         device: the device of the payloads.
         blocking: the group moves host memory, and its `wait` blocks the host (gloo) with a timeout, so that the board
             can be checked.
     """
 
-    lends = False
-
     def __init__(
         self,
         spec: ChannelSpec,
         group: Any,
-        ranks: Sequence[int],
+        members: Sequence[int],
         device: torch.device,
         blocking: bool,
         board: Board,
+        placement: Placement,
     ) -> None:
         self.spec = spec
         self.group = group
@@ -93,60 +107,94 @@ class GroupChannel:
         self.host = torch.device("cpu") if blocking else device
         self.blocking = blocking
         self.board = board
-        rank = board.rank
-        self.ranks = tuple(ranks)
-        self.place = place = spec.place(rank)
-        self.members = spec.members(rank)
-        self.blob = gathered(spec.exchanges) if self.ranks == self.members else 0
+        self.placement = placement
+        self.members = tuple(members)
+        me, own = board.rank, placement.ranks(board.rank)
+        others = partners(spec, placement, me)
+        self.blob = gathered(spec, placement, me) if self.members == others else 0
         self.gather = self.blob > (SMALL if blocking else 0)
-        others = {r: i for i, r in enumerate(self.members) if r != rank}  #: their places
-        self.outgoing = {dst: Message(spec.exchanges, place, i) for dst, i in others.items()}
-        self.incoming = {src: Message(spec.exchanges, i, place) for src, i in others.items()}
-        self.sends = [self.outgoing[r].size if r in others else 0 for r in self.ranks]
-        self.receives = [self.incoming[r].size if r in others else 0 for r in self.ranks]
-        lengths = [self.blob] * len(self.ranks) if self.gather else self.receives
-        #: where each rank's message begins in the receive buffer
-        self.starts = dict(zip(self.ranks, accumulate(lengths[:-1], initial=0), strict=True))
+        self.number = 0  #: of the message put last
+        nothing = Bundle(spec, (), ())
+        if self.gather:
+            incoming = {each: _sent_to_all(spec, placement, each) for each in others}
+            outgoing = {me: incoming[me]}
+        else:
+            theirs = [(each, placement.ranks(each)) for each in self.members]
+            outgoing = {each: nothing if each == me else Bundle(spec, own, there) for each, there in theirs}
+            incoming = {each: nothing if each == me else Bundle(spec, there, own) for each, there in theirs}
+        self.incoming = incoming
+        self.sends = [bundle.size for bundle in outgoing.values()]
+        self.receives = [bundle.size for bundle in incoming.values()]
+        lengths = [self.blob] * len(self.members) if self.gather else self.receives
+        #: where each process's bundle begins in the receive buffer
+        self.starts = dict(zip(self.members, accumulate(lengths[:-1], initial=0), strict=True))
+        leaving = list(zip(outgoing.values(), accumulate(self.sends[:-1], initial=0), strict=True))
+        #: by rank of this process: one destination of each message, the message, where it begins in the send buffer
+        self._messages = {
+            rank: [
+                (spec.place(dst), message, start + at)
+                for bundle, start in leaving
+                for dst, message, at in bundle.leaving(rank)
+            ]
+            for rank in own
+        }
+        self._laid: tuple[Tensor, Tensor] | None = None  #: the next message: what is sent, and where to it is received
+        self._put: set[int] = set()  #: ranks of this process that have put it
+        self._got: set[int] = set()  #: those that have got the last one
         self._work: Any = None  #: of the message in flight
         self._arriving: Tensor | None = None  #: the message put last
 
-    def put(self, packed: Sequence[Payloads]) -> None:
+    def put(self, rank: int, packed: Sequence[Payloads]) -> None:
+        if self._laid is None:
+            self._laid = self._buffers()
+        send, receive = self._laid
+        for dst, message, start in self._messages[rank]:
+            message.write([payloads[dst] for payloads in packed], send, start)
+        self._put.add(rank)
+        if len(self._put) < len(self._messages):
+            return
         self.close()
+        self._laid = None
+        self._put.clear()
+        self._got.clear()
         if self.gather:
-            other = (self.place + 1) % len(self.members)
-            receive = torch.empty(self.blob * len(self.ranks), dtype=torch.uint8, device=self.host)
-            own = receive.narrow(0, self.starts[self.board.rank], self.blob)  # gathered in place: no other buffer
-            send = own if self.device == self.host else torch.empty_like(own, device=self.device)
-            self.outgoing[self.members[other]].write([payloads[other] for payloads in packed], send, 0)
-            if send is not own:
+            own = receive.narrow(0, self.starts[self.board.rank], self.blob)
+            if send.device != own.device:
                 own.copy_(send)
             self._work = self.group._allgather_base(receive, own)
         else:
-            send = torch.empty(sum(self.sends), dtype=torch.uint8, device=self.device)
-            starts = dict(zip(self.ranks, accumulate(self.sends[:-1], initial=0), strict=True))
-            for i, dst in enumerate(self.members):
-                if i != self.place:
-                    self.outgoing[dst].write([payloads[i] for payloads in packed], send, starts[dst])
-            receive = torch.empty(sum(self.receives), dtype=torch.uint8, device=self.host)
             self._work = self.group.alltoall_base(receive, send.to(self.host), self.receives, self.sends)
         self._arriving = receive
+        self.number += 1
 
-    def ready(self) -> bool:
-        return self._work is None or self._work.is_completed()
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        if self.gather:
+            receive = torch.empty(self.blob * len(self.members), dtype=torch.uint8, device=self.host)
+            own = receive.narrow(0, self.starts[self.board.rank], self.blob)  # gathered in place: no other buffer
+            return (own if self.device == self.host else torch.empty_like(own, device=self.device)), receive
+        send = torch.empty(sum(self.sends), dtype=torch.uint8, device=self.device)
+        return send, torch.empty(sum(self.receives), dtype=torch.uint8, device=self.host)
 
-    def get(self) -> list[Tensor]:
-        spec, rank = self.spec, self.board.rank
-        if self._arriving is None:
-            return no_message(spec, self.place, self.device)
+    def ready(self, number: int) -> bool:
+        return self.number >= number and (self._work is None or self._work.is_completed())
+
+    def get(self, rank: int, number: int) -> list[Payloads]:
+        spec = self.spec
+        assert self.number == number, f"rank {rank} gets message {number} of {spec.name}, the last one is {self.number}"
+        assert self._arriving is not None
         self.close()
         buffer = self._arriving.to(self.device)
-        if not spec.late:
+        self._got.add(rank)
+        if not spec.late and len(self._got) == len(self._messages):
             self._arriving = None
-        nothing: Payloads = [None] * len(spec.exchanges)
-        arrived = [
-            nothing if src == rank else self.incoming[src].read(buffer, self.starts[src]) for src in self.members
-        ]
-        return assembled(spec, self.place, arrived, self.device)
+        arrived: list[Payloads] = []
+        for src in spec.members(rank):
+            arrived.append([None] * len(spec.exchanges))
+            process = self.placement.process(src)
+            if process != self.board.rank:
+                message, at = self.incoming[process].places[src, rank]
+                arrived[-1] = message.read(buffer, self.starts[process] + at)
+        return arrived
 
     def close(self) -> None:
         """Wait for the message in flight."""

@@ -1,63 +1,131 @@
-"""Runs the steps of the rank in this process: operator by operator, or as CUDA graphs."""
+"""Runs the steps of the ranks in this process: operator by operator, or as CUDA graphs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir.step import Mode
+from ..ir.mesh import Placement
+from ..ir.step import ChannelSpec, Mode, Step
+from .channels import Channel
+from .executor import PlanLike
 from .graphs import StepGraphs, cuda_recorder
+from .held import Held, Holding
 from .network import Network
-from .step_runner import StepRunner
+from .step_runner import StepRunner, as_tensor, copies, drive, run_in_turns
 
 log = logging.getLogger("fxpass")
 
+#: Opens the channels of a context: the ends of each rank of this process.
+Opener = Callable[[Sequence[ChannelSpec]], Sequence[Sequence[Channel]]]
+
+
+class Ends:
+    """Opens the channels of a context for all ranks of this process when the first of them asks for its ends."""
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._ends: Sequence[Sequence[Channel]] = ()
+
+    def of(self, index: int, specs: Sequence[ChannelSpec]) -> Sequence[Channel]:
+        """The ends of a rank, which is counted among those of this process."""
+        if index == 0:
+            self._ends = self._opener(specs)
+        return self._ends[index]
+
 
 class RankSteps:
-    """The steps of one plan on this process's rank.
+    """The steps of one plan on the ranks of this process, which run in turn.
 
     Args:
-        graph: record steps as CUDA graphs, if all GPUs can map each other's memory. All ranks then make it in the same
-            order, for they agree on that.
+        runners: of these ranks. They open a context in this order.
+        network: the connection to other processes; None if all ranks are here.
+        graph: record steps as CUDA graphs, if all GPUs can map each other's memory. All processes then make it in the
+            same order, for they agree on that.
     """
 
-    def __init__(self, runner: StepRunner, network: Network, *, graph: bool) -> None:
-        self.runner = runner
+    def __init__(
+        self,
+        runners: Sequence[StepRunner],
+        placement: Placement,
+        network: Network | None = None,
+        *,
+        graph: bool = False,
+    ) -> None:
+        self.runners = runners
         self._network = network
         self._graphs: dict[int, StepGraphs] = {}  #: by context
-        device = runner.device
+        self.device = device = runners[0].device
         self._record = None
-        if graph and (not runner.specs or network.maps(runner.specs, device)):
+        specs = runners[0].specs
+        if graph and (not specs or (network is not None and network.maps(specs, device, placement))):
             self._record = cuda_recorder(device)
-        elif graph and network.board.rank == 0:
+        elif graph and network is not None and network.board.rank == 0:
             log.warning(
                 "steps run without CUDA graphs: not all GPUs of the ranks can map each other's memory (other machines, "
-                "no peer access, several ranks on one GPU)"
+                "no peer access, several ranks on one GPU or in one process)"
             )
 
+    def mode(self, step: Step) -> Mode:
+        """The mode of a step, which counts as run from now on."""
+        modes: list[Mode] = [runner.mode(step) for runner in self.runners]
+        assert len(set(modes)) == 1
+        return modes[0]
+
     def run(
-        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: float
-    ) -> list[Tensor]:
-        """The flat outputs of a step, once the device has computed them.
+        self,
+        weights: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        context: int,
+        mode: Mode,
+        pace: float,
+        held: Held,
+        holding: Holding,
+    ) -> list[list[Tensor]]:
+        """The flat outputs of each rank in a step, once the device has computed them.
+
+        Args:
+            held: where ranks take values from that they have kept, and keep others, as `holding` says.
 
         Raises:
+            AssertionError: every rank waits for another one, or a payload has not the declared shape.
             RankError: another rank failed, ended, or did not answer in time.
         """
-        runner = self.runner
-        with on_device(runner.device):
-            if self._record:
+        with on_device(self.device):
+            given = held.inputs(inputs, holding, len(self.runners))
+            if self._record and (len(self.runners) == 1 or not holding.takes):  # all ranks have the same inputs
                 if context not in self._graphs:
-                    self._graphs[context] = StepGraphs([runner], context, runner.device, self._record)
-                (outputs,) = self._graphs[context].run(weights, inputs, mode, pace)
+                    self._graphs[context] = StepGraphs(self.runners, context, self.device, self._record)
+                outputs = self._graphs[context].run(weights, given[0], mode, pace)
             else:
-                outputs = runner.run(weights, inputs, context, mode, pace)
-            self._network.settle(runner.device)
-        return outputs
+                outputs = self._in_turns(weights, given, context, mode, pace)
+            if self._network is not None:
+                self._network.settle(self.device)
+        return held.outputs(outputs, holding)
+
+    def _in_turns(
+        self, weights: Sequence[Tensor], given: list[list[Tensor]], context: int, mode: Mode, pace: float
+    ) -> list[list[Tensor]]:
+        channels = [runner.channels(context) for runner in self.runners]
+        length = as_tensor(pace)
+        runs = [
+            runner.start(weights, own, context, mode, length) for runner, own in zip(self.runners, given, strict=True)
+        ]
+        given.clear()  # a step frees its inputs as it goes
+        found = [drive(runs[0], channels[0])] if len(runs) == 1 else run_in_turns(runs, channels)
+        for runner in self.runners:
+            runner.count(mode)
+        return [
+            copies(outputs) if any(channel.lends for channel in ends) else outputs
+            for (outputs, _), ends in zip(found, channels, strict=True)
+        ]
 
     def forget_graphs(self) -> None:
         """Destroy the graphs. They read messages and state, so they go first."""
@@ -66,7 +134,34 @@ class RankSteps:
     def close(self) -> None:
         """Destroy the graphs, receive what is in flight, and forget all contexts. All ranks call it."""
         self.forget_graphs()
-        self.runner.close()
+        for runner in self.runners:
+            runner.close()
+
+
+def steps_of(
+    plan: PlanLike,
+    network: Network,
+    device: torch.device,
+    traffic: Counter[str],
+    *,
+    compile: bool,  # noqa: A002
+    graph: bool,
+    sharing: int,
+) -> RankSteps:
+    """The steps of the ranks of a process that has the plan.
+
+    Args:
+        traffic: counts the bytes that they receive from other processes, by role.
+        sharing: the processes that share this machine's cores when they compile.
+    """
+    placement = plan.placement
+    here = placement.ranks(network.board.rank)
+    ends = Ends(lambda specs: network.open(specs, device, placement))
+    runners = [
+        StepRunner.of(plan, rank, partial(ends.of, i), device, traffic, compile=compile, sharing=sharing, here=here)
+        for i, rank in enumerate(here)
+    ]
+    return RankSteps(runners, placement, network, graph=graph)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

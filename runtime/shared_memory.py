@@ -3,13 +3,14 @@
 gloo takes 0.5 to 1 ms for the smallest message and copies large ones through sockets twice. Here a payload is packed
 straight into memory that its readers have mapped, and they unpack it from there.
 
-Each rank creates one file per plan and context, which the others map. The file has no name (a memfd, opened through
+Each process creates one file per plan and context, which the others map. The file has no name (a memfd, opened through
 its owner's /proc entry), so that no file is left behind however the processes end::
 
     token | per channel: `sent`, `read` | channel 0: two buffers | channel 1: two buffers | …
 
-`sent` is the number of the last message that is complete, `read` that of the last one that this rank has used. The two
-buffers alternate, so that a rank may write message n + 1 while another still reads message n.
+`sent` is the number of the last message that is complete, `read` that of the last one that this process has used: of
+one that runs several ranks, that all of them have put or used. The two buffers alternate, so that a rank may write
+message n + 1 while another still reads message n.
 
 The owner holds a lock on its file, which the kernel releases when the process ends: so the others notice that.
 """
@@ -24,19 +25,19 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from ..ir.exchange import Payloads
+from ..ir.mesh import Placement
 from ..ir.step import ChannelSpec
 from .board import POLL, Board
-from .channels import assembled
 from .memory import check_available
-from .messages import Message
+from .messages import Bundle
 
-CPU = torch.device("cpu")
 TOKEN = 16  #: random bytes that identify a file: another container may have a process and a file of the same numbers
 FLAG = 64  #: bytes per flag: a cache line, so that ranks that poll do not slow down those that write
 SPINS = 200  #: reads of a flag before a wait yields the processor
@@ -46,34 +47,29 @@ DISABLE = "FXPASS_SHM_DISABLE"  #: environment variable; set to 1 to use gloo be
 OPENING = "the other ranks to open the same plan"  #: what a rank waits for
 
 
-#: where a message lies in its sender's file, in both buffers: bytes from the beginning
-Offsets = tuple[int, int]
+@dataclass(frozen=True)
+class Area:
+    """Where the messages of a process on one channel lie in its file."""
+
+    bundle: Bundle  #: what it sends to all others
+    starts: tuple[int, int]  #: where each of the two buffers begins, in bytes
 
 
-def file_layout(specs: Sequence[ChannelSpec], rank: int) -> tuple[int, list[dict[int, Offsets]]]:
-    """The size of a rank's file in bytes, and by channel and reader where its messages lie. Every rank computes it.
+def file_layout(specs: Sequence[ChannelSpec], placement: Placement, process: int) -> tuple[int, list[Area]]:
+    """The size of a process's file in bytes, and by channel where its messages lie. Every process computes it.
 
-    Readers are counted as the channel's exchanges count them. A message that is the same for all lies there once.
+    A message that is the same for all lies there once.
     """
     size = TOKEN + FLAG * (2 * len(specs) + 1)
     size += -size % FLAG
-    places: list[dict[int, Offsets]] = []
+    areas: list[Area] = []
+    own = placement.ranks(process)
+    others = set(range(placement.world)).difference(own)
     for spec in specs:
-        place: dict[int, Offsets] = {}
-        broadcast = all(exchange.broadcast for exchange in spec.exchanges)
-        own = spec.place(rank)
-        for reader in range(len(spec.members(rank))):
-            if reader == own:
-                continue
-            if place and broadcast:
-                place[reader] = next(iter(place.values()))
-                continue
-            step = Message(spec.exchanges, own, reader).size
-            step += -step % FLAG
-            place[reader] = size, size + step
-            size += 2 * step
-        places.append(place)
-    return size, places
+        bundle = Bundle(spec, own, others, FLAG)
+        areas.append(Area(bundle, (size, size + bundle.size)))
+        size += 2 * bundle.size
+    return size, areas
 
 
 class MappedFile:
@@ -104,72 +100,83 @@ def read_flag(channel: int) -> int:
 
 
 class MemoryChannel:
-    """A channel through shared memory.
+    """A channel between processes through shared memory.
 
     Args:
         index: its number among the channels of the files.
-        files: of all ranks.
-        places: where the messages of each rank lie in its file, by reader.
+        files: of all processes.
+        areas: where the messages of each process lie in its file.
     """
-
-    lends = False
 
     def __init__(
         self,
         spec: ChannelSpec,
         index: int,
         files: Sequence[MappedFile],
-        places: Sequence[dict[int, Offsets]],
+        areas: Sequence[Area],
         board: Board,
+        placement: Placement,
     ) -> None:
         self.spec = spec
         self.board = board
-        self.number = 0  #: of the message put last
-        members, rank = spec.members(board.rank), spec.place(board.rank)
-        files, places = [files[each] for each in members], [places[each] for each in members]
-        world = len(members)
-        self.rank = rank  #: as the exchanges count it
-        self.mine = files[rank]
+        self.number = 0  #: of the message that all ranks of this process have put last
+        own = placement.ranks(board.rank)
+        self.mine = files[board.rank]
         self.sent, self.read = sent_flag(index), read_flag(index)
-        outgoing = {dst: Message(spec.exchanges, rank, dst) for dst in places[rank]}
-        incoming = {src: Message(spec.exchanges, src, rank) for src in range(world) if src != rank}
-        self.readers = [files[dst] for dst, message in outgoing.items() if message.size]
-        self.writers = [files[src] for src, message in incoming.items() if message.size]
-        once = {offsets: dst for dst, offsets in places[rank].items()}  # a broadcast is written once
+        self._begun = 0  #: ranks of this process that have put the next message
+        self._ranks = len(own)
         nothing: Payloads = [None] * len(spec.exchanges)
-        self.outgoing: list[list[tuple[Tensor, int, int]]] = []  #: by buffer: (where to, exchange, destination)
-        self.incoming: list[list[Payloads]] = []  #: by buffer and source
-        for turn in (0, 1):
-            self.outgoing.append(
-                [
-                    (view, i, dst)
-                    for offsets, dst in once.items()
-                    for i, view in enumerate(outgoing[dst].read(self.mine.buffer, offsets[turn]))
+        readers: set[int] = set()
+        writers: set[int] = set()
+        #: by buffer and rank of this process: (where to, exchange, destination)
+        self.outgoing: list[dict[int, list[tuple[Tensor, int, int]]]] = [{}, {}]
+        self.incoming: list[dict[int, list[Payloads]]] = [{}, {}]  #: by buffer, rank and source
+        for rank in own:
+            for turn, start in enumerate(areas[board.rank].starts):
+                self.outgoing[turn][rank] = [
+                    (view, i, spec.place(dst))
+                    for dst, message, at in areas[board.rank].bundle.leaving(rank)
+                    for i, view in enumerate(message.read(self.mine.buffer, start + at))
                     if view is not None
                 ]
-            )
-            self.incoming.append([nothing] * world)
-            for src, message in incoming.items():
-                self.incoming[turn][src] = message.read(files[src].buffer, places[src][rank][turn])
+                self.incoming[turn][rank] = [nothing] * len(spec.members(rank))
+            for place, other in enumerate(spec.members(rank)):
+                if other in own:
+                    continue
+                process = placement.process(other)
+                if areas[board.rank].bundle.places[rank, other][0].size:
+                    readers.add(process)
+                message, at = areas[process].bundle.places[other, rank]
+                if message.size:
+                    writers.add(process)
+                for turn, start in enumerate(areas[process].starts):
+                    self.incoming[turn][rank][place] = message.read(files[process].buffer, start + at)
+        self.readers = [files[each] for each in sorted(readers)]
+        self.writers = [files[each] for each in sorted(writers)]
 
-    def put(self, packed: Sequence[Payloads]) -> None:
-        self.mine.flags[self.read] = self.number  # the last message is not read after this
-        self.number += 1
-        for reader in self.readers:  # until it has used the last message in this buffer
-            self._wait(reader, self.read, self.number - 2)
-        for view, i, dst in self.outgoing[self.number % 2]:
+    def put(self, rank: int, packed: Sequence[Payloads]) -> None:
+        number = self.number + 1
+        last = self._begun == self._ranks - 1
+        if last:
+            self.mine.flags[self.read] = self.number  # the last message is not read after this
+        if not self._begun:
+            for reader in self.readers:  # until it has used the last message in this buffer
+                self._wait(reader, self.read, number - 2)
+        for view, i, dst in self.outgoing[number % 2][rank]:
             payload = packed[i][dst]
             assert payload is not None
             view.copy_(payload)
-        self.mine.flags[self.sent] = self.number
+        self._begun = 0 if last else self._begun + 1
+        if last:
+            self.number = self.mine.flags[self.sent] = number
 
-    def ready(self) -> bool:
-        return all(writer.flags[self.sent] >= self.number for writer in self.writers)
+    def ready(self, number: int) -> bool:
+        return all(writer.flags[self.sent] >= number for writer in self.writers)
 
-    def get(self) -> list[Tensor]:
+    def get(self, rank: int, number: int) -> list[Payloads]:
         for writer in self.writers:
-            self._wait(writer, self.sent, self.number)
-        return assembled(self.spec, self.rank, self.incoming[self.number % 2], CPU)
+            self._wait(writer, self.sent, number)
+        return list(self.incoming[number % 2][rank])
 
     def close(self) -> None:
         pass
@@ -197,20 +204,22 @@ class MemoryChannel:
                     raise self.board.timed_out(str(self.spec))
 
 
-def open_channels(specs: Sequence[ChannelSpec], board: Board, number: int) -> list[MemoryChannel] | None:
-    """Open the channels of a context; None if some rank cannot map the memory of another. All ranks call it.
+def open_channels(
+    specs: Sequence[ChannelSpec], board: Board, number: int, placement: Placement
+) -> list[MemoryChannel] | None:
+    """Open the channels of a context; None if some process cannot map the memory of another. All processes call it.
 
     Args:
-        number: counts these calls, the same on all ranks.
+        number: counts these calls, the same in all processes.
 
     Raises:
-        OSError: the machine has not enough memory left for the files of all ranks.
+        OSError: the machine has not enough memory left for the files of all processes.
         RankError: a rank failed or did not arrive.
     """
-    sizes, places = zip(*(file_layout(specs, rank) for rank in range(board.world)), strict=True)
+    sizes, areas = zip(*(file_layout(specs, placement, each) for each in range(board.world)), strict=True)
     check_available(
         sum(sizes),
-        f"a call (its context is number {number}) with two buffers for each message of {board.world} ranks",
+        f"a call (its context is number {number}) with two buffers for each message of {placement.world} ranks",
         "run fewer ranks, smaller inputs or fewer guidance branches",
     )
     token = secrets.token_bytes(TOKEN)
@@ -225,7 +234,7 @@ def open_channels(specs: Sequence[ChannelSpec], board: Board, number: int) -> li
         return None
     with torch.inference_mode(False):  # later calls write to the views, also outside inference mode
         return [
-            MemoryChannel(spec, index, files, [of_channel[index] for of_channel in places], board)
+            MemoryChannel(spec, index, files, [of_channel[index] for of_channel in areas], board, placement)
             for index, spec in enumerate(specs)
         ]
 

@@ -1,6 +1,6 @@
-"""The executor of a plain Python process: it is rank 0 and drives worker processes on the same machine.
+"""The executor of a plain Python process: it runs rank 0 and drives worker processes on the same machine.
 
-    this process                                    worker (rank k)
+    this process                                    worker (rank k, or several)
     CPU: weights in shared memory, in place ──────▶ the same memory
     CUDA: weights, once, then what has changed ───▶ copies on its device
     plan: rank k's program, constants ────────────▶ loaded once per signature
@@ -33,8 +33,8 @@ from .held import NOTHING, Held, Holding
 from .memory import check_shm
 from .network import Network
 from .operators import refuse_script
-from .rank_steps import RankSteps
-from .step_runner import LoadedPlan, StepRunner, coder, placeholders
+from .rank_steps import RankSteps, steps_of
+from .step_runner import LoadedPlan, coder, placeholders
 from .weights import CopiedWeights, SharedWeights, Weights
 from .workers import START, Workers
 
@@ -68,7 +68,7 @@ class SpawnExecutor:
         self._scope = f"{self.workers.number()}/"  # of the names of its weights
         self._closed = False
         self.traffic: Counter[str] = Counter()
-        self.held = Held()  #: by rank 0
+        self.held = Held()  #: by the ranks of this process
         self._copies = copies
         self._weights: Weights | None = None  # None until it is known where the model is
         self._plans: dict[int, SpawnPlan] = {}
@@ -131,30 +131,22 @@ class SpawnExecutor:
         with torch.inference_mode(False):  # later calls write to them, also outside inference mode
             shared = [torch.empty_like(tensor, device="cpu") for tensor in inputs]
         on_host = [tensor.device.type == "cpu" for tensor in inputs]
-        for rank in range(1, self.world_size):
-            steps = StepPrograms(plan.graph, rank)
+        placement = plan.placement
+        for process in range(1, self.world_size):
+            programs = [StepPrograms(plan.graph, rank) for rank in placement.ranks(process)]
             loaded = LoadedPlan(
                 placeholders(plan.program),
                 self._scoped(names),
                 constants,
                 shared,
                 on_host,
-                steps.channels,
-                steps.state,
+                placement,
+                [(each.channels, each.state) for each in programs],
                 inductor,
                 graph,
             )
-            self.workers.send_to(rank, ("load", number, loaded))
-        runner = StepRunner.of(
-            plan,
-            0,
-            lambda specs: network.open(specs, device),
-            device,
-            self.traffic,
-            compile=inductor,
-            sharing=self.world_size,
-        )
-        steps = RankSteps(runner, network, graph=graph)
+            self.workers.send_to(process, ("load", number, loaded))
+        steps = steps_of(plan, network, device, self.traffic, compile=inductor, graph=graph, sharing=self.world_size)
         self.workers.answers(START)
         self._plans[number] = found = SpawnPlan(self, number, plan, steps, shared, inductor=inductor)
         return found
@@ -212,22 +204,22 @@ class SpawnExecutor:
             self.workers.calls += 1
             assert self.workers.network is not None
             self.workers.network.board.call = self.workers.calls
-            mode = plan.runner.mode(step)
+            mode = plan.steps.mode(step)
             self._send_code(plan, mode)
             self.workers.send(("run", plan.number, self.workers.calls, step.context, mode, step.pace, holding))
             with _computing_with(self.workers.threads):
-                own = self.held.inputs(inputs, holding)
-                outputs = plan.steps.run(weights, own, step.context, mode, step.pace)
+                outputs = plan.steps.run(weights, inputs, step.context, mode, step.pace, self.held, holding)
             self.workers.answers(self.workers.timeout)
-        return self.held.outputs(outputs, holding)
+        return outputs[0]
 
     def _send_code(self, plan: SpawnPlan, mode: Mode) -> None:
         """Send the workers the code of a mode, if they do not have it."""
         if mode in plan.sent:
             return
-        for rank in range(1, self.world_size):
-            code = coder(StepPrograms(plan.plan.graph, rank), compile=plan.inductor)(mode)
-            self.workers.send_to(rank, ("code", plan.number, mode, code))
+        for process in range(1, self.world_size):
+            programs = [StepPrograms(plan.plan.graph, rank) for rank in plan.plan.placement.ranks(process)]
+            codes = [coder(each, compile=plan.inductor)(mode) for each in programs]
+            self.workers.send_to(process, ("code", plan.number, mode, codes))
         self.workers.answers(START)
         plan.sent.add(mode)
 
@@ -271,7 +263,6 @@ class SpawnPlan:
         self.number = number
         self.plan = plan
         self.steps = steps
-        self.runner = steps.runner
         self.inductor = inductor
         self.names = list(plan.program.weights.values())
         self.shared = shared  #: shared buffers for the inputs of a call
@@ -292,7 +283,7 @@ class SpawnPlan:
 
     @property
     def compiled(self) -> Sequence[Report]:
-        return self.runner.reports
+        return self.steps.runners[0].reports
 
     def release(self) -> None:
         self.executor.release(self)

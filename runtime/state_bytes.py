@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
 from ..ir.comm import state_bytes
+from ..ir.mesh import Placement
 from ..ir.program import exchanges_of
 from ..passes.lower_comm import StepPrograms
 from .channels import in_process_bytes
@@ -13,8 +16,8 @@ from .shared_memory import file_layout
 from .symmetric_memory import buffer_places
 
 
-def bytes_by_channel(graph: fx.Graph, world: int) -> dict[str, tuple[int, ...]]:
-    """Bytes that each rank holds per context (a guidance branch of a generation), by kind of channel.
+def bytes_by_channel(graph: fx.Graph, placement: Placement) -> dict[str, tuple[int, ...]]:
+    """Bytes that each process holds per context (a guidance branch of a generation), by kind of channel.
 
     Messages for the next step, and what forecasts, estimates and codes need of the steps before. Buffers that exist as
     long as the context does count as well: of shared and of symmetric memory those of all messages, twice where a rank
@@ -24,18 +27,21 @@ def bytes_by_channel(graph: fx.Graph, world: int) -> dict[str, tuple[int, ...]]:
         graph: a scheduled plan.
     """
     specs = StepPrograms(graph, 0).channels
-    ranks = range(world)
+    processes = range(placement.processes)
     nodes = [declared for _, declared in exchanges_of(graph)]
-    state = [sum(state_bytes(declared, declared[0].place(rank)) for declared in nodes) for rank in ranks]
-    symmetric = buffer_places(specs, world)[0] if all(each.exchanges[0].lines == 1 for each in specs) else None
+
+    def kept(rank: int) -> int:
+        return sum(state_bytes(declared, declared[0].place(rank)) for declared in nodes)
+
+    here = [[in_process_bytes(specs, rank, ranks) for rank in ranks] for ranks in placement]
     messages = {
-        "in one process": [in_process_bytes(specs, rank) for rank in ranks],
-        "shared memory": [file_layout(specs, rank)[0] for rank in ranks],
-        "gloo": [held_bytes(specs, rank, blocking=True) for rank in ranks],
-        "NCCL": [held_bytes(specs, rank, blocking=False) for rank in ranks],
+        "shared memory": [file_layout(specs, placement, each)[0] for each in processes],
+        "gloo": [held_bytes(specs, placement, each, blocking=True) for each in processes],
+        "NCCL": [held_bytes(specs, placement, each, blocking=False) for each in processes],
     }
-    if symmetric is not None:
-        messages["symmetric memory"] = [symmetric] * world
-    return {
-        kind: tuple(kept + size for kept, size in zip(state, sizes, strict=True)) for kind, sizes in messages.items()
-    }
+    if all(each.exchanges[0].lines == 1 for each in specs) and not placement.several:
+        messages["symmetric memory"] = [buffer_places(specs, placement.world)[0]] * placement.world
+    state = [sum(map(kept, ranks)) + sum(own) for ranks, own in zip(placement, here, strict=True)]
+    found = {kind: tuple(map(operator.add, state, sizes)) for kind, sizes in messages.items()}
+    every = [kept(rank) + in_process_bytes(specs, rank) for rank in range(placement.world)]
+    return {"in one process": tuple(every)} | found

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..ir.code import Run, StepCode
+from ..ir.mesh import Placement
 from ..ir.program import Program
 from ..ir.step import PACE, ChannelSpec, Mode, StateSpec, Step
 from ..passes.codegen import step_code
 from ..passes.lower_comm import StepPrograms
-from .channels import Channel
+from .channels import Channel, RankChannel
 from .executor import PlanLike, Report
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class LoadedPlan:
     constants: list[Tensor]
     inputs: list[Tensor]  #: shared buffers in host memory
     on_host: list[bool]  #: of each input: it stays on the CPU, wherever the model is
-    channels: tuple[ChannelSpec, ...]
-    state: tuple[StateSpec, ...]
+    placement: Placement  #: which process runs which ranks
+    ranks: list[tuple[tuple[ChannelSpec, ...], tuple[StateSpec, ...]]]  #: of each of the worker's ranks
     compile: bool
     graph: bool  #: record steps as CUDA graphs
 
@@ -149,11 +150,13 @@ class StepRunner:
         compile: bool = False,  # noqa: A002
         check: bool = False,
         sharing: int = 1,
+        here: Sequence[int] = (),
     ) -> StepRunner:
         """The runner of a rank in a process that has the plan.
 
         Args:
-            sharing: the ranks that share this machine's cores when they compile.
+            sharing: the processes that share this machine's cores when they compile.
+            here: the ranks of this process, if what they send each other does not count as traffic.
         """
         programs = StepPrograms(plan.graph, rank)
         return StepRunner(
@@ -161,7 +164,7 @@ class StepRunner:
             [constant.to(device) for constant in plan.program.constants.values()],
             programs.state,
             programs.channels,
-            coder(programs, compile=compile, check=check),
+            coder(programs, compile=compile, check=check, here=here),
             open_channels,
             device,
             traffic,
@@ -294,36 +297,57 @@ def drive(run: Run, channels: Sequence[Channel]) -> tuple[list[Tensor], list[Ten
 
 
 def run_in_turns(runs: Sequence[Run], channels: Sequence[Sequence[Channel]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """One step of all ranks: each runs until it needs what another has not put yet. Returns (outputs, state) of each.
+    """One step of the ranks of this process: each runs until it needs what another has not put yet.
+
+    If none can go on, this waits for other processes, at the get of the rank that is furthest behind. All ranks put and
+    get in one order. So all ranks of this process have put whatever others need to get there, and of all processes the
+    one with the rank furthest behind can go on.
+
+    Returns:
+        (outputs, state) of each.
 
     Raises:
-        AssertionError: every rank waits for another one.
+        AssertionError: every rank waits for another one of this process.
+        RankError: a rank of another process failed, left, or did not answer in time.
     """
     results: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     at: dict[int, int | None] = dict.fromkeys(range(len(runs)))  #: the channel at whose get a rank waits
+    acts = [0] * len(runs)  #: puts and gets so far
+    moving = True
     while len(results) < len(runs):
-        moved = False
+        waited = None
+        if not moving:
+            waited = min((rank for rank in at if rank not in results), key=acts.__getitem__)
+            channel = at[waited]
+            assert channel is not None
+            behind = channels[waited][channel]
+            assert isinstance(behind, RankChannel), f"{type(behind).__name__} has no message"
+            assert behind.waits_for_others, (
+                f"every rank waits for another one, at channels {sorted({c for c in at.values() if c is not None})}"
+            )
+        moving = False
         for rank, ends in enumerate(channels):
-            if rank in results:
+            if rank in results or waited not in (None, rank):
                 continue
             waiting = at[rank]
-            while waiting is None or ends[waiting].ready():
-                moved = True
+            while waiting is None or rank == waited or ends[waiting].ready():
+                moving, waited = True, None
                 received = None if waiting is None else ends[waiting].get()
                 try:
                     act, channel, packed = runs[rank].send(received)
                 except StopIteration as stop:
                     results[rank] = stop.value
+                    at[rank] = None
                     break
+                received = None
+                acts[rank] += 1
                 waiting = None
                 if act == "put":
                     ends[channel].put(packed)
+                    packed = None
                 else:
                     waiting = channel
             at[rank] = waiting
-        assert moved, (
-            f"every rank waits for another one, at channels {sorted({c for c in at.values() if c is not None})}"
-        )
     return [results[rank] for rank in range(len(runs))]
 
 
@@ -343,14 +367,25 @@ def placeholders(program: Program) -> list[str]:
     return [*program.weights, *program.constants, *program.inputs]
 
 
-def coder(programs: StepPrograms, *, compile: bool = False, check: bool = False) -> Callable[[Mode], StepCode]:  # noqa: A002
-    """Gives the code of each mode of a rank, which is written when it is first asked for."""
+def coder(
+    programs: StepPrograms,
+    *,
+    compile: bool = False,  # noqa: A002
+    check: bool = False,
+    here: Sequence[int] = (),
+) -> Callable[[Mode], StepCode]:
+    """Gives the code of each mode of a rank, which is written when it is first asked for.
+
+    Args:
+        here: as of `StepRunner.of`.
+    """
     written: dict[Mode, StepCode] = {}
 
     def code(mode: Mode) -> StepCode:
         mode = programs.canonical(mode)
         if mode not in written:
-            written[mode] = step_code(programs[mode], check=check, segmented=compile)
+            code = step_code(programs[mode], check=check, segmented=compile)
+            written[mode] = replace(code, received=programs[mode].received(here)) if len(here) > 1 else code
         return written[mode]
 
     return code

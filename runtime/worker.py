@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .groups import HOST, connect
 from .held import Held
 from .network import Network
 from .numerics import apply
-from .rank_steps import RankSteps
+from .rank_steps import Ends, RankSteps
 from .step_runner import LoadedPlan, StepRunner, new_compiler
 from .weights import allocate, bytes_of, views
 from .wire import Connection
@@ -44,7 +45,7 @@ class Worker:
         self.weights: dict[str, Tensor] = {}  #: shared with the driving process, or copies
         self.buffer = torch.empty(0, dtype=torch.uint8)  #: through which copies come
         self.plans: dict[int, LoadedPlan] = {}
-        self.codes: dict[int, dict[Mode, StepCode]] = {}
+        self.codes: dict[int, dict[Mode, list[StepCode]]] = {}
         self.steps: dict[int, RankSteps] = {}
         self.held = Held()  #: of all executors
 
@@ -67,8 +68,8 @@ class Worker:
                 self.plans[number] = plan
                 self.codes[number] = {}
                 self.steps[number] = self.loaded(plan, self.codes[number])
-            case ("code", number, mode, code):
-                self.codes[number][mode] = code.on(self.device)
+            case ("code", number, mode, codes):
+                self.codes[number][mode] = [code.on(self.device) for code in codes]
             case ("release", number):
                 self.steps.pop(number).close()
                 del self.plans[number], self.codes[number]
@@ -82,22 +83,29 @@ class Worker:
                 plan = self.plans[number]
                 weights = [self.weights[name] for name in plan.weights]
                 inputs = [x if kept else x.to(self.device) for x, kept in zip(plan.inputs, plan.on_host, strict=True)]
-                outputs = self.steps[number].run(weights, self.held.inputs(inputs, holding), context, mode, pace)
-                self.held.outputs(outputs, holding)
+                self.steps[number].run(weights, inputs, context, mode, pace, self.held, holding)
 
-    def loaded(self, plan: LoadedPlan, codes: dict[Mode, StepCode]) -> RankSteps:
-        runner = StepRunner(
-            plan.names,
-            [constant.to(self.device) for constant in plan.constants],
-            plan.state,
-            plan.channels,
-            codes.__getitem__,
-            lambda specs: self.network.open(specs, self.device),
-            self.device,
-            Counter(),
-            new_compiler(self.network.board.rank, self.network.board.world) if plan.compile else None,
-        )
-        return RankSteps(runner, self.network, graph=plan.graph)
+    def loaded(self, plan: LoadedPlan, codes: dict[Mode, list[StepCode]]) -> RankSteps:
+        ends = Ends(lambda specs: self.network.open(specs, self.device, plan.placement))
+        constants = [constant.to(self.device) for constant in plan.constants]
+        board = self.network.board
+        runners = [
+            StepRunner(
+                plan.names,
+                constants,
+                state,
+                channels,
+                lambda mode, i=i: codes[mode][i],
+                partial(ends.of, i),
+                self.device,
+                Counter(),
+                new_compiler(rank, board.world) if plan.compile else None,
+            )
+            for i, (rank, (channels, state)) in enumerate(
+                zip(plan.placement.ranks(board.rank), plan.ranks, strict=True)
+            )
+        ]
+        return RankSteps(runners, plan.placement, self.network, graph=plan.graph)
 
 
 def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int, device: torch.device) -> None:

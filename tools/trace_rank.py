@@ -39,7 +39,7 @@ def main(port: int, rank: int, world: int, request: dict[str, Any]) -> None:
     weights = WeightTable(found.module, list(made.program.weights.values())).tensors()
     inputs = Call.of(found.module, found.args, found.kwargs).tensors
     log = Log()
-    channels = network.open(StepPrograms(made.graph, rank).channels, torch.device("cpu"))
+    (channels,) = network.open(StepPrograms(made.graph, rank).channels, torch.device("cpu"))
     runner = recorded(made, channels, rank, log)
     displaced = [] if made.strategy.exact else [DISPLACED, DISPLACED]
 

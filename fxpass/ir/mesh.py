@@ -12,7 +12,10 @@ from 0 by their place in the line.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,54 @@ class Mesh:
 
     def __str__(self) -> str:
         return f"{self.groups} x {self.patches}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which process runs which ranks of a mesh: each runs one or more ranks, which follow each other.
+
+    Attributes:
+        counts: how many ranks each process runs.
+    """
+
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def one_each(world: int) -> Placement:
+        """Every rank has a process of its own."""
+        return Placement((1,) * world)
+
+    @property
+    def processes(self) -> int:
+        return len(self.counts)
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return sum(self.counts)
+
+    @property
+    def several(self) -> bool:
+        """Whether some process runs several ranks."""
+        return max(self.counts) > 1
+
+    def ranks(self, process: int) -> range:
+        """The ranks of a process."""
+        return self._ranks[process]
+
+    def process(self, rank: int) -> int:
+        """The process that runs a rank."""
+        return self._processes[rank]
+
+    def __iter__(self) -> Iterator[range]:
+        """The ranks of each process."""
+        return iter(self._ranks)
+
+    @cached_property
+    def _ranks(self) -> list[range]:
+        starts = accumulate(self.counts, initial=0)
+        return [range(start, start + count) for start, count in zip(starts, self.counts, strict=False)]
+
+    @cached_property
+    def _processes(self) -> list[int]:
+        return [process for process, count in enumerate(self.counts) for _ in range(count)]

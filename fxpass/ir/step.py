@@ -16,7 +16,7 @@ say. A message that a step has put and that no later step gets is dropped by its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -95,12 +95,24 @@ class StepProgram:
     channels: tuple[ChannelSpec, ...]
     state: tuple[StateSpec, ...]
 
-    def received(self) -> dict[str, int]:
-        """Bytes that the rank receives in a step, by role."""
+    def received(self, here: Sequence[int] = ()) -> dict[str, int]:
+        """Bytes that the rank receives in a step, by role.
+
+        Args:
+            here: the ranks of its process. What comes from them does not count, and what comes for several of them at
+                once counts for the first.
+        """
         total: Counter[str] = Counter()
         for node in self.graph.find_nodes(op="call_function", target=put):
-            for each in self.channels[node.args[1]].exchanges:
-                total[each.role] += each.received(each.place(self.rank))
+            spec = self.channels[node.args[1]]
+            own, members = spec.place(self.rank), spec.members(self.rank)
+            before = any(rank in here for rank in members[:own])
+            for each in spec.exchanges:
+                if not here:
+                    total[each.role] += each.received(own)
+                elif not (before and each.broadcast):
+                    elements = sum(each.numel(src, own) for src, rank in enumerate(members) if rank not in here)
+                    total[each.role] += elements * each.dtype.itemsize
         return dict(total)
 
 

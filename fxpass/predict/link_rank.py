@@ -65,19 +65,20 @@ def measured(network: Network) -> Measured:
     late = [_gather(world, size) for size in LATE_SIZES for _ in range(LATE_CHANNELS)]
     specs = [ChannelSpec(f"exchange_{i}", "", (each,), False) for i, each in enumerate(exchanges)]
     specs += [ChannelSpec(f"late_{i}", "", (each,), True) for i, each in enumerate(late)]
-    channels = network.open(specs, torch.device("cpu"))
+    (channels,) = network.open(specs, torch.device("cpu"))
     found = [
         _exchange(channel, exchange, rank, turns)
         for channel, exchange, turns in zip(channels[: len(SIZES)], exchanges, TURNS, strict=True)
     ]
     (small, small_cores), (large, large_cores) = found
+    between = getattr(channels[0], "between", None)
     apart = len(SIZES) + LATE_CHANNELS
     several = channels[len(SIZES) : apart], channels[apart:]
     little, much = (
         _follow(each, _gather(world, size), rank, turns)
         for each, size, turns in zip(several, LATE_SIZES, LATE_TURNS, strict=True)
     )
-    return Measured(isinstance(channels[0], MemoryChannel), (small, large), (little, much), (small_cores, large_cores))
+    return Measured(isinstance(between, MemoryChannel), (small, large), (little, much), (small_cores, large_cores))
 
 
 def _gather(world: int, size: int) -> Fetch:

@@ -114,12 +114,12 @@ class RecordedChannel:
         began = now()
         self.channel.put(packed)
         flight = Flight(self.node, self.role, self.received, self.senders, began, now(), self.path)
-        if isinstance(self.channel, GroupChannel):
+        if isinstance(between := getattr(self.channel, "between", None), GroupChannel):
 
             def arrived(_: Any) -> None:
                 flight.arrived = now()
 
-            self.channel._work.get_future().add_done_callback(arrived)
+            between._work.get_future().add_done_callback(arrived)
         self.last = flight
         self.log.flights.append(flight)
         self.log.spans.append(Span(f"put {self.node}", "exchange", began, flight.launched, self.path, self.role))

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from ...capture import Call
 from ...capture.call import empty_like
 from ...ir.layout import Layout
+from ...ir.mesh import Placement
 from ...ir.program import Program, fingerprint, layout_of
 from ...passes.normalize import memory_of_their_own
 from ...passes.partition import partition
@@ -86,6 +87,10 @@ class GatheringPlan:
     fingerprint: str
     exact_steps: None = None
     calls: int = 1
+
+    @property
+    def placement(self) -> Placement:
+        return Placement.one_each(self.world_size)
 
     @staticmethod
     def of(like: Tensor, layout: Layout, world: int) -> GatheringPlan:

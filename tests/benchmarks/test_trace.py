@@ -14,7 +14,7 @@ from fxpass.ir.step import EXACT
 from fxpass.models.small import case
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.predict.recorded import Flight, Log, Span, recorded
-from fxpass.runtime.channels import InProcessChannel
+from fxpass.runtime.channels import RankChannel
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import as_tensor, run_in_turns
 
@@ -56,7 +56,7 @@ def test_a_watched_step_gives_the_same_output_and_records_every_message_and_oper
     plain = LockstepExecutor(2).load(plan, weights, inputs)
     log = Log()
     specs = StepPrograms(plan.graph, 0).channels
-    ends = [InProcessChannel.of_all_ranks(spec, 2, torch.device("cpu")) for spec in specs]
+    ends = [RankChannel.of_ranks(spec, range(2), torch.device("cpu")) for spec in specs]
     ranks = [recorded(plan, [of_ranks[rank] for of_ranks in ends], rank, (log, Log())[rank]) for rank in (0, 1)]
     for step in (EXACT, DISPLACED, DISPLACED):
         log.clear()

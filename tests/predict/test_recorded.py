@@ -9,7 +9,7 @@ import torch
 from fxpass.inspect.exchanges import message_ids
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.predict.recorded import Flight, Log, RecordedChannel, Span, timeline
-from fxpass.runtime.channels import InProcessChannel
+from fxpass.runtime.channels import RankChannel
 from tests.inspect.plans import planned
 
 
@@ -18,7 +18,7 @@ def test_the_senders_of_a_halo_are_the_neighbours_that_are_read() -> None:
     programs = StepPrograms(plan.graph, 0)
     found: dict[str, list[list[list[int]]]] = {}
     for spec, name in zip(programs.channels, message_ids(plan.graph, programs.channels), strict=True):
-        ends = InProcessChannel.of_all_ranks(spec, 3, torch.device("cpu"))
+        ends = RankChannel.of_ranks(spec, range(3), torch.device("cpu"))
         recorded = [RecordedChannel(end, spec, name, rank, Log()) for rank, end in enumerate(ends)]
         found.setdefault(spec.exchanges[0].role, []).append([list(each.senders) for each in recorded])
     assert [[1], [0, 2], [1]] in found["halo"]

@@ -46,9 +46,9 @@ def main(folder: Path) -> None:
     assert apart.plan.calls == 2
     one, two = sample.split(1)
     errors = [attempt(lambda look=look: pair(apart, one, two, timestep, look=look)) for look in (RANK == "0", False)]
-    runner = parallel._engine.programs.all()[0].loaded.runner
-    kinds = sorted({type(channel).__name__ for channel in runner.channels(0)})
-    lines = sorted({len(getattr(channel, "ranks", ())) for channel in runner.channels(0)})
+    runner = parallel._engine.programs.all()[0].loaded.steps.runners[0]
+    kinds = sorted({type(channel.between).__name__ for channel in runner.channels(0)})
+    lines = sorted({len(getattr(channel.between, "members", ())) for channel in runner.channels(0)})
     found = {"equal": equal, "traffic": dict(parallel.traffic), "kinds": kinds, "lines": lines, "errors": errors}
     (folder / f"{RANK}.json").write_text(json.dumps(found))
     parallel.close()

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxpass.ir.inputs import moving_names
 from fxpass.ir.layout import Layout, PerRank, even
+from fxpass.ir.mesh import Placement
 from fxpass.ir.program import Program, fingerprint
 from fxpass.ir.strategy import Strategy
 from fxpass.passes.displace import displace
@@ -36,6 +37,11 @@ class CutPlan:
     fingerprint: str
     exact_steps: tuple[int, int] | None = None
     calls: int = 1
+    counts: tuple[int, ...] = ()  #: ranks of each process; (): each has one
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.counts) if self.counts else Placement.one_each(self.world_size)
 
 
 def cut_plan(program: Program, world_size: int, strategy: Strategy = SYNC) -> CutPlan:

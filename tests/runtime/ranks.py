@@ -253,9 +253,9 @@ def everything() -> dict[str, Any]:
     # ranks that are early and late by turns
     rng = random.Random(RANK)
 
-    def unsteady(channel: Any, packed: Any, put: Callable[..., None]) -> None:
+    def unsteady(channel: Any, rank: int, packed: Any, put: Callable[..., None]) -> None:
         time.sleep(rng.choice((0, 0, 0.001, 0.003)))
-        put(channel, packed)
+        put(channel, rank, packed)
 
     with patched("put", unsteady):
         seen["unsteady"] = all(
@@ -267,17 +267,17 @@ def everything() -> dict[str, Any]:
     # the memory of what was put is used for something else until it is awaited
     kept: dict[Any, list[tuple[Any, Any]]] = {}
 
-    def scribbling(channel: Any, packed: Any, put: Callable[..., None]) -> None:
+    def scribbling(channel: Any, rank: int, packed: Any, put: Callable[..., None]) -> None:
         sent = [part for parts in packed for part in parts if part is not None]
         kept[channel] = [(part, part.clone()) for part in sent]
-        put(channel, packed)
+        put(channel, rank, packed)
         for part in sent:
             part.fill_(7.0)
 
-    def restored(channel: Any, get: Callable[..., Any]) -> Any:
+    def restored(channel: Any, rank: int, number: int, get: Callable[..., Any]) -> Any:
         for part, then in kept.pop(channel, []):
             part.copy_(then)
-        return get(channel)
+        return get(channel, rank, number)
 
     with patched("put", scribbling), patched("get", restored):
         seen["copied"] = all(

@@ -49,18 +49,18 @@ def test_a_step_takes_rows_however_ranks_hold_them_and_keeps_those_of_its_layout
     verify(plan.graph, "scheduled", 3)
     executor = LockstepExecutor(3, check=True)
     loaded = executor.load(plan, [], [x, x.new_empty(0)])
-    for rank, held in enumerate(executor.held):
-        held.outputs([before.index_select(layout.axis, index(layout, rank))], Holding(keeps={0: 7}))
+    rows = [[before.index_select(layout.axis, index(layout, rank))] for rank in range(3)]
+    executor.held.outputs(rows, Holding(keeps={0: 7}))
     weights = [model.get_parameter(name) for name in plan.program.weights.values()]
     results = loaded.run_all(weights, [x, x.new_empty(0)], EXACT, Holding({1: 7}, {1: 8}))
     first, second = model(x, before)
     kept = layout_of(plan.graph.find_nodes(op="output")[0].args[0][1])
     assert kept.split
-    for rank, ((found, nothing), held) in enumerate(zip(results, executor.held, strict=True)):
+    after = executor.held.inputs([x], Holding({0: 8}), 3)
+    for rank, ((found, nothing), (rows_of_second,)) in enumerate(zip(results, after, strict=True)):
         torch.testing.assert_close(found, first)
         assert not nothing.numel()
-        (rows,) = held.inputs([nothing], Holding({0: 8}))
-        torch.testing.assert_close(rows, second.index_select(kept.axis, index(kept, rank)))
+        torch.testing.assert_close(rows_of_second, second.index_select(kept.axis, index(kept, rank)))
 
 
 def index(layout: Layout, rank: int) -> Tensor:
@@ -73,18 +73,18 @@ def test_steps_that_are_recorded_keep_rows_too() -> None:
     program = replace(capture(nn.Tanh(), x), kept=(0,))
     executor = LockstepExecutor(2)
     loaded = executor.load(cut_plan(program, 2), [], [x])
-    loaded._record = tape
+    loaded.steps._record = tape
     for number in range(3):  # the first one runs as usual, the next is recorded, the last is replayed
         loaded.run([], [x + number], EXACT, Holding(keeps={0: number}))
-        rows = [held.inputs([x], Holding({0: number}))[0] for held in executor.held]
+        rows = [own for (own,) in executor.held.inputs([x], Holding({0: number}), 2)]
         torch.testing.assert_close(torch.cat(rows, 2), (x + number).tanh())
-    assert loaded._graphs[0].graphs
+    assert loaded.steps._graphs[0].graphs
 
 
 def test_what_is_kept_does_not_keep_the_memory_of_the_rest() -> None:
     held, whole = Held(), torch.zeros(100, 4)
-    held.outputs([whole[:2]], Holding(keeps={0: 1}))
-    (part,) = held.inputs([torch.empty(0)], Holding({0: 1}))
+    held.outputs([[whole[:2]]], Holding(keeps={0: 1}))
+    ((part,),) = held.inputs([torch.empty(0)], Holding({0: 1}), 1)
     assert part.untyped_storage().nbytes() == part.nbytes
     held.forget([1, 2])
     assert not len(held)

@@ -9,6 +9,7 @@ import torch
 from torch.distributed import HashStore
 
 from fxpass.ir.merge import Merged
+from fxpass.ir.mesh import Placement
 from fxpass.ir.step import ChannelSpec
 from fxpass.runtime import memory
 from fxpass.runtime.board import Board
@@ -40,7 +41,7 @@ def test_messages_that_do_not_fit_into_memory_are_refused_with_both_sizes_before
     total = Merged("moments", (1 << 40,), torch.float32, 2)
     spec = ChannelSpec("exchange", "", (total,), late=False)
     with pytest.raises(OSError, match=r"two buffers for each message of 2 ranks needs 16777216\.\d MiB of memory, "):
-        open_channels([spec], Board(HashStore(), 0, 2, 1.0), 1)
+        open_channels([spec], Board(HashStore(), 0, 2, 1.0), 1, Placement.one_each(2))
     assert not made
 
 

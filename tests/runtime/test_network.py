@@ -77,7 +77,7 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> list[Network]:
 
 def summed(channel: Any) -> list[float]:
     """What this rank has once all ranks of its line have put their numbers: rank r puts r + 1."""
-    rank, spec = channel.board.rank, channel.spec
+    rank, spec = channel.rank, channel.spec
     mine = torch.full((2,), rank + 1.0)
     channel.put([each.pack(spec.place(rank), mine) for each in spec.exchanges])
     (received,) = channel.get()
@@ -87,21 +87,27 @@ def summed(channel: Any) -> list[float]:
 def test_ranks_of_a_line_wait_for_no_other_ranks(networks: list[Network]) -> None:
     """Ranks 2 and 3 put nothing."""
     spec = total(MESH.along_patches)
-    channels: list[Any] = at_once([lambda each=each: each.open([spec], CPU)[0] for each in networks])
+    channels: list[Any] = at_once([lambda each=each: each.open([spec], CPU)[0][0] for each in networks])
     assert at_once([lambda each=each: summed(each) for each in channels[:2]]) == [[3.0, 3.0]] * 2
-    assert [channel.ranks for channel in channels] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [channel.between.members for channel in channels] == [(0, 1), (0, 1), (2, 3), (2, 3)]
 
 
 def test_each_set_of_ranks_has_one_group_for_what_is_awaited_and_one_for_what_is_not(networks: list[Network]) -> None:
     axes = [MESH.along_patches, None, MESH.along_samples, MESH.along_patches, None]
     specs = [total(axis, fresh) for axis in axes for fresh in ("sync", "stale")]
-    opened = at_once([lambda each=each: each.open(specs, CPU) for each in networks])
-    groups = {id(channel.group) for channel in opened[3]}
+    opened = at_once([lambda each=each: each.open(specs, CPU)[0] for each in networks])
+    groups = {id(channel.between.group) for channel in opened[3]}
     assert len(groups) == 6
-    assert [channel.ranks for channel in opened[3]][::2] == [(2, 3), (0, 1, 2, 3), (1, 3), (2, 3), (0, 1, 2, 3)]
+    assert [channel.between.members for channel in opened[3]][::2] == [
+        (2, 3),
+        (0, 1, 2, 3),
+        (1, 3),
+        (2, 3),
+        (0, 1, 2, 3),
+    ]
     found = at_once([lambda each=each: [summed(channel) for channel in each] for each in opened])
     for rank, sums in enumerate(found):
-        lines = [channel.members for channel in opened[rank]]
+        lines = [channel.spec.members(rank) for channel in opened[rank]]
         assert sums == [[sum(member + 1.0 for member in line)] * 2 for line in lines]
 
 
@@ -109,14 +115,14 @@ def test_equal_messages_within_a_line_are_gathered_if_they_are_large(networks: l
     spec = total(MESH.along_samples)
     large = Reduce("sum", (1 << 15,), torch.float32, 2, axis=MESH.along_samples)
     specs = [spec, ChannelSpec("sum", "", (large,), late=False)]
-    opened = at_once([lambda each=each: each.open(specs, CPU) for each in networks])
-    assert [[channel.gather for channel in each] for each in opened] == [[False, True]] * 4
+    opened = at_once([lambda each=each: each.open(specs, CPU)[0] for each in networks])
+    assert [[channel.between.gather for channel in each] for each in opened] == [[False, True]] * 4
     found = at_once([lambda each=each: _large(each[1]) for each in opened])
     assert found == [4.0, 6.0, 4.0, 6.0]
 
 
 def _large(channel: Any) -> float:
-    rank, each = channel.board.rank, channel.spec.exchanges[0]
+    rank, each = channel.rank, channel.spec.exchanges[0]
     mine = torch.full(each.shape, rank + 1.0)
     channel.put([each.pack(each.place(rank), mine)])
     (received,) = channel.get()

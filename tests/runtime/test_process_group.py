@@ -19,7 +19,9 @@ from fxpass.ir.exchange import Exchange
 from fxpass.ir.fetch import Fetch
 from fxpass.ir.layout import Rows, full
 from fxpass.ir.merge import Reduce
+from fxpass.ir.mesh import Placement
 from fxpass.ir.step import ChannelSpec
+from fxpass.runtime.channels import RankChannel
 from fxpass.runtime.process_group import GroupChannel, gathered, padding
 from tests.passes.harness import rows
 from tests.properties import given
@@ -73,9 +75,11 @@ def through_channels(
     world = len(values)
     spec = ChannelSpec("exchange", "", tuple(exchanges), late=False)
     ends: list[Mailbox] = []
-    channels = [
-        GroupChannel(spec, Mailbox(ends), range(world), CPU, False, board(rank, world)) for rank in range(world)
+    each = Placement.one_each(world)
+    between = [
+        GroupChannel(spec, Mailbox(ends), range(world), CPU, False, board(rank, world), each) for rank in range(world)
     ]
+    channels = [RankChannel.of_ranks(spec, [rank], CPU, between[rank])[0] for rank in range(world)]
     for rank, channel in enumerate(channels):
         channel.put([each.pack(rank, x) for each, x in zip(exchanges, values[rank], strict=True)])
     received = [channel.get() for channel in channels]
@@ -89,7 +93,7 @@ def through_channels(
         ]
         for rank in range(world)
     ]
-    return results, [channel.gather for channel in channels]
+    return results, [channel.gather for channel in between]
 
 
 def part(fetch: Fetch, whole: Tensor, mine: Rows) -> Tensor:
@@ -129,7 +133,7 @@ def test_messages_of_equal_size_from_all_ranks_are_gathered_however_small() -> N
 @pytest.mark.parametrize("world", [2, 3])
 def test_an_all_gather_of_equal_messages_pads_nothing(world: int) -> None:
     total = Reduce("sum", (4,), torch.float32, world)
-    assert gathered((total,)) == 16
+    assert gathered(ChannelSpec("sum", "", (total,), late=False), Placement.one_each(world)) == 16
     assert padding((total,), 0) == 0
 
 

@@ -11,6 +11,7 @@ import torch
 import fxpass
 from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
+from fxpass.ir.mesh import Placement
 from fxpass.ir.step import EXACT, Step
 from fxpass.models.small import case
 from fxpass.passes.lower_comm import StepPrograms
@@ -23,6 +24,7 @@ from tests.inspect.test_mesh import planned as two_groups
 from tests.runtime.plans import block, inputs
 
 WORLD = 3
+EACH = Placement.one_each(WORLD)
 STRATEGIES = ["sync", "displaced", "compressed", "pcpp", "no_sync", "corrected_async_gn"]
 
 
@@ -65,20 +67,20 @@ def test_process_groups_keep_the_messages_for_the_next_step(strategy: str, block
     specs = StepPrograms(plan.graph, 0).channels
     for rank in range(WORLD):
         board: Any = SimpleNamespace(rank=rank, timeout=1.0)
-        ends = [GroupChannel(each, None, range(WORLD), torch.device("cpu"), blocking, board) for each in specs]
+        ends = [GroupChannel(each, None, range(WORLD), torch.device("cpu"), blocking, board, EACH) for each in specs]
         held = 0
         for end in ends:
             if end.spec.late:
                 held += end.blob * WORLD if end.gather else sum(end.sends) + sum(end.receives)
-        assert held_bytes(specs, rank, blocking=blocking) == held > 0
+        assert held_bytes(specs, EACH, rank, blocking=blocking) == held > 0
 
 
 def test_shared_and_symmetric_memory_keep_the_buffers_of_all_messages() -> None:
     _, _, plan = planned("unet_sdxl", "displaced")
     specs, said = StepPrograms(plan.graph, 0).channels, plan.state_bytes_by_channel
-    state = said["shared memory"][0] - file_layout(specs, 0)[0]
+    state = said["shared memory"][0] - file_layout(specs, EACH, 0)[0]
     assert state == said["symmetric memory"][0] - buffer_places(specs, WORLD)[0] > 0
-    assert said["gloo"][0] == state + held_bytes(specs, 0, blocking=True)
+    assert said["gloo"][0] == state + held_bytes(specs, EACH, 0, blocking=True)
 
 
 def test_a_group_of_a_mesh_keeps_what_it_keeps_alone() -> None:
@@ -94,7 +96,8 @@ def test_the_ranks_of_a_line_gather_through_gloo_groups_of_their_own(monkeypatch
     specs, rank = StepPrograms(plan.graph, 0).channels, 5
     board: Any = SimpleNamespace(rank=rank, timeout=1.0)
     late = [each for each in specs if each.late]
-    ends = [GroupChannel(each, None, each.members(rank), torch.device("cpu"), True, board) for each in late]
-    held = sum(end.blob * len(end.ranks) if end.gather else sum(end.sends) + sum(end.receives) for end in ends)
+    places = Placement.one_each(8)
+    ends = [GroupChannel(each, None, each.members(rank), torch.device("cpu"), True, board, places) for each in late]
+    held = sum(end.blob * len(end.members) if end.gather else sum(end.sends) + sum(end.receives) for end in ends)
     assert any(end.gather for end in ends)
-    assert held_bytes(specs, rank, blocking=True) == held
+    assert held_bytes(specs, places, rank, blocking=True) == held

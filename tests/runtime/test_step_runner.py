@@ -18,7 +18,7 @@ from fxpass.ir.step import EXACT, MODES, PACE, Step, StepProgram, verify_step
 from fxpass.models.small import case
 from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
-from fxpass.runtime.channels import InProcessChannel, Tamper
+from fxpass.runtime.channels import RankChannel, Tamper
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import ContextState, run_in_turns
 from tests.runtime.plans import block, inputs
@@ -171,7 +171,7 @@ def test_ranks_that_wait_for_each_other_are_an_error() -> None:
     values |= dict(zip(plan.program.inputs, tensors, strict=True)) | {"pace": torch.tensor(0.0)}
     programs = [StepPrograms(plan.graph, rank)["exact"] for rank in range(WORLD)]
     programs[0] = _edited(programs[0], lambda graph: graph.erase_node(_uses(graph, comm.put)[0]))
-    ends = [InProcessChannel.of_all_ranks(spec, WORLD, CPU) for spec in programs[0].channels]
+    ends = [RankChannel.of_ranks(spec, range(WORLD), CPU) for spec in programs[0].channels]
     codes = [step_code(program) for program in programs]
     runs = [code.run([values[name] for name in code.placeholders]) for code in codes]
     # the others wait for what rank 0 never puts, and rank 0 for what they put later

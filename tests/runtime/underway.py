@@ -151,9 +151,9 @@ class Ledger:
         put = GroupChannel.put
         self._was = put
 
-        def counted(channel: GroupChannel, packed: Any) -> None:
+        def counted(channel: GroupChannel, rank: int, packed: Any) -> None:
             work = channel._work
-            put(channel, packed)
+            put(channel, rank, packed)
             self.overwritten += work is not None and not work.is_completed()
 
         GroupChannel.put = counted
@@ -217,12 +217,12 @@ def raised(call: Callable[[], Any], here: bool) -> str:
     """The error of a call in which the third get of a channel raises, if that is to happen `here`."""
     gets, get = 0, GroupChannel.get
 
-    def raising(channel: GroupChannel) -> list[Tensor]:
+    def raising(channel: GroupChannel, rank: int, number: int) -> list[Any]:
         nonlocal gets
         gets += 1
         if here and gets == 3:
             raise ArithmeticError("only once")
-        return get(channel)
+        return get(channel, rank, number)
 
     GroupChannel.get = raising
     try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxpass.runtime.channels import InProcessChannel
+from fxpass.runtime.channels import RankChannel
 from fxpass.tools.commands.check import differences, fresh, named_tensors, randomised
 from tests.runtime.plans import block, inputs
 from tests.tools.command import fxpass
@@ -31,20 +31,20 @@ def test_check_randomises_constant_parameters_and_says_so() -> None:
 
 
 def test_check_fails_when_an_exchange_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InProcessChannel, "get", changed(lambda x: x * 1.01))
+    monkeypatch.setattr(RankChannel, "get", changed(lambda x: x * 1.01))
     result = fxpass("check", "tests.tools.models:good", "-n", 2)
     assert result.exit_code == 1
     assert "no: tests.tools.models:good is NOT exact on 2 ranks" in result.stdout
 
 
 def test_check_fails_when_an_output_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InProcessChannel, "get", changed(lambda x: x * torch.nan))
+    monkeypatch.setattr(RankChannel, "get", changed(lambda x: x * torch.nan))
     assert differences(block(), inputs(), {}, [2])[0].value == float("inf")
 
 
-def changed(change: Callable[[Tensor], Tensor]) -> Callable[[InProcessChannel], list[Tensor]]:
+def changed(change: Callable[[Tensor], Tensor]) -> Callable[[RankChannel], list[Tensor]]:
     """A `get` whose receive buffers are changed."""
-    get = InProcessChannel.get
+    get = RankChannel.get
     return lambda channel: [change(buffer) for buffer in get(channel)]
 
 

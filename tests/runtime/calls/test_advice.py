@@ -63,7 +63,7 @@ def test_after_an_interrupt_the_message_names_it_and_the_module_can_be_replaced(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(entry.loaded.runner, "run", interrupted)
+    monkeypatch.setattr(entry.loaded.steps, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module(*inputs())
     with pytest.raises(RuntimeError, match=r"in an earlier call: KeyboardInterrupt\); call fxpass\.parallelize again"):
