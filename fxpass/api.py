@@ -18,7 +18,7 @@ from .ir.advice import warn
 from .ir.program import Program, shape_of
 from .ir.strategy import Strategy
 from .plan import Plan, make_plan
-from .planning import check_target, check_world_size, groups_of, strategy_of, target_of
+from .planning import check_target, check_world_size, counts_of, groups_of, refuse_patches, strategy_of, target_of
 from .predict.compare import slower_than_fewer
 from .runtime import distributed
 from .runtime.calls.engine import Engine
@@ -41,6 +41,7 @@ def parallelize(
     warmup_steps: int | None = None,
     cfg: int = 1,
     data: int = 1,
+    patches: int | None = None,
     executor: str = "auto",
     compile: Compile = False,  # noqa: A002 - the name that torch users expect
     target: str = "auto",
@@ -52,7 +53,7 @@ def parallelize(
     timeout: float = 600.0,
     group: Any = None,
 ) -> T:
-    """Make a denoiser run on `world_size` ranks. Use the result exactly like the original.
+    """Make a denoiser run on `world_size` processes. Use the result exactly like the original.
 
     A model is captured at its first call, and again when it is called with other shapes or was changed (an adapter, a
     scale, a global or closure that its forward reads). The model itself is left as it is.
@@ -63,7 +64,8 @@ def parallelize(
 
     Args:
         model_or_pipeline: a model in eval mode, or a pipeline.
-        world_size: number of ranks; default: the size of the process group, else the number of CUDA devices.
+        world_size: number of processes, each of which is one rank unless `patches` says otherwise; default: the size of
+            the process group, else the number of CUDA devices.
         strategy: a `Strategy` or the name of a preset: "sync" (exact), "displaced" (stale, see `Strategy`), … "auto"
             takes what is predicted to be fastest on `target` and `link`: "displaced" or "sync", the number of groups
             (see `cfg`), and fewer ranks if that is faster; the others then do the same once more. Default: that of
@@ -77,9 +79,12 @@ def parallelize(
             `decode` and `encode` do so always.
         data: number of groups among which the prompts of a batch are divided. `cfg` x `data` groups take equal parts of
             the batch, in its order. With `data` above 1, calls of single branches are not run at once.
+        patches: number of patches of each group, a multiple of its processes; each process runs as many ranks, in turn.
+            Default: one for each process. `decode` and `encode` have that always. Not with strategy="auto".
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers, on CUDA one for each further device), "lockstep" (all ranks in this
-            process, in turn), or "auto": distributed if there are several processes, else spawn.
+            process, in turn, however many processes there would be), or "auto": distributed if there are several
+            processes, else spawn.
         compile: compile every rank's steps. "inductor": by torch.compile's backend; the first call takes long, later
             calls and processes load the result from Inductor's cache. "graph": record them as CUDA graphs, where all
             ranks are on GPUs of one machine that can map each other's memory. "inductor+graph": both. True: the last on
@@ -108,7 +113,7 @@ def parallelize(
 
     check_target(target, link)
     alone = chosen_parts(model_or_pipeline, on_first_rank)
-    saved = None if plan is None else _selected(plan, world_size, strategy, groups_of(0, cfg, data))
+    saved = None if plan is None else _selected(plan, world_size, strategy, groups_of(0, cfg, data), patches)
     if saved and warmup_steps is not None:
         raise ValueError("warmup_steps is part of the saved plan's strategy; leave it out, or make another plan")
     if not isinstance(compile, bool) and compile not in COMPILERS:
@@ -119,10 +124,17 @@ def parallelize(
         raise ValueError(f"unknown executor {executor!r}; {hint}")
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
-    world = _world_size(saved[0].world_size if saved else world_size, executor, group)
+    world = _world_size(saved[0].processes if saved else world_size, executor, group)
     groups = groups_of(world, cfg, data)
+    counts = saved[0].counts if saved else counts_of(world, groups, patches)
+    if counts and "graph" in str(compile):
+        raise ValueError(
+            f"compile={compile!r} cannot record the steps of several patches in one process as CUDA graphs; use "
+            "compile='inductor', or leave patches out"
+        )
     graphs, named = compile is True or "graph" in str(compile), "sync" if strategy is None else strategy
     chosen = saved[0].strategy if saved else strategy_of(named, graphs=graphs)
+    refuse_patches(chosen, counts)
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
 
@@ -132,10 +144,12 @@ def parallelize(
         if saved:
             return plan_again(program, saved, target_of(target, program, link))
         together = cfg > 1 and data == 1
-        return make_plan(program, world, chosen, target, link, groups=groups, together=together, strict=strict)
+        return make_plan(
+            program, world, chosen, target, link, groups=groups, patches=patches, together=together, strict=strict
+        )
 
     def one_by_one(program: Program) -> Plan:
-        return make_plan(program, world, chosen, target, link, strict=strict)
+        return make_plan(program, world, chosen, target, link, patches=sum(counts) or None, strict=strict)
 
     first = _executor(executor, world, timeout, group, compile)
     unused, turn = [first], Turn(one_thread=isinstance(first, distributed.DistributedExecutor))
@@ -176,24 +190,41 @@ def _world_size(world_size: int | None, executor: str, group: Any) -> int:
 
 
 def _selected(
-    path: str | Path, world_size: int | None, strategy: Strategy | str | None, groups: int
+    path: str | Path,
+    world_size: int | None,
+    strategy: Strategy | str | None,
+    groups: int,
+    patches: int | None,
 ) -> tuple[SavedPlan, ...]:
-    """The plans in a file for this world size, strategy and number of groups (1: any), all of one kind.
+    """The plans in a file for this world size, strategy, number of groups (1: any) and of patches, all of one kind.
 
     Raises:
         OSError, ValueError: the file cannot be read, or holds none of these or several kinds.
     """
     saved = load(path)
     wanted = None if strategy is None else Strategy.of(strategy)
-    found = [s for s in saved if world_size in (None, s.world_size) and wanted in (None, s.strategy)]
+    found = [
+        s
+        for s in saved
+        if world_size in (None, s.processes) and patches in (None, s.patches) and wanted in (None, s.strategy)
+    ]
     found = [s for s in found if groups in (1, s.groups // s.copies)]
-    kinds = {(each.world_size, each.groups, each.copies, each.strategy) for each in found}
+    kinds = {(each.world_size, each.counts, each.groups, each.copies, each.strategy) for each in found}
     if len(kinds) == 1:
         return tuple(found)
-    kind = "world_size={0.world_size}, strategy={0.strategy.name!r}"
-    known = ", ".join(sorted({kind.format(s) + f", {s.groups} groups" * (s.groups > 1) for s in saved})) or "none"
-    what = "several kinds of plans; say which by world_size, strategy and cfg" if kinds else "no plan of this kind"
+    known = ", ".join(sorted(set(map(_kind, saved)))) or "none"
+    what = (
+        "several kinds of plans; say which by world_size, strategy, cfg and patches"
+        if kinds
+        else "no plan of this kind"
+    )
     raise ValueError(f"{path} has {what}: it has {known}")
+
+
+def _kind(saved: SavedPlan) -> str:
+    """The kind of a saved plan, for messages."""
+    kind = f"world_size={saved.processes}, strategy={saved.strategy.name!r}"
+    return kind + f", {saved.groups} groups" * (saved.groups > 1) + f", patches={saved.patches}" * bool(saved.counts)
 
 
 def _warning(planner: Callable[[Program], Plan], *, slow: bool) -> Callable[[Program], Plan]:

@@ -3,11 +3,12 @@
 A file is JSON. It has one entry for each signature (shapes and options of a call), world size, number of groups and
 strategy::
 
-    {"schema": "fxpass.plans", "version": 2, "plans": [
+    {"schema": "fxpass.plans", "version": 3, "plans": [
       {"fxpass": "0.2.0", "torch": "2.13.0", "inputs": ["sample (1, 4, 64, 64) torch.float32", ...],
        "program": fingerprint of the whole program, "world_size": 4, "groups": 1,
        "copies": 1, "strategy": {fields of Strategy},
-       "cuts": {value: {"dim": 2, "rows": [runs of each rank]}}, "plan": fingerprint of the plan}]}
+       "cuts": {value: {"dim": 2, "rows": [runs of each rank]}}, "plan": fingerprint of the plan,
+       "counts": ranks of each process; [] if each has one}]}
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .plan import Plan
 from .runtime.calls.programs import NoPlanError
 
 SCHEMA = "fxpass.plans"
-VERSION = 2  #: of the schema
+VERSION = 3  #: of the schema
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,30 @@ class SavedPlan:
     strategy: Strategy
     cuts: dict[str, Layout]
     plan: str
+    counts: tuple[int, ...] = ()
+
+    @property
+    def processes(self) -> int:
+        return len(self.counts) or self.world_size
+
+    @property
+    def patches(self) -> int:
+        """Of each group."""
+        return self.world_size // self.groups
 
     @staticmethod
     def of(plan: Plan) -> SavedPlan:
         whole = plan.program
         inputs, cuts = tuple(_inputs(whole)), dict(plan.cuts)
         ranks = plan.world_size, plan.groups, plan.copies
-        return SavedPlan(*versions(), inputs, fingerprint(whole.graph), *ranks, plan.strategy, cuts, plan.fingerprint)
+        return SavedPlan(
+            *versions(), inputs, fingerprint(whole.graph), *ranks, plan.strategy, cuts, plan.fingerprint, plan.counts
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells entries of one file apart."""
-        return self.program, self.world_size, self.groups, self.copies, self.strategy
+        return self.program, self.world_size, self.counts, self.groups, self.copies, self.strategy
 
 
 def save(plan: Plan, path: str | Path) -> None:
@@ -111,7 +124,16 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     cuts = dict(saved.cuts)
     plan = Plan(
-        result.program, result.graph, ranks, saved.strategy, target, cuts, seconds, groups=groups, copies=copies
+        result.program,
+        result.graph,
+        ranks,
+        saved.strategy,
+        target,
+        cuts,
+        seconds,
+        groups=groups,
+        copies=copies,
+        counts=saved.counts,
     )
     if plan.fingerprint != saved.plan:
         raise NoPlanError("these cuts give another plan than when they were saved; make it anew (Plan.save)")
@@ -156,6 +178,7 @@ def _from_json(data: dict[str, Any]) -> SavedPlan:
         strategy["window"] = tuple(strategy["window"])
     values = {each.name: data[each.name] for each in fields(SavedPlan)}
     values["inputs"] = tuple(values["inputs"])
+    values["counts"] = tuple(values["counts"])
     values["strategy"] = Strategy(**strategy)
     values["cuts"] = {name: to_layout(layout) for name, layout in data["cuts"].items()}
     saved = SavedPlan(**values)
