@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from .ir.advice import warn
 from .ir.program import Program, shape_of
 from .ir.strategy import Strategy
 from .plan import Plan, make_plan
-from .planning import check_target, check_world_size, counts_of, groups_of, refuse_patches, strategy_of, target_of
+from .planning import ONE_EACH, Deal, check_target, check_world_size, groups_of, refuse_deal, strategy_of, target_of
 from .predict.compare import slower_than_fewer
 from .runtime import distributed
 from .runtime.calls.engine import Engine
@@ -42,6 +42,7 @@ def parallelize(
     cfg: int = 1,
     data: int = 1,
     patches: int | None = None,
+    speeds: Sequence[float] | None = None,
     executor: str = "auto",
     compile: Compile = False,  # noqa: A002 - the name that torch users expect
     target: str = "auto",
@@ -81,6 +82,8 @@ def parallelize(
             the batch, in its order. With `data` above 1, calls of single branches are not run at once.
         patches: number of patches of each group, a multiple of its processes; each process runs as many ranks, in turn.
             Default: one for each process. `decode` and `encode` have that always. Not with strategy="auto".
+        speeds: of each process of a group, in any unit: rows are cut in proportion, as far as the model allows. With
+            them, `patches` need not be a multiple of the processes.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers, on CUDA one for each further device), "lockstep" (all ranks in this
             process, in turn, however many processes there would be), or "auto": distributed if there are several
@@ -114,6 +117,8 @@ def parallelize(
     check_target(target, link)
     alone = chosen_parts(model_or_pipeline, on_first_rank)
     saved = None if plan is None else _selected(plan, world_size, strategy, groups_of(0, cfg, data), patches)
+    if saved and speeds is not None:
+        raise ValueError("speeds are part of the saved plan; leave them out, or make another plan")
     if saved and warmup_steps is not None:
         raise ValueError("warmup_steps is part of the saved plan's strategy; leave it out, or make another plan")
     if not isinstance(compile, bool) and compile not in COMPILERS:
@@ -126,30 +131,32 @@ def parallelize(
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(saved[0].processes if saved else world_size, executor, group)
     groups = groups_of(world, cfg, data)
-    counts = saved[0].counts if saved else counts_of(world, groups, patches)
-    if counts and "graph" in str(compile):
+    deal = Deal(saved[0].counts, saved[0].speeds) if saved else Deal.of(world, groups, patches, speeds)
+    if deal.counts and "graph" in str(compile):
         raise ValueError(
             f"compile={compile!r} cannot record the steps of several patches in one process as CUDA graphs; use "
             "compile='inductor', or leave patches out"
         )
     graphs, named = compile is True or "graph" in str(compile), "sync" if strategy is None else strategy
     chosen = saved[0].strategy if saved else strategy_of(named, graphs=graphs)
-    refuse_patches(chosen, counts)
+    refuse_deal(chosen, deal)
+    apart = Deal(deal.counts, deal.speeds * groups)
+    whole = ONE_EACH if saved else Deal.of(world, 1, None, None if speeds is None else [*speeds] * groups)
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
 
     def planned(program: Program) -> Plan:
         if program.method != "forward":  # it is no step of a generation: nothing may be stale, and no plan is saved
-            return make_plan(program, world, Strategy(), target, link, strict=strict)
+            return make_plan(program, world, Strategy(), target, link, deal=whole, strict=strict)
         if saved:
             return plan_again(program, saved, target_of(target, program, link))
         together = cfg > 1 and data == 1
         return make_plan(
-            program, world, chosen, target, link, groups=groups, patches=patches, together=together, strict=strict
+            program, world, chosen, target, link, groups=groups, deal=deal, together=together, strict=strict
         )
 
     def one_by_one(program: Program) -> Plan:
-        return make_plan(program, world, chosen, target, link, patches=sum(counts) or None, strict=strict)
+        return make_plan(program, world, chosen, target, link, deal=apart, strict=strict)
 
     first = _executor(executor, world, timeout, group, compile)
     unused, turn = [first], Turn(one_thread=isinstance(first, distributed.DistributedExecutor))
@@ -209,7 +216,7 @@ def _selected(
         if world_size in (None, s.processes) and patches in (None, s.patches) and wanted in (None, s.strategy)
     ]
     found = [s for s in found if groups in (1, s.groups // s.copies)]
-    kinds = {(each.world_size, each.counts, each.groups, each.copies, each.strategy) for each in found}
+    kinds = {(each.world_size, each.counts, each.speeds, each.groups, each.copies, each.strategy) for each in found}
     if len(kinds) == 1:
         return tuple(found)
     known = ", ".join(sorted(set(map(_kind, saved)))) or "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,12 +45,13 @@ from .passes.cuts import Tried
 from .passes.samples import IndivisibleError, stacked
 from .passes.targets import Target, find
 from .planning import (
+    ONE_EACH,
     Chooser,
+    Deal,
     check_target,
     check_world_size,
-    counts_of,
     groups_of,
-    refuse_patches,
+    refuse_deal,
     strategy_of,
     target_of,
     warn_undivided,
@@ -82,6 +83,7 @@ class Plan:
     calls: int = 1  #: how many calls of the program run at once, each on a group of ranks
     copies: int = 1  #: so many groups do the same: fewer ranks are faster (`strategy="auto"`)
     counts: tuple[int, ...] = ()  #: how many ranks each process runs, in turn; (): each runs one
+    speeds: tuple[float, ...] = ()  #: of the ranks of a group, to which their rows are in proportion; (): all the same
 
     @property
     def mesh(self) -> Mesh:
@@ -109,7 +111,8 @@ class Plan:
     def fingerprint(self) -> str:
         """A hash of everything that the ranks must agree on."""
         found = fingerprint(self.graph)
-        return hashlib.sha256(f"{found} {self.counts}".encode()).hexdigest() if self.placement.several else found
+        dealt = self.counts, self.speeds
+        return hashlib.sha256(f"{found} {dealt}".encode()).hexdigest() if any(dealt) else found
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file, for `parallelize(…, plan=path)`; the file's plans of other calls stay.
@@ -358,7 +361,7 @@ def make_plan(
     link: str | None = None,
     *,
     groups: int = 1,
-    patches: int | None = None,
+    deal: Deal = ONE_EACH,
     together: bool = False,
     strict: bool = False,
 ) -> Plan:
@@ -366,7 +369,7 @@ def make_plan(
 
     Args:
         strategy: or what chooses one, and the mesh.
-        patches: of each group; None: one for each process.
+        deal: how the patches of a group are dealt to its processes.
         groups: of ranks, among which the samples of a batch are divided, if they are independent; they divide
             `world_size`. Otherwise all ranks work on patches of all samples, and a warning says why.
         together: where the batch cannot be divided evenly, each group runs a call of its own instead, unless calls
@@ -376,12 +379,13 @@ def make_plan(
     started = time.perf_counter()
     machine = target_of(target, program, link)
     copies = 1
-    counts = counts_of(world_size, groups, patches)
     if not isinstance(strategy, Strategy):
         choice = strategy(program, world_size, groups, machine)
         strategy, groups, copies = choice.strategy, choice.groups, choice.copies
-    ranks = sum(counts) or world_size
-    result: Build = build(program, ranks, machine, strategy, groups=groups, copies=copies, after="samples")
+    ranks = sum(deal.counts) or world_size
+    result: Build = build(
+        program, ranks, machine, strategy, groups=groups, copies=copies, speeds=deal.speeds, after="samples"
+    )
     if together and isinstance(result.mixed, IndivisibleError) and not program.written and not program.changes:
         result = replace(result, samples=stacked(result.program, groups), mixed=None)
     result = resume(result, after="samples")
@@ -391,7 +395,7 @@ def make_plan(
     plan = Plan(
         result.program, result.graph, ranks, strategy, result.target, dict(result.cuts), seconds, result.tried,
         result.mesh.groups, result.samples.calls if result.samples else 1, result.copies if result.samples else 1,
-        counts,
+        deal.counts, deal.speeds,
     )  # fmt: skip
     if strict and plan.gathered:
         raise FallbackError(
@@ -415,6 +419,7 @@ def plan(
     cfg: int = 1,
     data: int = 1,
     patches: int | None = None,
+    speeds: Sequence[float] | None = None,
     target: str | Target = "auto",
     link: str | None = None,
     strict: bool = False,
@@ -425,7 +430,7 @@ def plan(
     `target` names a device, or a file that describes one; `link` what joins the ranks (docs/targets.md lists both).
     `strategy="auto"` takes what is predicted to be fastest there: "displaced" or "sync", any number of groups, and
     fewer ranks if that is faster (`Plan.copies`). Planning takes several times as long.
-    `cfg`, `data` and `patches` are those of `parallelize`.
+    `cfg`, `data`, `patches` and `speeds` are those of `parallelize`.
 
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if it cannot be split over
     so many ranks, and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (`Plan.gathered`).
@@ -434,6 +439,7 @@ def plan(
     groups = groups_of(world_size, cfg, data)
     check_target(target, link)
     chosen = strategy_of(strategy)
-    refuse_patches(chosen, counts_of(world_size, groups, patches))
+    deal = Deal.of(world_size, groups, patches, speeds)
+    refuse_deal(chosen, deal)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
-    return make_plan(program, world_size, chosen, target, link, groups=groups, patches=patches, strict=strict)
+    return make_plan(program, world_size, chosen, target, link, groups=groups, deal=deal, strict=strict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .ir.advice import warn
@@ -30,40 +31,89 @@ def groups_of(world_size: int, cfg: Any, data: Any) -> int:
     return cfg * data
 
 
-def counts_of(world_size: int, groups: int, patches: Any) -> tuple[int, ...]:
-    """How many patches each process runs; () if each runs one.
+@dataclass(frozen=True)
+class Deal:
+    """How the patches of a group are dealt to its processes.
 
-    Args:
-        world_size: the number of processes.
-        patches: of each group; None: one for each of its processes.
-
-    Raises:
-        ValueError: `patches` is no whole number of at least 1, or cannot be dealt to the processes of a group.
+    Attributes:
+        counts: how many patches each process runs, of all groups; () if each runs one.
+        speeds: of the ranks of a group; () if all are the same.
     """
-    processes = world_size // groups
-    if patches is None or (patches == processes and not isinstance(patches, bool)):
+
+    counts: tuple[int, ...] = ()
+    speeds: tuple[float, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.counts or self.speeds)
+
+    @staticmethod
+    def of(world_size: int, groups: int, patches: Any, speeds: Any) -> Deal:
+        """
+        Args:
+            world_size: the number of processes.
+            patches: of each group; None: one for each of its processes.
+            speeds: of the processes of a group, in any unit; None: all are the same. Each gets rows in proportion, in
+                as many patches as make all patches most alike.
+
+        Raises:
+            ValueError: `patches` is no whole number of at least 1, or cannot be dealt to the processes of a group;
+                `speeds` are not as many numbers above 0 as a group has processes.
+        """
+        processes = world_size // groups
+        where = f"the {processes} processes" + " of each group" * (groups > 1)
+        fast = _speeds(speeds, processes, where)
+        if patches is None:
+            patches = processes
+        if isinstance(patches, bool) or not isinstance(patches, int) or patches < 1:
+            raise ValueError(f"patches must be a whole number of at least 1, not {patches!r}")
+        if patches < processes:
+            multiple = " or a multiple of it" * (not fast)
+            raise ValueError(f"{patches} patches are too few for {where}; patches={processes}{multiple} would do")
+        if patches % processes and not fast:
+            fewer = patches - patches % processes
+            raise ValueError(
+                f"{patches} patches cannot be dealt evenly to {where}; {fewer} or {fewer + processes} patches would "
+                "do, or `speeds`"
+            )
+        fast = fast or (1.0,) * processes
+        counts = _dealt(patches, fast)
+        own = tuple(speed / count for speed, count in zip(fast, counts, strict=True) for _ in range(count))
+        return Deal(counts * groups if patches > processes else (), own if len(set(own)) > 1 else ())
+
+
+ONE_EACH = Deal()  #: every process runs one patch, and all are equally fast
+
+
+def _speeds(speeds: Any, processes: int, where: str) -> tuple[float, ...]:
+    """`speeds` as a tuple, () for None. Raises as `Deal.of`."""
+    if speeds is None:
         return ()
-    if isinstance(patches, bool) or not isinstance(patches, int) or patches < 1:
-        raise ValueError(f"patches must be a whole number of at least 1, not {patches!r}")
-    where = f"the {processes} processes" + " of each group" * (groups > 1)
-    if patches < processes:
-        raise ValueError(f"{patches} patches are too few for {where}; patches={processes} or a multiple of it would do")
-    if patches % processes:
-        fewer = patches - patches % processes
-        raise ValueError(
-            f"{patches} patches cannot be dealt evenly to {where}; {fewer} or {fewer + processes} patches would do"
-        )
-    return (patches // processes,) * world_size
+    if isinstance(speeds, str) or not isinstance(speeds, Sequence):
+        raise ValueError(f"speeds are numbers, one for each of {where}, not {speeds!r}")
+    for each in speeds:
+        if isinstance(each, bool) or not isinstance(each, (int, float)) or not 0 < each < float("inf"):
+            raise ValueError(f"speeds are numbers above 0, not {each!r}")
+    if len(speeds) != processes:
+        raise ValueError(f"speeds has {len(speeds)} numbers, but needs one for each of {where}: {processes}")
+    return tuple(map(float, speeds))
+
+
+def _dealt(patches: int, speeds: Sequence[float]) -> tuple[int, ...]:
+    """So many patches in proportion to speeds, at least one for each: the next one goes where patches are largest."""
+    counts = [1] * len(speeds)
+    for _ in range(patches - len(speeds)):
+        counts[max(range(len(speeds)), key=lambda i: speeds[i] / counts[i])] += 1
+    return tuple(counts)
 
 
 #: chooses how so many ranks, divided into so many groups (1: any number), share a program
 Chooser = Callable[[Program, int, int, Target], Choice]
 
 
-def refuse_patches(strategy: Strategy | Chooser, counts: Sequence[int]) -> None:
-    """Raises `ValueError` if processes run several patches and the strategy, and with it the mesh, is to be chosen."""
-    if counts and not isinstance(strategy, Strategy):
-        raise ValueError("patches is for a strategy that is named, not for strategy='auto'")
+def refuse_deal(strategy: Strategy | Chooser, deal: Deal) -> None:
+    """Raises `ValueError` if patches are dealt otherwise than one each, and the strategy, with the mesh, is chosen."""
+    if deal and not isinstance(strategy, Strategy):
+        raise ValueError("patches and speeds are for a strategy that is named, not for strategy='auto'")
 
 
 def strategy_of(strategy: str | Strategy, *, graphs: bool = False) -> Strategy | Chooser:

@@ -8,7 +8,7 @@ strategy::
        "program": fingerprint of the whole program, "world_size": 4, "groups": 1,
        "copies": 1, "strategy": {fields of Strategy},
        "cuts": {value: {"dim": 2, "rows": [runs of each rank]}}, "plan": fingerprint of the plan,
-       "counts": ranks of each process; [] if each has one}]}
+       "counts": ranks of each process; [] if each has one, "speeds": of the ranks of a group; [] if all are the same}]}
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class SavedPlan:
     cuts: dict[str, Layout]
     plan: str
     counts: tuple[int, ...] = ()
+    speeds: tuple[float, ...] = ()
 
     @property
     def processes(self) -> int:
@@ -67,13 +68,21 @@ class SavedPlan:
         inputs, cuts = tuple(_inputs(whole)), dict(plan.cuts)
         ranks = plan.world_size, plan.groups, plan.copies
         return SavedPlan(
-            *versions(), inputs, fingerprint(whole.graph), *ranks, plan.strategy, cuts, plan.fingerprint, plan.counts
+            *versions(),
+            inputs,
+            fingerprint(whole.graph),
+            *ranks,
+            plan.strategy,
+            cuts,
+            plan.fingerprint,
+            plan.counts,
+            plan.speeds,
         )
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells entries of one file apart."""
-        return self.program, self.world_size, self.counts, self.groups, self.copies, self.strategy
+        return self.program, self.world_size, self.counts, self.speeds, self.groups, self.copies, self.strategy
 
 
 def save(plan: Plan, path: str | Path) -> None:
@@ -134,6 +143,7 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
         groups=groups,
         copies=copies,
         counts=saved.counts,
+        speeds=saved.speeds,
     )
     if plan.fingerprint != saved.plan:
         raise NoPlanError("these cuts give another plan than when they were saved; make it anew (Plan.save)")
@@ -178,7 +188,8 @@ def _from_json(data: dict[str, Any]) -> SavedPlan:
         strategy["window"] = tuple(strategy["window"])
     values = {each.name: data[each.name] for each in fields(SavedPlan)}
     values["inputs"] = tuple(values["inputs"])
-    values["counts"] = tuple(values["counts"])
+    for name in ("counts", "speeds"):
+        values[name] = tuple(values[name])
     values["strategy"] = Strategy(**strategy)
     values["cuts"] = {name: to_layout(layout) for name, layout in data["cuts"].items()}
     saved = SavedPlan(**values)

@@ -56,6 +56,7 @@ class Build:
     graph: fx.Graph | None = None  #: the partitioned graph
     groups: int = 1  #: asked for; the samples of a batch are divided among them, if they are independent
     copies: int = 1  #: so many groups work on the same samples
+    speeds: tuple[float, ...] = ()  #: of each rank of a group, in any unit; (): all are the same
     samples: Samples | None = None  #: how they are divided; None if all ranks work on all samples
     joined: bool = False  #: whether the graph is that of all groups
     mixed: SamplesError | None = None  #: why they are not divided although that was asked for
@@ -74,6 +75,14 @@ class Build:
     def of_one_group(self) -> bool:
         """Whether the present graph is for the ranks of one group."""
         return self.samples is not None and not self.joined
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the work of the present graph that each of its ranks is to do, 1 on average; (): all the same."""
+        if not self.speeds:
+            return ()
+        speeds = self.speeds * (self.mesh.patches // len(self.speeds))
+        return tuple(speed * len(speeds) / sum(speeds) for speed in speeds)
 
     @property
     def mesh(self) -> Mesh:
@@ -108,7 +117,7 @@ def _samples(build: Build) -> Build:
 
 
 def _cuts(build: Build) -> Build:
-    found = choose_cuts(build.part, build.mesh.patches, build.target, RULES)
+    found = choose_cuts(build.part, build.mesh.patches, build.target, RULES, build.shares)
     return replace(build, cuts=found.cuts, tried=found.tried, best=found.best)
 
 
@@ -170,6 +179,7 @@ def build(
     *,
     groups: int = 1,
     copies: int = 1,
+    speeds: tuple[float, ...] = (),
     after: str | None = None,
     cuts: Mapping[str, Layout] | None = None,
 ) -> Build:
@@ -177,6 +187,7 @@ def build(
 
     The samples of a batch are divided among `groups` groups of ranks, if they are independent; each part is computed by
     `copies` of them, and the results of the first are used. All of them divide `world`.
+    The rows of the ranks of a group are in proportion to their `speeds`.
     With `cuts`, which are known from an earlier search, that search is left out.
 
     Raises `ValueError` if no pass has the name `after`, `WorldSizeError` if so many ranks cannot share the model.
@@ -185,7 +196,7 @@ def build(
     if after is not None and after not in names:
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
-    start = Build(program, world, target, strategy, groups=groups, copies=copies)
+    start = Build(program, world, target, strategy, groups=groups, copies=copies, speeds=speeds)
     end = names.index(after) + 1 if after else None
     if cuts is None:
         return _run(start, PASSES[:end])

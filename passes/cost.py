@@ -5,7 +5,7 @@ The model is simple: all work at the rate of large operators, all exchanges in s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -100,8 +100,13 @@ def exchange_cost(graph: fx.Graph, world: int, target: Target) -> tuple[float, i
     return seconds, max(totals)
 
 
-def cost(graph: fx.Graph, world: int, target: Target) -> Cost:
+def cost(graph: fx.Graph, world: int, target: Target, shares: Sequence[float] = ()) -> Cost:
+    """
+    Args:
+        shares: of each rank, the speed at which it computes; default: that of the target.
+    """
     work, traffic = totals(graph, world, node_flops, node_bytes)
-    compute = max(target.compute(w, t) for w, t in zip(work, traffic, strict=True))
+    speeds = shares or (1.0,) * world
+    compute = max(target.compute(w, t) / speed for w, t, speed in zip(work, traffic, speeds, strict=True))
     seconds, received = exchange_cost(graph, world, target)
     return Cost(compute, seconds, work, received)

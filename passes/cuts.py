@@ -12,7 +12,7 @@ Candidates whose rows are less balanced than the best candidate's work are skipp
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor, log
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from torch import fx
 
 from ..ir.exchange import Role
-from ..ir.layout import Layout, even
+from ..ir.layout import Layout, Rows, even, shared
 from ..ir.program import Program, calls, exchanges_of, layout_of, reached, shape_of
 from ..ir.progress import say
 from .cost import Cost, cost, flops, node_flops, totals
@@ -86,6 +86,7 @@ class Search:
     target: Target
     rules: Mapping[Any, Rule]
     inputs: tuple[str, ...]
+    shares: tuple[float, ...] = ()  #: of the work that each rank is to do, 1 on average; (): all the same
     total: int = 0
     best: Candidate | None = None
     tried: dict[tuple[tuple[str, Layout], ...], Tried] = field(default_factory=dict)
@@ -101,8 +102,8 @@ class Search:
         say(f"cuts: candidate {len(self.tried) + 1}")
         partitioned = partition(self.graph, self.world, cuts, self.rules)
         trimmed = trim(partitioned, self.graph, self.world, self.rules)
-        judged = cost(trimmed, self.world, self.target)
-        share = self.world * max(judged.flops_per_rank) / self.total if self.total else 1.0
+        judged = cost(trimmed, self.world, self.target, self.shares)
+        share = self.world * self._slowest(judged) / self.total if self.total else 1.0
         imbalance = _imbalance(share)
         self.tried[key] = Tried(tuple(cuts.items()), 1 / share, judged.received, judged.compute, judged.exchange)
         candidate = Candidate(cuts, partitioned, trimmed, judged, imbalance)
@@ -116,8 +117,8 @@ class Search:
         for node, dim in candidates:
             if self.best is not None and not self.best.imbalance and node.name not in self.cuts:
                 break  # one input balances the work: others may join it
-            for rows in _grains(shape_of(node)[dim], self.world):
-                if self.best is not None and _imbalance(_share(shape_of(node)[dim], self.world)) > self.best.imbalance:
+            for rows in _grains(self, shape_of(node)[dim]):
+                if self.best is not None and _imbalance(self.share(shape_of(node)[dim])) > self.best.imbalance:
                     break
                 if not self.attempt({node.name: Layout(dim, rows)}):
                     break
@@ -127,7 +128,7 @@ class Search:
             if self.reached >= GOOD:
                 break
             if self.best is not None and node.name not in self.cuts:
-                layout = Layout(dim, even(shape_of(node)[dim], self.world))
+                layout = Layout(dim, self.rows(shape_of(node)[dim]))
                 alike = [n for n, d in candidates if (shape_of(n), d) == (shape_of(node), dim)]
                 self.attempt({n.name: layout for n in alike} | self.cuts)  # one of many may not be worth its exchanges
                 self.attempt({node.name: layout} | self.cuts)
@@ -146,26 +147,57 @@ class Search:
 
     @property
     def bound(self) -> float:
-        """Unsplit work over the slowest rank's."""
-        return self.total / max(self.best.cost.flops_per_rank) if self.best and self.total else 0.0
+        """Unsplit work over the slowest rank's, as if all were as fast as they are on average."""
+        return self.total / self._slowest(self.best.cost) if self.best and self.total else 0.0
 
     @property
     def reached(self) -> float:
         """The bound as a share of the ideal."""
         return self.bound / self.world
 
+    def _slowest(self, judged: Cost) -> float:
+        """The work of the rank that takes longest, as if all were as fast as they are on average."""
+        if not self.shares:
+            return max(judged.flops_per_rank)
+        return max(work / share for work, share in zip(judged.flops_per_rank, self.shares, strict=True))
 
-def choose_cuts(program: Program, world: int, target: Target, rules: Mapping[Any, Rule]) -> Found:
+    def rows(self, size: int, grain: int = 1) -> tuple[Rows, ...]:
+        """The rows of each rank, as near to its share as cuts at multiples of `grain` allow."""
+        return shared(size, self.shares, grain) if self.shares else even(size, self.world, grain)
+
+    def share(self, size: int) -> float:
+        """The largest number of rows on a rank, relative to its share."""
+        return self.world * self.most(self.rows(size)) / size
+
+    def most(self, rows: Sequence[Rows]) -> float:
+        """The largest number of rows on a rank, each relative to its share."""
+        shares = self.shares or (1.0,) * self.world
+        return max(len(each) / share for each, share in zip(rows, shares, strict=True))
+
+
+def choose_cuts(
+    program: Program, world: int, target: Target, rules: Mapping[Any, Rule], shares: tuple[float, ...] = ()
+) -> Found:
     """The best cuts found, and how many candidates were tried.
+
+    Args:
+        shares: of the work that each rank is to do, 1 on average; (): all the same.
 
     Raises `WorldSizeError` if no cut makes the model faster on `world` ranks; the message says what limits it.
     """
     graph, inputs = program.graph, program.inputs
     if world == 1 or not any(0 not in node.meta.get("shape", ()) for node in calls(graph)):
         return Found({})  # one rank, or nothing to compute: an empty batch
-    search = Search(graph, world, target, rules, inputs)
+    search = Search(graph, world, target, rules, inputs, shares)
     if search.run():
         return Found(search.cuts, tuple(search.tried.values()), search.best)
+    if shares and Search(graph, world, target, rules, inputs).run():
+        most = max(shares) / min(shares)
+        raise WorldSizeError(
+            f"this model can be shared among {world} ranks, but not in proportion to these speeds: no cut leaves as "
+            f"little work to the slowest rank as its share, 1/{most:.3g} of the fastest one's; give speeds nearer to "
+            "each other, or leave the slowest process out"
+        )
     two = search if world == 2 else Search(graph, 2, target, rules, inputs)
     shared = two is not search and two.run()
     sizes = _sizes(two)
@@ -222,11 +254,6 @@ def _imbalance(share: float) -> int:
     return max(0, floor(log(share) / log(1.25)))
 
 
-def _share(size: int, world: int) -> float:
-    """The largest number of rows on a rank, relative to an equal share."""
-    return world * max(map(len, even(size, world))) / size
-
-
 def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
     """(input, dim) pairs that may be cut: first inputs that most work depends on, then the largest; even dims first.
 
@@ -240,7 +267,7 @@ def _candidates(search: Search) -> Iterator[tuple[fx.Node, int]]:
     for node in sorted(nodes, key=lambda n: (-size[n] * (weight[n] > 0.9 * largest), search.inputs.index(n.name))):
         shape = shape_of(node)
         dims = [dim for dim in range(1, len(shape)) if shape[dim] >= search.world]
-        for dim in sorted(dims, key=lambda d: floor((_share(shape[d], search.world) - 1) / ALIKE)):
+        for dim in sorted(dims, key=lambda d: floor((search.share(shape[d]) - 1) / ALIKE)):
             yield node, dim
 
 
@@ -280,11 +307,11 @@ def _moves_cuts(graph: fx.Graph) -> bool:
     return any(each.role in OVERHEAD for _, declared in exchanges_of(graph) for each in declared)
 
 
-def _grains(size: int, world: int) -> list[tuple[Any, ...]]:
-    """Even cuts on multiples of 1, 2, 4, … rows, while every rank gets a row."""
-    found: list[tuple[Any, ...]] = []
+def _grains(search: Search, size: int) -> list[tuple[Rows, ...]]:
+    """Cuts on multiples of 1, 2, 4, … rows, while every rank gets a row."""
+    found: list[tuple[Rows, ...]] = []
     for grain in GRAINS:
-        rows = even(size, world, grain)
+        rows = search.rows(size, grain)
         if all(r.runs for r in rows) and rows not in found:
             found.append(rows)
     return found
@@ -312,8 +339,8 @@ def _inner(search: Search, best: Candidate) -> tuple[list[tuple[str, Layout]], l
         dim = layout.dim if layout.dim is not None else max(range(1, len(shape) - 1), key=shape.__getitem__)
         if shape[dim] < 4 * search.world:
             continue
-        rows = even(shape[dim], search.world)
-        if layout.dim is not None and max(layout.sizes) <= 1.02 * max(map(len, rows)):
+        rows = search.rows(shape[dim])
+        if layout.dim is not None and search.most(layout.rows) <= 1.02 * search.most(rows):
             continue
         seen.add(shape)
         found = again if node in after else free

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from operator import or_
 from typing import Any
 
@@ -294,6 +294,19 @@ def even(size: int, world: int, grain: int = 1) -> tuple[Rows, ...]:
     units = size // grain
     cuts = [round(k * units / world) * grain for k in range(world)] + [size]
     return tuple(Rows.interval(a, b) for a, b in pairwise(cuts))
+
+
+def shared(size: int, shares: Sequence[float], grain: int = 1) -> tuple[Rows, ...]:
+    """One interval per rank, in proportion to `shares` as far as cuts at multiples of `grain` allow.
+
+    No rank is empty where there are as many multiples as ranks.
+    """
+    world, units, total = len(shares), size // grain, sum(shares)
+    cuts = [0]
+    for k, before in enumerate(accumulate(shares[:-1]), 1):
+        cut = round(units * before / total)
+        cuts.append(min(max(cut, cuts[-1] + 1), units - (world - k)) if units >= world else cut)
+    return tuple(Rows.interval(a, b) for a, b in pairwise([cut * grain for cut in cuts] + [size]))
 
 
 @lru_cache(maxsize=4096)

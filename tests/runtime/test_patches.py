@@ -113,7 +113,7 @@ def test_an_interrupted_generation_leaves_nothing_in_flight() -> None:
         assert equal(module, expected)
 
 
-def test_groups_that_cannot_share_a_batch_run_all_patches_on_it() -> None:
+def test_patches_are_those_of_each_group() -> None:
     module = lockstep(2, cfg=2, patches=2)
     sample, timestep = inputs(ROWS)
     torch.testing.assert_close(module(sample, timestep)["sample"], whole(block(), sample, timestep))
@@ -138,13 +138,79 @@ def test_a_saved_plan_has_its_patches(tmp_path: Path) -> None:
     assert module.plan.fingerprint == made.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("speeds", "patches", "rows", "counts"),
+    [
+        ((1.0, 0.6), None, [20, 12], (1, 1)),
+        ((5, 1), None, [27, 5], (1, 1)),
+        ((1, 1), None, [16, 16], (1, 1)),
+        ((3, 1), 4, [8, 8, 8, 8], (3, 1)),
+        ((3, 2), 5, [6, 7, 6, 7, 6], (3, 2)),
+        ((2, 1), 2, [21, 11], (1, 1)),
+        ((10, 1), 3, [15, 14, 3], (2, 1)),
+    ],
+)
+def test_rows_are_in_proportion_to_speeds(
+    speeds: tuple[float, ...], patches: int | None, rows: list[int], counts: tuple[int, ...]
+) -> None:
+    module = lockstep(2, patches=patches, speeds=speeds)
+    torch.testing.assert_close(module(*inputs(ROWS))["sample"], whole(block(), *inputs(ROWS)))
+    (cut,) = module.plan.cuts.values()
+    assert [len(each) for each in cut.rows] == rows
+    assert module.plan.placement == Placement(counts)
+
+
+def test_speeds_to_which_no_rows_are_in_proportion_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shared among 2 ranks, but not in proportion .* 1/100 of the fastest one's"):
+        fxpass.plan(block(), *inputs(ROWS), world_size=2, speeds=(100, 1))
+
+
+def test_processes_of_different_speeds_give_what_lockstep_gives_bit_for_bit() -> None:
+    options: dict[str, Any] = {"patches": 3, "speeds": (2, 1), **named("displaced")}
+    with spawn(2, **options) as module:
+        assert equal(module, lockstep(2, **options))
+
+
+def test_each_group_has_the_speeds_and_where_there_are_none_all_processes_have() -> None:
+    module = lockstep(4, cfg=2, speeds=(3, 1))
+    torch.testing.assert_close(module(*inputs(ROWS))["sample"], whole(block(), *inputs(ROWS)))
+    assert [list(map(len, cut.rows)) for cut in module.plan.cuts.values()] == [[24, 8]]
+    sample, timestep = inputs(ROWS)
+    module = lockstep(4, data=2, speeds=(3, 1))
+    with pytest.warns(fxpass.FxpassWarning, match="not divided among 2 groups"):
+        module(sample[:1], timestep)
+    assert [list(map(len, cut.rows)) for cut in module.plan.cuts.values()] == [[12, 4, 12, 4]]
+
+
+def test_plans_for_other_speeds_have_other_fingerprints(tmp_path: Path) -> None:
+    plans = [fxpass.plan(block(), *inputs(ROWS), world_size=2, speeds=each) for each in (None, (2, 1), (2.001, 1))]
+    assert len({plan.fingerprint for plan in plans}) == 3
+    assert plans[1].cuts == plans[2].cuts
+    plans[1].save(tmp_path / "plans.json")
+    module: Any = fxpass.parallelize(block(), plan=tmp_path / "plans.json", executor="lockstep")
+    module(*inputs(ROWS))
+    assert module.plan.fingerprint == plans[1].fingerprint
+    with pytest.raises(ValueError, match="speeds are part of the saved plan; leave them out"):
+        lockstep(2, plan=tmp_path / "plans.json", speeds=(2, 1))
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"patches": 1}, "1 patches are too few for the 2 processes; patches=2 or a multiple of it would do"),
-    ({"patches": 5}, "5 patches cannot be dealt evenly to the 2 processes; 4 or 6 patches would do"),
+    ({"patches": 5}, "5 patches cannot be dealt evenly to the 2 processes; 4 or 6 patches would do, or `speeds`"),
     ({"patches": 0}, "patches must be a whole number of at least 1, not 0"),
     ({"patches": True}, "patches must be a whole number of at least 1, not True"),
     ({"patches": 4.0}, "patches must be a whole number of at least 1, not 4.0"),
-    ({"patches": 4, "strategy": "auto"}, "patches is for a strategy that is named, not for strategy='auto'"),
+    (
+        {"patches": 4, "strategy": "auto"},
+        "patches and speeds are for a strategy that is named, not for strategy='auto'",
+    ),
+    ({"patches": 1, "speeds": (1, 2)}, "1 patches are too few for the 2 processes; patches=2 would do"),
+    ({"speeds": (1, 2, 3)}, "speeds has 3 numbers, but needs one for each of the 2 processes: 2"),
+    ({"speeds": (1, 0)}, "speeds are numbers above 0, not 0"),
+    ({"speeds": (1, -1.0)}, "speeds are numbers above 0, not -1.0"),
+    ({"speeds": (1, float("nan"))}, "speeds are numbers above 0, not nan"),
+    ({"speeds": 2}, "speeds are numbers, one for each of the 2 processes, not 2"),
+    ({"speeds": "12"}, "speeds are numbers, one for each of the 2 processes, not '12'"),
 ]
 
 
