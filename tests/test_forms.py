@@ -317,7 +317,7 @@ def test_weights_that_torchao_has_quantised_are_split_like_any(name: str, config
     assert any(weight.endswith("weight.qdata") for weight in parallel.plan.program.weights.values())
 
 
-@pytest.mark.parametrize("name", ["flux", "unet_sd"])
+@pytest.mark.parametrize("name", ["flux", pytest.param("unet_sd", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_activations_that_torchao_quantises_are_as_near_to_float32_as_unsplit(name: str) -> None:
     """Where a number lies between two codes, its last bit decides: the unsplit model moves as far by such a change."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import fxpass
 from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.mesh import Placement
+from fxpass.ir.program import Program
 from fxpass.ir.step import EXACT, Step
 from fxpass.models.small import case
 from fxpass.passes.lower_comm import StepPrograms
@@ -28,10 +30,16 @@ EACH = Placement.one_each(WORLD)
 STRATEGIES = ["sync", "displaced", "compressed", "pcpp", "no_sync", "corrected_async_gn"]
 
 
-def planned(name: str, strategy: str) -> tuple[Any, dict[str, Any], fxpass.Plan]:
+@cache
+def captured(name: str) -> tuple[Any, dict[str, Any], Program]:
     model = case(name).build()
     given = case(name).inputs(rows=32, seed=3, module=model)
-    return model, given, fxpass.plan(fxpass.capture(model, **given), world_size=WORLD, strategy=strategy)
+    return model, given, fxpass.capture(model, **given)
+
+
+def planned(name: str, strategy: str) -> tuple[Any, dict[str, Any], fxpass.Plan]:
+    model, given, program = captured(name)
+    return model, given, fxpass.plan(program, world_size=WORLD, strategy=strategy)
 
 
 def storages(tensors: Any) -> int:
