@@ -28,7 +28,7 @@ from .ranks import join, leave
 SIZES = (1 << 10, 1 << 24)  #: bytes of each rank's part
 TURNS = (200, 12)  #: exchanges of each size that are timed
 UNTIMED = 3  #: exchanges before these
-LATE_SIZES = (1 << 10, 1 << 22)  #: bytes of each rank's part in messages for the next step
+LATE_SIZES = (1 << 10, 1 << 22)  #: bytes of each rank's part in messages for the next step: keys and values of a layer
 LATE_TURNS = (100, 6)  #: how many times such a message is put on each channel
 LATE_CHANNELS = 6  #: channels that have a message on its way at the same time
 WORK = 512  #: rows and columns of the matrices that are multiplied before each exchange
