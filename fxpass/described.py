@@ -14,6 +14,9 @@ def described(plan: Plan) -> dict[str, Any]:
     displaced = plan.bytes_received_per_rank_displaced
     return {
         "ranks": plan.world_size,
+        "processes": plan.placement.processes,
+        "ranks_per_process": list(plan.placement.counts),
+        "speeds": list(plan.relative_speeds),
         "mesh": [plan.mesh.groups, plan.mesh.patches],
         "strategy": plan.strategy.name,
         "target": plan.target.name,

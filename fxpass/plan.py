@@ -96,6 +96,13 @@ class Plan:
         return Placement(self.counts or (1,) * self.world_size)
 
     @property
+    def relative_speeds(self) -> tuple[float, ...]:
+        """Of each process, relative to the fastest."""
+        ranks = self.speeds * (self.world_size // len(self.speeds)) if self.speeds else (1.0,) * self.world_size
+        each = self.placement.sums(ranks)
+        return tuple(speed / max(each) for speed in each)
+
+    @property
     def arrangement(self) -> str:
         """The ranks in words, for messages: "4 ranks (2 groups of 2 patches)"."""
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
@@ -180,9 +187,11 @@ class Plan:
 
     @property
     def bound(self) -> float:
-        """Upper bound of the speed-up: all work over the slowest rank's, as far as it is counted."""
-        slowest = max(self.flops_per_rank)
-        return self.flops_total / slowest if slowest else float(self.world_size)
+        """Upper bound of the speed-up: all work on the fastest process over the time of the slowest, as far as it is
+        counted."""
+        work = self.placement.sums(self.flops_per_rank)
+        slowest = max(each / speed for each, speed in zip(work, self.relative_speeds, strict=True))
+        return self.flops_total / slowest if slowest else sum(self.relative_speeds)
 
     @cached_property
     def bytes_by_role(self) -> dict[str, int]:
@@ -243,9 +252,10 @@ class Plan:
 
     @cached_property
     def state_bytes_by_channel(self) -> Mapping[str, tuple[int, ...]]:
-        """Bytes that each rank holds from one step to the next, per guidance branch, by kind of channel.
+        """Bytes that each process holds from one step to the next, per guidance branch, by kind of channel.
 
-        Kinds: `in one process`, `shared memory`, `gloo`, `NCCL`, and `symmetric memory` unless the ranks are a mesh.
+        Kinds: `in one process` (of each rank), `shared memory`, `gloo`, `NCCL`, and `symmetric memory` unless the
+        ranks are a mesh or some share a process.
         """
         return bytes_by_channel(self.graph, self.placement)
 
@@ -322,7 +332,11 @@ class Plan:
         machine = self.target if target is None else target_of(target, self.program, link)
         if target is None and link is not None:
             machine = replace(machine, link=find("auto", link).link)
-        return predict(self.program, self.graph, self.world_size, self.strategy, machine, graphs=graphs)
+        speeds = self.relative_speeds if self.speeds else ()
+        return predict(
+            self.program, self.graph, self.world_size, self.strategy, machine, graphs=graphs,
+            placement=self.placement, speeds=speeds,
+        )  # fmt: skip
 
     def diff(self, other: Plan) -> PlanDiff:
         """What differs from this plan to `other`: settings, cuts, exchanges, fallbacks. It prints as a list."""
@@ -338,11 +352,12 @@ class Plan:
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {size / 1e6:.2f} MB" for role, size in self.bytes_by_role.items())
         cuts = "; ".join(f"{name} {layout}" for name, layout in self.cuts.items()) or "nothing"
-        slowest = max(self.flops_per_rank, default=0)
+        slowest = max(self.placement.sums(self.flops_per_rank), default=0)
+        which = "process" if self.placement.several else "rank"
         lines = [
             f"plan for {self.arrangement}, strategy {self.strategy.name}",
             f"  split      {cuts}",
-            f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest rank {slowest / 1e9:.2f}"
+            f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest {which} {slowest / 1e9:.2f}"
             f" (at most {self.bound:.2f} times as fast)",
             f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
         ]

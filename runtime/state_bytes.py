@@ -19,6 +19,8 @@ from .symmetric_memory import buffer_places
 def bytes_by_channel(graph: fx.Graph, placement: Placement) -> dict[str, tuple[int, ...]]:
     """Bytes that each process holds per context (a guidance branch of a generation), by kind of channel.
 
+    In one process these are those of each rank.
+
     Messages for the next step, and what forecasts, estimates and codes need of the steps before. Buffers that exist as
     long as the context does count as well: of shared and of symmetric memory those of all messages, twice where a rank
     may put one while another still reads the last.

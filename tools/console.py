@@ -30,6 +30,14 @@ Cfg = Annotated[
     typer.Option("--cfg", min=1, help="Groups of ranks for the guidance branches of a batch."),
 ]
 Data = Annotated[int, typer.Option("--data", min=1, help="Groups of ranks for the prompts of a batch.")]
+Patches = Annotated[
+    int | None,
+    typer.Option("--patches", min=1, help="Patches of each group, run by its processes in turn.", show_default=False),
+]
+Speeds = Annotated[
+    list[float] | None,
+    typer.Option("--speed", metavar="NUMBER", help="Speed of a process; once for each of a group.", show_default=False),
+]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps of a generation.")]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Launch kernels as CUDA graphs, not one by one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse models with operators that cannot be split.")]

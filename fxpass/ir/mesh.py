@@ -12,7 +12,7 @@ from 0 by their place in the line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -112,6 +112,10 @@ class Placement:
     def __iter__(self) -> Iterator[range]:
         """The ranks of each process."""
         return iter(self._ranks)
+
+    def sums(self, figures: Sequence[float]) -> list[float]:
+        """For each process, the sum of what its ranks have."""
+        return [sum(figures[rank] for rank in ranks) for ranks in self]
 
     @cached_property
     def _ranks(self) -> list[range]:

@@ -10,6 +10,7 @@ from torch import fx
 
 from ..ir.comm import kept_bytes
 from ..ir.garbage import collection_paused
+from ..ir.mesh import Placement
 from ..ir.program import Program, exchanges_of
 from ..ir.step import Mode, StepProgram
 from ..ir.strategy import Strategy
@@ -17,6 +18,7 @@ from ..passes.lower_comm import StepPrograms
 from ..passes.targets import Target
 from .events import Step, step_of
 from .memory import Memory, alive, weights_of
+from .placed import on_processes
 from .price import Figures, Prices
 from .simulate import Elapsed, Simulation
 
@@ -43,6 +45,7 @@ class Prediction:
     """What a plan takes on a target.
 
     Attributes:
+        world: the number of processes.
         graphs: whether kernels are launched together, as CUDA graphs do, and not one by one by the host.
         exact: an exact step.
         steady: a displaced step after displaced steps; None if all steps are exact.
@@ -101,15 +104,16 @@ class Steps:
     """The steps of all ranks, priced for a target.
 
     Attributes:
-        memory: of the rank that needs most.
-        rank: the rank that needs most memory.
-        alive: bytes of activations on that rank while each node of the step program runs, by mode.
+        memory: of the process that needs most.
+        rank: the process that needs most memory.
+        alive: bytes of activations there while each node of the step program runs, by mode.
     """
 
     modes: dict[Mode, Step]
     memory: Memory
     rank: int
     alive: dict[Mode, Figures]
+    processes: int
 
     @staticmethod
     @collection_paused()
@@ -121,10 +125,14 @@ class Steps:
         *,
         graphs: bool = False,
         prices: Prices | None = None,
+        placement: Placement | None = None,
+        speeds: tuple[float, ...] = (),
     ) -> Steps:
         """Price the step programs of a scheduled graph.
 
         Args:
+            placement: which process runs which ranks, in turn; None: each has one.
+            speeds: of the processes, relative to the target; (): all have its speed.
             program: the program on whole tensors.
             graphs: kernels are launched together, as CUDA graphs do.
             prices: those of the target's device for so many ranks, where other plans have filled them.
@@ -141,21 +149,27 @@ class Steps:
         state = np.array(
             [sum(kept_bytes(e, e[0].place(rank)) for _, e in exchanges_of(graph)) for rank in range(world)]
         )
+        placement = placement or Placement.one_each(world)
+        if placement.several or speeds:
+            fast = speeds or (1.0,) * placement.processes
+            steps = {mode: on_processes(step, placement, fast) for mode, step in steps.items()}
+            state = np.array(placement.sums(state.tolist()))
+            held = {mode: np.array([placement.sums(each) for each in found]) for mode, found in held.items()}
         both: Figures = state + np.maximum.reduce([each.max(0) for each in held.values()])
         most = int(both.argmax())
         memory = Memory(weights_of(program), int(state[most]), int(both[most] - state[most]))
         own: dict[Mode, Figures] = {mode: each[:, most] for mode, each in held.items()}
-        return Steps(steps, memory, most, own)
+        return Steps(steps, memory, most, own, placement.processes)
 
-    def predict(self, world: int, strategy: Strategy, target: Target, *, graphs: bool = False) -> Prediction:
+    def predict(self, strategy: Strategy, target: Target, *, graphs: bool = False) -> Prediction:
         """Simulate them. Arguments as they were for `of`."""
-        simulation = Simulation(world, target.link)
+        simulation = Simulation(self.processes, target.link)
         exact = _taken(simulation, self.modes["exact"])
         steady = None
         if displaced := [step for mode, step in self.modes.items() if mode != "exact"]:
             simulation.settle(displaced[0])
             steady = _taken(simulation, displaced[0])
-        return Prediction(target, world, strategy, graphs, exact, steady, self.memory)
+        return Prediction(target, self.processes, strategy, graphs, exact, steady, self.memory)
 
 
 def predict(
@@ -167,10 +181,12 @@ def predict(
     *,
     graphs: bool = False,
     prices: Prices | None = None,
+    placement: Placement | None = None,
+    speeds: tuple[float, ...] = (),
 ) -> Prediction:
     """Predict the steps of a plan on a target. Arguments as of `Steps.of`."""
-    steps = Steps.of(program, graph, world, target, graphs=graphs, prices=prices)
-    return steps.predict(world, strategy, target, graphs=graphs)
+    steps = Steps.of(program, graph, world, target, graphs=graphs, prices=prices, placement=placement, speeds=speeds)
+    return steps.predict(strategy, target, graphs=graphs)
 
 
 def _taken(simulation: Simulation, step: Step) -> StepTime:

@@ -82,7 +82,7 @@ class Facts:
     def __post_init__(self) -> None:
         plan = self.plan
         self.priced = Steps.of(plan.program, plan.graph, plan.world_size, plan.target, graphs=self.graphs)
-        made = self.priced.predict(plan.world_size, plan.strategy, plan.target, graphs=self.graphs)
+        made = self.priced.predict(plan.strategy, plan.target, graphs=self.graphs)
         self.prediction = made if self.beside is None else self.beside.with_memory(made)
         self.timelines = dict(self._timelines())
 

@@ -17,6 +17,8 @@ from ..console import (
     Height,
     LinkName,
     Model,
+    Patches,
+    Speeds,
     Steps,
     StrategyName,
     Strict,
@@ -41,6 +43,8 @@ def plan(
     strategy: StrategyName = "sync",
     cfg: Cfg = 1,
     data: Data = 1,
+    patches: Patches = None,
+    speeds: Speeds = None,
     target: TargetName = "auto",
     link: LinkName = None,
     steps: Steps = 50,
@@ -69,7 +73,7 @@ def plan(
 
     output.check(to)
     options = Options(height, width, frames, batch)
-    made = make(model, world_size, strategy, target, options, strict, link, cfg, data, graphs)
+    made = make(model, world_size, strategy, target, options, strict, link, cfg, data, graphs, patches, speeds)
     prediction, parts = None, None
     if target != "auto" or link is not None or compare:
         prediction, parts = made.predict(graphs=graphs), parts_of(model, options)
@@ -98,18 +102,22 @@ def make(
     cfg: int = 1,
     data: int = 1,
     graphs: bool = False,
+    patches: int | None = None,
+    speeds: list[float] | None = None,
 ) -> Plan:
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
     from ...models.resolve import resolve
     from ...plan import make_plan
-    from ...planning import check_target, groups_of, strategy_of
+    from ...planning import Deal, check_target, groups_of, refuse_deal, strategy_of
 
     groups, chosen = groups_of(world_size, cfg, data), strategy_of(strategy, graphs=graphs)
+    deal = Deal.of(world_size, groups, patches, speeds or None)
+    refuse_deal(chosen, deal)
     check_target(target, link)
     resolved = resolve(model, options)
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
-    return make_plan(program, world_size, chosen, target, link, groups=groups, strict=strict)
+    return make_plan(program, world_size, chosen, target, link, groups=groups, deal=deal, strict=strict)
 
 
 def alternatives(plan: Plan, compare: bool, graphs: bool, parts: Parts | None = None) -> list[Prediction | Impossible]:
@@ -134,8 +142,9 @@ def show(out: Console, model: str, plan: Plan) -> None:
 
     out.print(f"{model} on {plan.arrangement}, strategy {plan.strategy.name}, target {plan.target.name}", style="bold")
     out.print(_cuts(plan))
+    work, which = plan.placement.sums(plan.flops_per_rank), "process" if plan.placement.several else "rank"
     out.print(
-        f"\nwork {flops_text(plan.flops_total)}, slowest rank {flops_text(max(plan.flops_per_rank))}: "
+        f"\nwork {flops_text(plan.flops_total)}, slowest {which} {flops_text(max(work))}: "
         f"at most {plan.bound:.2f} times as fast\n"
     )
     for name, count in plan.estimated.items():
