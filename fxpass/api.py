@@ -50,6 +50,7 @@ def parallelize(
     strict: bool = False,
     ignore_tiling: bool = False,
     on_first_rank: bool | str | Collection[str] = False,
+    weights_from_first_rank: bool = False,
     plan: str | Path | None = None,
     timeout: float = 600.0,
     group: Any = None,
@@ -101,6 +102,8 @@ def parallelize(
         on_first_rank: names of parts of a pipeline that are not split (text encoders, a safety checker), or True: all
             of these. Under torchrun rank 0 alone runs them, and sends what they return; the others may leave their
             weights on the CPU or on "meta". With "spawn" and "lockstep" one process runs them anyway.
+        weights_from_first_rank: under torchrun, all ranks get the weights that rank 0 has loaded, at once; the others
+            may have built the same modules on "meta", or with any values. No effect with "spawn" and "lockstep".
         plan: a file of plans (`Plan.save`): its cuts, world size and strategy are used, and nothing is searched. A call
             that none of them fits is an error.
         timeout: seconds to wait for another rank before raising an error.
@@ -111,7 +114,7 @@ def parallelize(
         TypeError: the first argument is neither a module nor a pipeline with a denoiser.
     """
     from .models.pipelines import untiled
-    from .one_rank import chosen_parts, leave_to_first
+    from .one_rank import chosen_parts, leave_to_first, send_weights
     from .pipeline import split_module, split_pipeline
 
     check_target(target, link)
@@ -159,6 +162,8 @@ def parallelize(
         return make_plan(program, world, chosen, target, link, deal=apart, strict=strict)
 
     first = _executor(executor, world, timeout, group, compile)
+    if weights_from_first_rank and isinstance(first, distributed.DistributedExecutor):
+        send_weights(model_or_pipeline, alone, first)
     unused, turn = [first], Turn(one_thread=isinstance(first, distributed.DistributedExecutor))
 
     def engine_of(model: nn.Module) -> Engine:

@@ -10,6 +10,7 @@ from torch import nn
 
 from .models.pipelines import called_of, other_parts, pipelines_in, quiet, split_parts
 from .runtime.calls.first_rank import FirstRankPart
+from .runtime.calls.module import ParallelModule
 from .runtime.calls.turn import Turn
 from .runtime.distributed import DistributedExecutor
 
@@ -46,6 +47,22 @@ def chosen_parts(pipeline: Any, chosen: bool | str | Collection[str]) -> dict[st
             f"run on rank 0 alone: {known}"
         )
     return {name: found[name] for name in names}
+
+
+def send_weights(model_or_pipeline: Any, alone: dict[str, nn.Module], executor: DistributedExecutor) -> None:
+    """Give all ranks rank 0's weights of a module, or of all modules of a pipeline that do not run on rank 0 alone."""
+    if isinstance(model_or_pipeline, nn.Module):
+        held = {"": model_or_pipeline}
+    else:
+        pipelines = pipelines_in(model_or_pipeline)
+        names = [(each, name) for each in pipelines for name in [*split_parts(each), *other_parts(each)]]
+        held = {name: getattr(each, name) for each, name in names if name not in alone}
+    executor.send_weights({name: plain_model(module) for name, module in held.items()})
+
+
+def plain_model(module: nn.Module) -> nn.Module:
+    """The user's model, of what is parallel, too."""
+    return module.unwrapped if type(module) is ParallelModule else module
 
 
 def leave_to_first(pipeline: Any, parts: dict[str, nn.Module], executor: DistributedExecutor, turn: Turn) -> None:

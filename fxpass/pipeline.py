@@ -24,7 +24,7 @@ from .models.pipelines import (
     pipelines_in,
     split_parts,
 )
-from .one_rank import leave_to_first_again, run_everywhere
+from .one_rank import leave_to_first_again, plain_model, run_everywhere
 from .runtime.calls.attached import attach, attach_again, attached_to, detach
 from .runtime.calls.engine import Engine
 from .runtime.calls.feeds import connect
@@ -67,25 +67,25 @@ def split_pipeline(pipeline: Any, engine_of: Callable[[nn.Module], Engine]) -> N
             f"{type(pipeline).__name__} has no denoiser, whose forward takes a timestep (its modules: "
             f"{modules_text(pipeline)}), so only its autoencoders are split"
         )
-    needed = {id(_model(getattr(*place))) for place in steps}
+    needed = {id(plain_model(getattr(*place))) for place in steps}
     places = [(each, name) for each in pipelines for name in split_parts(each)]
-    models = {id(_model(value)): value for value in (getattr(*place) for place in places)}
-    engines = {key: engine_of(_model(model)) for key, model in models.items()}  # before anything changes
+    models = {id(plain_model(value)): value for value in (getattr(*place) for place in places)}
+    engines = {key: engine_of(plain_model(model)) for key, model in models.items()}  # before anything changes
     for each in pipelines:
         _unwatch(each)
     modules: dict[int, ParallelModule] = {}
     for key, model in models.items():
         modules[key] = split_module(model, lambda _, key=key: engines[key], required=key in needed)
-        if attached_to(_model(model)) is None:
+        if attached_to(plain_model(model)) is None:
             attach(modules[key])
     connect(
         (engines[key] for key in needed),
-        (engines[id(_model(getattr(each, name)))] for each in pipelines for name in beside(each)),
+        (engines[id(plain_model(getattr(each, name)))] for each in pipelines for name in beside(each)),
     )
     for each, name in places:
         value = getattr(each, name)
         if type(value) is ParallelModule:
-            setattr(each, name, _model(value))
+            setattr(each, name, plain_model(value))
     _watch(pipelines, modules)
 
 
@@ -126,10 +126,6 @@ def parallel(module: nn.Module) -> ParallelModule:
             f"this {type(module).__name__} is not parallel: call fxpass.parallelize on it, or on its pipeline, first"
         )
     return found
-
-
-def _model(value: nn.Module) -> nn.Module:
-    return value.unwrapped if type(value) is ParallelModule else value
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import threading
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ir.advice import speak
 from ..ir.step import Step
@@ -27,6 +28,7 @@ from .groups import connect
 from .held import NOTHING, Held, Holding
 from .network import Network
 from .rank_steps import RankSteps, on_device, steps_of
+from .sent_weights import difference, listed, send, slots_of
 
 #: executors made by this process, by their member ranks; all members make them in the same order
 _counts: Counter[tuple[int, ...]] = Counter()
@@ -124,11 +126,7 @@ class DistributedExecutor:
         self._ranks.plans += 1
         options = {"exact steps": str(plan.exact_steps), "way to compile": str(self.compile)}
         agree(board, self._ranks.plans, plan, weights, inputs, options)
-        if self._ranks.network is None:
-            nccl = "nccl" in str(dist.get_backend_config(self._group))
-            # its groups are not registered with torch, which names groups by how many each process has made
-            self._ranks.network = connect(board, device, nccl=nccl, registered=self._group or dist.group.WORLD)
-        network = self._ranks.network
+        network = self._connected(board, device)
         check = CallCheck(network, plan.program.input_paths, device, self.traffic)
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         steps = steps_of(plan, network, device, self.traffic, compile=inductor, graph=graph, sharing=sharing)
@@ -173,6 +171,34 @@ class DistributedExecutor:
         with self._breaking():
             return receive(device)
 
+    def send_weights(self, models: Mapping[str, nn.Module]) -> None:
+        """Give all ranks the weights that rank 0 has, in place of theirs.
+
+        Raises:
+            DisagreementError: on every rank, if one has other weights, or they are not plain tensors.
+            RankError: a rank failed, or did not come.
+        """
+        here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        try:
+            board = self._join(here, mixed=True)
+            board.call += 1
+            slots = slots_of(models)
+            with self._breaking():
+                texts = board.all_gather("weights", json.dumps(listed(slots)), "the other ranks to call parallelize")
+                listings = [json.loads(text) for text in texts]
+                if why := difference(listings):
+                    raise DisagreementError(why)
+                on_host = all(kind[2] == "cpu" for kind in listings[0].values())
+                device = torch.device("cpu") if on_host else here
+                network = self._connected(board, device)
+                broadcast = lambda tensor: network.broadcast(tensor, device, "the weights of rank 0")  # noqa: E731
+                with torch.no_grad(), on_device(device):
+                    send(slots, listings, board.rank, device, broadcast)
+                    network.settle(device)
+        except BaseException as error:
+            self.failed(error)
+            raise
+
     @contextmanager
     def _breaking(self, harmless: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
         """If the body raises, refuse later calls.
@@ -207,6 +233,13 @@ class DistributedExecutor:
         self._ranks.users -= 1
         if not self._ranks.users:
             self._ranks.network = None
+
+    def _connected(self, board: Board, device: torch.device) -> Network:
+        if self._ranks.network is None:
+            nccl = "nccl" in str(dist.get_backend_config(self._group))
+            # its groups are not registered with torch, which names groups by how many each process has made
+            self._ranks.network = connect(board, device, nccl=nccl, registered=self._group or dist.group.WORLD)
+        return self._ranks.network
 
     def _refuse_ended(self) -> None:
         if self.ended:

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ..ir.mesh import Placement
 from ..ir.step import ChannelSpec
@@ -19,7 +21,7 @@ from .board import POLL, Board
 from .channels import Channel, ProcessChannel, RankChannel
 from .errors import RankError
 from .messages import partners
-from .process_group import GroupChannel
+from .process_group import GroupChannel, finish
 from .shared_memory import DISABLE, OPENING, open_channels
 from .symmetric_memory import SymmetricChannel, SymmetricMemory
 
@@ -110,6 +112,26 @@ class Network:
             votes = self.board.all_gather("gpus/vote", json.dumps(_can_map(cards, device)), OPENING)
             self._maps = all(map(json.loads, votes))
         return self._maps
+
+    def broadcast(self, tensor: Tensor, device: torch.device, what: str) -> None:
+        """Give all ranks the bytes [n] that rank 0 has, in place. They may lie on the host or on `device`.
+
+        Raises:
+            RankError: a rank failed or did not come.
+        """
+        if not tensor.numel():
+            return
+        there = torch.device("cpu") if self.blocking else device
+        moved = tensor.to(there)
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        work = self.urgent.broadcast([moved], options)
+        if self.blocking:
+            finish(work, self.board, what)
+        else:
+            work.wait()  # orders the streams
+        if moved is not tensor:
+            tensor.copy_(moved)
 
     def settle(self, device: torch.device) -> None:
         """Wait until the device has done all that it was given, and look at the board meanwhile.

@@ -137,10 +137,27 @@ def on_first(pipe: Any, run: Callable[[], list[Tensor]], leave: Callable[[], Any
     return seen
 
 
+def weights() -> dict[str, Any]:
+    """A pipeline whose denoiser has weights on rank 0 alone, and whose text encoder has others on rank 1."""
+    expected = Pipe()()
+    pipe: Any = Pipe()
+    if RANK:
+        pipe.unet.to("meta")
+        pipe.text_encoder.encoder.weight.data.zero_()
+    fxpass.parallelize(pipe, timeout=30, weights_from_first_rank=True)
+    seen: dict[str, Any] = {"equal": difference(pipe(), expected), "device": pipe.unet.conv_in.weight.device.type}
+    fxpass.restore(pipe)
+    other = block()
+    if RANK:
+        other.conv_in.half()
+    seen["unlike"] = attempt(lambda: fxpass.parallelize(other, timeout=30, weights_from_first_rank=True))
+    return seen
+
+
 def main() -> None:
     torch.set_num_threads(1)
     kind, folder = sys.argv[1:]
-    seen = {"on_first": on_first(*{"tiny": tiny, "real": real}[kind]())}
+    seen = {"on_first": on_first(*{"tiny": tiny, "real": real}[kind]()), "weights": weights()}
     Path(folder, f"{RANK}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()

@@ -64,6 +64,15 @@ def test_restore_puts_the_text_encoder_back(seen: list[dict[str, Any]]) -> None:
     assert [rank["on_first"]["device"] for rank in seen] == ["cpu", "meta"]
 
 
+def test_ranks_get_the_weights_that_rank_0_has_or_hear_why_not(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["weights"]["equal"] < 1e-5
+        assert rank["weights"]["device"] == "cpu"
+        assert rank["weights"]["unlike"].startswith(
+            "DisagreementError after <20 s: rank 1 has float16 (16, 4, 3, 3) for"
+        )
+
+
 def test_names_are_checked_where_one_process_runs_the_parts_anyway() -> None:
     pipe: Any = Pipeline(unet=block(), scheduler=None)
     with pytest.raises(ValueError, match=r"has 'text', but these are the parts .* alone: none"):
