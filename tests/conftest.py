@@ -1,6 +1,5 @@
 """One thread, one seed, and the same examples on every machine."""
 
-import gc
 import os
 import random
 
@@ -15,13 +14,6 @@ torch.set_num_threads(1)  # results do not depend on the machine, and processes-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 settings.load_profile("fixed")
-
-
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector what is imported by now. It took a quarter of the time of tests that build graphs."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ class Recorded:
         self.gets = 0
 
     def open(self, specs: Any, device: torch.device) -> list[Any]:
-        return [self]
+        return [[self]]
 
     def settle(self, device: torch.device) -> None:
         pass
