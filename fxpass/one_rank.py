@@ -32,32 +32,50 @@ def chosen_parts(pipeline: Any, chosen: bool | str | Collection[str]) -> dict[st
         return {}
     if isinstance(pipeline, nn.Module):
         raise ValueError("on_first_rank names parts of a pipeline (its text encoders); a module alone has none")
-    pipelines = pipelines_in(pipeline)
-    found = {name: getattr(each, name) for each in pipelines for name in other_parts(each)}
+    found = _by_name(pipeline, other_parts)
     if chosen is True:
-        return found
+        return _told_apart(found)
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     wrong = [name for name in names if name not in found]
     if wrong:
-        split = [name for each in pipelines for name in split_parts(each)]
+        split = _by_name(pipeline, split_parts)
         why = [f"{name!r} (which runs on all ranks)" if name in split else repr(name) for name in wrong]
-        known = ", ".join(f"{name} ({type(module).__name__})" for name, module in found.items()) or "none"
+        known = ", ".join(f"{name} ({type(module).__name__})" for name, (module, *_) in found.items()) or "none"
         raise ValueError(
             f"on_first_rank has {', '.join(why)}, but these are the parts of this {type(pipeline).__name__} that can "
             f"run on rank 0 alone: {known}"
         )
-    return {name: found[name] for name in names}
+    return _told_apart({name: found[name] for name in names})
+
+
+def _by_name(pipeline: Any, names: Callable[[Any], Collection[str]]) -> dict[str, list[nn.Module]]:
+    """Parts of a pipeline, then of those that it is made of, each once. Several may have one name there."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for each in reversed(pipelines_in(pipeline)):
+        for name in names(each):
+            module = plain_model(getattr(each, name))
+            found.setdefault(id(module), (name, module))
+    parts: dict[str, list[nn.Module]] = {}
+    for name, module in found.values():
+        parts.setdefault(name, []).append(module)
+    return parts
+
+
+def _told_apart(parts: dict[str, list[nn.Module]]) -> dict[str, nn.Module]:
+    """The parts by names of their own: the second one of a name has a number."""
+    each = [(name, i, module) for name, modules in parts.items() for i, module in enumerate(modules, 1)]
+    return {name if i == 1 else f"{name} ({i})": module for name, i, module in each}
 
 
 def send_weights(model_or_pipeline: Any, alone: dict[str, nn.Module], executor: DistributedExecutor) -> None:
     """Give all ranks rank 0's weights of a module, or of all modules of a pipeline that do not run on rank 0 alone."""
     if isinstance(model_or_pipeline, nn.Module):
-        held = {"": model_or_pipeline}
+        held = {"": plain_model(model_or_pipeline)}
     else:
-        pipelines = pipelines_in(model_or_pipeline)
-        names = [(each, name) for each in pipelines for name in [*split_parts(each), *other_parts(each)]]
-        held = {name: getattr(each, name) for each, name in names if name not in alone}
-    executor.send_weights({name: plain_model(module) for name, module in held.items()})
+        every = _by_name(model_or_pipeline, lambda each: [*split_parts(each), *other_parts(each)])
+        left = set(map(id, alone.values()))
+        held = {name: module for name, module in _told_apart(every).items() if id(module) not in left}
+    executor.send_weights(held)
 
 
 def plain_model(module: nn.Module) -> nn.Module:

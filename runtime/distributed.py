@@ -188,13 +188,17 @@ class DistributedExecutor:
                 listings = [json.loads(text) for text in texts]
                 if why := difference(listings):
                     raise DisagreementError(why)
-                on_host = all(kind[2] == "cpu" for kind in listings[0].values())
-                device = torch.device("cpu") if on_host else here
-                network = self._connected(board, device)
-                broadcast = lambda tensor: network.broadcast(tensor, device, "the weights of rank 0")  # noqa: E731
-                with torch.no_grad(), on_device(device):
-                    send(slots, listings, board.rank, device, broadcast)
-                    network.settle(device)
+                what = "the weights of rank 0"
+                if all(kind[2] == "cpu" for kind in listings[0].values()):
+                    # later calls may be on GPUs: how ranks connect is left to the first of them
+                    self._ranks.first = first = self._ranks.first or FirstRank(board)
+                    with torch.no_grad():
+                        send(slots, listings, board.rank, here, lambda tensor: first.broadcast(tensor, what))
+                    return
+                network = self._connected(board, here)
+                with torch.no_grad(), on_device(here):
+                    send(slots, listings, board.rank, here, lambda tensor: network.broadcast(tensor, here, what))
+                    network.settle(here)
         except BaseException as error:
             self.failed(error)
             raise

@@ -73,9 +73,9 @@ class FirstRank:
             ) from error
         kinds = [[list(each.shape), str(each.dtype).removeprefix("torch."), each.device.type] for each in tensors]
         self._set(f"first/{self._board.meetings}/result", json.dumps([len(payload), kinds]))
-        self._broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        self.broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         for each in tensors:
-            self._broadcast(_bytes_of(each.cpu()))
+            self.broadcast(_bytes_of(each.cpu()))
 
     def awaited(self, what: str) -> Callable[[torch.device], Any]:
         """Wait until rank 0 has computed; returns what receives its result.
@@ -88,11 +88,11 @@ class FirstRank:
 
         def receive(device: torch.device) -> Any:
             payload = torch.empty(size, dtype=torch.uint8)
-            self._broadcast(payload)
+            self.broadcast(payload)
             tensors = []
             for shape, dtype, kind in kinds:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-                self._broadcast(_bytes_of(tensor))
+                self.broadcast(_bytes_of(tensor))
                 tensors.append(tensor if kind == "cpu" else tensor.to(device))
             return _Unpacker(io.BytesIO(payload.numpy().tobytes()), tensors).load()
 
@@ -102,14 +102,18 @@ class FirstRank:
         self._keys.append(key)
         self._board.store.set(key, text)
 
-    def _broadcast(self, tensor: Tensor) -> None:
-        """Give all ranks the bytes [n] that rank 0 has, in place."""
+    def broadcast(self, tensor: Tensor, what: str = "a result of rank 0") -> None:
+        """Give all ranks the bytes [n] that rank 0 has on the CPU, in place.
+
+        Raises:
+            RankError: a rank failed or did not come.
+        """
         if self._group is None:
             self._group = host_group(self._board)
         if tensor.numel():
             options = dist.BroadcastOptions()
             options.rootRank = options.rootTensor = 0
-            finish(self._group.broadcast([tensor], options), self._board, "a result of rank 0")
+            finish(self._group.broadcast([tensor], options), self._board, what)
 
 
 def described(arguments: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -70,6 +70,17 @@ class Pipe:
         return [sample]
 
 
+class Both:
+    """Two pipelines in one; their parts have the same names."""
+
+    def __init__(self) -> None:
+        self.base, self.refiner = Pipe(), Pipe()
+        self.refiner.unet = block(1)
+
+    def __call__(self) -> list[Tensor]:
+        return [*self.base(), *self.refiner()]
+
+
 def tiny() -> tuple[Any, Callable[[], list[Tensor]], Callable[[], Any]]:
     """A pipeline, a call of it, and one that the user's own error ends."""
     pipe = Pipe()
@@ -147,6 +158,15 @@ def weights() -> dict[str, Any]:
     fxpass.parallelize(pipe, timeout=30, weights_from_first_rank=True)
     seen: dict[str, Any] = {"equal": difference(pipe(), expected), "device": pipe.unet.conv_in.weight.device.type}
     fxpass.restore(pipe)
+    both: Any = Both()
+    expected = both()
+    for each in (both.base, both.refiner) if RANK else ():
+        each.unet.to("meta")
+        each.text_encoder.to("meta")
+    fxpass.parallelize(both, timeout=30, weights_from_first_rank=True, on_first_rank=True)
+    seen["connected"] = fxpass.parallel(both.base.unet)._engine.executor._ranks.network is not None
+    seen["both"] = attempt(lambda: seen.update(both_equal=difference(both(), expected)))
+    fxpass.restore(both)
     other = block()
     if RANK:
         other.conv_in.half()

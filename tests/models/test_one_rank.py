@@ -73,6 +73,16 @@ def test_ranks_get_the_weights_that_rank_0_has_or_hear_why_not(seen: list[dict[s
         )
 
 
+def test_pipelines_made_of_others_whose_parts_have_the_same_names_have_all_of_them(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["weights"]["both"] == "nothing"
+        assert rank["weights"]["both_equal"] < 1e-5
+
+
+def test_weights_on_the_cpu_do_not_decide_how_later_calls_connect(seen: list[dict[str, Any]]) -> None:
+    assert not any(rank["weights"]["connected"] for rank in seen)
+
+
 def test_names_are_checked_where_one_process_runs_the_parts_anyway() -> None:
     pipe: Any = Pipeline(unet=block(), scheduler=None)
     with pytest.raises(ValueError, match=r"has 'text', but these are the parts .* alone: none"):
