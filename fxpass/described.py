@@ -1,4 +1,4 @@
-"""A plan as plain data."""
+"""A plan as plain data, and in words."""
 
 from __future__ import annotations
 
@@ -49,3 +49,23 @@ def described(plan: Plan) -> dict[str, Any]:
         ],
         "seconds": plan.seconds,
     }  # fmt: skip
+
+
+def summary(plan: Plan) -> str:
+    """The plan in a few lines."""
+    roles = ", ".join(f"{role} {size / 1e6:.2f} MB" for role, size in plan.bytes_by_role.items())
+    cuts = "; ".join(f"{name} {layout}" for name, layout in plan.cuts.items()) or "nothing"
+    slowest = max(plan.placement.sums(plan.flops_per_rank), default=0)
+    which = "process" if plan.placement.several else "rank"
+    lines = [
+        f"plan for {plan.arrangement}, strategy {plan.strategy.name}",
+        f"  split      {cuts}",
+        f"  work       {plan.flops_total / 1e9:.2f} GFLOP, slowest {which} {slowest / 1e9:.2f}"
+        f" (at most {plan.bound:.2f} times as fast)",
+        f"  exchanges  {len(plan.exchanges)}: {roles or 'none'}",
+    ]
+    lines += [f"  estimated  {count} x {name}, as matrix products" for name, count in plan.estimated.items()]
+    lines += [f"  uncounted  {count} x {name}: its work is unknown" for name, count in plan.uncounted.items()]
+    lines += [f"  fallback   {each}" for each in plan.gathered]
+    lines += [f"  {e.node} in {e.path}: {e.reason}" for e in plan.seen_whole]
+    return "\n".join(lines)

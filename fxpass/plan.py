@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from .capture import capture
-from .described import described
+from .described import described, summary
 from .inspect.collect import snapshot
 from .inspect.compare import PlanDiff, compare
 from .inspect.exchanges import (
@@ -350,22 +350,7 @@ class Plan:
         return described(self)
 
     def __str__(self) -> str:
-        roles = ", ".join(f"{role} {size / 1e6:.2f} MB" for role, size in self.bytes_by_role.items())
-        cuts = "; ".join(f"{name} {layout}" for name, layout in self.cuts.items()) or "nothing"
-        slowest = max(self.placement.sums(self.flops_per_rank), default=0)
-        which = "process" if self.placement.several else "rank"
-        lines = [
-            f"plan for {self.arrangement}, strategy {self.strategy.name}",
-            f"  split      {cuts}",
-            f"  work       {self.flops_total / 1e9:.2f} GFLOP, slowest {which} {slowest / 1e9:.2f}"
-            f" (at most {self.bound:.2f} times as fast)",
-            f"  exchanges  {len(self.exchanges)}: {roles or 'none'}",
-        ]
-        lines += [f"  estimated  {count} x {name}, as matrix products" for name, count in self.estimated.items()]
-        lines += [f"  uncounted  {count} x {name}: its work is unknown" for name, count in self.uncounted.items()]
-        lines += [f"  fallback   {each}" for each in self.gathered]
-        lines += [f"  {e.node} in {e.path}: {e.reason}" for e in self.seen_whole]
-        return "\n".join(lines)
+        return summary(self)
 
 
 def make_plan(

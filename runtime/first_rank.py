@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,7 +18,7 @@ from .agreement import INPUT_SAMPLES, all_close, sampled
 from .board import Board
 from .errors import DisagreementError
 from .groups import host_group
-from .process_group import finish
+from .process_group import broadcast, finish
 
 PLAIN = (bool, int, float, complex, str, type(None))  #: arguments that are compared by what they look like
 
@@ -111,9 +110,7 @@ class FirstRank:
         if self._group is None:
             self._group = host_group(self._board)
         if tensor.numel():
-            options = dist.BroadcastOptions()
-            options.rootRank = options.rootTensor = 0
-            finish(self._group.broadcast([tensor], options), self._board, what)
+            finish(broadcast(self._group, tensor), self._board, what)
 
 
 def described(arguments: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..ir.mesh import Placement
@@ -21,7 +20,7 @@ from .board import POLL, Board
 from .channels import Channel, ProcessChannel, RankChannel
 from .errors import RankError
 from .messages import partners
-from .process_group import GroupChannel, finish
+from .process_group import GroupChannel, broadcast, finish
 from .shared_memory import DISABLE, OPENING, open_channels
 from .symmetric_memory import SymmetricChannel, SymmetricMemory
 
@@ -123,9 +122,7 @@ class Network:
             return
         there = torch.device("cpu") if self.blocking else device
         moved = tensor.to(there)
-        options = dist.BroadcastOptions()
-        options.rootRank = options.rootTensor = 0
-        work = self.urgent.broadcast([moved], options)
+        work = broadcast(self.urgent, moved)
         if self.blocking:
             finish(work, self.board, what)
         else:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..ir.exchange import Exchange, Payloads
@@ -206,6 +207,13 @@ class GroupChannel:
             return
         finish(self._work, self.board, str(self.spec))
         self._work = None
+
+
+def broadcast(group: Any, tensor: Tensor) -> Any:
+    """Give all ranks of a group what its first one has, in place. Returns the work, to be waited for."""
+    options = dist.BroadcastOptions()
+    options.rootRank = options.rootTensor = 0
+    return group.broadcast([tensor], options)
 
 
 def finish(work: Any, board: Board, what: str) -> None:
