@@ -24,6 +24,7 @@ import os
 import platform
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -78,6 +79,7 @@ class MappedFile:
     def __init__(self, rank: int, file: BinaryIO, size: int) -> None:
         self.rank = rank
         self.file = file
+        weakref.finalize(self, file.close)
         self.memory = mmap.mmap(file.fileno(), size)
         self.flags = memoryview(self.memory).cast("q")
         self.buffer = torch.frombuffer(self.memory, dtype=torch.uint8)

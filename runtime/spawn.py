@@ -154,7 +154,7 @@ class SpawnExecutor:
     def forget(self, numbers: Sequence[int]) -> None:
         self.held.forget(numbers)
         if not self.workers.ended:
-            with suppress(ConnectionError):  # the next call raises, with the reason
+            with self._releasing():
                 self.workers.send(("forget", list(numbers)))
 
     def begin(self, device: torch.device) -> None:
@@ -170,7 +170,7 @@ class SpawnExecutor:
         for plan in list(self._plans.values()):
             self.release(plan)
         if not self.workers.ended:
-            with suppress(ConnectionError):
+            with self._releasing():
                 self._drop_weights(())
         self._weights = None
         if not self._closed:
@@ -232,9 +232,18 @@ class SpawnExecutor:
         plan.steps.forget_graphs()
         if self._plans.pop(plan.number, None) is None or self.workers.ended:
             return
-        with suppress(ConnectionError, RankError):  # the next call raises, with the reason
+        with self._releasing():
             self.workers.send(("release", plan.number))
             plan.steps.close()
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """If a rank is lost meanwhile, the next call raises, with the reason."""
+        with suppress(ConnectionError):
+            try:
+                yield
+            except RankError as error:  # a message may have been sent in part: no other can follow it
+                self.workers.stop(f"as something was released: {str(error).partition(chr(10))[0]}")
 
     def _drop_weights(self, needed: Sequence[str]) -> None:
         """Remove the weights from the workers that neither a plan nor `needed` names."""

@@ -296,6 +296,46 @@ def test_a_worker_that_takes_no_message_ends_the_call() -> None:
     assert gone([child.pid], 0.1)
 
 
+def test_a_worker_that_is_lost_while_something_is_released_is_named_at_the_next_call() -> None:
+    executor = SpawnExecutor(2, timeout=600)
+    module = parallel(block(), executor)
+    module(*inputs())
+    (child,) = executor.processes
+    os.kill(child.pid, signal.SIGSTOP)
+    executor.forget(range(2_000_000))
+    assert gone([child.pid], 0.1)
+    with pytest.raises(RuntimeError, match="as something was released: rank 1 failed: its process is stopped"):
+        module(*inputs())
+    module.close()
+
+
+def test_closing_without_a_worker_that_is_lost_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = SpawnExecutor(3, timeout=600)
+    module = parallel(block(), executor)
+    module(*inputs())
+    first, second = executor.processes
+
+    def send(message: Any) -> None:
+        if message[0] == "drop":
+            raise RankError(1, "it is stopped", hangs=True)
+
+    monkeypatch.setattr(executor.workers, "send", send)
+    os.kill(first.pid, signal.SIGSTOP)
+    module.close()
+    assert gone([first.pid, second.pid], 0.1)
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
+def test_files_in_shared_memory_are_closed() -> None:
+    descriptors: list[int] = []
+    for _ in range(2):
+        with parallel(block(), SpawnExecutor(2, timeout=60)) as module:
+            module(*inputs())
+        gc.collect()
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+    assert descriptors[0] == descriptors[1]
+
+
 def test_a_worker_that_ends_before_its_first_exchange_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     executor = SpawnExecutor(2, timeout=600)
     module = parallel(block(), executor)
