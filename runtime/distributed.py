@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ir.advice import speak
+from ..ir.advice import TORCHRUN, joined
 from ..ir.step import Step
 from .agreement import CallCheck, agree
 from .board import Board
@@ -37,7 +37,7 @@ _counting = threading.Lock()
 
 def inside() -> bool:
     """Whether this process is one of several: a process group is initialised, or torchrun's environment is set."""
-    return dist.is_available() and (dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys())
+    return dist.is_available() and (dist.is_initialized() or os.environ.keys() >= TORCHRUN)
 
 
 def size_of_world(group: Any = None) -> int:
@@ -93,7 +93,7 @@ class DistributedExecutor:
         )
         #: whether this process is rank 0
         self.first = ranks[0] == (dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]))
-        speak(self.first)
+        joined(first=self.first)
         with _counting:
             _counts[ranks] += 1
             self._name = f"fxpass/{'.'.join(map(str, ranks))}/{_counts[ranks]}"

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 
 PASSED = ("fxpass", "torch")  #: packages that lie between a warning and the user's call
+TORCHRUN = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR"})  #: environment variables of a process that torchrun starts
 
-
-_speaks = True  #: whether this process warns
+_first: bool | None = None  #: whether this process is the first of some group of ranks; None if it is in none yet
 
 
 class FxpassWarning(UserWarning):
     """A call works, but slower or less exact than it may seem; the message says why, and what to do."""
 
 
-def speak(whether: bool) -> None:
-    """Say whether this process warns: of several that run the same script, the first one does."""
-    global _speaks
-    _speaks = whether
+def joined(*, first: bool) -> None:
+    """This process has joined a group of ranks that run the same script, as their first one or as another."""
+    global _first
+    _first = first or bool(_first)
 
 
 def warn(text: str) -> None:
     """Warn with an `FxpassWarning` that points to the line outside this package from which it was called.
 
-    A process that is not the first rank of its group warns of nothing: all ranks meet the same.
+    Of processes that run the same script only the first one of each group of ranks warns, for all ranks meet the same.
     """
-    if not _speaks:
+    first = _first
+    if first is None:
+        first = not os.environ.keys() >= TORCHRUN or os.environ["RANK"] == "0"
+    if not first:
         return
     frame, level = inspect.currentframe(), 1
     while frame is not None and _is_passed(frame.f_globals.get("__name__", "")):

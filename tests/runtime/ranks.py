@@ -56,6 +56,14 @@ def attempt(action: Callable[[], Any], limit: int = 30) -> str:
     return "nothing"
 
 
+def speaks() -> bool:
+    """Whether this rank warns at all."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        warn("something")
+    return bool(given)
+
+
 def warns() -> bool:
     """Whether this rank gives the warning that its steps are all exact."""
     with torch.random.fork_rng():
@@ -339,17 +347,18 @@ def stopped() -> dict[str, Any]:
 
 def uneven() -> dict[str, Any]:
     """Ranks 0 and 1, and ranks 1 and 2, each run a model of their own: rank 1 has one executor more than the others."""
+    speaking = [speaks()]
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     pairs = [(0, 1), (1, 2)]
     groups = [dist.new_group(pair) for pair in pairs]
     mine = [group for pair, group in zip(pairs, groups, strict=True) if RANK in pair]
     modules = [parallel(block(), DistributedExecutor(2, group=group, timeout=20)) for group in mine]
     expected = parallel(block(), LockstepExecutor(2))(*inputs())["sample"]
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
-        warn("something")
+    speaking.append(speaks())
     equal = [torch.equal(module(*inputs())["sample"], expected) for module in modules]
-    return {"equal": equal, "warns": bool(given)}
+    DistributedExecutor(WORLD)
+    speaking.append(speaks())
+    return {"equal": equal, "speaks": speaking}
 
 
 def alone() -> dict[str, Any]:
