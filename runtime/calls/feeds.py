@@ -233,7 +233,11 @@ class JointEngine(Engine):
         self._captured: weakref.WeakKeyDictionary[Entry, set[Recipe]] = weakref.WeakKeyDictionary()
         self._new: set[Recipe] = set()  # those for the call that has the turn
 
-    def _found(self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool) -> Any:
+    def _found(
+        self, args: Sequence[Any], kwargs: dict[str, Any], method: Method | None, gradients: bool, *, last: bool = True
+    ) -> Any:
+        if not args:  # the same call once more, with the random numbers that it draws among its arguments
+            return super()._found(args, kwargs, method, gradients, last=last)
         if self._released:
             return None
         (feed,) = args

@@ -32,6 +32,33 @@ from tests.runtime.calls.feeding import (
 from tests.runtime.plans import steps
 
 
+class Drawing(Denoiser):
+    def forward(self, sample: Tensor, *given: Any, generator: torch.Generator, **named: Any) -> Tensor:
+        return super().forward(sample + torch.randn(sample.shape, generator=generator), *given, **named)
+
+
+def test_a_denoiser_that_draws_random_numbers_runs_in_one_program_with_its_part() -> None:
+    pipe = pipeline()
+    pipe.unet = Drawing().eval()
+    generators: list[torch.Generator] = []
+
+    def step(sample: Tensor, timestep: Tensor, scale: float) -> Tensor:
+        residuals, middle = pipe.controlnet(sample, timestep, hint=HINT)
+        return pipe.unet(sample, timestep, PROMPT, residuals=residuals, middle=middle, generator=generators[-1])
+
+    def run() -> list[Tensor]:
+        generators.append(torch.Generator().manual_seed(0))
+        return [*generation(pipe, 3), torch.rand(1, generator=generators[-1])]
+
+    pipe.step = step
+    expected = run()
+    split(pipe)
+    close(run(), expected)
+    close(run(), expected)
+    assert own_programs(pipe) == (0, 0)
+    assert len(joint_of(pipe).programs) == 1
+
+
 def test_a_copy_of_a_residual_that_a_pipeline_makes_is_a_plain_tensor_without_a_gradient() -> None:
     pipe = pipeline()
     sample, timestep = steps(1)[0]
