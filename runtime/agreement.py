@@ -50,8 +50,8 @@ def agree(
         "inputs": {p: sampled(t, INPUT_SAMPLES) for p, t in zip(plan.program.input_paths, inputs, strict=True)},
     }
     prefix = f"plan/{number}"
-    board.store.set(f"{prefix}/facts/{board.rank}", text)
-    board.store.set(f"{prefix}/mine/{board.rank}", json.dumps(mine))
+    board.set(f"{prefix}/facts/{board.rank}", text)
+    board.set(f"{prefix}/mine/{board.rank}", json.dumps(mine))
     what = f"the other ranks to come to the same call (plan {number})"
     first = json.loads(board.read(f"{prefix}/mine/0", what))
     for rank in range(1, board.world):

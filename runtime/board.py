@@ -6,8 +6,9 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch.distributed import Store
@@ -35,7 +36,7 @@ class Board:
         self._cards: dict[int, str] = {}  #: the processes of the other ranks, as far as they are known
         self._looked = 0.0  #: when they were looked at
         self._stopped: Counter[int] = Counter()  #: for how many looks in a row a rank's process has been stopped
-        store.set(f"process/{rank}", processes.card())
+        self.set(f"process/{rank}", processes.card())
 
     def publish(self, error: BaseException) -> None:
         """Leave the error of this rank for the others; the first one in a call is kept."""
@@ -63,7 +64,7 @@ class Board:
             self.check_more()
         key = f"error/{self.call}"
         if self._has(key):
-            rank, _, message = self.store.get(key).decode().partition(" ")
+            rank, _, message = self._get(key).decode().partition(" ")
             if int(rank) != self.rank:
                 raise RankError(int(rank), message)
 
@@ -73,7 +74,7 @@ class Board:
 
     def _check_place(self) -> None:
         """Raises `RankError` if another rank waits in a meeting instead of this call: it would wait in vain."""
-        if self._has(self.place()) and int(self.store.get(self.place())) > self.meetings:
+        if self._has(self.place()) and int(self._get(self.place())) > self.meetings:
             raise RankError(
                 None,
                 f"another rank has come to a part that runs on rank 0 alone, but rank {self.rank} is in another call: "
@@ -86,7 +87,7 @@ class Board:
             if rank == self.rank:
                 continue
             if rank not in self._cards and self._has(f"process/{rank}"):
-                self._cards[rank] = self.store.get(f"process/{rank}").decode()
+                self._cards[rank] = self._get(f"process/{rank}").decode()
             state = processes.state(self._cards.get(rank, ""))
             self._stopped[rank] = self._stopped[rank] + 1 if state == "stopped" else 0
             if state == "ended":
@@ -130,7 +131,7 @@ class Board:
                 self.check()
             if now - began > self.timeout:
                 raise self.timed_out(what)
-        return self.store.get(key)
+        return self._get(key)
 
     def all_gather(self, key: str, text: str, what: str) -> list[str]:
         """Set this rank's value of a key, and return those of all ranks.
@@ -138,7 +139,7 @@ class Board:
         Raises:
             RankError: a rank failed or did not arrive.
         """
-        self.store.set(f"{key}/{self.rank}", text)
+        self.set(f"{key}/{self.rank}", text)
         return [self.read(f"{key}/{rank}", what).decode() for rank in range(self.world)]
 
     def watched(self, connect: Callable[[], T]) -> T:
@@ -165,10 +166,34 @@ class Board:
             raise self.lost(error) from error
         return made.result()
 
+    def set(self, key: str, text: str) -> None:
+        """Set a key for the other ranks.
+
+        Raises:
+            RankError: the process that keeps the store has ended.
+        """
+        with _reaching():
+            self.store.set(key, text)
+
+    def drop(self, key: str) -> None:
+        """Delete a key that all ranks have read; raises as `set`."""
+        with _reaching():
+            self.store.delete_key(key)
+
+    def _get(self, key: str) -> bytes:
+        with _reaching():
+            return self.store.get(key)
+
     def _has(self, key: str) -> bool:
-        try:
+        with _reaching():
             return self.store.check([key])
-        except RuntimeError as error:
-            raise RankError(
-                None, f"the store of the process group has ended, with the rank that kept it ({error})"
-            ) from None
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """Raises `RankError` if the body does not reach the store."""
+    try:
+        yield
+    except RuntimeError as error:
+        line = next(iter(str(error).splitlines()), "")  # stacks of C++ follow
+        raise RankError(None, f"the store of the process group has ended, with the rank that kept it ({line})") from None

@@ -226,8 +226,9 @@ class DistributedExecutor:
         """Refuse later calls: this one failed between its first and last exchange, with messages in flight."""
         lines = str(error).strip().splitlines() or [type(error).__name__]  # another rank's error has its traceback
         self._ranks.ended = f"{' … '.join([lines[0], lines[-1]] if len(lines) > 1 else lines)}; {advice}"
-        if self._ranks.network:
-            self._ranks.network.abort(error)
+        for each in (self._ranks.network, self._ranks.first):
+            if each:
+                each.abort(error)
 
     def close(self) -> None:
         """Leave the connections. They end when no other executor uses them."""

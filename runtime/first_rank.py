@@ -18,7 +18,7 @@ from .agreement import INPUT_SAMPLES, all_close, sampled
 from .board import Board
 from .errors import DisagreementError
 from .groups import host_group
-from .process_group import broadcast, finish
+from .process_group import abandon, broadcast, finish
 
 PLAIN = (bool, int, float, complex, str, type(None))  #: arguments that are compared by what they look like
 
@@ -52,7 +52,7 @@ class FirstRank:
         self._keys.append(f"{key}/{board.rank}")
         calls = [json.loads(text) for text in board.all_gather(key, mine, f"the other ranks to call {what}")]
         for each in old:  # all have read it, for they have come to this meeting
-            board.store.delete_key(each)
+            board.drop(each)
         board.call = calls[0]["call"]  # a rank whose last call failed before it met the others is ahead
         for rank, call in enumerate(calls):
             if difference := _difference(calls[0], call, rank):
@@ -99,7 +99,7 @@ class FirstRank:
 
     def _set(self, key: str, text: str) -> None:
         self._keys.append(key)
-        self._board.store.set(key, text)
+        self._board.set(key, text)
 
     def broadcast(self, tensor: Tensor, what: str = "a result of rank 0") -> None:
         """Give all ranks the bytes [n] that rank 0 has on the CPU, in place.
@@ -111,6 +111,11 @@ class FirstRank:
             self._group = host_group(self._board)
         if tensor.numel():
             finish(broadcast(self._group, tensor), self._board, what)
+
+    def abort(self, error: BaseException) -> None:
+        """End this rank's part in later meetings: `error` has left messages in flight."""
+        if self._group is not None:
+            abandon(self._group, error)
 
 
 def described(arguments: Mapping[str, Any]) -> dict[str, list[Any]]:

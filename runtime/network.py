@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import time
@@ -20,7 +19,7 @@ from .board import POLL, Board
 from .channels import Channel, ProcessChannel, RankChannel
 from .errors import RankError
 from .messages import partners
-from .process_group import GroupChannel, broadcast, finish
+from .process_group import GroupChannel, abandon, broadcast, finish
 from .shared_memory import DISABLE, OPENING, open_channels
 from .symmetric_memory import SymmetricChannel, SymmetricMemory
 
@@ -156,14 +155,14 @@ class Network:
             memory.check()
 
     def abort(self, error: BaseException) -> None:
-        """End all waits for other ranks. Gloo cannot: its groups are never released if a rank hangs, for that waits."""
+        """End all waits for other ranks. Gloo cannot."""
         for memory in self._memories:
             memory.abort()
         for group in {self.group, self.urgent, *self._parts.values()}:
             if not self.blocking:
                 group.abort()
-            elif isinstance(error, RankError) and error.hangs:
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+            else:
+                abandon(group, error)
 
     def _group_of(self, spec: ChannelSpec, placement: Placement) -> tuple[Any, Sequence[int]]:
         """The group of a channel and its members: an urgent one for what is never stale, also in displaced steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -16,6 +17,7 @@ from ..ir.exchange import Exchange, Payloads
 from ..ir.mesh import Placement
 from ..ir.step import ChannelSpec
 from .board import POLL, Board
+from .errors import RankError
 from .messages import Bundle, Message, partners
 
 SMALL = 1 << 16  #: bytes; up to here gloo (not NCCL) is faster at an all-to-all than at an all-gather (0.6 and 1.0 ms)
@@ -214,6 +216,12 @@ def broadcast(group: Any, tensor: Tensor) -> Any:
     options = dist.BroadcastOptions()
     options.rootRank = options.rootTensor = 0
     return group.broadcast([tensor], options)
+
+
+def abandon(group: Any, error: BaseException) -> None:
+    """Never release a group of gloo if a rank hangs: that waits for the rank, up to the timeout of the group."""
+    if isinstance(error, RankError) and error.hangs:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def finish(work: Any, board: Board, what: str) -> None:

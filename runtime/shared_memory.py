@@ -231,7 +231,7 @@ def open_channels(
     files = [own if rank == board.rank else _map(rank, sizes[rank], card) for rank, card in enumerate(cards)]
     files = [file for file in files if file is not None]
     seen = board.all_gather(f"memory/{number}/seen", json.dumps(len(files) == board.world), OPENING)
-    board.store.delete_key(f"memory/{number}/card/{board.rank}")  # all ranks have read it
+    board.drop(f"memory/{number}/card/{board.rank}")  # all ranks have read it
     if not all(map(json.loads, seen)):
         return None
     with torch.inference_mode(False):  # later calls write to the views, also outside inference mode

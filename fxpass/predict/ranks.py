@@ -65,6 +65,6 @@ def leave(store: Store, network: Network, result: str) -> None:
     """Called by each rank at its end: hand over the result, and wait until the others need this rank no longer."""
     board = network.board
     store.set(f"result/{board.rank}", result)
-    board.store.set(f"done/{board.rank}", "")
+    board.set(f"done/{board.rank}", "")
     for other in range(board.world):
         board.read(f"done/{other}", "the other ranks to end")

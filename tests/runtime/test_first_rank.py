@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ import torch
 from torch.distributed import HashStore
 
 from fxpass.runtime.board import Board
-from fxpass.runtime.errors import DisagreementError
+from fxpass.runtime.errors import DisagreementError, RankError
 from fxpass.runtime.first_rank import FirstRank, _Unpacker, described, packed
 
 HERE = torch.device("cpu")
@@ -120,6 +122,36 @@ def test_meetings_leave_as_many_keys_in_the_store_as_before() -> None:
         at_once([lambda: call(first, {}, 1), lambda: call(second, {})])
         counts.append(first._board.store.num_keys())
     assert counts[1] == counts[3]
+
+
+def test_a_group_in_which_a_rank_hangs_is_not_waited_for() -> None:
+    first, second = ranks()
+    at_once([lambda: call(first, {}, torch.ones(2)), lambda: call(second, {})])
+    first._board.timeout = 1.0
+    with pytest.raises(RankError, match="another rank hangs") as raised:
+        first.broadcast(torch.ones(40_000_000, dtype=torch.uint8))
+    first.abort(raised.value)
+    del raised
+    began = time.monotonic()
+    del first
+    gc.collect()
+    assert time.monotonic() - began < 5
+
+
+def test_a_store_that_has_ended_is_a_rank_error() -> None:
+    class Ending(HashStore):
+        ended = False
+
+        def set(self, key: str, value: str) -> None:
+            if self.ended:
+                raise RuntimeError("Connection reset by peer\nframe #0")
+            super().set(key, value)
+
+    store = Ending()
+    first = FirstRank(Board(store, 0, 1, 20.0))
+    store.ended = True
+    with pytest.raises(RankError, match=r"the rank that kept it \(Connection reset by peer\)$"):
+        first.meet("text", {})
 
 
 def test_arguments_are_described_leaf_by_leaf() -> None:
