@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+TASKS = Path("/proc/self/task")  #: Linux has a folder there for each thread of this process
 
 
 class Turn:
@@ -20,6 +23,7 @@ class Turn:
         self.holder: int | None = None  #: the thread that has the lock
         self._one_thread = one_thread
         self._thread: threading.Thread | None = None  #: whose calls are taken
+        self._number = 0  #: which the system gives that thread
         self._choosing = threading.Lock()
 
     @contextmanager
@@ -49,8 +53,8 @@ class Turn:
     def _check_thread(self) -> None:
         this = threading.current_thread()
         with self._choosing:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = this
+            if self._thread is None or not self._is_alive(self._thread):
+                self._thread, self._number = this, threading.get_native_id()
         if self._thread is not this:
             raise RuntimeError(
                 f"the thread {this.name!r} calls a parallel module whose earlier calls came from "
@@ -58,3 +62,7 @@ class Turn:
                 "must come from one thread; hand the work to that thread through a queue, or start one process without "
                 "torchrun (executor='spawn'), where threads take turns"
             )
+
+    def _is_alive(self, thread: threading.Thread) -> bool:
+        """Python may say so of a thread that something else has started (a server, a GUI) even after its end."""
+        return thread.is_alive() and (not TASKS.exists() or (TASKS / str(self._number)).exists())

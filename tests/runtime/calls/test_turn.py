@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +23,21 @@ def test_threads_take_turns() -> None:
     assert take(turn)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(take, turn).result()
+
+
+def test_a_thread_that_python_has_not_started_counts_as_ended_once_it_has() -> None:
+    turn, taken = Turn(one_thread=True), threading.Event()
+
+    def first() -> None:
+        take(turn)
+        taken.set()
+
+    _thread.start_new_thread(first, ())
+    assert taken.wait(60)
+    until = time.monotonic() + 60
+    while turn._is_alive(turn._thread) and time.monotonic() < until:  # pyright: ignore[reportArgumentType]
+        time.sleep(0.01)
+    assert take(turn)
 
 
 def test_of_one_thread_only_the_others_may_end_things_and_take_over_when_it_has_ended() -> None:
