@@ -14,9 +14,9 @@ from .runtime.calls.module import ParallelModule
 from .runtime.calls.turn import Turn
 from .runtime.distributed import DistributedExecutor
 
-#: of each pipeline, by its id: the parts that run on rank 0, and what shows its progress again
+#: of each pipeline, by its id: those of its parts that run on rank 0, and what shows its progress again
 _parts: dict[int, list[FirstRankPart]] = {}
-_shown: dict[int, list[Callable[[], None]]] = {}
+_shown: dict[int, Callable[[], None]] = {}
 
 
 def chosen_parts(pipeline: Any, chosen: bool | str | Collection[str]) -> dict[str, nn.Module]:
@@ -85,13 +85,17 @@ def plain_model(module: nn.Module) -> nn.Module:
 
 def leave_to_first(pipeline: Any, parts: dict[str, nn.Module], executor: DistributedExecutor, turn: Turn) -> None:
     """Let parts run on rank 0 alone, and rank 0 alone show the progress of a pipeline."""
-    _parts[id(pipeline)] = [
-        FirstRankPart(module, name, called_of(module), executor.share(), turn) for name, module in parts.items()
-    ]
-    weakref.finalize(pipeline, _parts.pop, id(pipeline), None)
-    if not executor.first:
-        _shown[id(pipeline)] = [quiet(each) for each in pipelines_in(pipeline)]
-        weakref.finalize(pipeline, _shown.pop, id(pipeline), None)
+    made = {
+        id(module): FirstRankPart(module, name, called_of(module), executor.share(), turn)
+        for name, module in parts.items()
+    }
+    for each in pipelines_in(pipeline):
+        held = {id(plain_model(getattr(each, name))) for name in other_parts(each)}
+        _parts[id(each)] = [part for key, part in made.items() if key in held]
+        weakref.finalize(each, _parts.pop, id(each), None)
+        if not executor.first:
+            _shown[id(each)] = quiet(each)
+            weakref.finalize(each, _shown.pop, id(each), None)
 
 
 def leave_to_first_again(pipeline: Any) -> None:
@@ -104,5 +108,5 @@ def run_everywhere(pipeline: Any) -> None:
     """Undo `leave_to_first`."""
     for part in _parts.pop(id(pipeline), ()):
         part.detach()
-    for show in _shown.pop(id(pipeline), ()):
+    if (show := _shown.pop(id(pipeline), None)) is not None:
         show()

@@ -117,10 +117,21 @@ class FirstRankPart:
     def _call(self, what: str, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         args, kwargs = plain((args, kwargs))
         arguments = {f"argument {i}": value for i, value in enumerate(args, 1)} | kwargs
+        generators = _generators(args, kwargs)
+
+        def compute() -> Any:
+            before = {name: each.get_state() for name, each in generators.items()}
+            value = original(*args, **kwargs)
+            after = {name: each.get_state() for name, each in generators.items()}
+            return value, {name: state for name, state in after.items() if not torch.equal(state, before[name])}
+
         with self._turn.taken(), torch.no_grad():
             try:
-                compute = lambda: original(*args, **kwargs)  # noqa: E731
-                return self._executor.on_first(what, arguments, compute, self._device(args, kwargs))
+                value, states = self._executor.on_first(what, arguments, compute, self._device(args, kwargs))
+                for name, state in states.items():  # later calls draw the same numbers on all ranks
+                    if name in generators:
+                        generators[name].set_state(state)
+                return value
             except BaseException as error:
                 self._executor.failed(error)
                 raise
@@ -131,3 +142,12 @@ class FirstRankPart:
         if found.type != "cpu" or not torch.cuda.is_available():
             return found
         return torch.device("cuda", torch.cuda.current_device())
+
+
+def _generators(*arguments: Any) -> dict[str, torch.Generator]:
+    """What a part may draw random numbers from: torch's own generators, and those among its arguments."""
+    found = {"cpu": torch.default_generator}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+    given = [leaf for leaf in leaves_of(*arguments) if isinstance(leaf, torch.Generator)]
+    return found | {f"argument {i}": each for i, each in enumerate(given)}

@@ -40,6 +40,14 @@ class Text(nn.Module):
         return {"states": self.final_layer_norm(self.encoder(input_ids))}
 
 
+class NoisyText(Text):
+    """It draws from torch's own generator, and from one among its arguments."""
+
+    def forward(self, input_ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:  # pyright: ignore
+        states = super().forward(input_ids)["states"]
+        return {"states": states + torch.rand(16) + torch.rand(16, generator=generator)}
+
+
 class Scheduler:
     timesteps = torch.empty(0)
 
@@ -68,6 +76,10 @@ class Pipe:
             if leave:
                 raise KeyError("the user's own error")
         return [sample]
+
+
+    def maybe_free_model_hooks(self) -> None:
+        """What pipelines call last; hooks for offloading are set again there."""
 
 
 class Both:
@@ -166,7 +178,11 @@ def weights() -> dict[str, Any]:
     fxpass.parallelize(both, timeout=30, weights_from_first_rank=True, on_first_rank=True)
     seen["connected"] = fxpass.parallel(both.base.unet)._engine.executor._ranks.network is not None
     seen["both"] = attempt(lambda: seen.update(both_equal=difference(both(), expected)))
+    del vars(both.base.text_encoder)["forward"]  # as hooks that are set again do
+    both.base.maybe_free_model_hooks()
+    seen["hooks"] = attempt(lambda: seen.update(hooks_equal=difference(both(), expected)))
     fxpass.restore(both)
+    seen["restored"] = sum("forward" in vars(each.text_encoder) for each in (both.base, both.refiner))
     other = block()
     if RANK:
         other.conv_in.half()
@@ -174,10 +190,32 @@ def weights() -> dict[str, Any]:
     return seen
 
 
+def drawn() -> float:
+    """A text encoder that draws random numbers, before the pipeline does."""
+    pipe: Any = Pipe()
+    torch.manual_seed(0)
+    pipe.text_encoder = NoisyText().eval()
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        generator = torch.Generator().manual_seed(2)
+        text = pipe.text_encoder(IDS, generator)["states"]
+        noise = torch.randn(1, 4, 16, 8) + torch.randn(1, 4, 16, 8, generator=generator)
+        return [text, pipe.unet(noise, torch.tensor([0.5]))["sample"]]
+
+    expected = run()
+    fxpass.parallelize(pipe, timeout=30, on_first_rank=True)
+    try:
+        return difference(run(), expected)
+    finally:
+        fxpass.restore(pipe)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     kind, folder = sys.argv[1:]
-    seen = {"on_first": on_first(*{"tiny": tiny, "real": real}[kind]()), "weights": weights()}
+    seen = {"drawn": drawn(), "on_first": on_first(*{"tiny": tiny, "real": real}[kind]()), "weights": weights()}
     Path(folder, f"{RANK}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()

@@ -79,6 +79,19 @@ def test_pipelines_made_of_others_whose_parts_have_the_same_names_have_all_of_th
         assert rank["weights"]["both_equal"] < 1e-5
 
 
+def test_in_pipelines_made_of_others_rank_0_also_runs_parts_whose_hooks_were_set_again(
+    seen: list[dict[str, Any]],
+) -> None:
+    for rank in seen:
+        assert rank["weights"]["hooks"] == "nothing"
+        assert rank["weights"]["hooks_equal"] < 1e-5
+        assert not rank["weights"]["restored"]
+
+
+def test_random_numbers_that_rank_0_draws_for_all_leave_the_generators_of_all_alike(seen: list[dict[str, Any]]) -> None:
+    assert all(rank["drawn"] < 1e-5 for rank in seen)
+
+
 def test_weights_on_the_cpu_do_not_decide_how_later_calls_connect(seen: list[dict[str, Any]]) -> None:
     assert not any(rank["weights"]["connected"] for rank in seen)
 
