@@ -195,5 +195,5 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        line = next(iter(str(error).splitlines()), "")  # stacks of C++ follow
-        raise RankError(None, f"the store of the process group has ended, with the rank that kept it ({line})") from None
+        why = next(iter(str(error).splitlines()), "")  # stacks of C++ follow
+        raise RankError(None, f"the store of the process group has ended, with the rank that kept it ({why})") from None

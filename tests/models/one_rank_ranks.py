@@ -77,7 +77,6 @@ class Pipe:
                 raise KeyError("the user's own error")
         return [sample]
 
-
     def maybe_free_model_hooks(self) -> None:
         """What pipelines call last; hooks for offloading are set again there."""
 

@@ -125,15 +125,15 @@ def test_meetings_leave_as_many_keys_in_the_store_as_before() -> None:
 
 
 def test_a_group_in_which_a_rank_hangs_is_not_waited_for() -> None:
-    first, second = ranks()
-    at_once([lambda: call(first, {}, torch.ones(2)), lambda: call(second, {})])
-    first._board.timeout = 1.0
+    both = ranks()
+    at_once([lambda: call(both[0], {}, torch.ones(2)), lambda: call(both[1], {})])
+    both[0]._board.timeout = 1.0
     with pytest.raises(RankError, match="another rank hangs") as raised:
-        first.broadcast(torch.ones(40_000_000, dtype=torch.uint8))
-    first.abort(raised.value)
+        both[0].broadcast(torch.ones(40_000_000, dtype=torch.uint8))
+    both[0].abort(raised.value)
     del raised
     began = time.monotonic()
-    del first
+    del both[0]
     gc.collect()
     assert time.monotonic() - began < 5
 
