@@ -43,7 +43,7 @@ class Text(nn.Module):
 class NoisyText(Text):
     """It draws from torch's own generator, and from one among its arguments."""
 
-    def forward(self, input_ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:  # pyright: ignore
+    def forward(self, input_ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         states = super().forward(input_ids)["states"]
         return {"states": states + torch.rand(16) + torch.rand(16, generator=generator)}
 
