@@ -272,19 +272,19 @@ class Partitioner:
         if not any(layout_of(n).split for n in operands):
             return self._replicate(node, args, kwargs)
         rule = self._rules.get(node.target)
-        refusal = SplitError(f"no rule for {node.target}")
+        reason = f"no rule for {node.target}"  # an exception in a variable of this frame would be a reference cycle
         if rule is not None:
             try:
                 return rule(self, Op(node, node.target), *args, **kwargs)
             except SplitError as cannot:
-                refusal = SplitError(f"{node.target}: {cannot}")
+                reason = f"{node.target}: {cannot}"
         parts = decompose(node)
         if parts is None:
-            raise refusal
+            raise SplitError(reason)
         try:
             return self._split_parts(parts, operands)
         except SplitError:
-            raise refusal from None
+            raise SplitError(reason) from None
 
     def _split_parts(self, parts: fx.Graph, operands: Sequence[fx.Node]) -> Any:
         """Split the operators of a decomposition, applied to `operands`."""

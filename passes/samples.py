@@ -98,21 +98,21 @@ def divide(program: Program, groups: int, rules: Mapping[Any, Rule]) -> Samples:
     """
     main, batched = _batched(program, groups)
     size = shape_of(main)[0]
-    reason: SamplesError | None = None
+    reason: str | None = None
     for _ in range(TRIES):
         cuts = {node.name: Layout(0, even(size, groups)) for node in batched}
         graph = trim(partition(program.graph, groups, cuts, rules), program.graph, groups, rules)
         try:
             return _divided(program, graph)
         except _MixedError as mixed:
-            reason = reason or SamplesError(mixed.reason)
+            reason = reason or mixed.reason
             before = {node.name for node in reached([mixed.node], operator.attrgetter("all_input_nodes"))}
             wrong = [node for node in batched if node is not main and node.name in before]
             if not wrong:
                 break
             batched.remove(min(wrong, key=lambda node: prod(shape_of(node))))
     assert reason is not None
-    raise reason
+    raise SamplesError(reason)
 
 
 class _MixedError(Exception):

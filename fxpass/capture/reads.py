@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ir.garbage import unfreeze
 from ..ir.program import Change
 from .left import State
 from .reach import table_of
@@ -96,5 +97,6 @@ def _functions(state: State) -> list[FunctionType]:
     known |= {each for code in state.codes for each in code.co_consts if isinstance(each, CodeType)}
     others = state.closures - known
     if others:
+        unfreeze()
         found += [each for each in gc.get_referrers(*others) if isinstance(each, FunctionType)]
     return found

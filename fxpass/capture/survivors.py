@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..ir.garbage import unfreeze
 from .errors import CaptureError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def refuse_survivors(recorder: Recorder) -> None:
     """Raises `CaptureError` if anything but the recorder holds a recorded value, after removing the value there."""
     if not _survivors(recorder):
         return
+    unfreeze()
     gc.collect()
     _clear_caches(_survivors(recorder))
     survivors = _survivors(recorder)  # values in reference cycles and caches are gone by now
@@ -53,6 +55,9 @@ def refuse_survivors(recorder: Recorder) -> None:
 
 def release_survivors(recorder: Recorder) -> None:
     """Remove recorded values from each list, dict, set, cell, slot and `functools.lru_cache`."""
+    if not _survivors(recorder):
+        return
+    unfreeze()
     _clear_caches(_survivors(recorder))
     _Holders(recorder, _survivors(recorder)).release()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +15,16 @@ import fxpass
 from fxpass.capture import CaptureError, capture
 
 from .test_left_behind import fakes
+
+
+@pytest.fixture(autouse=True, params=["collected", "frozen"])
+def classes_and_caches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As they are, and after `gc.freeze`, which servers call."""
+    if request.param == "frozen":
+        gc.collect()
+        gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Table(nn.Module):

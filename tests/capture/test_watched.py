@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import operator
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -83,6 +85,24 @@ def test_a_variable_that_a_closure_rebinds() -> None:
         k = 3.0
 
     check(Model(lambda m, h: h * k), change)
+
+
+def test_a_variable_of_a_frozen_function_that_an_iterator_holds() -> None:
+    k = [2.0]
+
+    def scaled(h: Tensor) -> Tensor:
+        return h * k[0]
+
+    def change() -> None:
+        nonlocal k
+        k = [3.0]
+
+    functions = itertools.repeat(scaled)
+    del scaled
+    model = Model(lambda m, h: next(functions)(h))
+    gc.freeze()
+    check(model, change)
+    gc.unfreeze()
 
 
 def test_a_variable_of_a_function_given_as_an_argument() -> None:
