@@ -23,6 +23,7 @@ from ..ir import comm, ops
 from ..ir.comm import received_shape
 from ..ir.exchange import Exchange
 from ..ir.fetch import Fetch
+from ..ir.garbage import collection_paused
 from ..ir.merge import Moments
 from ..ir.nodes import append, append_copy
 from ..ir.program import specialize
@@ -36,6 +37,7 @@ class StepPrograms:
         graph: the scheduled graph for all ranks.
     """
 
+    @collection_paused()
     def __init__(self, graph: fx.Graph, rank: int) -> None:
         self.rank = rank
         self._local = specialize(graph, rank)
@@ -65,6 +67,7 @@ class StepPrograms:
             mode = {"first": "steady", "first unpaced": "steady unpaced"}.get(mode, mode)  # type: ignore[assignment]
         return mode
 
+    @collection_paused()
     def __getitem__(self, mode: Mode) -> StepProgram:
         mode = self.canonical(mode)
         if mode not in self._made:

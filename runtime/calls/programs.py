@@ -15,6 +15,7 @@ from ...capture import Call, CaptureError, broken_guard, capture_call, guard_err
 from ...capture.structure import Structure, WeightTable
 from ...capture.unread import Unread
 from ...ir.advice import warn
+from ...ir.garbage import collection_paused
 from ...ir.program import Program
 from ..executor import Executor, PlanLike
 from .clock import Clock
@@ -124,6 +125,7 @@ class Programs:
             else:
                 self._entries.pop(call.key, None)
 
+    @collection_paused()
     def _capture(self, call: Call, entries: list[Entry], planned: bool) -> Entry:
         with torch.inference_mode(False), self._capturing(self._model):
             program = capture_call(self._model, replace(call, tensors=plain(call.tensors)))
