@@ -1,6 +1,6 @@
 """What each rank of test_mesh.py runs under torchrun: `python -m tests.runtime.mesh_ranks FOLDER`.
 
-Writes what it saw to FOLDER/<rank>.json.
+Writes what it saw through shared memory, and then through gloo, to FOLDER/<rank>.json.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ def pair(module: Any, one: Tensor, two: Tensor, timestep: Tensor, *, look: bool)
         torch.testing.assert_close(found + 0, whole(block(), x, timestep))
 
 
-def main(folder: Path) -> None:
-    """Compare a generation, whose first steps are exact, with the same ranks in lockstep."""
-    torch.set_num_threads(1)
+def seen(disable: str) -> dict[str, Any]:
+    """Compare a generation, whose first steps are exact, with the same ranks in lockstep.
+
+    Args:
+        disable: "1" not to use shared memory.
+    """
+    os.environ["FXPASS_SHM_DISABLE"] = disable
     named: dict[str, Any] = {"cfg": 2, "strategy": "displaced", "warmup_steps": 2}
     lockstep: Any = fxpass.parallelize(block(), 4, executor="lockstep", **named)
     parallel: Any = fxpass.parallelize(block(), timeout=120, **named)
@@ -50,10 +54,11 @@ def main(folder: Path) -> None:
     kinds = sorted({type(channel.between).__name__ for channel in runner.channels(0)})
     lines = sorted({len(getattr(channel.between, "members", ())) for channel in runner.channels(0)})
     found = {"equal": equal, "traffic": dict(parallel.traffic), "kinds": kinds, "lines": lines, "errors": errors}
-    (folder / f"{RANK}.json").write_text(json.dumps(found))
     parallel.close()
     apart.close()
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    (Path(sys.argv[1]) / f"{RANK}.json").write_text(json.dumps([seen("0"), seen("1")]))

@@ -22,9 +22,7 @@ ENVIRONMENT = os.environ | {
 TRANSPORTS = {"memory": {}, "gloo": {"FXPASS_SHM_DISABLE": "1"}}  # what each adds to the environment
 
 
-def torchrun(
-    module: str, *arguments: str, folder: Path, transport: str = "memory", world: int = 2
-) -> list[dict[str, Any]]:
+def torchrun(module: str, *arguments: str, folder: Path, transport: str = "memory", world: int = 2) -> list[Any]:
     """What the ranks of one torchrun of a module saw."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     result = subprocess.run(

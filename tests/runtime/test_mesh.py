@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.ir.mesh import Axis, Mesh
 from tests.runtime.plans import Block, block, inputs, steps, whole
+from tests.runtime.test_distributed import torchrun
 
 
 def lockstep(world: int, model: nn.Module | None = None, **named: Any) -> Any:
@@ -101,19 +98,19 @@ def test_a_call_with_one_sample_runs_in_patches_and_the_next_one_with_two_is_div
     assert module.plan.mesh == Mesh(2, 1)
 
 
-@pytest.mark.parametrize("disable", ["0", "1"])
-def test_ranks_under_torchrun_give_what_lockstep_gives_bit_for_bit(disable: str, tmp_path: Path) -> None:
-    """Through shared memory and, without it, through gloo."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command = [*torchrun, "-m", "tests.runtime.mesh_ranks", str(tmp_path)]
-    environment = os.environ | {"FXPASS_SHM_DISABLE": disable}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    for rank in range(4):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """What each of four ranks saw through shared memory, and through gloo."""
+    return torchrun("tests.runtime.mesh_ranks", folder=tmp_path_factory.mktemp("ranks"), world=4)
+
+
+@pytest.mark.parametrize("kind", ["MemoryChannel", "GroupChannel"])
+def test_ranks_under_torchrun_give_what_lockstep_gives_bit_for_bit(kind: str, seen: list[list[dict[str, Any]]]) -> None:
+    for memory, gloo in seen:
+        found = memory if kind == "MemoryChannel" else gloo
         assert found["equal"] == [True] * (6 + 2 * 6)
-        assert found["kinds"] == ["GroupChannel" if disable == "1" else "MemoryChannel"]
-        assert found["lines"] == ([2] if disable == "1" else [0])  # ranks of a group
+        assert found["kinds"] == [kind]
+        assert found["lines"] == ([2] if kind == "GroupChannel" else [0])  # ranks of a group
         assert set(found["traffic"]) > {"halo", "keys_values", "moments", "output"}
         early, after = found["errors"]  # rank 0 alone has used the first result before the second call
         assert "DisagreementError" in early

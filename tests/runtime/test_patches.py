@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +18,7 @@ from fxpass.ir.mesh import Mesh, Placement
 from fxpass.runtime.errors import RankError
 from tests.runtime.patch_ranks import ROWS, STRATEGIES, equal, named, parallel
 from tests.runtime.plans import block, inputs, steps, whole
+from tests.runtime.test_distributed import torchrun
 
 
 def lockstep(world: int, **options: Any) -> Any:
@@ -71,18 +68,12 @@ def test_only_what_other_processes_send_is_traffic() -> None:
         )
 
 
-@pytest.mark.parametrize("disable", ["0", "1"])
-def test_processes_under_torchrun_give_what_lockstep_gives_bit_for_bit(disable: str, tmp_path: Path) -> None:
+def test_processes_under_torchrun_give_what_lockstep_gives_bit_for_bit(tmp_path: Path) -> None:
     """Through shared memory and, without it, through gloo."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "tests.runtime.patch_ranks", str(tmp_path)]
-    environment = os.environ | {"FXPASS_SHM_DISABLE": disable}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    for process in range(2):
-        found = json.loads((tmp_path / f"{process}.json").read_text())
-        assert found.pop("kinds") == ["GroupChannel" if disable == "1" else "MemoryChannel"]
-        assert found == dict.fromkeys([*STRATEGIES, "groups"], True)
+    for process in torchrun("tests.runtime.patch_ranks", folder=tmp_path):
+        for kind, found in zip(("MemoryChannel", "GroupChannel"), process, strict=True):
+            assert found.pop("kinds") == [kind]
+            assert found == dict.fromkeys([*STRATEGIES, "groups"], True)
 
 
 def test_a_killed_process_is_an_error_within_the_timeout() -> None:
