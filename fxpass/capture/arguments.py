@@ -22,8 +22,8 @@ from .call import Call
 from .errors import CaptureError
 from .objects import PLAIN, copied, flatten, is_open, parts_of, state_of
 from .reach import left_by, table_of, tensors_in
+from .sharing import sharing
 from .survivors import mark_left_behind
-from .views import as_views
 
 _GONE = object()
 
@@ -106,7 +106,7 @@ def returned(program: Program, outputs: Sequence[Tensor], call: Call) -> Any:
     shared = {_memory(tensor) for tensor in (*written, *program.constants.values())}
     plain = [type(tensor) is Tensor for tensor in outputs]  # others have no memory yet
     own = [x.clone() if here and _memory(x) in shared else x for x, here in zip(outputs, plain, strict=True)]
-    supply = iter(as_views(program.views, own))
+    supply = iter(sharing(program.shared, own))
     output, entries = arranged(program, supply, call)
     for tensor, value in zip(written, supply, strict=True):
         tensor.copy_(value)

@@ -34,9 +34,9 @@ from .reads import Reads
 from .recorder import Recorder
 from .routing import Routing
 from .rows import resolve
+from .sharing import shared_among
 from .survivors import refuse_survivors, release_survivors
 from .unread import Watch, refuse_stand_ins
-from .views import views_among
 from .writes import functionalize
 
 log = logging.getLogger("fxpass")
@@ -236,7 +236,7 @@ def _record(
     memory = {m for write in recorder.writes for m in memory_of(write.meta["val"])}
     written = [i for i, n in enumerate(inputs) if i not in call.numbers and memory & set(memory_of(n.meta["val"]))]
     results = [recorder.node(recorder.fake(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
-    views = views_among([node.meta["val"] for node in results])
+    shared = shared_among([node.meta["val"] for node in results])
     results += [inputs[i] for i in written]
     out_leaves = tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     del output, copies, arguments, left, entries, leaves
@@ -251,7 +251,7 @@ def _record(
     def routed(empty: int | None) -> Program:
         final, outputs = resolve(functional, results, empty)
         program = _program(final, outputs, names_of_inputs, call, spec, out_leaves, tuple(guards))
-        return replace(program, written=tuple(written), changes=tuple(noted), views=views)
+        return replace(program, written=tuple(written), changes=tuple(noted), shared=shared)
 
     return routed(None), routing, routed
 

@@ -61,7 +61,7 @@ class Program:
     joined: bool = False  #: whether it is made of several parts of a pipeline, each of which has its own arguments
     given: dict[str, Layout] = field(default_factory=dict)  #: inputs of which each rank has its rows, so laid
     kept: tuple[int, ...] = ()  #: outputs of which each rank keeps its own rows, where they are split
-    views: tuple[View, ...] = ()  #: outputs that lie in the memory of another one
+    shared: tuple[tuple[SharedResult, ...], ...] = ()  #: outputs that share memory: by piece of memory
     reads: Any = None  #: the Python state beside the model that is baked in: `capture.reads.Reads`
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
@@ -79,16 +79,17 @@ class Given:
 
 
 @dataclass(frozen=True)
-class View:
-    """An output lies in the memory of another one, which is dense. Strides and the offset are in elements."""
+class SharedResult:
+    """An output that shares a piece of memory with others, and where it lies in it."""
 
-    result: int  #: its index among the outputs
-    base: int  #: the other's index
+    index: int  #: among the outputs
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int  #: after the other's first element
-    base_shape: tuple[int, ...]
-    base_stride: tuple[int, ...]  #: of the other, with which `stride` and `offset` belong together
+    stride: tuple[int, ...]  #: in elements
+    start: int  #: its first byte
+    end: int  #: after its last byte
+    conj: bool  #: its values are the conjugates of what lies there
+    neg: bool  #: its values are the negatives of what lies there
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...capture import Call, written
-from ...capture.views import as_views
+from ...capture.sharing import sharing
 from .deferred import Source
 from .entry import Entry
 from .generation import Generation
@@ -99,8 +99,8 @@ class Together:
         except BaseException as error:
             self.fail(error)
             raise
-        views = self.entry.plan.program.views
-        results = [as_views(views, [each[place] for each in outputs]) for place in range(count)]
+        shared = self.entry.plan.program.shared
+        results = [sharing(shared, [each[place] for each in outputs]) for place in range(count)]
         for source, own in zip(self._sources, results, strict=False):
             source.give(own)
         return results

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fxpass
-from fxpass.capture.views import as_views, views_among
+from fxpass.capture.sharing import shared_among, sharing
+
+
+def _complex(y: Tensor, result: Callable[[Tensor], Any]) -> Any:
+    return result(torch.complex(y[:, :2], y[:, 2:]))
+
 
 RETURNS: dict[str, Callable[[Tensor], Any]] = {
     "a part": lambda y: (y, y[:, :2]),
@@ -25,6 +30,16 @@ RETURNS: dict[str, Callable[[Tensor], Any]] = {
     "parts beside each other": lambda y: (y[:, :2], y[:, 2:]),
     "a copy": lambda y: (y, y[:, :2].clone()),
     "written to": lambda y: (y, y[:, :2].mul_(2)),
+    "overlapping parts": lambda y: (y[:, :3], y[:, 1:]),
+    "overlapping parts and a part": lambda y: (y[:, 1:3], y[..., 1:], y[..., :5], y[:, :1]),
+    "overlapping through a third": lambda y: (y[0, 0, :4], y[0, 0, 6:], y[0, 0, 2:8].t()),
+    "parts of another row": lambda y: (y[..., ::2], y[..., 1::2], y[..., 1]),
+    "windows": lambda y: (y.unfold(3, 4, 2)[0], y[1], y[0]),
+    "parts of windows": lambda y: (y.unfold(3, 4, 2)[..., 1:], y[..., :3]),
+    "expanded parts": lambda y: (y[:, :1].expand(-1, 4, -1, -1), y[:, :2, 1:]),
+    "real and imaginary": lambda y: _complex(y, lambda z: (z.real, z.imag, z)),
+    "of one complex number": lambda y: _complex(y, lambda z: (torch.view_as_real(z)[:, 1:], z.imag)),
+    "conjugates": lambda y: _complex(y, lambda z: (z[:, :1].conj(), z, z.conj().imag)),
     "a contiguous copy": lambda y: (y, y.transpose(1, 3).contiguous(), y.contiguous()),
 }
 
@@ -91,9 +106,30 @@ def test_what_a_call_leaves_in_its_arguments_shares_memory_with_its_result() -> 
 
 def test_results_in_another_layout_are_laid_out_as_in_the_model() -> None:
     base = torch.randn(2, 4, 6, 5)
-    views = views_among([base[:, 1:3], base])
-    part, whole = as_views(views, [base[:, 1:3].clone(), base.to(memory_format=torch.channels_last)])
+    shared = shared_among([base[:, 1:3], base])
+    part, whole = sharing(shared, [base[:, 1:3].clone(), base.to(memory_format=torch.channels_last)])
     assert whole.is_contiguous()
     assert torch.equal(whole, base)
     whole.mul_(2)
     assert torch.equal(part, 2 * base[:, 1:3])
+
+
+def test_results_of_several_dtypes_share_memory() -> None:
+    base = torch.arange(12, dtype=torch.int16)
+    results = [base.view(torch.int32)[1:4], base[3:9], base[5:].view(torch.uint8)[1:]]
+    (piece,) = shared_among(results)
+    numbers, part, parts = sharing([piece], [each.clone() for each in results])
+    for found, expected in zip((numbers, part, parts), results, strict=True):
+        assert torch.equal(found, expected)
+    for one, other in ((numbers, results[0]), (part, results[1]), (parts, results[2])):
+        one += 5
+        other += 5
+        for found, expected in zip((numbers, part, parts), results, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_results_without_memory_in_common_stay_apart() -> None:
+    base = torch.randn(2, 6, 4)
+    assert not shared_among([base[:, :2], base[:, 2:], torch.empty(0), base.clone()])
+    assert not shared_among([base[..., ::2], base[..., 1::2]])
+    assert shared_among([base[..., ::2], base[..., 2]])
