@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ from .agreement import INPUT_SAMPLES, all_close, sampled
 from .board import Board
 from .errors import DisagreementError
 from .groups import host_group
+from .pickling import Pickler, Unpickler
 from .process_group import abandon, broadcast, finish
 
 PLAIN = (bool, int, float, complex, str, type(None))  #: arguments that are compared by what they look like
@@ -93,7 +92,7 @@ class FirstRank:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype))
                 self.broadcast(_bytes_of(tensor))
                 tensors.append(tensor if kind == "cpu" else tensor.to(device))
-            return _Unpacker(io.BytesIO(payload.numpy().tobytes()), tensors).load()
+            return Unpickler(payload.numpy().tobytes(), tensors.__getitem__).load()
 
         return receive
 
@@ -162,40 +161,22 @@ def _difference(first: Mapping[str, Any], other: Mapping[str, Any], rank: int) -
 
 def packed(value: Any) -> tuple[bytes, Sequence[Tensor]]:
     """A value as bytes, and the tensors in it, each once."""
-    buffer = io.BytesIO()
-    packer = _Packer(buffer)
-    packer.dump(value)
-    return buffer.getvalue(), packer.tensors
+    places: dict[int, int] = {}
+    given: list[Tensor] = []  # kept, so that no identity is given again
+    tensors: list[Tensor] = []
 
-
-class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[Tensor] = []
-        self._places: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # so that no identity is given again
-
-    def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor):
-            return None
-        if type(obj) not in (Tensor, nn.Parameter) or obj.layout != torch.strided or obj.is_quantized:
-            raise TypeError(f"it has a {type(obj).__name__}, which is no plain tensor")
-        if obj.device.type == "meta":
+    def place(tensor: Tensor) -> int:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise TypeError(f"it has a {type(tensor).__name__}, which is no plain tensor")
+        if tensor.device.type == "meta":
             raise TypeError("it has a tensor without values, on the device meta")
-        if id(obj) not in self._places:
-            self._places[id(obj)] = len(self.tensors)
-            self._kept.append(obj)
-            self.tensors.append(obj.detach().resolve_conj().resolve_neg())
-        return self._places[id(obj)]
+        if id(tensor) not in places:
+            places[id(tensor)] = len(tensors)
+            given.append(tensor)
+            tensors.append(tensor.detach().resolve_conj().resolve_neg())
+        return places[id(tensor)]
 
-
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        return self._tensors[pid]
+    return bytes(Pickler(place).pickled(value)), tensors
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

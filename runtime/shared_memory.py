@@ -26,7 +26,6 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import BinaryIO
 
 import torch
@@ -45,38 +44,36 @@ SPINS = 200  #: reads of a flag before a wait yields the processor
 YIELDING = 2e-3  #: seconds of yielding before a wait sleeps
 SLEEP = 1e-4  #: seconds between two reads of a flag by a wait that sleeps
 DISABLE = "FXPASS_SHM_DISABLE"  #: environment variable; set to 1 to use gloo between processes of one machine, too
+FileLayout = tuple[int, list[tuple[Bundle, int]]]  #: as `file_layout` returns it
 OPENING = "the other ranks to open the same plan"  #: what a rank waits for
 
 
-@dataclass(frozen=True)
-class Area:
-    """Where the messages of a process on one channel lie in its file."""
+def file_layout(specs: Sequence[ChannelSpec], placement: Placement, process: int) -> FileLayout:
+    """The size of a process's file in bytes, and by channel what it sends to all others, and where that begins.
 
-    bundle: Bundle  #: what it sends to all others
-    starts: tuple[int, int]  #: where each of the two buffers begins, in bytes
-
-
-def file_layout(specs: Sequence[ChannelSpec], placement: Placement, process: int) -> tuple[int, list[Area]]:
-    """The size of a process's file in bytes, and by channel where its messages lie. Every process computes it.
-
-    A message that is the same for all lies there once.
+    Every process computes it. A message that is the same for all lies there once. A second buffer follows each.
     """
     size = TOKEN + FLAG * (2 * len(specs) + 1)
     size += -size % FLAG
-    areas: list[Area] = []
+    messages: list[tuple[Bundle, int]] = []
     own = placement.ranks(process)
     others = set(range(placement.world)).difference(own)
     for spec in specs:
         bundle = Bundle(spec, own, others, FLAG)
-        areas.append(Area(bundle, (size, size + bundle.size)))
+        messages.append((bundle, size))
         size += 2 * bundle.size
-    return size, areas
+    return size, messages
 
 
 class MappedFile:
-    """A rank's file, mapped into this process's memory."""
+    """The file of a process, mapped into this one's memory.
 
-    def __init__(self, rank: int, file: BinaryIO, size: int) -> None:
+    Args:
+        rank: the number of the process.
+    """
+
+    def __init__(self, rank: int, file: BinaryIO, layout: FileLayout) -> None:
+        size, self.messages = layout
         self.rank = rank
         self.file = file
         weakref.finalize(self, file.close)
@@ -107,7 +104,6 @@ class MemoryChannel:
     Args:
         index: its number among the channels of the files.
         files: of all processes.
-        areas: where the messages of each process lie in its file.
     """
 
     def __init__(
@@ -115,7 +111,6 @@ class MemoryChannel:
         spec: ChannelSpec,
         index: int,
         files: Sequence[MappedFile],
-        areas: Sequence[Area],
         board: Board,
         placement: Placement,
     ) -> None:
@@ -133,12 +128,13 @@ class MemoryChannel:
         #: by buffer and rank of this process: (where to, exchange, destination)
         self.outgoing: list[dict[int, list[tuple[Tensor, int, int]]]] = [{}, {}]
         self.incoming: list[dict[int, list[Payloads]]] = [{}, {}]  #: by buffer, rank and source
+        sent, sent_at = self.mine.messages[index]
         for rank in own:
-            for turn, start in enumerate(areas[board.rank].starts):
+            for turn in range(2):
                 self.outgoing[turn][rank] = [
                     (view, i, spec.place(dst))
-                    for dst, message, at in areas[board.rank].bundle.leaving(rank)
-                    for i, view in enumerate(message.read(self.mine.buffer, start + at))
+                    for dst, message, at in sent.leaving(rank)
+                    for i, view in enumerate(message.read(self.mine.buffer, sent_at + turn * sent.size + at))
                     if view is not None
                 ]
                 self.incoming[turn][rank] = [nothing] * len(spec.members(rank))
@@ -146,13 +142,15 @@ class MemoryChannel:
                 if other in own:
                     continue
                 process = placement.process(other)
-                if areas[board.rank].bundle.places[rank, other][0].size:
+                if sent.places[rank, other][0].size:
                     readers.add(process)
-                message, at = areas[process].bundle.places[other, rank]
+                bundle, start = files[process].messages[index]
+                message, at = bundle.places[other, rank]
                 if message.size:
                     writers.add(process)
-                for turn, start in enumerate(areas[process].starts):
-                    self.incoming[turn][rank][place] = message.read(files[process].buffer, start + at)
+                for turn in range(2):
+                    views = message.read(files[process].buffer, start + turn * bundle.size + at)
+                    self.incoming[turn][rank][place] = views
         self.readers = [files[each] for each in sorted(readers)]
         self.writers = [files[each] for each in sorted(writers)]
 
@@ -218,50 +216,47 @@ def open_channels(
         OSError: the machine has not enough memory left for the files of all processes.
         RankError: a rank failed or did not arrive.
     """
-    sizes, areas = zip(*(file_layout(specs, placement, each) for each in range(board.world)), strict=True)
+    layouts = [file_layout(specs, placement, each) for each in range(board.world)]
     check_available(
-        sum(sizes),
+        sum(size for size, _ in layouts),
         f"a call (its context is number {number}) with two buffers for each message of {placement.world} ranks",
         "run fewer ranks, smaller inputs or fewer guidance branches",
     )
     token = secrets.token_bytes(TOKEN)
-    own = _or_none(lambda: _create(board.rank, sizes[board.rank], token))
+    own = _or_none(lambda: _create(board.rank, layouts[board.rank], token))
     card = {"process": os.getpid(), "file": own.file.fileno(), "token": token.hex()} if own else None
     cards = board.all_gather(f"memory/{number}/card", json.dumps(card), OPENING)
-    files = [own if rank == board.rank else _map(rank, sizes[rank], card) for rank, card in enumerate(cards)]
+    files = [own if rank == board.rank else _map(rank, layouts[rank], card) for rank, card in enumerate(cards)]
     files = [file for file in files if file is not None]
     seen = board.all_gather(f"memory/{number}/seen", json.dumps(len(files) == board.world), OPENING)
     board.drop(f"memory/{number}/card/{board.rank}")  # all ranks have read it
     if not all(map(json.loads, seen)):
         return None
     with torch.inference_mode(False):  # later calls write to the views, also outside inference mode
-        return [
-            MemoryChannel(spec, index, files, [of_channel[index] for of_channel in areas], board, placement)
-            for index, spec in enumerate(specs)
-        ]
+        return [MemoryChannel(spec, index, files, board, placement) for index, spec in enumerate(specs)]
 
 
-def _create(rank: int, size: int, token: bytes) -> MappedFile | None:
+def _create(rank: int, layout: FileLayout, token: bytes) -> MappedFile | None:
     # other processors may let another process see the flag before the message
     ordered = platform.machine() in ("x86_64", "AMD64")
     if os.environ.get(DISABLE, "0") != "0" or not ordered or not hasattr(os, "memfd_create"):
         return None
     file = os.fdopen(os.memfd_create("fxpass"), "r+b", buffering=0)
-    os.truncate(file.fileno(), size)
+    os.truncate(file.fileno(), layout[0])
     fcntl.lockf(file, fcntl.LOCK_EX, 1)
-    made = MappedFile(rank, file, size)
+    made = MappedFile(rank, file, layout)
     made.memory[:TOKEN] = token
     return made
 
 
-def _map(rank: int, size: int, text: str) -> MappedFile | None:
+def _map(rank: int, layout: FileLayout, text: str) -> MappedFile | None:
     card = json.loads(text)
     if card is None:
         return None
 
     def opened() -> MappedFile | None:
         file = open(f"/proc/{card['process']}/fd/{card['file']}", "r+b", buffering=0)  # noqa: SIM115
-        seen = MappedFile(rank, file, size)
+        seen = MappedFile(rank, file, layout)
         return seen if seen.memory[:TOKEN] == bytes.fromhex(card["token"]) else None
 
     return _or_none(opened)

@@ -7,9 +7,7 @@ is left in /dev/shm however the processes end.
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import resource
 import select
 import socket
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .operators import reference, resolve
+from .pickling import Pickler, Unpickler
 
 _HEADER = struct.Struct("<QQ")  # bytes of the message, file descriptors that come before it
 _PER_CALL = 200  # file descriptors per system call; Linux takes 253
@@ -45,11 +44,8 @@ class Connection:
 
     def send(self, message: Any, watch: Watch | None = None) -> None:
         """Send a message. Raises `ConnectionError` if the other side has ended."""
-        buffer = io.BytesIO()
-        pickler = _Pickler(buffer)
-        pickler.dump(message)
-        payload = buffer.getbuffer()
-        descriptors = pickler.descriptors
+        descriptors: list[int] = []
+        payload = Pickler(partial(_placed, descriptors, {}), _reduced).pickled(message)
         try:
             self._send(_HEADER.pack(len(payload), len(descriptors)), (), watch)
             for i in range(0, len(descriptors), _PER_CALL):
@@ -128,15 +124,6 @@ class Connection:
         return data
 
 
-def _unpickled(data: bytearray, descriptors: list[int]) -> Any:
-    """Unpickle a message; imports the modules that register its operators."""
-    try:
-        return _Unpickler(io.BytesIO(data), descriptors).load()
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
 def raise_file_limit(count: int) -> None:
     """Raise the soft limit of open files if it is too low for `count` more.
 
@@ -155,57 +142,59 @@ def raise_file_limit(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.descriptors: list[int] = []
-        self._places: dict[int, int] = {}  # address of a storage -> its place in `descriptors`
+def _placed(descriptors: list[int], places: dict[int, int], tensor: Tensor) -> Any:
+    """What stands for a tensor on the CPU: its form, and which of the descriptors that are sent is that of its memory.
 
-    def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor):
-            return None
-        tensor = obj.detach()
-        if tensor.device.type != "cpu":
-            raise TypeError(f"only tensors on the CPU are shared between processes, not {tensor.device}")
-        storage = tensor.untyped_storage()
-        if not storage.nbytes():
-            place = None
-        else:
-            descriptor, _ = storage._share_fd_cpu_()  # moves it to shared memory unless it is there
-            address = storage.data_ptr()
-            if address not in self._places:
-                self._places[address] = len(self.descriptors)
-                self.descriptors.append(descriptor)
-            place = self._places[address]
-        layout = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-        return (place, storage.nbytes(), tensor.dtype, *layout, tensor.is_conj(), tensor.is_neg())
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch._ops.OpOverload):
-            return resolve, reference(obj)
-        if is_dataclass(obj) and not isinstance(obj, type):
-            # the fields only, without cached properties: hashes differ between processes
-            return _rebuild, (type(obj), {field.name: getattr(obj, field.name) for field in fields(obj)})
-        return NotImplemented
+    Args:
+        places: by the address of a storage; changed in place, as the descriptors are.
+    """
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        raise TypeError(f"only tensors on the CPU are shared between processes, not {tensor.device}")
+    storage = tensor.untyped_storage()
+    place = None
+    if storage.nbytes():
+        descriptor, _ = storage._share_fd_cpu_()  # moves it to shared memory unless it is there
+        address = storage.data_ptr()
+        if address not in places:
+            places[address] = len(descriptors)
+            descriptors.append(descriptor)
+        place = places[address]
+    layout = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    return (place, storage.nbytes(), tensor.dtype, *layout, tensor.is_conj(), tensor.is_neg())
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, descriptors: list[int]) -> None:
-        super().__init__(file)
-        self._descriptors = descriptors
-        self._storages: dict[int, torch.UntypedStorage] = {}
+def _reduced(obj: Any) -> Any:
+    """How operators and dataclasses are pickled."""
+    if isinstance(obj, torch._ops.OpOverload):
+        return resolve, reference(obj)
+    if is_dataclass(obj) and not isinstance(obj, type):
+        # the fields only, without cached properties: hashes differ between processes
+        return _rebuild, (type(obj), {field.name: getattr(obj, field.name) for field in fields(obj)})
+    return NotImplemented
 
-    def persistent_load(self, pid: Any) -> Tensor:
-        place, size, dtype, shape, stride, offset, conjugate, negative = pid
+
+def _unpickled(data: bytearray, descriptors: list[int]) -> Any:
+    """Unpickle a message; imports the modules that register its operators."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def tensor_at(placed: Any) -> Tensor:
+        place, size, dtype, shape, stride, offset, conjugate, negative = placed
         if place is None:
             storage = torch.UntypedStorage(0)
         else:
-            if place not in self._storages:
-                self._storages[place] = torch.UntypedStorage._new_shared_fd_cpu(self._descriptors[place], size)
-            storage = self._storages[place]
+            if place not in storages:
+                storages[place] = torch.UntypedStorage._new_shared_fd_cpu(descriptors[place], size)
+            storage = storages[place]
         tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
         tensor = torch._conj(tensor) if conjugate else tensor
         return torch._neg_view(tensor) if negative else tensor
+
+    try:
+        return Unpickler(data, tensor_at).load()
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _rebuild(kind: Any, values: dict[str, Any]) -> Any:

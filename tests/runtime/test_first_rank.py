@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from torch.distributed import HashStore
 
 from fxpass.runtime.board import Board
 from fxpass.runtime.errors import DisagreementError, RankError
-from fxpass.runtime.first_rank import FirstRank, _Unpacker, described, packed
+from fxpass.runtime.first_rank import FirstRank, described, packed
+from fxpass.runtime.pickling import Unpickler
 
 HERE = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_a_tensor_that_comes_twice_is_sent_once() -> None:
     shared = torch.ones(2)
     payload, tensors = packed([shared, {"again": shared}])
     assert len(tensors) == 1
-    again = _Unpacker(io.BytesIO(payload), tensors).load()
+    again = Unpickler(payload, tensors.__getitem__).load()
     assert again[0] is again[1]["again"]
 
 
