@@ -56,7 +56,7 @@ from .planning import (
     target_of,
     warn_undivided,
 )
-from .predict.prediction import Prediction, predict
+from .predict.prediction import Prediction, Steps
 from .runtime.state_bytes import bytes_by_channel
 
 if TYPE_CHECKING:
@@ -332,10 +332,13 @@ class Plan:
         machine = self.target if target is None else target_of(target, self.program, link)
         if target is None and link is not None:
             machine = replace(machine, link=find("auto", link).link)
-        speeds = self.relative_speeds if self.speeds else ()
-        return predict(
-            self.program, self.graph, self.world_size, self.strategy, machine, graphs=graphs,
-            placement=self.placement, speeds=speeds,
+        return self.priced(machine, graphs=graphs).predict(self.strategy, machine, graphs=graphs)
+
+    def priced(self, machine: Target | None = None, *, graphs: bool = False) -> Steps:
+        """The steps of the processes, priced for a device: by default the one that the plan was made for."""
+        return Steps.of(
+            self.program, self.graph, self.world_size, machine or self.target, graphs=graphs,
+            placement=self.placement, speeds=self.relative_speeds if self.speeds else (),
         )  # fmt: skip
 
     def diff(self, other: Plan) -> PlanDiff:
@@ -382,7 +385,7 @@ def make_plan(
     if not isinstance(strategy, Strategy):
         choice = strategy(program, world_size, groups, machine)
         strategy, groups, copies = choice.strategy, choice.groups, choice.copies
-    ranks = sum(deal.counts) or world_size
+    ranks = deal.ranks(world_size)
     result: Build = build(
         program, ranks, machine, strategy, groups=groups, copies=copies, speeds=deal.speeds, after="samples"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .ir.advice import warn
+from .ir.mesh import Placement
 from .ir.program import Program
 from .ir.strategy import Strategy
 from .passes import Build
@@ -45,6 +46,14 @@ class Deal:
 
     def __bool__(self) -> bool:
         return bool(self.counts or self.speeds)
+
+    def ranks(self, processes: int) -> int:
+        """How many ranks so many processes run."""
+        return sum(self.counts) or processes
+
+    def placement(self, processes: int) -> Placement:
+        """Which of so many processes runs which ranks."""
+        return Placement(self.counts) if self.counts else Placement.one_each(processes)
 
     @staticmethod
     def of(world_size: int, groups: int, patches: Any, speeds: Any) -> Deal:

@@ -101,6 +101,14 @@ class Placement:
         """Whether some process runs several ranks."""
         return max(self.counts) > 1
 
+    @property
+    def names(self) -> list[str]:
+        """What processes are called in texts: after their rank, if each has one."""
+        if not self.several:
+            return [f"rank {rank}" for rank in range(self.world)]
+        own = [f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for ranks in self]
+        return [f"process {i} ({each})" for i, each in enumerate(own)]
+
     def ranks(self, process: int) -> range:
         """The ranks of a process."""
         return self._ranks[process]

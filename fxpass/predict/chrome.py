@@ -1,9 +1,9 @@
-"""Timelines in Chrome's trace format, for https://ui.perfetto.dev: a process for each rank, with three threads."""
+"""Timelines in Chrome's trace format, for https://ui.perfetto.dev: each process has three threads."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COMPUTE, AWAITED, LATE = range(3)  #: threads of a rank
@@ -11,12 +11,12 @@ THREADS = {COMPUTE: "compute", AWAITED: "messages that the step awaits", LATE: "
 
 
 class Timeline:
-    """The bars of all ranks. Times are in seconds since the first step began."""
+    """The bars of all processes. Times are in seconds since the first step began."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self.events: list[dict[str, Any]] = []
-        for rank in range(world):
-            self._name("process_name", rank, f"rank {rank}")
+        for rank, process in enumerate(names):
+            self._name("process_name", rank, process)
             for thread, name in THREADS.items():
                 self._name("thread_name", rank, name, tid=thread)
 

@@ -55,7 +55,7 @@ class Message:
     @cached_property
     def bytes(self) -> np.ndarray:
         """Bytes from each rank to each: [source, destination]."""
-        return sum((_bytes(each) for each in self.spec.exchanges), np.zeros(1))
+        return sum((bytes_of(each) for each in self.spec.exchanges), np.zeros(1))
 
     @cached_property
     def sent(self) -> Figures:
@@ -88,7 +88,8 @@ class Message:
 
 
 @lru_cache(maxsize=4096)
-def _bytes(exchange: Exchange) -> np.ndarray:
+def bytes_of(exchange: Exchange) -> np.ndarray:
+    """Bytes from each rank of the mesh to each in one exchange: [source, destination]."""
     ranks = range(exchange.world)
     size = exchange.dtype.itemsize
     found = np.array([[exchange.numel(src, dst) * size for dst in ranks] for src in ranks], dtype=float)

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from ..ir.mesh import Placement
-from .events import Event, Get, Message, Put, Step, Work
+from .events import Event, Get, Message, Put, Step, Work, bytes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,15 @@ class Bundles(Message):
     @cached_property
     def bytes(self) -> np.ndarray:
         """Bytes from each process to each: [source, destination]. What several ranks get alike travels once."""
-        pairs = Message(self.id, self.spec, self.late).bytes
+        return self._between(Message(self.id, self.spec, self.late).bytes)
+
+    def received_of(self, rank: int) -> dict[str, int]:
+        """Bytes that a process receives, by exchange."""
+        tables = (self._between(bytes_of(each)) for each in self.spec.exchanges)
+        return {f"{self.id}.{i}": int(table[:, rank].sum()) for i, table in enumerate(tables)}
+
+    def _between(self, pairs: np.ndarray) -> np.ndarray:
+        """Bytes between processes of those between ranks."""
         join = np.max if self.broadcast else np.sum
         columns = np.stack([join(pairs[:, list(ranks)], axis=1) for ranks in self.placement], 1)
         found = np.stack([columns[list(ranks)].sum(0) for ranks in self.placement])

@@ -105,13 +105,13 @@ class Steps:
 
     Attributes:
         memory: of the process that needs most.
-        rank: the process that needs most memory.
+        process: the one that needs most memory.
         alive: bytes of activations there while each node of the step program runs, by mode.
     """
 
     modes: dict[Mode, Step]
     memory: Memory
-    rank: int
+    process: int
     alive: dict[Mode, Figures]
     processes: int
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..inspect.exchanges import message_ids
 from ..ir.code import StepCode
 from ..ir.exchange import Exchange, Payloads
+from ..ir.mesh import Placement
 from ..ir.step import ChannelSpec, Mode
 from ..passes.lower_comm import StepPrograms
 from ..runtime.channels import Channel
@@ -198,7 +199,7 @@ def timeline(logs: Sequence[Log]) -> str:
     """The records of all ranks in Chrome's trace format, with the names of the predicted timeline."""
     complete(logs)
     start = min(log.steps[0].began for log in logs)
-    found = Timeline(len(logs))
+    found = Timeline(Placement.one_each(len(logs)).names)
     for rank, log in enumerate(logs):
         for each in (*log.steps, *log.spans):
             found.bar(rank, COMPUTE, each.name, each.category, each.began - start, each.ended - start, each.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..ir.mesh import Placement
 from ..passes.targets import Link
 from .chrome import AWAITED, COMPUTE, LATE, Timeline
 from .events import Event, Get, Put, Work
@@ -12,14 +13,15 @@ from .price import Figures
 from .simulate import Simulation
 
 
-def timeline(steps: Steps, world: int, link: Link) -> str:
+def timeline(steps: Steps, placement: Placement, link: Link) -> str:
     """JSON: an exact step and, if there are displaced ones, two of these.
 
-    A rank is a process with three threads. Kernels have the names of the plan's nodes, messages the identifiers of
-    `fxpass dump` (`x3`), with the bytes that the rank receives of each exchange (`x3.0`) and from each rank.
+    Each process has three threads. Kernels have the names of the plan's nodes: of several ranks, which run in turn,
+    they are one bar. Messages have the identifiers of `fxpass dump` (`x3`), with the bytes that the process receives of
+    each exchange (`x3.0`) and from each process.
     """
-    recorder = _Recorder(world)
-    simulation = Simulation(world, link, recorder)
+    recorder = _Recorder(placement)
+    simulation = Simulation(placement.processes, link, recorder)
     for mode, step in steps.modes.items():
         for _ in range(1 if mode == "exact" else 2):
             began = simulation.stream
@@ -33,17 +35,19 @@ def timeline(steps: Steps, world: int, link: Link) -> str:
 class _Recorder:
     """Turns what a simulation reports into events of the trace."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
-        self.timeline = Timeline(world)
+    def __init__(self, placement: Placement) -> None:
+        self.world = world = placement.processes
+        self.timeline = Timeline(placement.names)
         self.carried = {thread: np.zeros(world) for thread in (AWAITED, LATE)}  #: the end of the thread's last message
 
     def __call__(self, what: str, event: Event, began: Figures, ended: Figures) -> None:
         if what == "message" and isinstance(event, Put):
             message = event.message
             thread = LATE if message.late else AWAITED
+            receives = message.received > 0  # who receives nothing has no bar
             began = np.maximum(began, self.carried[thread])  # bars of a thread do not overlap
-            self.carried[thread] = np.maximum(began, ended)
+            ended = np.where(receives, np.maximum(began, ended), began)
+            self.carried[thread] = np.where(receives, ended, self.carried[thread])
             args = [
                 message.received_of(rank)
                 | {f"{src} > {rank}": int(size) for src, size in enumerate(message.bytes[:, rank]) if size}

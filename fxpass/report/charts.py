@@ -3,7 +3,7 @@ light and dark ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import altair as alt
@@ -38,7 +38,8 @@ def charts(facts: Facts) -> dict[str, dict[str, Any]]:
         "alternatives": alternatives,
     }
     made = {name: maker(facts) for name, maker in makers.items()}
-    made |= {f"timeline-{name.split()[0]}": timeline(bars) for name, bars in facts.timelines.items()}
+    names = facts.plan.placement.names
+    made |= {f"timeline-{name.split()[0]}": timeline(bars, names) for name, bars in facts.timelines.items()}
     return {name: _finished(each) for name, each in made.items() if each is not None}
 
 
@@ -184,14 +185,14 @@ def roles(facts: Facts) -> alt.TopLevelMixin | None:
     )
 
 
-def timeline(bars: list[Bar]) -> alt.TopLevelMixin | None:
-    """What each rank does in a step: a lane for its kernels, and one for messages on their way to it."""
+def timeline(bars: list[Bar], names: Sequence[str]) -> alt.TopLevelMixin | None:
+    """What each process does in a step: a lane for its kernels, and one for messages on their way to it."""
     if not bars:
         return None
-    ranks = sorted({bar.rank for bar in bars})
+    shown = [names[process] for process in sorted({bar.process for bar in bars})]
     rows = [
         {
-            "rank": f"rank {bar.rank}",
+            "process": names[bar.process],
             "lane": bar.lane,
             "what": bar.what,
             "name": bar.name or "the model",
@@ -209,15 +210,15 @@ def timeline(bars: list[Bar]) -> alt.TopLevelMixin | None:
     }
     used = [name for name in colours if any(bar.what == name for bar in bars)]
     return (
-        alt.Chart(_data(rows), height=14 * len({(bar.rank, bar.lane) for bar in bars}) + 4 * len(ranks))
+        alt.Chart(_data(rows), height=14 * len({(bar.process, bar.lane) for bar in bars}) + 4 * len(shown))
         .mark_rect()
         .encode(
             x=alt.X("began:Q", title="milliseconds", axis=alt.Axis(tickCount=8), scale=alt.Scale(nice=False)),
             x2="ended:Q",
-            y=alt.Y("rank:N", title=None, sort=[f"rank {rank}" for rank in ranks], scale=alt.Scale(paddingInner=0.3)),
+            y=alt.Y("process:N", title=None, sort=shown, scale=alt.Scale(paddingInner=0.3)),
             yOffset=alt.YOffset("lane:N", sort=["compute", "messages"]),
             color=alt.Color("what:N", title=None, scale=alt.Scale(domain=used, range=[colours[name] for name in used])),
-            tooltip=["rank:N", "what:N", "name:N", "took:N"],
+            tooltip=["process:N", "what:N", "name:N", "took:N"],
         )
     )
 
@@ -252,13 +253,14 @@ def alternatives(facts: Facts) -> alt.TopLevelMixin | None:
     """The time of a generation with other numbers of ranks and strategies."""
     rows = [
         {
-            "choice": "1 rank" if each.world == 1 else f"{facts.ranks(each)}, {each.strategy.name}",
+            "choice": ranks if ranks == "1 rank" else f"{ranks}, {each.strategy.name}",
             "seconds": round(each.generation(facts.steps), 6),
             "takes": seconds_text(each.generation(facts.steps)),
             "memory": bytes_text(each.memory.total),
             "plan": "this plan" if each is facts.prediction else "another choice",
         }
         for each in facts.predictions
+        for ranks in [facts.ranks(each)]
     ]
     if len(rows) < 2:
         return None

@@ -18,12 +18,12 @@ from ..plan import Plan
 from ..predict.compare import Impossible, advice, compared
 from ..predict.events import Event
 from ..predict.parts import Parts
-from ..predict.prediction import Prediction, Steps
+from ..predict.prediction import Prediction
 from ..predict.price import Figures
 from ..predict.simulate import Simulation
 
 WORLDS = (1, 2, 4, 8)  #: numbers of ranks that a report compares
-RANKS = 8  #: ranks that a timeline shows
+PROCESSES = 8  #: processes that a timeline shows
 BARS = 4000  #: of a timeline, about: bars closer than it can show become one
 
 
@@ -45,9 +45,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Bar:
-    """Something that a rank does for a while in a simulated step."""
+    """Something that a process does for a while in a simulated step."""
 
-    rank: int
+    process: int
     lane: str  #: "compute" or "messages"
     what: str  #: a kind: "computing", "waiting", "message", "message for next step"
     name: str  #: the module, or the message
@@ -81,15 +81,20 @@ class Facts:
 
     def __post_init__(self) -> None:
         plan = self.plan
-        self.priced = Steps.of(plan.program, plan.graph, plan.world_size, plan.target, graphs=self.graphs)
+        self.priced = plan.priced(graphs=self.graphs)
         made = self.priced.predict(plan.strategy, plan.target, graphs=self.graphs)
         self.prediction = made if self.beside is None else self.beside.with_memory(made)
         self.timelines = dict(self._timelines())
 
     @property
     def rank(self) -> int:
-        """The rank whose graph is shown: the one that needs most memory."""
-        return self.priced.rank
+        """The rank whose graph is shown: the first one of the process that needs most memory."""
+        return self.plan.placement.ranks(self.priced.process)[0]
+
+    @property
+    def process(self) -> str:
+        """The process that needs most memory, in words."""
+        return self.plan.placement.names[self.priced.process]
 
     @cached_property
     def snapshot(self) -> Snapshot:
@@ -102,8 +107,9 @@ class Facts:
         usual = (Strategy.of("sync"), Strategy.of("displaced")) if self.compare else ()
         strategies = list(dict.fromkeys((*usual, plan.strategy)))
         found: list[Prediction | Impossible] = []
-        for world in sorted({*WORLDS, plan.world_size}) if self.compare else [1]:
-            own = world == plan.world_size and plan.groups == 1
+        processes = plan.placement.processes
+        for world in sorted({*WORLDS, processes}) if self.compare else [1]:
+            own = world == plan.world_size and self.plain
             others = [] if own and world == 1 else [each for each in strategies if not own or each != plan.strategy]
             known = {world: plan.cuts} if own else None
             if others:
@@ -117,6 +123,16 @@ class Facts:
         return self.plan.arrangement if prediction is self.prediction else count_text(prediction.world, "rank")
 
     @property
+    def by_host(self) -> bool:
+        """Whether the host launches kernels one by one."""
+        return bool(self.plan.target.device.launch) and not self.graphs
+
+    @property
+    def plain(self) -> bool:
+        """Whether all ranks work on patches of all samples, each in a process of its own, as in the alternatives."""
+        return self.plan.groups == 1 and not self.plan.placement.several
+
+    @property
     def predictions(self) -> list[Prediction]:
         """That of the plan and those of the alternatives, by number of ranks."""
         found = [each for each in self.alternatives if isinstance(each, Prediction)]
@@ -125,7 +141,9 @@ class Facts:
     @property
     def alone(self) -> Prediction | None:
         """The prediction of one rank."""
-        return next((each for each in self.predictions if each.world == 1), None)
+        if self.plan.world_size == 1:
+            return self.prediction
+        return next((e for e in self.alternatives if isinstance(e, Prediction) and e.world == 1), None)
 
     @property
     def advice(self) -> str | None:
@@ -157,8 +175,9 @@ class Facts:
 
     def _timelines(self) -> Iterator[tuple[str, list[Bar]]]:
         """The first exact step, and a displaced one after which each takes as long."""
-        world = self.plan.world_size
-        shown = sorted({round(i * (world - 1) / max(1, min(world, RANKS) - 1)) for i in range(min(world, RANKS))})
+        world = self.plan.placement.processes
+        count = min(world, PROCESSES)
+        shown = sorted({round(i * (world - 1) / max(1, count - 1)) for i in range(count)})
         recorder = _Recorder(shown)
         simulation = Simulation(world, self.plan.target.link, recorder)
         for mode, step in self.priced.modes.items():
@@ -175,10 +194,10 @@ class Facts:
 
 
 class _Recorder:
-    """Turns what a simulation reports into bars of some ranks."""
+    """Turns what a simulation reports into bars of some processes."""
 
-    def __init__(self, ranks: Sequence[int]) -> None:
-        self.ranks = ranks
+    def __init__(self, processes: Sequence[int]) -> None:
+        self.processes = processes
         self.bars: list[Bar] = []  #: timed from the begin of the first step
 
     def __call__(self, what: str, event: Event, began: Figures, ended: Figures) -> None:
@@ -189,23 +208,23 @@ class _Recorder:
         else:
             lane, kind = "compute", "waiting" if what == "wait" else "computing"
         name = f"{message.id} {message.spec.exchanges[0].role}" if message is not None else getattr(event, "path", "")
-        for rank in self.ranks:
-            if ended[rank] > began[rank]:
-                self.bars.append(Bar(rank, lane, kind, name, float(began[rank]), float(ended[rank])))
+        for process in self.processes:
+            if ended[process] > began[process]:
+                self.bars.append(Bar(process, lane, kind, name, float(began[process]), float(ended[process])))
 
 
 def _merged(bars: Sequence[Bar], limit: int) -> Iterator[Bar]:
     """The bars, with neighbours of one kind as one where the gap between them cannot be seen."""
-    width = max((bar.ended for bar in bars), default=0.0) / limit * max(1, len({bar.rank for bar in bars}))
+    width = max((bar.ended for bar in bars), default=0.0) / limit * max(1, len({bar.process for bar in bars}))
     lanes: dict[tuple[int, str], list[Bar]] = {}
     for bar in sorted(bars, key=lambda bar: bar.began):
-        lanes.setdefault((bar.rank, bar.lane), []).append(bar)
+        lanes.setdefault((bar.process, bar.lane), []).append(bar)
     for lane in lanes.values():
         last = lane[0]
         for bar in lane[1:]:
             if bar.what == last.what and bar.began - last.ended < width:
                 name = last.name if last.name == bar.name else _common(last.name, bar.name)
-                last = Bar(bar.rank, bar.lane, bar.what, name, last.began, max(last.ended, bar.ended))
+                last = Bar(bar.process, bar.lane, bar.what, name, last.began, max(last.ended, bar.ended))
             else:
                 yield last
                 last = bar

@@ -21,7 +21,7 @@ LINKS = ("gpu", "cpu", "ethernet-100g")
 def events(made: Plan, link: str = "gpu") -> list[dict[str, Any]]:
     target = find("gpu", link)
     steps = Steps.of(made.program, made.graph, made.world_size, target)
-    return json.loads(timeline(steps, made.world_size, target.link))["traceEvents"]
+    return json.loads(timeline(steps, made.placement, target.link))["traceEvents"]
 
 
 def bars(found: list[dict[str, Any]], category: str) -> list[dict[str, Any]]:

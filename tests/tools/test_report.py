@@ -82,7 +82,7 @@ def test_a_report_of_a_mesh_shows_the_ranks_of_all_groups() -> None:
     found = {each["id"]: (each["exact"], each["steady"]) for each in shown.data["records"]["exchanges"]}
     assert found == of_plan(made)
     assert all(f'"ranks":"ranks {a}, {b}"' in text for a, b in ((0, 2), (1, 3)))
-    assert {bar.rank for bars in facts.timelines.values() for bar in bars} == {0, 1, 2, 3}
+    assert {bar.process for bars in facts.timelines.values() for bar in bars} == {0, 1, 2, 3}
     assert {(each.world, each.strategy.name) for each in facts.alternatives if isinstance(each, Prediction)} >= {
         (4, "displaced"),  # patches alone
         (2, "sync"),
@@ -134,12 +134,12 @@ def test_a_timeline_shows_one_step_of_every_rank_and_no_two_bars_of_a_lane_overl
     facts = Facts("flux", small("flux", 3, "displaced"), compare=False)
     assert list(facts.timelines) == ["exact step", "displaced step"]
     for name, bars in facts.timelines.items():
-        assert {bar.rank for bar in bars} == {0, 1, 2}
+        assert {bar.process for bar in bars} == {0, 1, 2}
         step = facts.prediction.exact if name == "exact step" else facts.prediction.steady
         assert step is not None
         assert min(bar.began for bar in bars) >= 0
         assert max(bar.ended for bar in bars) == pytest.approx(step.seconds)
-        lane = sorted((bar.began, bar.ended) for bar in bars if bar.rank == 1 and bar.lane == "compute")
+        lane = sorted((bar.began, bar.ended) for bar in bars if bar.process == 1 and bar.lane == "compute")
         assert all(a[1] <= b[0] + 1e-12 for a, b in pairwise(lane))
     assert "message for next step" in {bar.what for bar in facts.timelines["displaced step"]}
     assert "message for next step" not in {bar.what for bar in facts.timelines["exact step"]}

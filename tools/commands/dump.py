@@ -18,6 +18,8 @@ from ..console import (
     Height,
     LinkName,
     Model,
+    Patches,
+    Speeds,
     StrategyName,
     TargetName,
     Width,
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from ...ir.strategy import Strategy
     from ...passes import Build
     from ...passes.targets import Target
-    from ...planning import Chooser
+    from ...planning import Chooser, Deal
 
 CAPTURED = "captured"  #: the graph before the first pass
 FORMATS = ("text", "json", "dot", "svg", "onnx")
@@ -69,6 +71,8 @@ def dump(
     strategy: StrategyName = "sync",
     cfg: Cfg = 1,
     data: Data = 1,
+    patches: Patches = None,
+    speeds: Speeds = None,
     target: TargetName = "auto",
     link: LinkName = None,
     graphs: Graphs = False,
@@ -85,10 +89,10 @@ def dump(
     from ...inspect.draw import graphviz
     from ...inspect.onnx_export import write_onnx
     from ...models.resolve import Options, resolve
-    from ...planning import check_target, groups_of, strategy_of, target_of
+    from ...planning import check_target, groups_of, refuse_deal, strategy_of, target_of
     from .. import output as out
     from .check import refuse_large
-    from .plan import check_rank
+    from .plan import check_rank, deal_of
 
     if diff is not None and after is not None:
         raise ValueError("--diff PASS says already after which pass; leave out --after")
@@ -105,9 +109,10 @@ def dump(
         raise ValueError("--mode and --weights are for --format onnx")
     if diff is not None and format != "text":
         raise ValueError(f"--diff is text; it has no format {format!r}")
-    check_rank(rank, world_size)
-    groups = groups_of(world_size, cfg, data)
+    groups, deal = groups_of(world_size, cfg, data), deal_of(world_size, cfg, data, patches, speeds)
+    check_rank(rank, deal.ranks(world_size))
     chosen = strategy_of(strategy, graphs=graphs)
+    refuse_deal(chosen, deal)
     check_target(target, link)
     out.check(output)
     if format == "svg":
@@ -118,6 +123,9 @@ def dump(
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
     machine = target_of(target, program, link)
 
+    def made(stage: str) -> Build:
+        return built(program, world_size, stage, machine, chosen, groups, deal)
+
     def shown(state: Build, stage: str) -> Snapshot:
         return taken(model, state, rank, stage)
 
@@ -125,17 +133,18 @@ def dump(
     if diff is not None:
         names = stages()
         before = names[names.index(diff) - 1]
-        first = built(program, world_size, before, machine, chosen, groups)
+        first = made(before)
         out.write(output, difference(shown(first, before), shown(following(first, diff), diff), wanted))
         return
     stage = after or stages()[-1]
-    state = built(program, world_size, stage, machine, chosen, groups)
+    state = made(stage)
     if onnx_step is not None:
         given = None if weights is None else resolved.module
         write_onnx(state.program, state.current, shown(state, stage), *onnx_step, model=given, weights=weights)
         return
     snapshot = shown(state, stage).only(**wanted)
-    out.write(output, rendered(snapshot, format, folded=not (unfold or module or op or only)))
+    process = "" if not deal.counts else f" on process {deal.placement(world_size).process(rank)} of {world_size}"
+    out.write(output, rendered(snapshot, format, folded=not (unfold or module or op or only), process=process))
 
 
 def onnx_options(mode: str | None, output: Path | None, weights: str | None, *others: str | None) -> tuple[Path, Mode]:
@@ -179,14 +188,18 @@ def stages() -> list[str]:
     return [CAPTURED, *(each.name for each in PASSES)]
 
 
-def rendered(snapshot: Snapshot, format: str, folded: bool) -> str:  # noqa: A002
-    """The snapshot in one of `FORMATS`."""
+def rendered(snapshot: Snapshot, format: str, folded: bool, process: str = "") -> str:  # noqa: A002
+    """The snapshot in one of `FORMATS`.
+
+    Args:
+        process: that runs its rank, in words.
+    """
     from ...inspect import draw, store, text
 
     makers = {"json": store.to_json, "dot": draw.dot, "svg": draw.svg}
     if format in makers:
         return makers[format](snapshot)
-    head = f"{snapshot.model}, rank {snapshot.rank} of {snapshot.world}, after {snapshot.stage}"
+    head = f"{snapshot.model}, rank {snapshot.rank} of {snapshot.world}{process}, after {snapshot.stage}"
     return f"{head}\n{text.text(snapshot, folded=folded)}"
 
 
@@ -226,7 +239,7 @@ def difference(old: Snapshot, new: Snapshot, wanted: Mapping[str, Any]) -> str:
 
 
 def built(
-    program: Program, world_size: int, stage: str, target: Target, strategy: Strategy | Chooser, groups: int
+    program: Program, world_size: int, stage: str, target: Target, strategy: Strategy | Chooser, groups: int, deal: Deal
 ) -> Build:
     """The state of the passes after `stage`."""
     from ...ir.strategy import Strategy
@@ -238,10 +251,10 @@ def built(
         choice = Choice(strategy, groups)
     else:
         choice = strategy(program, world_size, groups, target)
-    fresh, groups, copies = choice.strategy, choice.groups, choice.copies
+    fresh, groups, copies, ranks = choice.strategy, choice.groups, choice.copies, deal.ranks(world_size)
     if stage == CAPTURED:
-        return Build(program, world_size, target, fresh, groups=groups, copies=copies)
-    state = build(program, world_size, target, fresh, groups=groups, copies=copies, after=stage)
+        return Build(program, ranks, target, fresh, groups=groups, copies=copies, speeds=deal.speeds)
+    state = build(program, ranks, target, fresh, groups=groups, copies=copies, speeds=deal.speeds, after=stage)
     warn_undivided(state, groups)
     return state
 

@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from ..console import Batch, Cfg, Data, Frames, Graphs, Height, LinkName, Model, StrategyName, TargetName, Width, World
+from ..console import (
+    Batch,
+    Cfg,
+    Data,
+    Frames,
+    Graphs,
+    Height,
+    LinkName,
+    Model,
+    Patches,
+    Speeds,
+    StrategyName,
+    TargetName,
+    Width,
+    World,
+)
 
 
 def explain(
@@ -19,6 +34,8 @@ def explain(
     strategy: StrategyName = "sync",
     cfg: Cfg = 1,
     data: Data = 1,
+    patches: Patches = None,
+    speeds: Speeds = None,
     target: TargetName = "auto",
     link: LinkName = None,
     graphs: Graphs = False,
@@ -29,9 +46,10 @@ def explain(
 ) -> None:
     """Explain a node: its rule, where its split comes from, its exchanges, and which cuts the search tried."""
     from ...models.resolve import Options
-    from .plan import check_rank, make
+    from .plan import check_rank, deal_of, make
 
-    check_rank(rank, world_size)
+    deal = deal_of(world_size, cfg, data, patches, speeds)
+    check_rank(rank, deal.ranks(world_size))
     options = Options(height, width, frames, batch)
-    plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs)
+    plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs, deal=deal)
     typer.echo(plan.explain(node, rank))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ...plan import Plan
+    from ...planning import Deal
     from ...predict.compare import Impossible
     from ...predict.parts import Parts
     from ...predict.prediction import Prediction
@@ -73,7 +74,8 @@ def plan(
 
     output.check(to)
     options = Options(height, width, frames, batch)
-    made = make(model, world_size, strategy, target, options, strict, link, cfg, data, graphs, patches, speeds)
+    deal = deal_of(world_size, cfg, data, patches, speeds)
+    made = make(model, world_size, strategy, target, options, strict, link, cfg, data, graphs, deal)
     prediction, parts = None, None
     if target != "auto" or link is not None or compare:
         prediction, parts = made.predict(graphs=graphs), parts_of(model, options)
@@ -102,22 +104,27 @@ def make(
     cfg: int = 1,
     data: int = 1,
     graphs: bool = False,
-    patches: int | None = None,
-    speeds: list[float] | None = None,
+    deal: Deal | None = None,
 ) -> Plan:
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
     from ...models.resolve import resolve
     from ...plan import make_plan
-    from ...planning import Deal, check_target, groups_of, refuse_deal, strategy_of
+    from ...planning import ONE_EACH, check_target, groups_of, refuse_deal, strategy_of
 
-    groups, chosen = groups_of(world_size, cfg, data), strategy_of(strategy, graphs=graphs)
-    deal = Deal.of(world_size, groups, patches, speeds or None)
+    groups, chosen, deal = groups_of(world_size, cfg, data), strategy_of(strategy, graphs=graphs), deal or ONE_EACH
     refuse_deal(chosen, deal)
     check_target(target, link)
     resolved = resolve(model, options)
     program = capture(resolved.module, *resolved.args, **resolved.kwargs)
     return make_plan(program, world_size, chosen, target, link, groups=groups, deal=deal, strict=strict)
+
+
+def deal_of(world_size: int, cfg: int, data: int, patches: int | None, speeds: list[float] | None) -> Deal:
+    """How the patches of each group are dealt to its processes."""
+    from ...planning import Deal, groups_of
+
+    return Deal.of(world_size, groups_of(world_size, cfg, data), patches, speeds or None)
 
 
 def alternatives(plan: Plan, compare: bool, graphs: bool, parts: Parts | None = None) -> list[Prediction | Impossible]:

@@ -18,6 +18,8 @@ from ..console import (
     Height,
     LinkName,
     Model,
+    Patches,
+    Speeds,
     Steps,
     StrategyName,
     TargetName,
@@ -35,6 +37,8 @@ def report(
     strategy: StrategyName = "sync",
     cfg: Cfg = 1,
     data: Data = 1,
+    patches: Patches = None,
+    speeds: Speeds = None,
     target: TargetName = "auto",
     link: LinkName = None,
     steps: Steps = 50,
@@ -62,15 +66,18 @@ def report(
     from ...report.page import check_report, page
     from .. import output as out
     from ..parts import parts_of
-    from .plan import make
+    from .plan import deal_of, make
 
     out.check(output)
+    deal = deal_of(world_size, cfg, data, patches, speeds)
     check_report()
     command = " ".join(["fxpass", *sys.argv[1:]])
     with recorded() as log:
         try:
             options = Options(height, width, frames, batch)
-            plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs)
+            plan = make(
+                model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs, deal=deal
+            )
             facts = Facts(model, plan, steps, graphs, compare, parts_of(model, options))
             content = packed(command, log.getvalue(), facts) if bundle else page(facts)
         except (ValueError, LookupError, OSError):  # wrong arguments

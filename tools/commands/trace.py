@@ -8,7 +8,22 @@ from typing import Annotated
 
 import typer
 
-from ..console import Batch, Cfg, Data, Frames, Graphs, Height, LinkName, Model, StrategyName, TargetName, Width, World
+from ..console import (
+    Batch,
+    Cfg,
+    Data,
+    Frames,
+    Graphs,
+    Height,
+    LinkName,
+    Model,
+    Patches,
+    Speeds,
+    StrategyName,
+    TargetName,
+    Width,
+    World,
+)
 
 
 def trace(
@@ -20,6 +35,8 @@ def trace(
     strategy: StrategyName = "sync",
     cfg: Cfg = 1,
     data: Data = 1,
+    patches: Patches = None,
+    speeds: Speeds = None,
     target: TargetName = "auto",
     link: LinkName = None,
     graphs: Graphs = False,
@@ -37,22 +54,23 @@ def trace(
     same names, so that the two can be laid over each other; models run in float32.
     """
     from ...models.resolve import Options
-    from ...predict.prediction import Steps
     from ...predict.timeline import timeline
     from .. import output as out
-    from .plan import make
+    from .plan import deal_of, make
 
     out.check(output)
+    deal = deal_of(world_size, cfg, data, patches, speeds)
     if measured:
+        if deal:
+            raise ValueError("--measured runs one patch on each process: leave out --patches and --speed")
         if (target, link, graphs) != ("auto", None, False):
             raise ValueError("--measured runs on this machine: leave out --target, --link and --graphs")
         sizes = {"height": height, "width": width, "frames": frames, "batch": batch}
         out.write(output, _recorded(model, world_size, strategy, cfg, data, sizes))
         return
     options = Options(height, width, frames, batch)
-    plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs)
-    steps = Steps.of(plan.program, plan.graph, world_size, plan.target, graphs=graphs)
-    out.write(output, timeline(steps, world_size, plan.target.link))
+    plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs, deal=deal)
+    out.write(output, timeline(plan.priced(graphs=graphs), plan.placement, plan.target.link))
 
 
 def _recorded(model: str, world_size: int, strategy: str, cfg: int, data: int, sizes: dict[str, int | None]) -> str:
