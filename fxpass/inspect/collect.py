@@ -109,7 +109,7 @@ def _node(
     return Node(
         node.name,
         kind,
-        operator_text(node.target) if kind == "operator" else labels.get(node.name, node.name),
+        operator_text(node.target) if node.op == "call_function" else labels.get(node.name, node.name),
         arguments_text(local, operands) if kind in ("operator", "output") else "",
         tuple(each.name for each in operands),
         node.meta.get("path", ""),

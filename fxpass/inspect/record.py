@@ -29,7 +29,7 @@ class Node:
 
     name: str
     kind: Kind
-    operator: str  #: "conv2d"; of a placeholder, what the caller or the model calls it
+    operator: str  #: "conv2d", "exchange", "wait", "getitem"; of a placeholder, what the caller or the model calls it
     arguments: str  #: of the rank: "%0, %1, alpha=2", with the places of `operands`
     operands: tuple[str, ...]  #: names of nodes
     path: str  #: the module, "mid_block.attentions.0"

@@ -6,17 +6,20 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MethodType, TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...capture import Call, Method
 from ...ir.advice import warn
-from ..executor import PlanLike, Report
+from ..executor import Report
 from .deferred import plain
 from .engine import Engine
 from .generation import Generation
+
+if TYPE_CHECKING:
+    from ...plan import Plan
 
 
 class Watch(Protocol):
@@ -97,9 +100,9 @@ class ParallelModule(nn.Module):
         return None if name == "forward" and self._required else OPERATORS
 
     @property
-    def plan(self) -> PlanLike | None:
+    def plan(self) -> Plan | None:
         """The plan of the latest call; None before the first."""
-        return self._engine.plan
+        return cast("Plan | None", self._engine.plan)
 
     @property
     def unwrapped(self) -> nn.Module:

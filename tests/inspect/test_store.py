@@ -40,6 +40,12 @@ def test_the_documentation_lists_every_field() -> None:
         assert not missing, f"{record.__name__}: {missing}"
 
 
+def test_nodes_of_exchanges_have_operators_as_others_do() -> None:
+    nodes = planned("displaced").snapshot().nodes
+    found = {(each.kind, each.operator) for each in nodes if each.kind in ("exchange", "wait", "result")}
+    assert found == {("exchange", "exchange"), ("wait", "wait"), ("result", "getitem")}
+
+
 def test_a_field_of_a_later_fxpass_is_left_out() -> None:
     made = planned().snapshot()
     data = json.loads(to_json(made))
