@@ -188,7 +188,13 @@ def test_weights_that_a_model_could_not_find_are_refused(name: str, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_of_a_folder_are_those_that_lie_in_it(tmp_path: Path) -> None:
+def test_weights_of_a_folder_are_those_that_lie_in_it_and_the_model_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("the model runs")
+
+    monkeypatch.setattr(sys.modules["fxpass.capture.capture"], "_warm_up", run)
     model: Any = case("dit").build()
     model.save_pretrained(tmp_path / "dit")
     file = tmp_path / "model.onnx"

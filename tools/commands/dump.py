@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -27,10 +28,13 @@ from ..console import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from ...inspect.record import Snapshot
     from ...ir.program import Program
     from ...ir.step import Mode
     from ...ir.strategy import Strategy
+    from ...models.resolve import Options
     from ...passes import Build
     from ...passes.targets import Target
     from ...planning import Chooser, Deal
@@ -85,10 +89,9 @@ def dump(
 
     Modules that repeat are shown once; --unfold, --module, --op and --only show every operator of theirs.
     """
-    from ...capture import capture
     from ...inspect.draw import graphviz
     from ...inspect.onnx_export import write_onnx
-    from ...models.resolve import Options, resolve
+    from ...models.resolve import Options
     from ...planning import check_target, groups_of, refuse_deal, strategy_of, target_of
     from .. import output as out
     from .check import refuse_large
@@ -119,8 +122,7 @@ def dump(
         graphviz()
     if weights is not None:
         refuse_large(model)
-    resolved = resolve(model, Options(height, width, frames, batch, fake=weights is None))
-    program = capture(resolved.module, *resolved.args, **resolved.kwargs)
+    program, given = captured(model, Options(height, width, frames, batch), weighted=weights is not None)
     machine = target_of(target, program, link)
 
     def made(stage: str) -> Build:
@@ -139,12 +141,42 @@ def dump(
     stage = after or stages()[-1]
     state = made(stage)
     if onnx_step is not None:
-        given = None if weights is None else resolved.module
         write_onnx(state.program, state.current, shown(state, stage), *onnx_step, model=given, weights=weights)
         return
     snapshot = shown(state, stage).only(**wanted)
     process = "" if not deal.counts else f" on process {deal.placement(world_size).process(rank)} of {world_size}"
     out.write(output, rendered(snapshot, format, folded=not (unfold or module or op or only), process=process))
+
+
+def captured(model: str, options: Options, *, weighted: bool) -> tuple[Program, nn.Module | None]:
+    """The program of a model, and if `weighted` the model with its weights.
+
+    Where the program does not need values, the model is captured without weights, and does not run: a CPU may take
+    minutes for that, in half precision hours.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    from ...capture import CaptureError, capture
+    from ...models.resolve import resolve
+
+    def missing(tensors: Iterable[Tensor]) -> bool:
+        return any(isinstance(each, FakeTensor) for each in tensors)
+
+    made = resolve(model, options)
+    try:
+        program = capture(made.module, *made.args, **made.kwargs)
+    except CaptureError:
+        if not weighted or not missing(made.module.parameters()):
+            raise
+        program = None
+    if not weighted:
+        assert program is not None
+        return program, None
+    if missing(made.module.parameters()):
+        made = resolve(model, replace(options, fake=False))
+    if program is None or missing(program.constants.values()):
+        program = capture(made.module, *made.args, **made.kwargs)
+    return program, made.module
 
 
 def onnx_options(mode: str | None, output: Path | None, weights: str | None, *others: str | None) -> tuple[Path, Mode]:
