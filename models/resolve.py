@@ -256,11 +256,18 @@ def _from_factory(model: str, options: Options) -> Resolved:
         raise ResolveError(f"no model {model!r}: {path!r} is no dotted module path") from None
     factory = getattr(holder, name, None)
     if factory is None:
-        raise ResolveError(f"no model {model!r}: {path} has no {name!r}{_suggest(name, vars(holder))}")
+        made = [known for known, value in vars(holder).items() if inspect.isfunction(value) or inspect.isclass(value)]
+        raise ResolveError(f"no model {model!r}: {path} has no {name!r}{_suggest(name, made)}")
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ResolveError(
             f"no model {model!r}: {name} is a {type(factory).__name__}, not a callable that makes a model"
         )
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ResolveError(f"no model {model!r}: a factory is called without arguments, but {error}") from None
+    except ValueError:  # what is written in C may not say what it takes
+        pass
     return _from_result(model, factory(), options)
 
 

@@ -190,7 +190,7 @@ class _Drawing:
         ids = [each for node in nodes if node.kind == "exchange" for each in node.exchanges]
         work = sum(node.flops for node in operators)
         parts = [count_text(len(operators), "operator"), *([flops_text(work)] if work else [])]
-        lines = [title, ", ".join(parts)]
+        lines = [title, ", ".join(parts)] if operators or not ids else [title]
         for role in dict.fromkeys(self.snapshot.by_id[each].role for each in ids):
             some = [self.snapshot.by_id[each] for each in ids if self.snapshot.by_id[each].role == role]
             size = bytes_text(sum(each.exact[self.snapshot.rank] for each in some))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -184,12 +186,13 @@ def to_toml(device: Device, links: Mapping[str, Link]) -> str:
 
 
 def _table(kind: str, entry: Device | Link) -> list[str]:
-    lines = [f"[{kind}.{entry.name}]"]
+    name = entry.name if re.fullmatch(r"[A-Za-z0-9_-]+", entry.name) else json.dumps(entry.name)
+    lines = [f"[{kind}.{name}]"]
     for each in fields(entry):
         value = getattr(entry, each.name)
         if each.name not in ("name", "sources", "inside") and value != each.default:
             lines.append(f"{each.name} = {_text(value)}")
-    lines.append(f"[{kind}.{entry.name}.sources]")
+    lines.append(f"[{kind}.{name}.sources]")
     return [*lines, *(f"{key} = {_text(value)}" for key, value in entry.sources.items()), ""]
 
 

@@ -73,13 +73,15 @@ def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str 
     if mine < theirs * CLEARLY:
         return None
     if best.world == 1:
-        ranks = f"{chosen.world} ranks over {chosen.target.link.name}"
         times = f"{seconds_text(mine)} instead of {seconds_text(theirs)} for {count_text(steps, 'step')}"
+        if chosen.world == 1:
+            return f"no split would be faster: several patches in turn take {times}"
+        ranks = f"{chosen.world} ranks over {chosen.target.link.name}"
         return f"no split would be faster: {ranks} would be slower than 1, {times}"
     better = [f"{best.world} ranks"] if best.world != chosen.world else []
     better += [f"strategy {best.strategy.name!r}"] if best.strategy != chosen.strategy else []
     times = f"{seconds_text(theirs)} instead of {seconds_text(mine)} for {count_text(steps, 'step')}"
-    return f"{' with '.join(better)} would be faster: {times}"
+    return f"{' with '.join(better) or 'one patch on each process'} would be faster: {times}"
 
 
 def slower_than_fewer(program: Program, predicted: Prediction) -> str | None:

@@ -1,10 +1,12 @@
 """Targets as data: devices, links, and files of the same form."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fxpass.passes.targets import NUMBERS, Device, Link, find, packaged
+from fxpass.predict.calibrate import to_toml
 
 FIGURES = {"tiles", *NUMBERS} - {"nodes"}
 FILE = """
@@ -85,6 +87,13 @@ def test_a_faulty_file_is_refused_with_its_place(tmp_path: Path, old: str, new: 
 def test_wrong_names_are_refused_with_the_nearest(names: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         find(*names)
+
+
+@pytest.mark.parametrize("name", ["mine", "my laptop", 'a "b".c', "küche"])
+def test_a_device_that_was_measured_may_have_any_name(name: str, tmp_path: Path) -> None:
+    shm = find("cpu", "shm").link
+    (tmp_path / "file.toml").write_text(to_toml(replace(find("cpu").device, name=name), {"shm": shm}))
+    assert find(str(tmp_path / "file.toml")).device.name == name
 
 
 def test_the_page_on_targets_names_every_device_and_link() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fxpass.models.resolve import Options
+from fxpass.predict.compare import advice
 from fxpass.report.facts import Facts
 from fxpass.report.page import page
 from fxpass.tools.commands.plan import deal_of, make, show
@@ -95,6 +96,13 @@ def test_a_report_shows_processes_and_compares_with_one_rank() -> None:
     one_process = Facts(MODEL, planned(patches=2, processes=1), steps=5)
     assert one_process.alone is not None
     assert one_process.alone is not one_process.prediction
+
+
+def test_advice_names_patches_where_nothing_else_differs() -> None:
+    several, each_one = planned(patches=4).predict(), planned().predict()
+    assert (advice(several, [each_one], 50) or "").startswith("one patch on each process would be faster: ")
+    turns, alone = planned(patches=2, processes=1).predict(), planned(processes=1).predict()
+    assert (advice(turns, [alone], 50) or "").startswith("no split would be faster: several patches in turn take ")
 
 
 def test_a_report_of_a_device_whose_host_launches_nothing_has_no_column_for_it() -> None:

@@ -37,6 +37,8 @@ def calibrate(
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"there is no device {device!r}: {str(error).partition(chr(10))[0]}") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise ValueError(f"a CPU and CUDA devices can be measured, not {device!r}")
     joined = find("H100", link or "nvlink4").link.name
     torch.set_num_threads(threads)
     found = {}

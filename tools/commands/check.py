@@ -36,7 +36,7 @@ def check(
     world_size: Annotated[
         list[int], typer.Option("--world-size", "-n", min=1, help="Ranks; may be given several times.")
     ] = [2, 3],  # noqa: B006
-    tolerance: Annotated[float, typer.Option(help="Largest difference that counts as exact.")] = 1e-5,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference that counts as exact.")] = 1e-5,
     keep_weights: Annotated[
         bool, typer.Option("--keep-weights", help="Keep constant parameters (whose values are all equal) as they are.")
     ] = False,

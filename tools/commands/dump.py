@@ -209,8 +209,8 @@ def check_choice(what: str, name: str, names: Sequence[Name]) -> Name:
         if each == name:
             return each
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"no {what} is called {name!r}; {hint}There is: {', '.join(names)}")
+    hint = f"did you mean {near[0]!r}? There" if near else "there"
+    raise ValueError(f"no {what} is called {name!r}; {hint} {'is' if len(names) == 1 else 'are'}: {', '.join(names)}")
 
 
 def stages() -> list[str]:

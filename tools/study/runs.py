@@ -84,9 +84,11 @@ def subject(name: str, count: int, size: int, prompt_file: Path | None = None) -
         ValueError: there is no such pipeline, too few prompts, or the pipeline makes images of another size.
     """
     folder = demo_folder(name) if name in DEMOS else Path(name)
+    if prompt_file is not None and not prompt_file.is_file():
+        raise ValueError(f"there is no file {prompt_file}; --prompt-file names a text file with one prompt per line")
+    pipe = load(str(folder))
     if name not in DEMOS and prompt_file is None:
         raise ValueError(f"what should {name} draw? --prompt-file names a text file with one prompt per line")
-    pipe = load(str(folder))
     pipe.set_progress_bar_config(disable=True)
     known = held_out(classes=_by_class(pipe)) if prompt_file is None else _lines(prompt_file)
     if count > len(known):
