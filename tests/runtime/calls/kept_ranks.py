@@ -20,7 +20,13 @@ from tests.runtime.calls.test_kept import LEFT, cached, received
 
 
 @torch.no_grad()
-def main() -> dict[str, Any]:
+def seen(disable: str) -> dict[str, Any]:
+    """What this rank saw.
+
+    Args:
+        disable: "1" not to use shared memory.
+    """
+    os.environ["FXPASS_SHM_DISABLE"] = disable
     modules.OPERATORS = 60
     model, z = cached()
     expected = model.decode(z)
@@ -47,6 +53,6 @@ def refuse_different_caches(module: Any, z: Tensor) -> bool:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    result = main()
+    result = [seen("0"), seen("1")]
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(result))
     dist.barrier()
