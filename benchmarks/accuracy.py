@@ -30,7 +30,7 @@ from fxpass.predict.calibrate import device_of
 from fxpass.predict.calibrate_links import links, sockets
 from fxpass.predict.link_rank import Measured, measured
 from fxpass.runtime.board import Board
-from fxpass.runtime.network import Network
+from fxpass.runtime.groups import connect
 from fxpass.runtime.shared_memory import DISABLE
 
 LINK = "FXPASS_ACCURACY_LINK"  #: environment variable: the calibrated link as JSON
@@ -86,7 +86,7 @@ def limited(limit: emulated_link.Link) -> Link:
     emulated_link.checked(limit)
     store = dist.PrefixStore(f"link/{limit.rate}", dist.distributed_c10d._get_default_store())
     board = Board(store, dist.get_rank(), dist.get_world_size(), TIMEOUT)
-    mine = measured(Network(dist.group.WORLD, dist.group.WORLD, True, board))
+    mine = measured(connect(board, torch.device("cpu")))
     both: list[Measured] = [mine, mine]
     dist.all_gather_object(both, mine)
     return sockets(limit.rate, both, f"gloo over {limit}", 1)

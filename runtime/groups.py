@@ -6,6 +6,7 @@ messages through it (`symmetric_memory.py`), for which torch needs a registered 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -20,6 +21,9 @@ from .network import Network, gpu_cards, one_gpu_for_two
 from .rendezvous import local_group
 
 HOST = "127.0.0.1"
+#: threads of a gloo group whose messages are for the next step; each carries one. With gloo's own two, a message of a
+#: few bytes waits for large ones, and meanwhile the link is idle.
+IN_FLIGHT = 64
 
 
 def connect(
@@ -44,7 +48,7 @@ def connect(
     blocking = device.type != "cuda" or not nccl or bool(shared)
 
     def gloo(name: str, ranks: Sequence[int]) -> ProcessGroupGloo:
-        return _gloo(board, name, ranks, local)
+        return _gloo(board, name, ranks, local, IN_FLIGHT if name == "group" else 2)
 
     if blocking:
         group, urgent = (gloo(name, range(board.world)) for name in ("group", "urgent"))
@@ -62,13 +66,23 @@ def host_group(board: Board) -> ProcessGroupGloo:
     return _gloo(board, "host", range(board.world), local=False)
 
 
-def _gloo(board: Board, name: str, ranks: Sequence[int], local: bool) -> ProcessGroupGloo:
-    """A group of some of the ranks, which all of these make."""
+def _gloo(board: Board, name: str, ranks: Sequence[int], local: bool, threads: int = 2) -> ProcessGroupGloo:
+    """A group of some of the ranks, which all of these make.
+
+    Args:
+        threads: which carry messages.
+    """
     store = PrefixStore(f"{name}/{'.'.join(map(str, ranks))}", board.store)
-    rank, world, timeout = ranks.index(board.rank), len(ranks), timedelta(seconds=board.timeout)
-    if not local:
-        return board.watched(lambda: ProcessGroupGloo(store, rank, world, timeout))
     options = ProcessGroupGloo._Options()
-    options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
-    options._timeout = timeout
-    return board.watched(lambda: ProcessGroupGloo(store, rank, world, options))
+    options._devices = [ProcessGroupGloo.create_device(hostname=HOST)] if local else _devices()
+    options._timeout = timedelta(seconds=board.timeout)
+    options._threads = threads
+    return board.watched(lambda: ProcessGroupGloo(store, ranks.index(board.rank), len(ranks), options))
+
+
+def _devices() -> list[Any]:
+    """The network interfaces that torch would choose: those that `GLOO_SOCKET_IFNAME` lists, or the default one."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if not names:
+        return [ProcessGroupGloo.create_default_device()]
+    return [ProcessGroupGloo.create_device(interface=each) for each in names.split(",")]

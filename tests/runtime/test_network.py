@@ -62,6 +62,10 @@ def total(axis: Axis | None, fresh: Any = "sync") -> ChannelSpec:
     return ChannelSpec("sum", "", (reduce,), late=False)
 
 
+def total_of_two() -> ChannelSpec:
+    return ChannelSpec("sum", "", (Reduce("sum", (2,), torch.float32, 2, fresh="stale"),), late=False)
+
+
 def at_once(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     with ThreadPoolExecutor(len(functions)) as pool:
         return [each.result(60) for each in [pool.submit(function) for function in functions]]
@@ -90,6 +94,24 @@ def test_ranks_of_a_line_wait_for_no_other_ranks(networks: list[Network]) -> Non
     channels: list[Any] = at_once([lambda each=each: each.open([spec], CPU)[0][0] for each in networks])
     assert at_once([lambda each=each: summed(each) for each in channels[:2]]) == [[3.0, 3.0]] * 2
     assert [channel.between.members for channel in channels] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+
+
+def test_each_of_many_messages_for_the_next_step_has_a_thread_that_carries_it(networks: list[Network]) -> None:
+    """Else one of a few bytes waits for large ones."""
+    groups = [[each.group, each._connect("group", (each.board.rank,))] for each in networks if each._connect]
+    assert [[group.options._threads for group in both] for both in groups] == [[64, 64]] * 4
+
+
+def test_ranks_of_several_machines_meet_on_the_interface_that_the_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXPASS_SHM_DISABLE", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    store = HashStore()
+    networks = at_once([lambda rank=rank: connect(Board(store, rank, 2, 30.0), CPU) for rank in range(2)])
+    channels: list[Any] = at_once([lambda each=each: each.open([total_of_two()], CPU)[0][0] for each in networks])
+    assert at_once([lambda each=each: summed(each) for each in channels]) == [[3.0, 3.0]] * 2
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "missing0")
+    with pytest.raises(RuntimeError, match="missing0"):
+        connect(Board(HashStore(), 0, 1, 30.0), CPU)
 
 
 def test_each_set_of_ranks_has_one_group_for_what_is_awaited_and_one_for_what_is_not(networks: list[Network]) -> None:
