@@ -35,7 +35,8 @@ from fxpass.runtime.shared_memory import DISABLE
 
 LINK = "FXPASS_ACCURACY_LINK"  #: environment variable: the calibrated link as JSON
 STEPS = 1  #: timed steps per turn
-BEFORE = 3  #: untimed ones: until then a slow link is not as full of messages as it will be
+BEFORE = 3  #: untimed ones
+FILLING = 8  #: untimed ones over a limited link: until then it is not as full of messages as it will be
 BURST = "1mbit"
 TIMEOUT = 60.0  #: seconds that a rank waits for the other while the link is calibrated
 
@@ -127,7 +128,7 @@ def measure(name: str, strategies: tuple[str, ...], ways: dict[emulated_link.Lin
         for limit in ways:
             if limit:
                 emulated_link.set_up(limit)
-            for strategy, taken in in_turns(running, turn, STEPS, BEFORE).items():
+            for strategy, taken in in_turns(running, turn, STEPS, FILLING if limit else BEFORE).items():
                 if turn:
                     seconds.setdefault((limit, strategy), []).append(taken)
     device = mean_of(found)
