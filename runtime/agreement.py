@@ -53,9 +53,9 @@ def agree(
     board.set(f"{prefix}/facts/{board.rank}", text)
     board.set(f"{prefix}/mine/{board.rank}", json.dumps(mine))
     what = f"the other ranks to come to the same call (plan {number})"
-    first = json.loads(board.read(f"{prefix}/mine/0", what))
-    for rank in range(1, board.world):
-        other = json.loads(board.read(f"{prefix}/mine/{rank}", what))
+    with board.meeting(f"the first call of {described(number, plan.program.input_paths)}"):
+        first, *others = [json.loads(board.read(f"{prefix}/mine/{rank}", what)) for rank in range(board.world)]
+    for rank, other in enumerate(others, 1):
         if other["digest"] != first["digest"]:
             ours, theirs = (json.loads(board.read(f"{prefix}/facts/{r}", what)) for r in (0, rank))
             raise DisagreementError(_first_difference(rank, ours, theirs))
@@ -67,6 +67,11 @@ def agree(
                 )
 
 
+def described(number: int, paths: Sequence[str]) -> str:
+    """A plan, for messages."""
+    return f"plan {number} (of {', '.join(paths[:3])}{', …' * (len(paths) > 3)})"
+
+
 class CallCheck:
     """Compares each call of a plan before any of its exchanges, and lets rank 0 decide how it runs (law 7).
 
@@ -75,11 +80,15 @@ class CallCheck:
     ranks know of the call.
 
     Args:
+        number: of the plan in this executor.
         paths: the names of the inputs.
     """
 
-    def __init__(self, network: Network, paths: Sequence[str], device: torch.device, traffic: Counter[str]) -> None:
+    def __init__(
+        self, network: Network, number: int, paths: Sequence[str], device: torch.device, traffic: Counter[str]
+    ) -> None:
         self._network = network
+        self._place = f"a call of {described(number, paths)}"
         self._paths = paths
         self._device = device
         self._traffic = traffic
@@ -130,9 +139,10 @@ class CallCheck:
             self._channel = self._network.open([spec], self._device)[0][0]
         self._channel.put([[None if dst == board.rank else mine for dst in range(board.world)]])
         self._traffic["inputs"] += self._received
-        (received,) = self._channel.get()
-        received[board.rank] = mine
-        self._network.settle(self._device)
+        with board.meeting(self._place):
+            (received,) = self._channel.get()
+            received[board.rank] = mine
+            self._network.settle(self._device)
         return received.cpu()
 
     def _check_generation(self, numbers: Sequence[tuple[int, ...]]) -> None:

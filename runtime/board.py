@@ -8,7 +8,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from torch.distributed import Store
@@ -33,6 +33,8 @@ class Board:
         self.call = 0
         self.meetings = 0  #: calls so far that rank 0 alone runs; ranks meet before each (`first_rank.py`)
         self.check_more: Callable[[], None] | None = None  #: called in each wait; raises if the wait is in vain
+        self._place = ""  #: where this rank waits for all others
+        self._place_said = ""  #: what the others can read of it
         self._cards: dict[int, str] = {}  #: the processes of the other ranks, as far as they are known
         self._looked = 0.0  #: when they were looked at
         self._stopped: Counter[int] = Counter()  #: for how many looks in a row a rank's process has been stopped
@@ -50,11 +52,10 @@ class Board:
         """Called in each wait.
 
         Raises:
-            RankError: another rank has failed in this call, or is in another one, or its process, on this machine, has
-                ended or is stopped.
+            RankError: another rank has failed in this call, waits at another place, has left, or its process, on this
+                machine, has ended or is stopped.
         """
         self._check_messages()
-        self._check_place()
         if time.monotonic() - self._looked >= 0.9 * POLL:  # callers come every POLL seconds, more or less
             self._looked = time.monotonic()
             self._look()
@@ -68,24 +69,36 @@ class Board:
             if int(rank) != self.rank:
                 raise RankError(int(rank), message)
 
-    def place(self) -> str:
-        """The key under which a rank says that this call of it begins with a meeting, with the meeting's number."""
-        return f"meets/{self.call}"
+    @contextmanager
+    def meeting(self, place: str) -> Iterator[None]:
+        """In the body this rank waits for all others to come to a place, a text that is the same on all of them.
 
-    def _check_place(self) -> None:
-        """Raises `RankError` if another rank waits in a meeting instead of this call: it would wait in vain."""
-        if self._has(self.place()) and int(self._get(self.place())) > self.meetings:
-            raise RankError(
-                None,
-                f"another rank has come to a part that runs on rank 0 alone, but rank {self.rank} is in another call: "
-                "a rank left a picture early (an exception in a callback?)",
-            )
+        Those that wait in the same call at another place would wait for each other in vain, until the timeout.
+        """
+        self._place = place
+        try:
+            yield
+        finally:
+            self._place = ""
+            if self._place_said:
+                self._place_said = ""
+                with suppress(RankError):
+                    self.set(f"place/{self.rank}", "-1")  # a read of a key that is gone would wait for it
+
+    def close(self) -> None:
+        """Say that this rank makes no further call."""
+        with suppress(RankError):
+            self.set(f"closed/{self.rank}", str(self.call))
 
     def _look(self) -> None:
-        """Raises `RankError` if the process of another rank on this machine has ended or stays stopped."""
+        """Raises `RankError` if another rank has left or waits elsewhere, or its process has ended or is stopped."""
+        if self._place and not self._place_said:  # it takes long
+            self._place_said = f"{self.call} {self._place}"
+            self.set(f"place/{self.rank}", self._place_said)
         for rank in range(self.world):
             if rank == self.rank:
                 continue
+            self._check_place(rank)
             if rank not in self._cards and self._has(f"process/{rank}"):
                 self._cards[rank] = self._get(f"process/{rank}").decode()
             state = processes.state(self._cards.get(rank, ""))
@@ -95,6 +108,21 @@ class Board:
             if self._stopped[rank] >= STOPPED:
                 advice = "its process is stopped (by SIGSTOP?); kill it, or continue it sooner"
                 raise RankError(rank, advice, hangs=True)
+
+    def _check_place(self, rank: int) -> None:
+        """Raises `RankError` if this rank waits for another one in vain."""
+        left = "a rank left a picture early (an exception in a callback?), or makes other calls"
+        if self._has(f"closed/{rank}") and int(self._get(f"closed/{rank}")) < self.call:
+            raise RankError(
+                None,
+                f"rank {rank} can make no further call (one has failed there, or fxpass.parallelize or fxpass.restore "
+                f"was called), but rank {self.rank} makes one: {left}",
+            )
+        if not self._place or not self._has(f"place/{rank}"):
+            return
+        call, _, place = self._get(f"place/{rank}").decode().partition(" ")
+        if int(call) == self.call and place != self._place:
+            raise RankError(None, f"rank {rank} waits in {place}, but rank {self.rank} in {self._place}: {left}")
 
     def lost(self, error: object, rank: int | None = None) -> RankError:
         """The exception for a connection to a rank that ended with `error`: a rank's own error, if one left it."""

@@ -124,10 +124,12 @@ class DistributedExecutor:
         inductor, graph = compilers(self.compile, device)
         board = self._join(device)
         self._ranks.plans += 1
+        number, paths = self._ranks.plans, plan.program.input_paths
         options = {"exact steps": str(plan.exact_steps), "way to compile": str(self.compile)}
-        agree(board, self._ranks.plans, plan, weights, inputs, options)
+        with self._breaking(_is_of_one_call):
+            agree(board, number, plan, weights, inputs, options)
         network = self._connected(board, device)
-        check = CallCheck(network, plan.program.input_paths, device, self.traffic)
+        check = CallCheck(network, number, paths, device, self.traffic)
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         steps = steps_of(plan, network, device, self.traffic, compile=inductor, graph=graph, sharing=sharing)
         return DistributedPlan(self, steps, check)
@@ -226,6 +228,8 @@ class DistributedExecutor:
         """Refuse later calls: this one failed between its first and last exchange, with messages in flight."""
         lines = str(error).strip().splitlines() or [type(error).__name__]  # another rank's error has its traceback
         self._ranks.ended = f"{' … '.join([lines[0], lines[-1]] if len(lines) > 1 else lines)}; {advice}"
+        if self._ranks.board:
+            self._ranks.board.close()
         for each in (self._ranks.network, self._ranks.first):
             if each:
                 each.abort(error)
@@ -238,6 +242,8 @@ class DistributedExecutor:
         self._ranks.users -= 1
         if not self._ranks.users:
             self._ranks.network = None
+            if self._ranks.board:
+                self._ranks.board.close()
 
     def _connected(self, board: Board, device: torch.device) -> Network:
         if self._ranks.network is None:
@@ -278,6 +284,11 @@ class DistributedExecutor:
             # torch numbers the attempts: a second one here would not meet the first one of another rank
             self.broke(apart, "start all processes again")
             raise apart from error
+
+
+def _is_of_one_call(error: BaseException) -> bool:
+    """Whether an error ends a call on all ranks: a rank has failed, and said so."""
+    return isinstance(error, RankError) and error.rank is not None and not error.hangs
 
 
 class DistributedPlan:

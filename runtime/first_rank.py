@@ -45,11 +45,11 @@ class FirstRank:
         board = self._board
         board.meetings += 1
         old, self._keys = self._keys, []
-        self._set(board.place(), str(board.meetings))
         mine = json.dumps({"call": board.call, "what": what, "arguments": described(arguments)})
         key = f"first/{board.meetings}"
         self._keys.append(f"{key}/{board.rank}")
-        calls = [json.loads(text) for text in board.all_gather(key, mine, f"the other ranks to call {what}")]
+        with board.meeting("a part that runs on rank 0 alone"):
+            calls = [json.loads(text) for text in board.all_gather(key, mine, f"the other ranks to call {what}")]
         for each in old:  # all have read it, for they have come to this meeting
             board.drop(each)
         board.call = calls[0]["call"]  # a rank whose last call failed before it met the others is ahead

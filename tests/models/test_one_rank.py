@@ -48,9 +48,11 @@ def test_unlike_arguments_and_an_error_of_rank_0_reach_all_and_the_next_picture_
 
 def test_a_rank_that_leaves_a_picture_and_begins_the_next_one_is_noticed_at_once(seen: list[dict[str, Any]]) -> None:
     assert seen[1]["on_first"]["left"].startswith("KeyError")
-    first, second = (rank["on_first"]["lost"] for rank in seen)
-    assert first.startswith("RankError after <20 s: another rank has come to a part that runs on rank 0 alone, but")
-    assert second.startswith("RankError after <20 s: rank 0 failed")
+    # one of them notices it, the other one hears of that
+    errors = [rank["on_first"]["lost"] for rank in seen]
+    assert all(error.startswith("RankError after <20 s: rank ") for error in errors)
+    assert all("waits in a part that runs on rank 0 alone" in e or "in a part that runs on rank 0" in e for e in errors)
+    assert any(" failed: Traceback" in error for error in errors)
     assert all(rank["on_first"]["anew"] < 1e-5 for rank in seen)
 
 

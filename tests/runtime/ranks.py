@@ -180,6 +180,7 @@ def pipeline() -> dict[str, Any]:
     equal.append(torch.equal(pipe.prior(*inputs())["sample"], expected["prior"]))
     found = {"equal": equal, "shared": shared, "traffic": [sum(each.traffic.values()) for each in handles.values()]}
     found["refused"] = refused
+    found["apart"] = [attempt(lambda: pipe.prior(*inputs(22 if RANK else 16))), attempt(lambda: pipe.prior(*inputs()))]
     fxpass.restore(pipe)
     return found | {"gone": executors[1]._ranks.network is None}
 
@@ -255,6 +256,12 @@ def everything() -> dict[str, Any]:
         calls[2] = (calls[2][0], calls[0][1] * 1.1)
     seen["unlike steps"] = [attempt(lambda c=c: unlike(*c)) for c in calls]
     unlike.close()
+    closed = parallel(model, DistributedExecutor(WORLD, timeout=600))
+    closed(*inputs())
+    if RANK == 1:
+        closed.close()
+    seen["closed"] = attempt(lambda: closed(*inputs()), limit=10)
+    closed.close()
     lonely = parallel(model, DistributedExecutor(WORLD, timeout=2))
     seen["absent"] = attempt(lambda: RANK == 0 and lonely(*inputs()))
 

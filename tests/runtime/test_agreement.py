@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ class Recorded:
     """A network of two ranks whose other rank sends what this one sends."""
 
     def __init__(self) -> None:
-        self.board: Any = SimpleNamespace(rank=0, world=2, call=7)
+        self.board: Any = SimpleNamespace(rank=0, world=2, call=7, meeting=nullcontext)
         self.gets = 0
 
     def open(self, specs: Any, device: torch.device) -> list[Any]:
@@ -50,7 +51,7 @@ class Recorded:
 
 def test_a_call_is_compared_with_one_message_and_no_other_wait_for_the_device() -> None:
     network: Any = Recorded()
-    check = agreement.CallCheck(network, ["sample", "wave", "nothing"], torch.device("cpu"), Counter())
+    check = agreement.CallCheck(network, 1, ["sample", "wave", "nothing"], torch.device("cpu"), Counter())
     inputs: list[Tensor] = [torch.randn(3, 100), torch.randn(7, dtype=torch.complex64), torch.empty(0)]
     facts = [torch.tensor([5.0, 1.0], dtype=torch.float64)]
     seen: list[Any] = []
@@ -82,7 +83,7 @@ class Others(Recorded):
 
 def decided(change: Callable[[Tensor], None], inputs: Tensor) -> Any:
     network: Any = Others(change)
-    check = agreement.CallCheck(network, ["label"], torch.device("cpu"), Counter())
+    check = agreement.CallCheck(network, 1, ["label"], torch.device("cpu"), Counter())
     question = Question((), lambda _: EXACT, generation=2, call=5, state=11)
     return check.decide([inputs], question), network.board.call
 
@@ -125,7 +126,7 @@ def test_whole_numbers_are_compared_exactly(dtype: torch.dtype) -> None:
 
 def test_one_rank_alone_sends_nothing() -> None:
     network: Any = SimpleNamespace(board=SimpleNamespace(rank=0, world=1, call=1))
-    check = agreement.CallCheck(network, ["x"], torch.device("cpu"), Counter())
+    check = agreement.CallCheck(network, 1, ["x"], torch.device("cpu"), Counter())
     assert check.decide([torch.ones(2)], Question((), lambda _: EXACT)) == EXACT
 
 

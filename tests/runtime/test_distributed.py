@@ -158,6 +158,21 @@ def test_a_rank_that_leaves_a_picture_early_is_named_and_the_next_picture_succee
         assert again == "nothing"
 
 
+def test_ranks_that_wait_for_each_other_in_different_calls_are_told_at_once(seen: list[dict[str, Any]]) -> None:
+    known, new = "a call of plan 2 (of sample, timestep)", "the first call of plan 3 (of sample, timestep)"
+    places = f"rank 1 waits in {new}, but rank 0 in {known}", f"rank 0 waits in {known}, but rank 1 in {new}"
+    for rank in seen:
+        first, second = rank["pipeline"]["apart"]
+        assert first.startswith("RankError after <30 s: rank ")
+        assert any(place in first for place in places)
+        assert "cannot go on after an earlier call" in second or "can make no further call" in second
+
+
+def test_a_rank_whose_module_was_closed_is_not_waited_for(seen: list[dict[str, Any]]) -> None:
+    assert seen[0]["closed"].startswith("RankError after <10 s: rank 1 can make no further call")
+    assert "this parallel module was closed" in seen[1]["closed"]
+
+
 def test_a_rank_that_does_not_call_is_reported(seen: list[dict[str, Any]]) -> None:
     assert "RankError after <30 s: rank 0 waited 2 s for the other ranks" in seen[0]["absent"]
 
