@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,6 +34,7 @@ class Use:
         needs: the package that it needs.
         refused: how the error begins, where a split pipeline has to refuse it.
         widely: it is also measured under a stale strategy, with worker processes, and on the ranks of torchrun.
+        breaks: it ends in the user's own error on one of the ranks of torchrun, on which alone it is measured.
     """
 
     title: str
@@ -41,6 +43,7 @@ class Use:
     needs: str = ""
     refused: str = ""
     widely: bool = False
+    breaks: bool = False
 
     @property
     def missing(self) -> str:
@@ -90,6 +93,15 @@ def _fail(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, 
 def _failing_callback(pipe: Any) -> None:
     with suppress(KeyError):
         pipe("a circle", height=64, width=64, num_inference_steps=2, callback_on_step_end=_fail)
+
+
+def _fail_on_one(pipe: Any, *given: Any) -> Any:
+    return given[-1] if os.environ["RANK"] == "0" else _fail(pipe, *given)
+
+
+def _failing_on_one(pipe: Any) -> None:
+    with suppress(KeyError):
+        pipe("a circle", height=64, width=64, num_inference_steps=3, callback_on_step_end=_fail_on_one)
 
 
 def _smaller_first(pipe: Any) -> None:
@@ -228,7 +240,11 @@ USES: dict[str, Use] = {
     "stopped": Use(
         "a callback that interrupts", call={"callback_on_step_end": lambda _: _stop, "num_inference_steps": 3}
     ),
-    "failed": Use("a callback that raised in the call before", _failing_callback),
+    "failed": Use("a callback that raised in the call before", _failing_callback, widely=True),
+    "failed_on_one": Use(
+        "a callback that raised on one rank: a `DisagreementError` on all when it begins the next picture, then",
+        _failing_on_one, breaks=True,
+    ),
     "to": Use("`pipe.to(\"cpu\")`", lambda pipe: pipe.to("cpu")),
     "dtype": Use("`pipe.to(torch.float64)`", lambda pipe: pipe.to(torch.float64)),
     "channels_last": Use("channels last", lambda pipe: pipe.unet.to(memory_format=torch.channels_last) and None),

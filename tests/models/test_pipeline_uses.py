@@ -11,12 +11,12 @@ from fxpass.tools.sweeps.pipeline_uses import orders_of, outcome
 QUICK = ("failed", "ip_adapter")
 
 
-def marked(name: str) -> object:
+def marked(name: str, *more: str) -> object:
     use = USES[name]
     marks = [] if name in QUICK else [pytest.mark.slow]
     if use.missing:
         marks.append(pytest.mark.skip(reason=f"needs the package {use.missing}"))
-    return pytest.param(name, marks=marks)
+    return pytest.param(name, *more, marks=marks)
 
 
 def is_right(name: str, found: str) -> bool:
@@ -24,12 +24,12 @@ def is_right(name: str, found: str) -> bool:
     return found.startswith(f"refused: {refused}") if refused else found == "equal"
 
 
-@pytest.mark.parametrize("name", [marked(name) for name in USES])
+@pytest.mark.parametrize("name", [marked(name) for name in USES if "before" in orders_of(name)])
 def test_what_is_done_before_parallelize_is_kept(name: str) -> None:
     assert is_right(name, outcome(name, "before"))
 
 
-@pytest.mark.parametrize("name", [marked(name) for name in USES])
+@pytest.mark.parametrize("name", [marked(name) for name in USES if "after" in orders_of(name)])
 def test_what_is_done_after_parallelize_is_followed(name: str) -> None:
     assert is_right(name, outcome(name, "after"))
 
@@ -41,7 +41,9 @@ def test_what_is_done_after_parallelize_is_followed_under_a_stale_strategy(name:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["spawn", "torchrun"])
-@pytest.mark.parametrize("name", [marked(name) for name in USES if "spawn" in orders_of(name)])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [marked(name, order) for name in USES for order in ("spawn", "torchrun") if order in orders_of(name)],
+)
 def test_what_is_done_after_parallelize_reaches_other_processes(name: str, order: str) -> None:
     assert outcome(name, order) == "equal"

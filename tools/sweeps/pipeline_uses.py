@@ -23,6 +23,7 @@ import fxpass
 from ...models.pipelines_zoo import Small
 from ...models.pipelines_zoo.recipe import Recipe
 from ...models.pipelines_zoo.uses import USES, Use, start
+from ...runtime.errors import DisagreementError
 from .pipelines_case import PICTURE, RANKS, difference
 
 ORDERS = ("before", "after")
@@ -38,6 +39,8 @@ STEPS = Recipe(call={"num_inference_steps": 5})  #: two of them are stale: the l
 
 def orders_of(name: str) -> tuple[str, ...]:
     """The orders in which a use is measured."""
+    if USES[name].breaks:
+        return ("torchrun",)
     return (*ORDERS, *WIDELY) if USES[name].widely else ORDERS
 
 
@@ -81,10 +84,23 @@ def _split(use: Use, order: str, options: dict[str, Any], steps: Recipe) -> list
     try:
         if order == "after":
             _longer(small, steps).run()
-            small = use.apply(small)
+            small = _broken(small, use) if use.breaks else use.apply(small)
         return _longer(small, steps).run()
     finally:
         fxpass.restore(split)
+
+
+def _broken(small: Small, use: Use) -> Small:
+    """Do what ends in an error on one rank, which begins the next picture then: both ranks hear of it."""
+    heard = False
+    try:
+        use.apply(small)
+        small.run()
+    except DisagreementError:
+        heard = True
+    if not heard:
+        raise RuntimeError("a rank did not hear that the other one had left a picture")
+    return small
 
 
 def _longer(small: Small, steps: Recipe) -> Small:
