@@ -110,18 +110,6 @@ def test_the_page_on_inspecting_shows_what_its_commands_print(command: str, line
     assert re.match("".join(parts), "".join(f"{line}\n" for line in printed))
 
 
-def of_small_models() -> list[str]:
-    """The commands in the pages that name a small model, each once: they take seconds."""
-    found = dict.fromkeys(line for document in DOCUMENTS for line in commands(document))
-    return [line for line in found if re.match(r"fxpass (plan|check|dump|explain) small:", line)]
-
-
-@pytest.mark.parametrize("line", of_small_models())
-def test_commands_on_small_models_run_as_they_are_written(line: str) -> None:
-    ran = fxpass(*shlex.split(line)[1:])
-    assert ran.exit_code == 0, ran.stderr
-
-
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_modules_in_python_commands_exist(document: str) -> None:
     named = {name for line in commands(document) for name in re.findall(r"-m ((?:fxpass|benchmarks)[\w.]*)", line)}
