@@ -26,7 +26,7 @@ def chosen_parts(pipeline: Any, chosen: bool | str | Collection[str]) -> dict[st
         chosen: their names, or True: all that are not split.
 
     Raises:
-        ValueError: a name is not that of a part that is not split.
+        ValueError: it is something else, or a name is not that of a part that is not split.
     """
     if chosen is False:
         return {}
@@ -35,7 +35,9 @@ def chosen_parts(pipeline: Any, chosen: bool | str | Collection[str]) -> dict[st
     found = _by_name(pipeline, other_parts)
     if chosen is True:
         return _told_apart(found)
-    names = [chosen] if isinstance(chosen, str) else list(chosen)
+    names = [chosen] if isinstance(chosen, str) else list(chosen) if isinstance(chosen, Collection) else [chosen]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"on_first_rank is True, False, a name or names of parts, not {chosen!r}")
     wrong = [name for name in names if name not in found]
     if wrong:
         split = _by_name(pipeline, split_parts)

@@ -102,6 +102,9 @@ def test_names_are_checked_where_one_process_runs_the_parts_anyway() -> None:
     pipe: Any = Pipeline(unet=block(), scheduler=None)
     with pytest.raises(ValueError, match=r"has 'text', but these are the parts .* alone: none"):
         fxpass.parallelize(pipe, 2, executor="lockstep", on_first_rank="text")
+    for wrong in (5, None, [None]):
+        with pytest.raises(ValueError, match="on_first_rank is True, False, a name or names of parts, not"):
+            fxpass.parallelize(pipe, 2, executor="lockstep", on_first_rank=wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="names parts of a pipeline"):
         fxpass.parallelize(block(), 2, executor="lockstep", on_first_rank=True)
     fxpass.restore(fxpass.parallelize(pipe, 2, executor="lockstep", on_first_rank=True))
