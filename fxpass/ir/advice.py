@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 
-PASSED = ("fxpass", "torch")  #: packages that lie between a warning and the user's call
+PASSED = ("fxpass", "torch", "contextlib")  #: what lies between a warning and the call of the user
 TORCHRUN = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR"})  #: environment variables of a process that torchrun starts
 
 _first: bool | None = None  #: whether this process is the first of some group of ranks; None if it is in none yet
