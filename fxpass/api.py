@@ -43,6 +43,7 @@ def parallelize(
     data: int = 1,
     patches: int | None = None,
     speeds: Sequence[float] | None = None,
+    stages: int = 1,
     executor: str = "auto",
     compile: Compile = False,  # noqa: A002 - the name that torch users expect
     target: str = "auto",
@@ -85,6 +86,9 @@ def parallelize(
             Default: one for each process. `decode` and `encode` have that always. Not with strategy="auto".
         speeds: of each process of a group, in any unit: rows are cut in proportion, as far as the model allows. With
             them, `patches` need not be a multiple of the processes.
+        stages: number of parts into which the depth of the model is cut. Each part has an equal number of processes of
+            each group, which share its patches, and needs its own weights alone. Steps are exact, and take as long as
+            with one stage: stages save memory, not time. `decode` and `encode` run on patches alone.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers, on CUDA one for each further device), "lockstep" (all ranks in this
             process, in turn, however many processes there would be), or "auto": distributed if there are several
@@ -119,7 +123,7 @@ def parallelize(
 
     check_target(target, link)
     alone = chosen_parts(model_or_pipeline, on_first_rank)
-    saved = None if plan is None else _selected(plan, world_size, strategy, groups_of(0, cfg, data), patches)
+    saved = None if plan is None else _selected(plan, world_size, strategy, groups_of(0, cfg, data), patches, stages)
     if saved and speeds is not None:
         raise ValueError("speeds are part of the saved plan; leave them out, or make another plan")
     if saved and warmup_steps is not None:
@@ -134,7 +138,12 @@ def parallelize(
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     world = _world_size(saved[0].processes if saved else world_size, executor, group)
     groups = groups_of(world, cfg, data)
-    deal = Deal(saved[0].counts, saved[0].speeds) if saved else Deal.of(world, groups, patches, speeds)
+    deal = saved[0].deal if saved else Deal.of(world, groups, patches, speeds, stages)
+    if deal.stages > 1 and "graph" in str(compile):
+        raise ValueError(
+            f"compile={compile!r} cannot record the steps of stages as CUDA graphs; use compile='inductor', or leave "
+            "stages out"
+        )
     if deal.counts and "graph" in str(compile):
         raise ValueError(
             f"compile={compile!r} cannot record the steps of several patches in one process as CUDA graphs; use "
@@ -143,8 +152,10 @@ def parallelize(
     graphs, named = compile is True or "graph" in str(compile), "sync" if strategy is None else strategy
     chosen = saved[0].strategy if saved else strategy_of(named, graphs=graphs)
     refuse_deal(chosen, deal)
-    apart = Deal(deal.counts, deal.speeds * groups)
-    whole = ONE_EACH if saved else Deal.of(world, 1, None, None if speeds is None else [*speeds] * groups)
+    apart = Deal(deal.counts, deal.speeds * groups, deal.stages)
+    whole = (
+        ONE_EACH if saved else Deal.of(world, 1, None, None if speeds is None else [*speeds] * (groups * deal.stages))
+    )
     if warmup_steps is not None:
         chosen = _with_warmup(chosen, warmup_steps)
 
@@ -207,8 +218,10 @@ def _selected(
     strategy: Strategy | str | None,
     groups: int,
     patches: int | None,
+    stages: int,
 ) -> tuple[SavedPlan, ...]:
-    """The plans in a file for this world size, strategy, number of groups (1: any) and of patches, all of one kind.
+    """The plans in a file for this world size, strategy, number of groups and of stages (1: any) and of patches, all of
+    one kind.
 
     Raises:
         OSError, ValueError: the file cannot be read, or holds none of these or several kinds.
@@ -220,13 +233,13 @@ def _selected(
         for s in saved
         if world_size in (None, s.processes) and patches in (None, s.patches) and wanted in (None, s.strategy)
     ]
-    found = [s for s in found if groups in (1, s.groups // s.copies)]
-    kinds = {(each.world_size, each.counts, each.speeds, each.groups, each.copies, each.strategy) for each in found}
+    found = [s for s in found if groups in (1, s.groups // s.copies) and stages in (1, s.stages)]
+    kinds = {(each.world_size, each.deal, each.groups, each.copies, each.strategy) for each in found}
     if len(kinds) == 1:
         return tuple(found)
     known = ", ".join(sorted(set(map(_kind, saved)))) or "none"
     what = (
-        "several kinds of plans; say which by world_size, strategy, cfg and patches"
+        "several kinds of plans; say which by world_size, strategy, cfg, stages and patches"
         if kinds
         else "no plan of this kind"
     )
@@ -236,7 +249,8 @@ def _selected(
 def _kind(saved: SavedPlan) -> str:
     """The kind of a saved plan, for messages."""
     kind = f"world_size={saved.processes}, strategy={saved.strategy.name!r}"
-    return kind + f", {saved.groups} groups" * (saved.groups > 1) + f", patches={saved.patches}" * bool(saved.counts)
+    kind += f", {saved.groups} groups" * (saved.groups > 1) + f", stages={saved.stages}" * (saved.stages > 1)
+    return kind + f", patches={saved.patches}" * bool(saved.counts)
 
 
 def _warning(planner: Callable[[Program], Plan], *, slow: bool) -> Callable[[Program], Plan]:

@@ -18,6 +18,7 @@ def described(plan: Plan) -> dict[str, Any]:
         "ranks_per_process": list(plan.placement.counts),
         "speeds": list(plan.relative_speeds),
         "mesh": [plan.mesh.groups, plan.mesh.patches],
+        "stages": plan.stages,
         "strategy": plan.strategy.name,
         "target": plan.target.name,
         "fingerprint": plan.fingerprint,

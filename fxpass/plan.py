@@ -83,12 +83,14 @@ class Plan:
     calls: int = 1  #: how many calls of the program run at once, each on a group of ranks
     copies: int = 1  #: so many groups do the same: fewer ranks are faster (`strategy="auto"`)
     counts: tuple[int, ...] = ()  #: how many ranks each process runs, in turn; (): each runs one
-    speeds: tuple[float, ...] = ()  #: of the ranks of a group, to which their rows are in proportion; (): all the same
+    speeds: tuple[float, ...] = ()  #: of the ranks of a stage, to which their rows are in proportion; (): all the same
+    stages: int = 1  #: of each group, which run parts of the model one after the other
 
     @property
     def mesh(self) -> Mesh:
-        """How the ranks are arranged: groups that run different samples, each of ranks that run patches of these."""
-        return Mesh(self.groups, self.world_size // self.groups)
+        """How the ranks are arranged: groups that run different samples, each of stages that run parts of the model,
+        each of ranks that run patches."""
+        return Mesh(self.groups, self.world_size // self.groups // self.stages, self.stages)
 
     @property
     def placement(self) -> Placement:
@@ -108,11 +110,12 @@ class Plan:
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
         if self.placement.several:
             ranks += f" on {len(self.counts)} process{'es' * (len(self.counts) > 1)}"
-        if self.groups == 1:
+        if self.groups == self.stages == 1:
             return ranks
-        patches = self.mesh.patches
+        patches = f"{self.mesh.patches} patch{'es' * (self.mesh.patches > 1)}"
+        each = f"{self.stages} stages of {patches}" if self.stages > 1 else patches
         same = f", {self.copies} groups do the same" if self.copies > 1 else ""
-        return f"{ranks} ({self.groups} groups of {patches} patch{'es' * (patches > 1)}{same})"
+        return f"{ranks} ({f'{self.groups} groups of ' * (self.groups > 1)}{each}{same})"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -187,10 +190,13 @@ class Plan:
 
     @property
     def bound(self) -> float:
-        """Upper bound of the speed-up: all work on the fastest process over the time of the slowest, as far as it is
-        counted."""
-        work = self.placement.sums(self.flops_per_rank)
-        slowest = max(each / speed for each, speed in zip(work, self.relative_speeds, strict=True))
+        """Upper bound of the speed-up: all work on the fastest process over the time of the slowest (of each stage), as
+        far as it is counted."""
+        work, mesh = self.placement.sums(self.flops_per_rank), self.mesh
+        stages = [[0.0] for _ in range(mesh.stages)]
+        for ranks, each, speed in zip(self.placement, work, self.relative_speeds, strict=True):
+            stages[mesh.stage(ranks[0])].append(each / speed)
+        slowest = sum(map(max, stages))
         return self.flops_total / slowest if slowest else sum(self.relative_speeds)
 
     @cached_property
@@ -372,7 +378,7 @@ def make_plan(
 
     Args:
         strategy: or what chooses one, and the mesh.
-        deal: how the patches of a group are dealt to its processes.
+        deal: how the stages and the patches of a group are dealt to its processes.
         groups: of ranks, among which the samples of a batch are divided, if they are independent; they divide
             `world_size`. Otherwise all ranks work on patches of all samples, and a warning says why.
         together: where the batch cannot be divided evenly, each group runs a call of its own instead, unless calls
@@ -387,8 +393,9 @@ def make_plan(
         strategy, groups, copies = choice.strategy, choice.groups, choice.copies
     ranks = deal.ranks(world_size)
     result: Build = build(
-        program, ranks, machine, strategy, groups=groups, copies=copies, speeds=deal.speeds, after="samples"
-    )
+        program, ranks, machine, strategy, groups=groups, copies=copies, stages=deal.stages, speeds=deal.speeds,
+        after="samples",
+    )  # fmt: skip
     if together and isinstance(result.mixed, IndivisibleError) and not program.written and not program.changes:
         result = replace(result, samples=stacked(result.program, groups), mixed=None)
     result = resume(result, after="samples")
@@ -398,7 +405,7 @@ def make_plan(
     plan = Plan(
         result.program, result.graph, ranks, strategy, result.target, dict(result.cuts), seconds, result.tried,
         result.mesh.groups, result.samples.calls if result.samples else 1, result.copies if result.samples else 1,
-        deal.counts, deal.speeds,
+        deal.counts, deal.speeds, deal.stages,
     )  # fmt: skip
     if strict and plan.gathered:
         raise FallbackError(
@@ -423,6 +430,7 @@ def plan(
     data: int = 1,
     patches: int | None = None,
     speeds: Sequence[float] | None = None,
+    stages: int = 1,
     target: str | Target = "auto",
     link: str | None = None,
     strict: bool = False,
@@ -433,7 +441,7 @@ def plan(
     `target` names a device, or a file that describes one; `link` what joins the ranks (docs/targets.md lists both).
     `strategy="auto"` takes what is predicted to be fastest there: "displaced" or "sync", any number of groups, and
     fewer ranks if that is faster (`Plan.copies`). Planning takes several times as long.
-    `cfg`, `data`, `patches` and `speeds` are those of `parallelize`.
+    `cfg`, `data`, `patches`, `speeds` and `stages` are those of `parallelize`.
 
     Raises `CaptureError` if the model cannot be captured, `WorldSizeError` (a `ValueError`) if it cannot be split over
     so many ranks, and with `strict` `FallbackError` (a `ValueError`) if an operator cannot be split (`Plan.gathered`).
@@ -442,7 +450,7 @@ def plan(
     groups = groups_of(world_size, cfg, data)
     check_target(target, link)
     chosen = strategy_of(strategy)
-    deal = Deal.of(world_size, groups, patches, speeds)
+    deal = Deal.of(world_size, groups, patches, speeds, stages)
     refuse_deal(chosen, deal)
     program = model if isinstance(model, Program) else capture(model, *args, **kwargs)
     return make_plan(program, world_size, chosen, target, link, groups=groups, deal=deal, strict=strict)

@@ -34,18 +34,20 @@ def groups_of(world_size: int, cfg: Any, data: Any) -> int:
 
 @dataclass(frozen=True)
 class Deal:
-    """How the patches of a group are dealt to its processes.
+    """How the stages and the patches of a group are dealt to its processes.
 
     Attributes:
-        counts: how many patches each process runs, of all groups; () if each runs one.
-        speeds: of the ranks of a group; () if all are the same.
+        counts: how many patches each process runs, of all groups and stages; () if each runs one.
+        speeds: of the ranks of a stage; () if all are the same.
+        stages: of each group.
     """
 
     counts: tuple[int, ...] = ()
     speeds: tuple[float, ...] = ()
+    stages: int = 1
 
     def __bool__(self) -> bool:
-        return bool(self.counts or self.speeds)
+        return bool(self.counts or self.speeds or self.stages > 1)
 
     def ranks(self, processes: int) -> int:
         """How many ranks so many processes run."""
@@ -56,20 +58,21 @@ class Deal:
         return Placement(self.counts) if self.counts else Placement.one_each(processes)
 
     @staticmethod
-    def of(world_size: int, groups: int, patches: Any, speeds: Any) -> Deal:
+    def of(world_size: int, groups: int, patches: Any, speeds: Any, stages: Any = 1) -> Deal:
         """
         Args:
             world_size: the number of processes.
-            patches: of each group; None: one for each of its processes.
-            speeds: of the processes of a group, in any unit; None: all are the same. Each gets rows in proportion, in
+            patches: of each group; None: one for each process of a stage.
+            speeds: of the processes of a stage, in any unit; None: all are the same. Each gets rows in proportion, in
                 as many patches as make all patches most alike.
+            stages: of each group; each has as many processes.
 
         Raises:
-            ValueError: `patches` is no whole number of at least 1, or cannot be dealt to the processes of a group;
-                `speeds` are not as many numbers above 0 as a group has processes.
+            ValueError: `patches` or `stages` is no whole number of at least 1, or cannot be dealt to the processes of a
+                group; `speeds` are not as many numbers above 0 as a stage has processes.
         """
-        processes = world_size // groups
-        where = f"the {processes} processes" + " of each group" * (groups > 1)
+        processes = world_size // groups // _checked(stages, world_size // groups, groups)
+        where = f"the {processes} processes" + (" of each stage" if stages > 1 else " of each group" * (groups > 1))
         fast = _speeds(speeds, processes, where)
         if patches is None:
             patches = processes
@@ -87,10 +90,22 @@ class Deal:
         fast = fast or (1.0,) * processes
         counts = _dealt(patches, fast)
         own = tuple(speed / count for speed, count in zip(fast, counts, strict=True) for _ in range(count))
-        return Deal(counts * groups if patches > processes else (), own if len(set(own)) > 1 else ())
+        every = counts * (groups * stages) if patches > processes else ()
+        return Deal(every, own if len(set(own)) > 1 else (), stages)
 
 
 ONE_EACH = Deal()  #: every process runs one patch, and all are equally fast
+
+
+def _checked(stages: Any, processes: int, groups: int) -> int:
+    """`stages`, if the processes of a group can be dealt to them evenly; else raises `ValueError`."""
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ValueError(f"stages must be a whole number of at least 1, not {stages!r}")
+    if processes % stages:
+        where = f"{processes} processes" + " of each group" * (groups > 1)
+        fitting = " or ".join(str(each) for each in range(1, processes + 1) if processes % each == 0)
+        raise ValueError(f"the {where} cannot be divided evenly into {stages} stages; stages={fitting} would do")
+    return stages
 
 
 def _speeds(speeds: Any, processes: int, where: str) -> tuple[float, ...]:
@@ -120,9 +135,18 @@ Chooser = Callable[[Program, int, int, Target], Choice]
 
 
 def refuse_deal(strategy: Strategy | Chooser, deal: Deal) -> None:
-    """Raises `ValueError` if patches are dealt otherwise than one each, and the strategy, with the mesh, is chosen."""
+    """Raises `ValueError` if a deal does not go with a strategy.
+
+    The strategy, with the mesh, is chosen, but stages, patches or speeds are given; or there are stages, and not all
+    steps are exact.
+    """
     if deal and not isinstance(strategy, Strategy):
-        raise ValueError("patches and speeds are for a strategy that is named, not for strategy='auto'")
+        raise ValueError("stages, patches and speeds are for a strategy that is named, not for strategy='auto'")
+    if deal.stages > 1 and isinstance(strategy, Strategy) and not strategy.exact:
+        raise ValueError(
+            f"stages={deal.stages} runs exact steps only, and strategy {strategy.name!r} has displaced ones; use "
+            "strategy='sync', or patches without stages"
+        )
 
 
 def strategy_of(strategy: str | Strategy, *, graphs: bool = False) -> Strategy | Chooser:

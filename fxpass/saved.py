@@ -8,7 +8,8 @@ strategy::
        "program": fingerprint of the whole program, "world_size": 4, "groups": 1,
        "copies": 1, "strategy": {fields of Strategy},
        "cuts": {value: {"dim": 2, "rows": [runs of each rank]}}, "plan": fingerprint of the plan,
-       "counts": ranks of each process; [] if each has one, "speeds": of the ranks of a group; [] if all are the same}]}
+       "counts": ranks of each process; [] if each has one, "speeds": of the ranks of a stage; [] if all are the same,
+       "stages": of each group}]}
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from .passes import build
 from .passes.normalize import normalize
 from .passes.targets import Target
 from .plan import Plan
+from .planning import Deal
 from .runtime.calls.programs import NoPlanError
 
 SCHEMA = "fxpass.plans"
-VERSION = 3  #: of the schema
+VERSION = 4  #: of the schema
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class SavedPlan:
     plan: str
     counts: tuple[int, ...] = ()
     speeds: tuple[float, ...] = ()
+    stages: int = 1
+
+    @property
+    def deal(self) -> Deal:
+        """How the stages and the patches of a group are dealt to its processes."""
+        return Deal(self.counts, self.speeds, self.stages)
 
     @property
     def processes(self) -> int:
@@ -60,7 +68,7 @@ class SavedPlan:
     @property
     def patches(self) -> int:
         """Of each group."""
-        return self.world_size // self.groups
+        return self.world_size // self.groups // self.stages
 
     @staticmethod
     def of(plan: Plan) -> SavedPlan:
@@ -77,12 +85,13 @@ class SavedPlan:
             plan.fingerprint,
             plan.counts,
             plan.speeds,
+            plan.stages,
         )
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells entries of one file apart."""
-        return self.program, self.world_size, self.counts, self.speeds, self.groups, self.copies, self.strategy
+        return self.program, self.world_size, self.deal, self.groups, self.copies, self.strategy
 
 
 def save(plan: Plan, path: str | Path) -> None:
@@ -128,7 +137,16 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
         raise NoPlanError(_misfit(program, plans, here))
     saved = fitting[0]
     ranks, groups, copies = saved.world_size, saved.groups, saved.copies
-    result = build(program, ranks, target, saved.strategy, groups=groups // copies, copies=copies, cuts=saved.cuts)
+    result = build(
+        program,
+        ranks,
+        target,
+        saved.strategy,
+        groups=groups // copies,
+        copies=copies,
+        cuts=saved.cuts,
+        stages=saved.stages,
+    )
     assert result.graph is not None
     seconds = result.program.seconds | {"plan": time.perf_counter() - started}
     cuts = dict(saved.cuts)
@@ -144,6 +162,7 @@ def plan_again(program: Program, plans: Sequence[SavedPlan], target: Target) -> 
         copies=copies,
         counts=saved.counts,
         speeds=saved.speeds,
+        stages=saved.stages,
     )
     if plan.fingerprint != saved.plan:
         raise NoPlanError("these cuts give another plan than when they were saved; make it anew (Plan.save)")
@@ -193,7 +212,10 @@ def _from_json(data: dict[str, Any]) -> SavedPlan:
     values["strategy"] = Strategy(**strategy)
     values["cuts"] = {name: to_layout(layout) for name, layout in data["cuts"].items()}
     saved = SavedPlan(**values)
-    ranks = saved.world_size, saved.groups, saved.copies
-    if not all(isinstance(each, int) and each > 0 for each in ranks) or ranks[0] % ranks[1] or ranks[1] % ranks[2]:
-        raise ValueError(f"{ranks[0]!r} ranks in {ranks[1]!r} groups, of which {ranks[2]!r} do the same")
+    ranks = saved.world_size, saved.groups, saved.copies, saved.stages
+    whole = all(isinstance(each, int) and each > 0 for each in ranks)
+    if not whole or ranks[0] % (ranks[1] * ranks[3]) or ranks[1] % ranks[2]:
+        raise ValueError(
+            f"{ranks[0]!r} ranks in {ranks[1]!r} groups, of which {ranks[2]!r} do the same, of {ranks[3]!r} stages"
+        )
     return saved

@@ -4,7 +4,8 @@ Each pass takes a `Build` and returns a new one; it never changes the graph that
 verifier checks the spec of its stage. All passes but `displace` and `narrow` preserve the numbers up to rounding; these
 two follow law 4 (docs/design.md).
 
-Where the ranks are a mesh, all passes between `samples` and `join` work on the program of one group of ranks.
+Where the ranks are a mesh, all passes between `samples` and `join` work on the program of one group of ranks, and those
+before `stages` on that of one stage, which runs the whole model.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .partition import partition
 from .rules import RULES
 from .samples import Samples, SamplesError, copied, divide, undivided
 from .schedule import schedule
+from .stages import stages
 from .targets import Target
 from .trim import trim
 
@@ -56,7 +58,8 @@ class Build:
     graph: fx.Graph | None = None  #: the partitioned graph
     groups: int = 1  #: asked for; the samples of a batch are divided among them, if they are independent
     copies: int = 1  #: so many groups work on the same samples
-    speeds: tuple[float, ...] = ()  #: of each rank of a group, in any unit; (): all are the same
+    stages: int = 1  #: of ranks, each of which runs a part of the depth
+    speeds: tuple[float, ...] = ()  #: of each rank of a stage, in any unit; (): all are the same
     samples: Samples | None = None  #: how they are divided; None if all ranks work on all samples
     joined: bool = False  #: whether the graph is that of all groups
     mixed: SamplesError | None = None  #: why they are not divided although that was asked for
@@ -88,7 +91,7 @@ class Build:
     def mesh(self) -> Mesh:
         """How the ranks are arranged."""
         groups = self.groups * self.copies if self.samples else 1
-        return Mesh(groups, self.world // groups)
+        return Mesh(groups, self.world // groups // self.stages, self.stages)
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,12 @@ def _join(build: Build) -> Build:
     return replace(build, graph=graph, joined=True)
 
 
+def _stages(build: Build) -> Build:
+    if build.stages == 1:
+        return build
+    return replace(build, graph=stages(build.current, build.program, build.mesh, build.target))
+
+
 def _schedule(build: Build) -> Build:
     return replace(build, graph=schedule(build.current))
 
@@ -167,6 +176,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("narrow", _narrow, "displaced"),
     Pass("bucket", _bucket, "displaced"),
     Pass("join", _join, "displaced"),
+    Pass("stages", _stages, "displaced"),
     Pass("schedule", _schedule, "scheduled"),
 )
 
@@ -179,6 +189,7 @@ def build(
     *,
     groups: int = 1,
     copies: int = 1,
+    stages: int = 1,
     speeds: tuple[float, ...] = (),
     after: str | None = None,
     cuts: Mapping[str, Layout] | None = None,
@@ -186,8 +197,8 @@ def build(
     """Run the passes, up to and including `after` (all if None) on a captured program.
 
     The samples of a batch are divided among `groups` groups of ranks, if they are independent; each part is computed by
-    `copies` of them, and the results of the first are used. All of them divide `world`.
-    The rows of the ranks of a group are in proportion to their `speeds`.
+    `copies` of them, and the results of the first are used. The depth is cut into `stages`. All of them divide `world`.
+    The rows of the ranks of a stage are in proportion to their `speeds`.
     With `cuts`, which are known from an earlier search, that search is left out.
 
     Raises `ValueError` if no pass has the name `after`, `WorldSizeError` if so many ranks cannot share the model.
@@ -196,7 +207,7 @@ def build(
     if after is not None and after not in names:
         raise ValueError(f"no pass is called {after!r}; the passes are {', '.join(names)}")
     verify(program.graph, "captured")
-    start = Build(program, world, target, strategy, groups=groups, copies=copies, speeds=speeds)
+    start = Build(program, world, target, strategy, groups=groups, copies=copies, stages=stages, speeds=speeds)
     end = names.index(after) + 1 if after else None
     if cuts is None:
         return _run(start, PASSES[:end])

@@ -64,15 +64,19 @@ def flops(graph: fx.Graph, rank: int = 0) -> int:
 
 def totals(graph: fx.Graph, world: int, *figures: Callable[[fx.Node, int], int]) -> list[tuple[int, ...]]:
     """The sums of some figures of nodes (`node_flops`, `node_bytes`) over a graph, each for every rank."""
-    groups: dict[tuple[int, ...], dict[int, list[int]]] = {}  #: ranks alike -> of the first of each kind: the sums
+    #: ranks alike, and where the nodes are placed -> of the first of each kind: the sums
+    groups: dict[tuple[Any, ...], dict[int, list[int]]] = {}
     for node in calls(graph):
-        first = alike((node, *node.all_input_nodes), world)
-        if first not in groups:
-            groups[first] = {rank: [0] * len(figures) for rank in first}
-        for rank, sums in groups[first].items():
+        key = first, _ = alike((node, *node.all_input_nodes), world), node.meta.get("placed")
+        if key not in groups:
+            groups[key] = {rank: [0] * len(figures) for rank in first}
+        for rank, sums in groups[key].items():
             for i, figure in enumerate(figures):
                 sums[i] += figure(node, rank)
-    each = [[found[first[rank]] for first, found in groups.items()] for rank in range(world)]
+    each = [
+        [found[first[rank]] for (first, placed), found in groups.items() if placed is None or rank in placed]
+        for rank in range(world)
+    ]
     return [tuple(sum(sums[i] for sums in own) for own in each) for i in range(len(figures))]
 
 

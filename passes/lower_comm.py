@@ -28,6 +28,7 @@ from ..ir.merge import Moments
 from ..ir.nodes import append, append_copy
 from ..ir.program import specialize
 from ..ir.step import PACE, ChannelSpec, Mode, StateSpec, StepProgram, shared_buffers, verify_step
+from ..ir.transfer import Transfer
 
 
 class StepPrograms:
@@ -35,18 +36,23 @@ class StepPrograms:
 
     Args:
         graph: the scheduled graph for all ranks.
+        every: the operators of all stages, one after the other, as no rank runs them: for predictions.
     """
 
     @collection_paused()
-    def __init__(self, graph: fx.Graph, rank: int) -> None:
+    def __init__(self, graph: fx.Graph, rank: int, *, every: bool = False) -> None:
         self.rank = rank
-        self._local = specialize(graph, rank)
-        launches = list(self._local.find_nodes(op="call_function", target=ops.exchange))
-        waits = list(self._local.find_nodes(op="call_function", target=ops.wait))
+        self._every = every
+        self._local = specialize(graph, rank, every=every)
+        launches = list(graph.find_nodes(op="call_function", target=ops.exchange))
+        waits = list(graph.find_nodes(op="call_function", target=ops.wait))
         closing = [launches[-1]] if launches and waits[-1].args[0] is launches[-1] else []
-        self._sites = {node: _site(node, rank, i, node in closing) for i, node in enumerate(launches)}
+        known = {node.name: _site(node, rank, i, node in closing) for i, node in enumerate(launches)}
+        #: of all ranks: where this one takes no part, its program does not use them
+        self.channels = tuple(channel for site in known.values() for channel in site.channels)
+        own = self._local.find_nodes(op="call_function", target=ops.exchange)
+        self._sites = {node: known[node.name] for node in own}
         sites = self._sites.values()
-        self.channels = tuple(channel for site in sites for channel in site.channels)
         self.state = tuple(spec for site in sites for spec in site.state)
         self._apart = any(site.wire is not site.now for site in sites)
         self._forecast = any(each.forecast or each.needs_sent for site in sites for each in site.exchanges)
@@ -72,7 +78,7 @@ class StepPrograms:
         mode = self.canonical(mode)
         if mode not in self._made:
             numbers = {channel: i for i, channel in enumerate(self.channels)}
-            graph = _Lowering(self._local, mode, self._sites, numbers, self.state).run()
+            graph = _Lowering(self._local, mode, self._sites, numbers, self.state, every=self._every).run()
             self._made[mode] = program = StepProgram(self.rank, mode, graph, self.channels, self.state)
             verify_step(program)
         return self._made[mode]
@@ -96,6 +102,12 @@ class _Site:
     @property
     def stale(self) -> bool:
         return self.exchanges[0].fresh != "sync"
+
+    @property
+    def transfer(self) -> Transfer | None:
+        """The first exchange, if these give values to other stages."""
+        first = self.exchanges[0]
+        return first if isinstance(first, Transfer) else None
 
 
 def _site(node: fx.Node, rank: int, index: int, last: bool) -> _Site:
@@ -132,8 +144,10 @@ def _channel(
 
 def _reaches_all(exchanges: tuple[Exchange, ...]) -> bool:
     """Whether every rank sends something to every other."""
-    pairs = permutations(range(exchanges[0].world), 2)
-    return exchanges[0].lines == 1 and all(any(each.numel(src, dst) for each in exchanges) for src, dst in pairs)
+    axis, pairs = exchanges[0].axis, permutations(range(exchanges[0].world), 2)
+    return (axis is None or axis.size == axis.world) and all(
+        any(each.numel(src, dst) for each in exchanges) for src, dst in pairs
+    )
 
 
 class _Lowering:
@@ -146,7 +160,10 @@ class _Lowering:
         sites: dict[fx.Node, _Site],
         channels: dict[ChannelSpec, int],
         state: Iterable[StateSpec],
+        *,
+        every: bool = False,
     ) -> None:
+        self.every = every
         self.source = source
         self.mode = mode
         self.sites = sites
@@ -178,6 +195,8 @@ class _Lowering:
                 self.env[node] = self._wait(node.args[0])
             elif node.target is operator.getitem and isinstance(self.env[node.args[0]], list):
                 self.env[node] = result = self.env[node.args[0]][node.args[1]]
+                if "placed" in result.meta:  # the value itself, on the rank that sends it
+                    continue
                 if self.mode == "exact" or not node.meta.get("resized"):
                     result.meta.update(node.meta)
             else:
@@ -238,6 +257,10 @@ class _Lowering:
     def _launch(self, node: fx.Node) -> None:
         site = self.sites[node]
         values = [self.env[value] for value in node.args[0]]  # type: ignore[union-attr]
+        if site.transfer and not site.transfer.sends(site.rank) and not self.every:
+            nothing: tuple[Any, ...] = ((None,) * site.transfer.world,) * len(site.exchanges)
+            self._emit(comm.put, nothing, self.channels[site.channels[0]])
+            return
         if not site.stale or self.mode == "exact":
             if self._keeps_last(site):
                 self.last[site] = self._get(site, site.now, site.exchanges, values)
@@ -288,6 +311,10 @@ class _Lowering:
         """The results of an exchange node; keeps what later steps read of it."""
         site = self.sites[launch]
         values = [self.env[value] for value in launch.args[0]]  # type: ignore[union-attr]
+        if site.transfer and site.transfer.sends(site.rank) and not self.every:
+            return values
+        if site.transfer:
+            return self._get(site, site.now, site.exchanges, values)
         if self.mode != "exact" and site.stale:
             received = self._earlier(site, values)
             return [self._displaced(site, i, each, values[i], received[i]) for i, each in enumerate(site.exchanges)]

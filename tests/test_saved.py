@@ -137,8 +137,8 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
     [
         ("{", "holds no plans of fxpass"),
         ("[]", '"schema" is not "fxpass.plans"'),
-        ('{"schema": "fxpass.plans", "version": 9}', "has version 9 of the schema; this fxpass reads 3"),
-        ('{"schema": "fxpass.plans", "version": 3, "plans": [{}]}', "is damaged: KeyError"),
+        ('{"schema": "fxpass.plans", "version": 9}', "has version 9 of the schema; this fxpass reads 4"),
+        ('{"schema": "fxpass.plans", "version": 4, "plans": [{}]}', "is damaged: KeyError"),
     ],
 )
 def test_a_file_without_plans_is_refused_when_it_is_read(text: str, words: str, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class PlannedExchange:
     def received(self, rank: int, *, exact: bool = True) -> int:
         """Bytes of payload that `rank` receives in an exact step, or in a displaced one."""
         place = self.declared.place(rank)
+        if not self.declared.has(rank):
+            return 0
         if exact:
             return self.declared.received(place)
         return self.declared.wire.received(place) if self.declared.repeated else 0
@@ -122,7 +124,7 @@ def uncounted_in(graph: fx.Graph, gathered: Sequence[Gathered]) -> dict[str, int
 
 def padding_of(message: Sequence[Exchange], rank: int, *, exact: bool = True) -> int:
     """Bytes of padding that `rank` receives with a message over NCCL, in addition to the payloads."""
-    if not exact and not message[0].repeated:
+    if not message[0].has(rank) or (not exact and not message[0].repeated):
         return 0
     sent = tuple(message) if exact else tuple(each.wire for each in message)
     return padding(sent, message[0].place(rank))

@@ -5,6 +5,7 @@ What a rank receives of one exchange lies in *one* buffer, and every operator re
     Merged (Moments, Reduce)            [ranks, *shape]           the parts of all ranks
     Fetch that gives everyone all rows  [..., all rows, ...]      the result, but for the own rows
     any other Fetch                     [..., received rows, ...] the rows of each sender in turn
+    Transfer                            [*local shape]            the result
 
 In the first two the rank's own place is left to it. `unpack` of such a Fetch writes the own rows there and returns the
 buffer: keys and values are not copied a second time. Each operator is a few vectorised calls, whatever the number of
@@ -24,6 +25,7 @@ from .exchange import Exchange, Payloads
 from .fetch import Fetch, places
 from .merge import Merged, Moments, with_part
 from .ops import fill_rows, take
+from .transfer import Transfer
 
 
 def in_place(exchange: Exchange) -> bool:
@@ -35,6 +37,8 @@ def received_shape(exchange: Exchange, rank: int) -> tuple[int, ...]:
     """The shape of the buffer that rank `rank` receives an exchange in."""
     if isinstance(exchange, Merged):
         return (exchange.world, *exchange.shape)
+    if isinstance(exchange, Transfer):
+        return exchange.payload_shape(rank, rank)
     assert isinstance(exchange, Fetch)
     rows = exchange.shape[exchange.dim] if in_place(exchange) else sum(_received_rows(exchange, rank))
     return (*exchange.shape[: exchange.dim], rows, *exchange.shape[exchange.dim + 1 :])
@@ -60,6 +64,9 @@ def assemble(exchange: Exchange, rank: int, payloads: Payloads, device: torch.de
         filler = next(part for part in payloads if part is not None)
         torch.stack([filler if part is None else part for part in payloads], out=buffer)
         return buffer
+    if isinstance(exchange, Transfer):
+        (payload,) = (part for part in payloads if part is not None)
+        return buffer.copy_(payload)
     assert isinstance(exchange, Fetch)
     dim = exchange.dim
     if not in_place(exchange):
@@ -92,6 +99,8 @@ def landings(exchange: Exchange, dst: int, src: int, buffer: Tensor) -> list[tup
         return []
     if isinstance(exchange, Merged):
         return [(None, buffer[src])]
+    if isinstance(exchange, Transfer):
+        return [(None, buffer)]
     assert isinstance(exchange, Fetch)
     if not in_place(exchange):
         counts = _received_rows(exchange, dst)

@@ -12,6 +12,7 @@ own value of this step and the payloads received in an earlier one.
     Fetch(have -> want)    moves rows along one dim: halos, keys and values, realignment, outputs      (fetch.py)
     Moments                merges (mean, M2) by Chan's formula; biased variance, as torch's group norm (merge.py)
     Reduce                 sums, products, maxima, minima of partial results, in rank order            (merge.py)
+    Transfer               gives a value to the ranks of other stages                                  (transfer.py)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from .mesh import Axis
 
 Role = Literal[
-    "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output", "inputs"
+    "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output", "inputs", "transfer"
 ]  #: what an exchange is for
 DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum")  #: roles that rules may allow to be stale
 Freshness = Literal["sync", "stale", "predicted", "corrected", "frozen", "local"]
@@ -80,7 +81,11 @@ class Exchange:
     @property
     def lines(self) -> int:
         """How many sets of ranks do this exchange, each among themselves."""
-        return 1 if self.axis is None else self.axis.lines
+        return 1 if self.axis is None else len(self.axis.lines)
+
+    def has(self, rank: int) -> bool:
+        """Whether a rank of the mesh takes part."""
+        return self.axis is None or self.axis.has(rank)
 
     @property
     def repeated(self) -> bool:

@@ -1,10 +1,13 @@
-"""A mesh of ranks: groups that run different samples of a batch, each of ranks that run patches of these samples.
+"""A mesh of ranks: groups that run different samples of a batch, each of stages that run parts of the model one after
+the other, each of ranks that run patches of these samples.
 
-Ranks are counted by group, then by patch::
+Ranks are counted by group, then by stage, then by patch::
 
-                 patch 0   patch 1   patch 2
-    group 0         0         1         2        lines of the axis "patches": (0 1 2), (3 4 5)
-    group 1         3         4         5        lines of the axis "samples": (0 3), (1 4), (2 5)
+                         patch 0   patch 1
+    group 0   stage 0       0         1        lines of the axis "patches": (0 1), (2 3), (4 5), (6 7)
+              stage 1       2         3        lines of the axis "samples": (0 4), (1 5), (2 6), (3 7)
+    group 1   stage 0       4         5
+              stage 1       6         7
 
 An exchange takes place along one axis: the ranks of each line exchange among themselves, and the exchange counts them
 from 0 by their place in the line.
@@ -12,7 +15,7 @@ from 0 by their place in the line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,27 +23,49 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis of a mesh.
+    """An axis of a mesh, or a part of it.
 
     Attributes:
-        size: ranks in a line.
-        stride: from one rank of a line to the next.
-        lines: the number of lines.
+        lines: sets of ranks of equal size; those of each exchange among themselves, and are counted in this order. A
+            rank that is in none of them is alone.
+        world: the number of ranks of the mesh.
     """
 
     name: str
-    size: int
-    stride: int
-    lines: int
+    lines: tuple[tuple[int, ...], ...]
+    world: int
+
+    @property
+    def size(self) -> int:
+        """The number of ranks in a line."""
+        return len(self.lines[0])
+
+    def has(self, rank: int) -> bool:
+        """Whether a rank is in one of the lines."""
+        return rank in self._places
 
     def place(self, rank: int) -> int:
         """The place of a rank in its line."""
-        return rank // self.stride % self.size
+        return self._places[rank][0] if rank in self._places else 0
 
     def members(self, rank: int) -> tuple[int, ...]:
         """The ranks of the line in which a rank is, by their places."""
-        first = rank - self.place(rank) * self.stride
-        return tuple(first + i * self.stride for i in range(self.size))
+        return self._places[rank][1] if rank in self._places else (rank,)
+
+    def among(self, ranks: Collection[int]) -> Axis:
+        """The lines of these ranks alone."""
+        return Axis(self.name, tuple(line for line in self.lines if all(rank in ranks for rank in line)), self.world)
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, tuple[int, ...]]]:
+        return {rank: (place, line) for line in self.lines for place, rank in enumerate(line)}
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.lines, self.world))
 
     def __str__(self) -> str:
         return self.name
@@ -48,28 +73,47 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """`groups` groups of `patches` ranks."""
+    """`groups` groups of `stages` stages of `patches` ranks."""
 
     groups: int
     patches: int
+    stages: int = 1
 
     @property
     def world(self) -> int:
         """The number of ranks."""
-        return self.groups * self.patches
+        return self.groups * self.stages * self.patches
 
     @property
     def along_samples(self) -> Axis:
         """The axis on which ranks hold the same patch of different samples."""
-        return Axis("samples", self.groups, self.patches, self.patches)
+        each = range(self.world // self.groups)
+        return Axis("samples", tuple(tuple(range(first, self.world, len(each))) for first in each), self.world)
 
     @property
     def along_patches(self) -> Axis:
         """The axis on which ranks hold different patches of the same samples."""
-        return Axis("patches", self.patches, 1, self.groups)
+        firsts = range(0, self.world, self.patches)
+        return Axis("patches", tuple(tuple(range(first, first + self.patches)) for first in firsts), self.world)
+
+    def across(self, stages: Sequence[int]) -> Axis:
+        """The axis on which ranks run these stages of the same samples: all patches of one stage, then of the next."""
+        firsts = range(0, self.world, self.stages * self.patches)
+        each = [range(stage * self.patches, (stage + 1) * self.patches) for stage in stages]
+        lines = tuple(tuple(first + rank for ranks in each for rank in ranks) for first in firsts)
+        return Axis("stages", lines, self.world)
+
+    def stage(self, rank: int) -> int:
+        """The stage that a rank runs."""
+        return rank // self.patches % self.stages
+
+    def ranks_of(self, stages: Collection[int]) -> tuple[int, ...]:
+        """The ranks that run one of these stages, ascending."""
+        return tuple(rank for rank in range(self.world) if self.stage(rank) in stages)
 
     def __str__(self) -> str:
-        return f"{self.groups} x {self.patches}"
+        stages = f" x {self.stages} stages" if self.stages > 1 else ""
+        return f"{self.groups}{stages} x {self.patches}"
 
 
 @dataclass(frozen=True)

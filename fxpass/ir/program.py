@@ -7,6 +7,7 @@ A node of a partitioned graph carries in `meta`:
     path           the module it comes from, e.g. "mid_block.attentions.0.attn1"
     flops          of an operator without a formula: FLOPs of its parts on whole tensors, None if unknown
     resized        present if the value has fewer rows at displaced steps (keys and values in a window)
+    placed         the ranks that compute the operator or hold the weight, ascending; all if it is not there
     given          of an input: the layout that it has before the call (`Program.given`)
     kept           of the output node: indices of results that are not gathered (`Program.kept`)
     holes          present if the layout leaves out rows that no operator reads (the operand of a strided convolution);
@@ -162,12 +163,28 @@ def exchanges_of(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[Exchange, ...
     return ((node, node.args[1]) for node in graph.nodes if node.target is ops.exchange)
 
 
-def specialize(graph: fx.Graph, rank: int) -> fx.Graph:
-    """The graph of one rank, with the rank's values in place of `PerRank` arguments."""
+def is_on(node: fx.Node, rank: int) -> bool:
+    """Whether a rank has a node's value."""
+    return "placed" not in node.meta or rank in node.meta["placed"]
+
+
+def specialize(graph: fx.Graph, rank: int, *, every: bool = False) -> fx.Graph:
+    """The graph of one rank, with the rank's values in place of `PerRank` arguments.
+
+    What is placed on other ranks alone is left out. Where the rank gets a value by an exchange, that has no operand.
+
+    Args:
+        every: what is placed on other ranks stays.
+    """
     result = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        new = append_copy(result, node, env.__getitem__)
+        if not every and not is_on(node, rank):
+            continue
+        new = append_copy(result, node, env.get)
+        if node.target in (ops.exchange, ops.wait):
+            index = 0 if node.target is ops.exchange else 1
+            new.update_arg(index, tuple(value for value in new.args[index] if value is not None))  # type: ignore[union-attr]
         new.args = _chosen(new.args, rank)
         new.kwargs = _chosen(new.kwargs, rank)
         layout = layout_of(node)
@@ -213,5 +230,6 @@ def fingerprint(graph: fx.Graph) -> str:
     for node in graph.nodes:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
         meta = (node.meta.get("shape"), str(node.meta.get("dtype")), layout_of(node))
+        meta += (node.meta["placed"],) if "placed" in node.meta else ()
         digest.update(f"{node.op} {name} {text(node.args)} {text(node.kwargs)} {meta}\n".encode())
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from .layout import Layout, PerRank, Rows, owned
 from .merge import Moments
 from .operators import spec_of
 from .program import calls, exchanges_of, fetched, layout_of, shape_of
+from .transfer import Transfer
 
 Stage = Literal["captured", "normal", "partitioned", "displaced", "scheduled"]
 Check = Callable[[fx.Graph, int], Iterator[fx.Node]]
@@ -99,9 +100,9 @@ def _lawful(layout: Layout, size: int, world: int, holes: bool) -> bool:
 
 
 def _complete(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """A value with holes is neither exchanged nor an output."""
+    """A value with holes is neither exchanged nor an output, but may go to the same patch of other stages."""
     for node in graph.nodes:
-        leaves = node.op == "output" or node.target is ops.exchange
+        leaves = node.op == "output" or (node.target is ops.exchange and not _transfers(node))
         if leaves and any("holes" in value.meta for value in node.all_input_nodes):
             yield node
 
@@ -117,6 +118,8 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
                 right &= not layout.split and isinstance(exchange, Fetch) and _parts(exchange) == {shape}
             elif exchange.shape != shape:
                 right = False
+            elif isinstance(exchange, Transfer):
+                right &= exchange.layout == layout
             elif isinstance(exchange, Fetch):
                 everything = (Rows.interval(0, shape[exchange.dim]),) * world
                 right &= exchange.have == (layout.rows if layout.split else everything)
@@ -126,6 +129,11 @@ def _declared(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
             if not right:
                 yield node
                 break
+
+
+def _transfers(node: fx.Node) -> bool:
+    """Whether an exchange gives values to other stages."""
+    return any(isinstance(each, Transfer) for each in node.args[1])  # type: ignore[union-attr]
 
 
 def _along_samples(exchange: Exchange) -> bool:
@@ -196,6 +204,28 @@ def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
             yield node
 
 
+def _placed(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
+    """Every rank that computes an operator has its operands. The ranks of an exchange are those of its axis.
+
+    Of what a transfer gives others, the ranks that send have the operands.
+    """
+    for node in graph.nodes:
+        ranks: tuple[int, ...] | None = node.meta.get("placed")
+        launch = node.args[0] if node.target is ops.wait else node
+        if launch.target is ops.exchange:
+            lines = [each.axis.lines if each.axis else () for each in launch.args[1]]
+            if ranks is not None and any({*ranks} != {rank for line in each for rank in line} for each in lines):
+                yield node
+                continue
+            if _transfers(launch):
+                ranks = tuple(rank for line in lines[0] for rank in line[: launch.args[1][0].patches])
+        held = [
+            value.meta["placed"] for value in node.all_input_nodes if "placed" in value.meta and value is not launch
+        ]
+        if any(ranks is None or not {*ranks} <= {*each} for each in held):
+            yield node
+
+
 def _awaited(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
     """A launch is awaited once, and nothing else uses it."""
     return (node for node, _ in exchanges_of(graph) if [user.target for user in node.users] != [ops.wait])
@@ -220,7 +250,11 @@ SPECS: dict[Stage, list[tuple[str, Check]]] = {
         ("rules allow only real halos, keys and values, moments and sums to be stale", _allowed),
     ],
 }
-SPECS["displaced"] = [*SPECS["partitioned"], ("only what its rule allows is stale", _displaced)]
+SPECS["displaced"] = [
+    *SPECS["partitioned"],
+    ("only what its rule allows is stale", _displaced),
+    ("values are where operators read them", _placed),
+]
 SPECS["scheduled"] = [*SPECS["displaced"], ("each launch is awaited once", _awaited)]
 
 

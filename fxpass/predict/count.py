@@ -19,6 +19,7 @@ from ..ir import comm
 from ..ir.exchange import Exchange, Payloads
 from ..ir.fetch import Fetch
 from ..ir.ops import Numbers, Table, index_tensors_from
+from ..ir.transfer import Transfer
 
 META = torch.device("meta")
 READS_PART = ("index_select", "gather", "embedding", "index")  #: read as much of an operand as they write
@@ -119,6 +120,8 @@ class _Counting(TorchDispatchMode):
 
 def count_communication(target: Callable[..., Any], exchange: Exchange, rank: int) -> Counted:
     """What an operator of `fxpass.ir.comm` does on one rank."""
+    if isinstance(exchange, Transfer) and exchange.sends(rank) == (target is comm.assemble):
+        return Counted(0, 0, 0, 0)  # who sends gets nothing
     return _run(target, *(_ARGUMENTS[target](exchange, rank)))
 
 
@@ -128,6 +131,8 @@ def _tensor(shape: Any, dtype: torch.dtype) -> Tensor:
 
 def _own(each: Exchange, rank: int) -> Tensor:
     shape = each.shape
+    if isinstance(each, Transfer):
+        shape = each.payload_shape(rank, rank)
     if isinstance(each, Fetch):
         shape = (*shape[: each.dim], len(each.have[rank]), *shape[each.dim + 1 :])
     return _tensor(shape, each.dtype)

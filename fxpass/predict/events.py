@@ -23,14 +23,14 @@ class Work:
     """Kernels one after the other.
 
     Attributes:
-        host: seconds in which the host launches them.
+        host: seconds in which the hosts launch them.
         seconds: on the device.
         lag: seconds after the host has begun to launch them until they are done, if nothing runs before.
     """
 
     name: str
     path: str
-    host: float
+    host: Figures
     seconds: Figures
     lag: Figures
 
@@ -79,7 +79,8 @@ class Message:
         """Whether two ranks take part together: [rank, rank]. In an all-gather all do."""
         if self.broadcast:
             one = self.spec.exchanges[0]
-            return _of_all_lines(one, np.ones((one.world, one.world))) > 0
+            together = _of_all_lines(one, np.ones((one.world, one.world))) > 0
+            return together | np.eye(len(together), dtype=bool)
         return (self.bytes + self.bytes.T > 0) | np.eye(len(self.bytes), dtype=bool)
 
     def received_of(self, rank: int) -> dict[str, int]:
@@ -98,9 +99,9 @@ def bytes_of(exchange: Exchange) -> np.ndarray:
 
 def _of_all_lines(exchange: Exchange, figures: np.ndarray) -> np.ndarray:
     """Figures of pairs of ranks, as an exchange counts them, for all pairs of ranks of the mesh; others have 0."""
-    world = exchange.world * exchange.lines
+    world = exchange.axis.world if exchange.axis else exchange.world
     found = np.zeros((world, world))
-    for members in {exchange.members(rank) for rank in range(world)}:
+    for members in {exchange.members(rank) for rank in range(world) if exchange.has(rank)}:
         found[np.ix_(members, members)] = figures
     return found
 
@@ -163,12 +164,12 @@ def step_of(program: StepProgram, plan: fx.Graph, prices: Prices, link: Link, la
             events.append(Get(message, _copied(message, comm.assemble, prices, link, launch)))
         else:
             price = prices.of(node)
-            if price.kernels:
+            if price.kernels.any():
                 events.append(_work(node.name, node.meta.get("path", ""), price.kernels, price.seconds, launch))
     return Step(tuple(events))
 
 
-def _work(name: str, path: str, kernels: float, seconds: Figures, launch: float) -> Work:
+def _work(name: str, path: str, kernels: Figures, seconds: Figures, launch: float) -> Work:
     return Work(name, path, launch * kernels, seconds, seconds + launch * kernels)
 
 
@@ -179,8 +180,11 @@ def _copied(message: Message, target: object, prices: Prices, link: Link, launch
     name = f"{'get' if reads else 'put'} {message.id}"
     if link.medium == "memory":
         moved = message.received if reads else message.written
-        return _work(name, path, 1, moved / link.bandwidth, launch)
+        takes_part = np.array([float(message.spec.exchanges[0].has(rank)) for rank in range(prices.world)])
+        return _work(name, path, takes_part, moved / link.bandwidth, launch)
     found = [prices.communication(target, each) for each in message.spec.exchanges]  # type: ignore[arg-type]
     seconds = sum((each.seconds for each in found), np.zeros(1))
-    kernels = sum(each.kernels for each in found) + (0 if reads else 1)  # a put also launches the transfer
+    kernels = sum((each.kernels for each in found), np.zeros(1))
+    if not reads:
+        kernels = kernels + (kernels > 0)  # a put also launches the transfer
     return _work(name, path, kernels, seconds, launch)

@@ -10,17 +10,17 @@ import numpy as np
 from torch import fx
 
 from ..ir import comm
-from ..ir.program import Program
+from ..ir.program import Program, is_on
 from ..ir.step import StepProgram
 from .price import Figures, Prices
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device of one rank.
+    """Bytes on the device of one process.
 
     Attributes:
-        weights: parameters, buffers and constants of the model; every rank has all of them.
+        weights: parameters, buffers and constants of the model: of the stage that the process runs.
         state: messages that the next step reads, and what forecasts, estimates and codes need of the steps before.
         activations: inputs, results of operators and copies of messages, where most of them are alive at once.
         beside: weights of the other parts of the pipeline, by name.
@@ -45,10 +45,15 @@ class Memory:
         return [("weights", self.weights), *self.beside.items(), ("state", self.state), *alive]
 
 
-def weights_of(program: Program) -> int:
-    """Bytes of the weights and constants of a program."""
+def weights_of(program: Program, graph: fx.Graph, ranks: Sequence[int]) -> int:
+    """Bytes of the weights and constants that some ranks have.
+
+    Args:
+        graph: the partitioned graph.
+    """
     held = {*program.weights, *program.constants}
-    return sum(_bytes(node) for node in program.graph.nodes if node.op == "placeholder" and node.name in held)
+    found = [node for node in graph.nodes if node.op == "placeholder" and node.name in held]
+    return sum(_bytes(node) for node in found if any(is_on(node, rank) for rank in ranks))
 
 
 def _bytes(node: fx.Node) -> int:

@@ -47,4 +47,6 @@ class Parts:
     def with_memory(self, prediction: Prediction) -> Prediction:
         """A prediction of a denoiser, with the memory of the whole pipeline."""
         decoding = self.decoding(prediction.world, prediction.target)
-        return replace(prediction, memory=replace(prediction.memory, beside=dict(self.weights), decoding=decoding))
+        beside = dict(self.weights)
+        memories = tuple(replace(each, beside=beside, decoding=decoding) for each in prediction.memories)
+        return replace(prediction, memories=memories)

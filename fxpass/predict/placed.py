@@ -66,14 +66,16 @@ def on_processes(step: Step, placement: Placement, speeds: tuple[float, ...]) ->
 
 
 def _in_turn(work: Work, placement: Placement, speeds: tuple[float, ...]) -> Work:
-    """The work of the ranks of each process, one after the other; the host is that of the process with most ranks."""
-    seconds, lag = (np.broadcast_to(each, placement.world) for each in (work.seconds, work.lag))
+    """The work of the ranks of each process, one after the other."""
+    host, seconds, lag = (np.broadcast_to(each, placement.world) for each in (work.host, work.seconds, work.lag))
     each_process: list[Work] = []
     for ranks, speed in zip(placement, speeds, strict=True):
-        own = Work(work.name, work.path, 0.0, np.zeros(()), np.zeros(()))
+        own = Work(work.name, work.path, np.zeros(()), np.zeros(()), np.zeros(()))
         for rank in ranks:
             took = seconds[rank] / speed
-            own = own.then(Work(work.name, work.path, work.host, took, lag[rank] - seconds[rank] + took))
+            own = own.then(Work(work.name, work.path, host[rank], took, lag[rank] - seconds[rank] + took))
         each_process.append(own)
-    figures = (np.array([getattr(own, name) for own in each_process], dtype=float) for name in ("seconds", "lag"))
-    return Work(work.name, work.path, work.host * max(placement.counts), *figures)
+    figures = (
+        np.array([getattr(own, name) for own in each_process], dtype=float) for name in ("host", "seconds", "lag")
+    )
+    return Work(work.name, work.path, *figures)

@@ -50,7 +50,7 @@ class Prediction:
         exact: an exact step.
         steady: a displaced step after displaced steps; None if all steps are exact.
         exact_steps: the number of exact steps at the beginning and at the end of a generation; None if all are.
-        memory: of the rank that needs most.
+        memories: of each process.
     """
 
     target: Target
@@ -59,7 +59,12 @@ class Prediction:
     graphs: bool
     exact: StepTime
     steady: StepTime | None
-    memory: Memory
+    memories: tuple[Memory, ...]
+
+    @property
+    def memory(self) -> Memory:
+        """Of the process that needs most."""
+        return max(self.memories, key=lambda each: each.total)
 
     @property
     def exact_steps(self) -> tuple[int, int] | None:
@@ -104,16 +109,20 @@ class Steps:
     """The steps of all ranks, priced for a target.
 
     Attributes:
-        memory: of the process that needs most.
+        memories: of each process.
         process: the one that needs most memory.
         alive: bytes of activations there while each node of the step program runs, by mode.
     """
 
     modes: dict[Mode, Step]
-    memory: Memory
+    memories: tuple[Memory, ...]
     process: int
     alive: dict[Mode, Figures]
-    processes: int
+
+    @property
+    def memory(self) -> Memory:
+        """Of the process that needs most."""
+        return self.memories[self.process]
 
     @staticmethod
     @collection_paused()
@@ -138,7 +147,7 @@ class Steps:
             prices: those of the target's device for so many ranks, where other plans have filled them.
         """
         prices = prices or Prices(target.device, world)
-        programs = StepPrograms(graph, 0)
+        programs = StepPrograms(graph, 0, every=True)
         launch = 0.0 if graphs else target.device.launch
         wanted: tuple[Mode, ...] = ("exact", "steady")
         lowered: dict[Mode, StepProgram] = {programs.canonical(mode): programs[mode] for mode in wanted}
@@ -155,21 +164,24 @@ class Steps:
             steps = {mode: on_processes(step, placement, fast) for mode, step in steps.items()}
             state = np.array(placement.sums(state.tolist()))
             held = {mode: np.array([placement.sums(each) for each in found]) for mode, found in held.items()}
-        both: Figures = state + np.maximum.reduce([each.max(0) for each in held.values()])
-        most = int(both.argmax())
-        memory = Memory(weights_of(program), int(state[most]), int(both[most] - state[most]))
+        activations: Figures = np.maximum.reduce([each.max(0) for each in held.values()])
+        memories = tuple(
+            Memory(weights_of(program, graph, ranks), int(state[process]), int(activations[process]))
+            for process, ranks in enumerate(placement)
+        )
+        most = max(range(len(memories)), key=lambda process: memories[process].total)
         own: dict[Mode, Figures] = {mode: each[:, most] for mode, each in held.items()}
-        return Steps(steps, memory, most, own, placement.processes)
+        return Steps(steps, memories, most, own)
 
     def predict(self, strategy: Strategy, target: Target, *, graphs: bool = False) -> Prediction:
         """Simulate them. Arguments as they were for `of`."""
-        simulation = Simulation(self.processes, target.link)
+        simulation = Simulation(len(self.memories), target.link)
         exact = _taken(simulation, self.modes["exact"])
         steady = None
         if displaced := [step for mode, step in self.modes.items() if mode != "exact"]:
             simulation.settle(displaced[0])
             steady = _taken(simulation, displaced[0])
-        return Prediction(target, self.processes, strategy, graphs, exact, steady, self.memory)
+        return Prediction(target, len(self.memories), strategy, graphs, exact, steady, self.memories)
 
 
 def predict(

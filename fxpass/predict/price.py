@@ -42,13 +42,14 @@ BATCHED = {aten.bmm.default, aten.matmul.default, aten.baddbmm.default}  #: all 
 class Price:
     """The figures of one operator on the ranks."""
 
-    kernels: float  #: the largest of all ranks
+    kernels: Figures  #: the largest of all ranks; 0 on ranks that do not run it
     seconds: Figures  #: on the device
     allocated: Figures  #: bytes of the result; 0 for a view
     most: Figures  #: bytes allocated at once, the result among them
 
 
-NOTHING = Price(0.0, np.zeros(1), np.zeros(1), np.zeros(1))
+NONE = Counted(0, 0, 0, 0)
+NOTHING = Price(np.zeros(1), np.zeros(1), np.zeros(1), np.zeros(1))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,17 @@ class Prices:
         key = (node.target, fx.node.map_arg((node.args, node.kwargs), _described), _described(node))
         if key not in self._known:
             self._known[key] = self._operator(node)
-        return self._known[key]
+        if "placed" not in node.meta:
+            return self._known[key]
+        placed = (key, node.meta["placed"])
+        if placed not in self._known:
+            own = np.zeros(self.world)
+            own[list(node.meta["placed"])] = 1
+            every = self._known[key]
+            self._known[placed] = Price(
+                *(own * each for each in (every.kernels, every.seconds, every.allocated, every.most))
+            )
+        return self._known[placed]
 
     def communication(self, target: Callable[..., Any], declared: Exchange) -> Price:
         """The price of an operator of `fxpass.ir.comm` on an exchange."""
@@ -98,12 +109,13 @@ class Prices:
             counted: list[Counted] = []
             for rank in range(self.world):
                 place = declared.place(rank)
-                kind = _kind_of_rank(declared, place)
+                kind = _kind_of_rank(declared, place) if declared.has(rank) else None
                 if kind not in found:
-                    found[kind] = count_communication(target, declared, place)
+                    found[kind] = NONE if kind is None else count_communication(target, declared, place)
                 counted.append(found[kind])
+            most = max(each.kernels for each in counted)
             self._known[key] = Price(
-                max(each.kernels for each in counted),
+                np.array([most if each is not NONE else 0.0 for each in counted]),
                 np.array([self._memory_bound(each) for each in counted]),
                 np.array([float(each.allocated) for each in counted]),
                 np.array([float(each.most) for each in counted]),
@@ -125,7 +137,7 @@ class Prices:
         found = {rank: self._on(node, rank) for rank in sorted(set(first))}
         figures = [found[rank] for rank in first] if len(found) > 1 else list(found.values())
         kernels, *others = (np.array(each, dtype=float) for each in zip(*figures, strict=True))
-        return Price(float(kernels.max()), *others)
+        return Price(np.full(1, kernels.max()), *others)
 
     def _on(self, node: fx.Node, rank: int) -> tuple[float, ...]:
         """The figures of a `Price` on one rank."""

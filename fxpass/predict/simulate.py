@@ -28,7 +28,7 @@ class Elapsed:
     """One simulated step, in seconds of each rank."""
 
     ended: Figures  #: since the first step began
-    launching: float  #: the host launched kernels
+    launching: float  #: the host that launched most kernels did so
     busy: Figures  #: the stream ran kernels
     exposed: Figures  #: the stream waited for messages, or the rank copied them, or the link's threads had the cores
 
@@ -50,7 +50,7 @@ class Simulation:
 
     def step(self, step: Step) -> Elapsed:
         """Simulate one step."""
-        self.launching, self.busy, self.exposed = 0.0, np.zeros(self.world), np.zeros(self.world)
+        self.launching, self.busy, self.exposed = (np.zeros(self.world) for _ in range(3))
         for event in (step if self.record else step.merged).events:
             if isinstance(event, Work):
                 self._work(event)
@@ -59,7 +59,7 @@ class Simulation:
             else:
                 self._get(event)
         self.host = self.stream = np.maximum(self.host, self.stream)
-        return Elapsed(self.stream, self.launching, self.busy, self.exposed)
+        return Elapsed(self.stream, float(self.launching.max()), self.busy, self.exposed)
 
     def settle(self, step: Step) -> None:
         """Simulate steps until each begins as the one before did.
@@ -84,7 +84,7 @@ class Simulation:
         began = np.maximum(self.stream, self.host + work.lag - work.seconds)
         self.stream = np.maximum(self.stream + work.seconds, self.host + work.lag)
         self.host = self.host + work.host
-        self.launching += work.host
+        self.launching = self.launching + work.host
         self.busy += work.seconds
         if self.record is not None:
             self.record("work", event or work, began, self.stream)

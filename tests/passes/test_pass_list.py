@@ -47,7 +47,7 @@ def test_a_pass_leaves_the_graph_it_is_given_as_it_was(name: str, strategy: str)
 
 def test_each_pass_of_the_list_comes_after_the_one_whose_graph_it_needs() -> None:
     cut = ["normalize", "samples", "cuts", "partition", "trim"]
-    assert [*cut, "displace", "narrow", "bucket", "join", "schedule"] == NAMES
+    assert [*cut, "displace", "narrow", "bucket", "join", "stages", "schedule"] == NAMES
 
 
 @pytest.mark.parametrize("name", ["unet_sd", "flux"])

@@ -28,7 +28,7 @@ def link(medium: Medium = "ports", latency: float = 0.0, bandwidth: float = 1.0,
 
 def work(*seconds: float, host: float = 0.0) -> Work:
     """Kernels of so many seconds on each rank, or on all."""
-    return Work("work", "", host, np.array(seconds), np.array(seconds) + host)
+    return Work("work", "", np.array([host]), np.array(seconds), np.array(seconds) + host)
 
 
 def gather(world: int, size: int) -> Exchange:

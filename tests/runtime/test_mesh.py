@@ -24,7 +24,7 @@ def lockstep(world: int, model: nn.Module | None = None, **named: Any) -> Any:
 def test_ranks_are_counted_by_group_and_each_axis_has_its_lines() -> None:
     mesh = Mesh(2, 3)
     assert mesh.world == 6
-    assert mesh.along_patches == Axis("patches", 3, 1, 2)
+    assert mesh.along_patches == Axis("patches", ((0, 1, 2), (3, 4, 5)), 6)
     assert [mesh.along_patches.members(rank) for rank in (0, 2, 3)] == [(0, 1, 2), (0, 1, 2), (3, 4, 5)]
     assert [mesh.along_samples.members(rank) for rank in (0, 3, 4)] == [(0, 3), (0, 3), (1, 4)]
     assert [mesh.along_patches.place(rank) for rank in range(6)] == [0, 1, 2, 0, 1, 2]
@@ -136,7 +136,7 @@ def test_a_saved_plan_has_its_groups(tmp_path: Path) -> None:
     path = tmp_path / "plans.json"
     for cfg in (1, 2):
         fxpass.plan(block(), *inputs(), world_size=4, cfg=cfg).save(path)
-    with pytest.raises(ValueError, match=r"several kinds of plans; say which by world_size, strategy, cfg and patches"):
+    with pytest.raises(ValueError, match=r"several kinds of plans; say which by world_size, strategy, cfg, stages and patches"):
         lockstep(4, plan=path)
     module = lockstep(4, plan=path, cfg=2)
     torch.testing.assert_close(module(*inputs())["sample"], whole(block(), *inputs()))
