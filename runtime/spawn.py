@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from ..ir.program import placeholders_on
 from ..ir.step import Mode, Step
 from ..passes.lower_comm import StepPrograms
 from .errors import RankError
@@ -35,7 +36,7 @@ from .network import Network
 from .operators import refuse_script
 from .rank_steps import RankSteps, steps_of
 from .step_runner import LoadedPlan, coder, placeholders
-from .weights import CopiedWeights, SharedWeights, Weights
+from .weights import CopiedWeights, Readers, SharedWeights, Weights
 from .workers import START, Workers
 
 GENERATIONS = 64  #: remembered of each plan, to compare weights once in each
@@ -122,7 +123,15 @@ class SpawnExecutor:
             kind = CopiedWeights if self._copies or device.type != "cpu" else SharedWeights
             self._weights = kind(self.workers, self._scope)
         self._drop_weights(names)
-        self._weights.bring(names, weights, look=False, seconds=START)
+        placement = plan.placement
+        needed = {
+            process: dict.fromkeys(placeholders_on(plan.program, plan.graph, placement.ranks(process)))
+            for process in range(1, self.world_size)
+        }
+        readers = {
+            name: [p for p, some in needed.items() if each in some] for each, name in plan.program.weights.items()
+        }
+        self._weights.bring(names, weights, readers, look=False, seconds=START)
         self.workers.share_numerics()
         number = self.workers.number()
         constants = [constant.cpu() for constant in plan.program.constants.values()]
@@ -131,12 +140,12 @@ class SpawnExecutor:
         with torch.inference_mode(False):  # later calls write to them, also outside inference mode
             shared = [torch.empty_like(tensor, device="cpu") for tensor in inputs]
         on_host = [tensor.device.type == "cpu" for tensor in inputs]
-        placement = plan.placement
-        for process in range(1, self.world_size):
+        others = placeholders(plan.program)[len(names) :]
+        for process, some in needed.items():
             programs = [StepPrograms(plan.graph, rank) for rank in placement.ranks(process)]
             loaded = LoadedPlan(
-                placeholders(plan.program),
-                self._scoped(names),
+                [*some, *others],
+                self._scoped([plan.program.weights[each] for each in some]),
                 constants,
                 shared,
                 on_host,
@@ -148,7 +157,7 @@ class SpawnExecutor:
             self.workers.send_to(process, ("load", number, loaded))
         steps = steps_of(plan, network, device, self.traffic, compile=inductor, graph=graph, sharing=self.world_size)
         self.workers.answers(START)
-        self._plans[number] = found = SpawnPlan(self, number, plan, steps, shared, inductor=inductor)
+        self._plans[number] = found = SpawnPlan(self, number, plan, steps, shared, readers, inductor=inductor)
         return found
 
     def forget(self, numbers: Sequence[int]) -> None:
@@ -197,7 +206,7 @@ class SpawnExecutor:
         """
         with self.workers.ending("in an earlier call"):
             assert self._weights is not None
-            self._weights.bring(plan.names, weights, look=look, seconds=self.workers.timeout)
+            self._weights.bring(plan.names, weights, plan.readers, look=look, seconds=self.workers.timeout)
             self.workers.share_numerics()
             for buffer, tensor in zip(plan.shared, inputs, strict=True):
                 buffer.copy_(tensor)
@@ -265,6 +274,7 @@ class SpawnPlan:
         plan: PlanLike,
         steps: RankSteps,
         shared: list[Tensor],
+        readers: Readers,
         *,
         inductor: bool,
     ) -> None:
@@ -272,6 +282,7 @@ class SpawnPlan:
         self.number = number
         self.plan = plan
         self.steps = steps
+        self.readers = readers
         self.inductor = inductor
         self.names = list(plan.program.weights.values())
         self.shared = shared  #: shared buffers for the inputs of a call

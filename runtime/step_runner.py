@@ -28,7 +28,7 @@ class LoadedPlan:
     """What a worker needs of a plan, beside its codes."""
 
     names: list[str]  #: the placeholders of weights, constants and inputs
-    weights: list[str]  #: qualified names
+    weights: list[str]  #: qualified names of the weights that the worker's ranks need
     constants: list[Tensor]
     inputs: list[Tensor]  #: shared buffers in host memory
     on_host: list[bool]  #: of each input: it stays on the CPU, wherever the model is

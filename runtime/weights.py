@@ -11,7 +11,7 @@ with every allocator of device memory, and with the 64 MB of shared memory that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 from weakref import ref
@@ -25,6 +25,7 @@ from .memory import check_gpu, check_shm
 from .wire import raise_file_limit
 from .workers import Workers
 
+Readers = Mapping[str, Collection[int]]  #: of each weight: the workers that need it
 PIECE = 32 << 20  #: bytes of the buffer
 _WORDS = 1 << 21  #: words of 64 bits that are mixed at once: 16 MB, so that caches of devices hold them
 _FACTORS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  #: odd int64, with bits all over
@@ -37,41 +38,52 @@ class SharedWeights:
         self._workers = workers
         self._scope = scope
         self._sent: dict[str, Tensor] = {}  #: kept alive so that no address is reused
+        self._holders: dict[str, set[int]] = {}  #: the workers that have what was sent
 
-    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
-        """Send the workers what they do not have. `look` and `seconds` are for copies.
+    def bring(
+        self, names: Sequence[str], weights: Sequence[Tensor], readers: Readers, *, look: bool, seconds: float
+    ) -> None:
+        """Send the workers what they need and do not have. `look` and `seconds` are for copies.
 
         Raises:
             OSError: too little shared memory, or too low a limit of open files.
             RankError: a worker failed.
         """
-        sent = self._sent
-        new = {
-            name: weight.detach()
-            for name, weight in zip(names, weights, strict=True)
-            if name not in sent or _place(sent[name]) != _place(weight)
-        }
-        if not new or not self._workers.connections:
+        if not self._workers.connections:
+            return
+        new: dict[str, Tensor] = {}
+        lacking: dict[int, list[str]] = {}  #: of each worker
+        for name, weight in zip(names, weights, strict=True):
+            if name not in self._sent or _place(self._sent[name]) != _place(weight):
+                self._holders[name] = set()
+            if lack := set(readers[name]) - self._holders[name]:
+                new[name] = weight.detach()
+                for worker in lack:
+                    lacking.setdefault(worker, []).append(name)
+        if not new:
             return
         storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in new.values()}
         size = sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
         check_shm(size, "sharing this model's weights")
         raise_file_limit(len(storages))
-        self._workers.send(("weights", {self._scope + name: weight for name, weight in new.items()}))
-        sent.update(new)
+        for worker, some in lacking.items():
+            self._workers.send_to(worker, ("weights", {self._scope + name: new[name] for name in some}))
+            for name in some:
+                self._holders[name].add(worker)
+        self._sent.update(new)
 
     def drop(self, names: Sequence[str]) -> None:
         """The workers have forgotten these."""
         for name in names:
-            del self._sent[name]
+            del self._sent[name], self._holders[name]
 
     def names(self) -> list[str]:
-        """Those that the workers have."""
+        """Those that some worker has."""
         return list(self._sent)
 
 
 class CopiedWeights:
-    """Weights of one executor, of which each worker has a copy on its device: written once, and where they change.
+    """Weights of one executor, of which each worker has copies on its device: written once, and where they change.
 
     Names of one tensor (tied weights) share one copy.
     """
@@ -82,10 +94,13 @@ class CopiedWeights:
         self._seen: dict[str, tuple[ref[Tensor], StorageWeakRef, tuple[Any, ...]]] = {}  #: what was sent
         self._digests: dict[str, int] = {}  #: of its contents
         self._copies: dict[str, int] = {}  #: the number of the copy that a name has on the workers
+        self._holders: dict[str, set[int]] = {}  #: the workers that have a copy
         self._numbers = itertools.count()
 
-    def bring(self, names: Sequence[str], weights: Sequence[Tensor], *, look: bool, seconds: float) -> None:
-        """Send the workers what they do not have.
+    def bring(
+        self, names: Sequence[str], weights: Sequence[Tensor], readers: Readers, *, look: bool, seconds: float
+    ) -> None:
+        """Send the workers what they need and do not have, and what has changed of what they have.
 
         Args:
             look: compare contents, too.
@@ -95,10 +110,11 @@ class CopiedWeights:
             OSError: too little shared memory.
             RankError: a worker failed.
         """
-        given = dict(zip(names, weights, strict=True))
+        given = {name: weight for name, weight in zip(names, weights, strict=True) if self._needed(name, readers)}
         if not self._workers.connections:
             return
         moved = {name for name, weight in given.items() if not self._is_seen(name, weight)}
+        moved |= {name for name in given if not set(readers[name]) <= self._holders.get(name, set())}
         if not look and not moved:
             return
         # torch may count a write to a tensor under one of its names only
@@ -111,12 +127,20 @@ class CopiedWeights:
             if not moved.isdisjoint(group) or any(digests[name] != self._digests[name] for name in group)
         ]
         changed = [name for group in new for name in group]
+        for group in new:
+            for name in group:  # tied ones are on the same workers
+                others = self._holders.setdefault(name, set())
+                others.update(*(readers[each] for each in group), *(self._holders.get(each, ()) for each in group))
         self._send({name: given[name] for name in changed}, seconds)
         for name in changed:
             weight = given[name]
             # the references keep identities from being reused, not memory
             self._seen[name] = ref(weight), StorageWeakRef(weight.untyped_storage()), _state(weight)
         self._digests |= digests
+
+    def _needed(self, name: str, readers: Readers) -> bool:
+        """Whether a worker needs a weight, or has it."""
+        return bool(readers[name] or self._holders.get(name))
 
     def _is_seen(self, name: str, weight: Tensor) -> bool:
         seen = self._seen.get(name)
@@ -136,10 +160,12 @@ class CopiedWeights:
         groups = _tied(weights)
         self._workers.send(("drop", [self._scope + name for name in self._taken(groups)]))
         flat = {self._scope + name: dense(weights[name]) for name, *_ in groups}
-        self._workers.send(("copies", {name: Form.of(weight) for name, weight in flat.items()}))
-        tied = {self._scope + name: self._scope + first for first, *others in groups for name in others}
-        if tied:
-            self._workers.send(("tied", tied))
+        for worker in range(1, len(self._workers.connections) + 1):
+            own = [group for group in groups if worker in self._holders[group[0]]]
+            forms = {self._scope + first: Form.of(flat[self._scope + first]) for first, *_ in own}
+            self._workers.send_to(worker, ("copies", forms))
+            if tied := {self._scope + name: self._scope + first for first, *others in own for name in others}:
+                self._workers.send_to(worker, ("tied", tied))
         contents = {name: bytes_of(weight) for name, weight in flat.items()}
         for piece in pieces({name: len(each) for name, each in contents.items()}, PIECE):
             for (name, start, size), view in zip(piece, views(buffer, piece), strict=True):
@@ -165,10 +191,10 @@ class CopiedWeights:
     def drop(self, names: Sequence[str]) -> None:
         """The workers have forgotten these."""
         for name in names:
-            del self._seen[name], self._digests[name], self._copies[name]
+            del self._seen[name], self._digests[name], self._copies[name], self._holders[name]
 
     def names(self) -> list[str]:
-        """Those that the workers have."""
+        """Those that some worker has."""
         return list(self._seen)
 
 

@@ -61,7 +61,8 @@ class Worker:
                 self.weights |= {name: self.weights[first] for name, first in names.items()}
             case ("piece", piece):
                 for (name, start, size), part in zip(piece, views(self.buffer, piece), strict=True):
-                    bytes_of(self.weights[name])[start : start + size].copy_(part)
+                    if name in self.weights:  # else other workers need it
+                        bytes_of(self.weights[name])[start : start + size].copy_(part)
             case ("numerics", choices):
                 apply(choices)
             case ("load", number, plan):
@@ -77,7 +78,7 @@ class Worker:
                 self.held.forget(numbers)
             case ("drop", names):
                 for name in names:
-                    del self.weights[name]
+                    self.weights.pop(name, None)
             case ("run", number, call, context, mode, pace, holding):
                 self.network.board.call = call
                 plan = self.plans[number]

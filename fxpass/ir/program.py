@@ -168,6 +168,17 @@ def is_on(node: fx.Node, rank: int) -> bool:
     return "placed" not in node.meta or rank in node.meta["placed"]
 
 
+def placeholders_on(program: Program, graph: fx.Graph, ranks: Iterable[int]) -> list[str]:
+    """The placeholders of the weights that one of some ranks has, in the order of the program.
+
+    Args:
+        graph: the partitioned graph of the program.
+    """
+    ranks = list(ranks)
+    nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    return [name for name in program.weights if any(is_on(nodes[name], rank) for rank in ranks)]
+
+
 def specialize(graph: fx.Graph, rank: int, *, every: bool = False) -> fx.Graph:
     """The graph of one rank, with the rank's values in place of `PerRank` arguments.
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 
 from ..ir import comm
-from ..ir.program import Program, is_on
+from ..ir.program import Program, placeholders_on
 from ..ir.step import StepProgram
 from .price import Figures, Prices
 
@@ -51,9 +51,8 @@ def weights_of(program: Program, graph: fx.Graph, ranks: Sequence[int]) -> int:
     Args:
         graph: the partitioned graph.
     """
-    held = {*program.weights, *program.constants}
-    found = [node for node in graph.nodes if node.op == "placeholder" and node.name in held]
-    return sum(_bytes(node) for node in found if any(is_on(node, rank) for rank in ranks))
+    held = {*placeholders_on(program, graph, ranks), *program.constants}
+    return sum(_bytes(node) for node in graph.nodes if node.op == "placeholder" and node.name in held)
 
 
 def _bytes(node: fx.Node) -> int:

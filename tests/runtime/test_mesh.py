@@ -136,7 +136,9 @@ def test_a_saved_plan_has_its_groups(tmp_path: Path) -> None:
     path = tmp_path / "plans.json"
     for cfg in (1, 2):
         fxpass.plan(block(), *inputs(), world_size=4, cfg=cfg).save(path)
-    with pytest.raises(ValueError, match=r"several kinds of plans; say which by world_size, strategy, cfg, stages and patches"):
+    with pytest.raises(
+        ValueError, match=r"several kinds of plans; say which by world_size, strategy, cfg, stages and patches"
+    ):
         lockstep(4, plan=path)
     module = lockstep(4, plan=path, cfg=2)
     torch.testing.assert_close(module(*inputs())["sample"], whole(block(), *inputs()))

@@ -1,0 +1,119 @@
+"""Stages on real processes: each has the weights of its stage, and all give what lockstep gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxpass
+from fxpass.ir.mesh import Mesh
+from fxpass.ir.program import Program, is_on
+from fxpass.ir.strategy import Strategy
+from fxpass.plan import Plan, make_plan
+from fxpass.planning import Deal
+from fxpass.runtime.calls.engine import Engine
+from fxpass.runtime.calls.module import ParallelModule
+from fxpass.runtime.errors import RankError
+from fxpass.runtime.spawn import SpawnExecutor
+from tests.runtime.patch_ranks import ROWS, equal, parallel
+from tests.runtime.plans import block, inputs, steps, whole
+from tests.runtime.stage_ranks import WAYS
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "mesh"),
+    [
+        (2, {"stages": 2, "patches": 2}, Mesh(1, 2, 2)),
+        (3, {"stages": 3}, Mesh(1, 1, 3)),
+        (4, {"stages": 2, "cfg": 2}, Mesh(2, 1, 2)),
+    ],
+)
+def test_workers_with_stages_give_what_lockstep_gives_bit_for_bit(
+    world: int, options: dict[str, Any], mesh: Mesh
+) -> None:
+    with parallel(world, executor="spawn", timeout=30, **options) as module:
+        assert equal(module, parallel(world, executor="lockstep", **options))
+        torch.testing.assert_close(module(*inputs(ROWS))["sample"], whole(block(), *inputs(ROWS)))
+        assert module.plan.mesh == mesh
+
+
+@pytest.mark.parametrize("disable", ["0", "1"])
+def test_stages_under_torchrun_give_what_lockstep_gives_bit_for_bit(disable: str, tmp_path: Path) -> None:
+    """Through shared memory and, without it, through gloo."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "tests.runtime.stage_ranks", str(tmp_path)]
+    environment = os.environ | {"FXPASS_SHM_DISABLE": disable}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    for process in range(2):
+        found = json.loads((tmp_path / f"{process}.json").read_text())
+        assert found.pop("kinds") == ["GroupChannel" if disable == "1" else "MemoryChannel"]
+        assert found == dict.fromkeys(WAYS, True)
+
+
+def _staged(executor: SpawnExecutor) -> Any:
+    def planner(program: Program) -> Plan:
+        world = executor.world_size
+        return make_plan(program, world, Strategy(), "cpu", deal=Deal.of(world, 1, None, None, world))
+
+    model = block()
+    return ParallelModule(model, Engine(model, planner, executor))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_worker_gets_the_weights_of_its_stage_alone_and_what_changes_of_them(copies: bool) -> None:
+    executor = SpawnExecutor(3, timeout=30, copies=copies)
+    with _staged(executor) as module:
+        call = inputs(ROWS)
+        torch.testing.assert_close(module(*call)["sample"], whole(block(), *call))
+        nodes = {node.name: node for node in module.plan.graph.nodes if node.op == "placeholder"}
+        readers = {
+            name: {rank for rank in (1, 2) if is_on(nodes[each], rank)}
+            for each, name in module.plan.program.weights.items()
+        }
+        assert set() in readers.values()
+        assert {1, 2} not in readers.values()
+        assert executor._weights is not None
+        assert executor._weights._holders == {name: some for name, some in readers.items() if some or not copies}
+        model = module.unwrapped
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.5)
+        torch.testing.assert_close(module(*call)["sample"], whole(model, *call))
+        model.conv_out.weight = torch.nn.Parameter(torch.randn_like(model.conv_out.weight))
+        torch.testing.assert_close(module(*call)["sample"], whole(model, *call))
+        other = inputs(ROWS - 8)  # another plan, whose stages may need other weights
+        torch.testing.assert_close(module(*other)["sample"], whole(model, *other))
+
+
+def test_a_killed_stage_is_an_error_on_the_others_within_the_timeout() -> None:
+    with parallel(2, executor="spawn", timeout=30, stages=2) as module:
+        (call,) = steps(1, rows=ROWS)
+        module(*call)
+        (process,) = module._engine.executor.processes
+        threading.Timer(0.2, process.send_signal, [signal.SIGKILL]).start()
+        began = time.monotonic()
+
+        def go_on() -> None:
+            while time.monotonic() < began + 60:
+                module(*call)
+
+        with pytest.raises(RankError, match="was killed by SIGKILL"):
+            go_on()
+        assert time.monotonic() - began < 30
+
+
+@pytest.mark.slow
+def test_compiled_stages_give_what_the_whole_model_gives() -> None:
+    module: Any = fxpass.parallelize(block(), 2, executor="lockstep", stages=2, compile="inductor")
+    torch.testing.assert_close(module(*inputs(ROWS))["sample"], whole(block(), *inputs(ROWS)))
