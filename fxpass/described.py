@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .predict.memory import weights_of
+
 if TYPE_CHECKING:
     from .plan import Plan
 
@@ -48,6 +50,7 @@ def described(plan: Plan) -> dict[str, Any]:
              "reason": e.reason}
             for e in plan.gathered
         ],
+        "weights_per_process": [weights_of(plan.program, plan.graph, ranks) for ranks in plan.placement],
         "seconds": plan.seconds,
     }  # fmt: skip
 

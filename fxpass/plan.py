@@ -56,6 +56,7 @@ from .planning import (
     target_of,
     warn_undivided,
 )
+from .predict.memory import weights_of
 from .predict.prediction import Prediction, Steps
 from .runtime.state_bytes import bytes_by_channel
 
@@ -175,6 +176,11 @@ class Plan:
     def flops_per_rank(self) -> tuple[int, ...]:
         """Floating-point operations of each rank, replicated work included."""
         return totals(self.graph, self.world_size, node_flops)[0]
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the weights and constants of the whole model."""
+        return weights_of(self.program, self.graph, range(self.world_size))
 
     @cached_property
     def estimated(self) -> dict[str, int]:

@@ -28,7 +28,7 @@ from .targets import Target
 
 LIGHT = 1e-3  #: of all weights: free operators with fewer run on every stage that reads them
 FULL = 1.02  #: times an even share of the weights: above that, free operators move to other stages
-NEAR = 64  #: a candidate has the fewest bytes among so many parts of each stage
+NEAR = 32  #: a candidate has the fewest bytes among so many parts of each stage
 ROOM = 1.02  #: times the least possible share of the fullest stage: so full it may be of weights
 SLACK = 1.01  #: times the least possible work of the slowest stage: within that, the cuts with the fewest bytes win
 OPERANDS = operator.attrgetter("all_input_nodes")
@@ -283,8 +283,8 @@ def _candidates(depth: Depth, stages: int) -> list[int]:
     found: list[int] = []
     for place in places:
         around = crossing[max(0, place - near) : min(place + near + 1, depth.length - 1)]
-        first = not found or found[-1] < place - near or crossing[found[-1]] > crossing[place]
-        if first and crossing[place] == min(around):
+        goes_on = place > 0 and crossing[place] == crossing[place - 1]
+        if not goes_on and crossing[place] == min(around):
             found.append(place)
     return found if len(found) >= stages - 1 else list(places)
 

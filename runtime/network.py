@@ -80,7 +80,7 @@ class Network:
         self._opened += 1
         board = self.board
         placement = placement or Placement.one_each(board.world)
-        between: Sequence[ProcessChannel] | None = None
+        between: Sequence[ProcessChannel | None] | None = None
         if device.type == "cpu":
             between = open_channels(specs, board, self._opened, placement)
         if between is None and self.maps(specs, device, placement):
@@ -93,6 +93,8 @@ class Network:
         if between is None:
             between = [
                 GroupChannel(spec, *self._group_of(spec, placement), device, self.blocking, board, placement)
+                if len(partners(spec, placement, board.rank)) > 1
+                else None
                 for spec in specs
             ]
         own = placement.ranks(board.rank)

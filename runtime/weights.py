@@ -162,8 +162,8 @@ class CopiedWeights:
         flat = {self._scope + name: dense(weights[name]) for name, *_ in groups}
         for worker in range(1, len(self._workers.connections) + 1):
             own = [group for group in groups if worker in self._holders[group[0]]]
-            forms = {self._scope + first: Form.of(flat[self._scope + first]) for first, *_ in own}
-            self._workers.send_to(worker, ("copies", forms))
+            if forms := {self._scope + first: Form.of(flat[self._scope + first]) for first, *_ in own}:
+                self._workers.send_to(worker, ("copies", forms))
             if tied := {self._scope + name: self._scope + first for first, *others in own for name in others}:
                 self._workers.send_to(worker, ("tied", tied))
         contents = {name: bytes_of(weight) for name, weight in flat.items()}

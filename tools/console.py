@@ -38,6 +38,9 @@ Speeds = Annotated[
     list[float] | None,
     typer.Option("--speed", metavar="NUMBER", help="Speed of a process; once for each of a group.", show_default=False),
 ]
+Stages = Annotated[
+    int, typer.Option("--stages", min=1, help="Parts of the model's depth; each is run by processes of its own.")
+]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps of a generation.")]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Launch kernels as CUDA graphs, not one by one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse models with operators that cannot be split.")]

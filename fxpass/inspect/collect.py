@@ -11,7 +11,7 @@ from ..ir import ops
 from ..ir.exchange import Exchange
 from ..ir.fetch import Fetch
 from ..ir.layout import Layout
-from ..ir.program import Program, exchanges_of, fingerprint, layout_of, specialize
+from ..ir.program import Program, exchanges_of, fingerprint, is_on, layout_of, specialize
 from ..passes.cost import node_bytes, node_flops
 from ..passes.targets import Target
 from .exchanges import PlannedExchange, estimated_in, gathered_in, padding_of, planned_in, uncounted_in
@@ -42,13 +42,13 @@ def snapshot(
     """
     if not 0 <= rank < world:
         raise ValueError(f"there is no rank {rank}: ranks are counted from 0 to {world - 1}")
-    planned = _by_node(graph)
+    planned = {node: some for node, some in _by_node(graph).items() if is_on(node, rank)}
     seconds = {node.name: _message_seconds(node.args[1], world, target) for node, _ in exchanges_of(graph)}  # type: ignore[arg-type]
     local = specialize(graph, rank)
     labels = program.weights | dict(zip(program.inputs, program.input_paths, strict=True))
     nodes = tuple(
         _node(source, own, rank, program, labels, planned, seconds, target)
-        for source, own in zip(graph.nodes, local.nodes, strict=True)
+        for source, own in zip([node for node in graph.nodes if is_on(node, rank)], local.nodes, strict=True)
     )
     gathered = gathered_in(graph)
     paths = {node.path for node in nodes}

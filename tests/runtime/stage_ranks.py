@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
         with parallel(None, timeout=60, **options) as module:
             found[name] = equal(module, parallel(2, executor="lockstep", **options))
             channels = module._engine.programs.all()[0].loaded.steps.runners[0].channels(0)
-            found["kinds"] = sorted({type(channel.between).__name__ for channel in channels})
+            found["kinds"] = sorted({type(channel.between).__name__ for channel in channels if channel.between})
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

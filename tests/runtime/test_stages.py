@@ -41,6 +41,16 @@ from tests.runtime.stage_ranks import WAYS
 def test_workers_with_stages_give_what_lockstep_gives_bit_for_bit(
     world: int, options: dict[str, Any], mesh: Mesh
 ) -> None:
+    check(world, options, mesh)
+
+
+def test_workers_that_are_connected_by_gloo_do_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage in the middle has no part in what the others send each other."""
+    monkeypatch.setenv("FXPASS_SHM_DISABLE", "1")
+    check(3, {"stages": 3, "patches": 2}, Mesh(1, 2, 3))
+
+
+def check(world: int, options: dict[str, Any], mesh: Mesh) -> None:
     with parallel(world, executor="spawn", timeout=30, **options) as module:
         assert equal(module, parallel(world, executor="lockstep", **options))
         torch.testing.assert_close(module(*inputs(ROWS))["sample"], whole(block(), *inputs(ROWS)))

@@ -154,14 +154,14 @@ def noted_copies(module: ParallelModule, monkeypatch: pytest.MonkeyPatch) -> lis
     executor: Any = module._engine.executor
     workers = executor.workers
     found: list[set[str]] = []
-    send = workers.send
+    send_to = workers.send_to
 
-    def noted(message: Any) -> None:
+    def noted(worker: int, message: Any) -> None:
         if message[0] == "copies":
             found.append({name.partition("/")[2] for name in message[1]})
-        send(message)
+        send_to(worker, message)
 
-    monkeypatch.setattr(workers, "send", noted)
+    monkeypatch.setattr(workers, "send_to", noted)
     return found
 
 

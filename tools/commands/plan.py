@@ -19,6 +19,7 @@ from ..console import (
     Model,
     Patches,
     Speeds,
+    Stages,
     Steps,
     StrategyName,
     Strict,
@@ -46,6 +47,7 @@ def plan(
     data: Data = 1,
     patches: Patches = None,
     speeds: Speeds = None,
+    stages: Stages = 1,
     target: TargetName = "auto",
     link: LinkName = None,
     steps: Steps = 50,
@@ -74,7 +76,7 @@ def plan(
 
     output.check(to)
     options = Options(height, width, frames, batch)
-    deal = deal_of(world_size, cfg, data, patches, speeds)
+    deal = deal_of(world_size, cfg, data, patches, speeds, stages)
     made = make(model, world_size, strategy, target, options, strict, link, cfg, data, graphs, deal)
     prediction, parts = None, None
     if target != "auto" or link is not None or compare:
@@ -120,11 +122,13 @@ def make(
     return make_plan(program, world_size, chosen, target, link, groups=groups, deal=deal, strict=strict)
 
 
-def deal_of(world_size: int, cfg: int, data: int, patches: int | None, speeds: list[float] | None) -> Deal:
-    """How the patches of each group are dealt to its processes."""
+def deal_of(
+    world_size: int, cfg: int, data: int, patches: int | None, speeds: list[float] | None, stages: int = 1
+) -> Deal:
+    """How the stages and the patches of each group are dealt to its processes."""
     from ...planning import Deal, groups_of
 
-    return Deal.of(world_size, groups_of(world_size, cfg, data), patches, speeds or None)
+    return Deal.of(world_size, groups_of(world_size, cfg, data), patches, speeds or None, stages)
 
 
 def alternatives(plan: Plan, compare: bool, graphs: bool, parts: Parts | None = None) -> list[Prediction | Impossible]:
@@ -168,6 +172,9 @@ def show(out: Console, model: str, plan: Plan) -> None:
         kinds = plan.state_bytes_by_channel.items()
         held = ", ".join(f"{kind} {bytes_text(max(sizes))}" for kind, sizes in kinds)
         out.print(f"kept from step to step per guidance branch: {held}", soft_wrap=True)
+    if plan.stages > 1:
+        out.print("\nmemory", style="bold")
+        out.print(_memory(plan))
     seconds = plan.seconds
     if plan.fallbacks:
         out.print("\nfallbacks: gathered whole, because no rule could split them", style="bold yellow")
@@ -209,6 +216,20 @@ def _ranks(plan: Plan, *, exact: bool = True) -> RenderableType:
     number = Counter(exchange.role for exchange in plan.exchanges if exact or exchange.declared.repeated)
     counts = [str(number[role]) for role in roles]
     shown.add_row("exchanges", *([""] if exact else []), *counts, str(sum(number.values())))
+    return shown
+
+
+def _memory(plan: Plan) -> RenderableType:
+    """One row per process: its stage, and what it holds."""
+    from ...inspect.words import bytes_text
+
+    shown = table("process", "stage", "weights", "of all", "state", "activations", right=True)
+    found = plan.predict().memories
+    whole = plan.weights
+    for process, (ranks, each) in enumerate(zip(plan.placement, found, strict=True)):
+        sizes = bytes_text(each.weights), f"{each.weights / whole:.1%}" if whole else ""
+        stage = str(plan.mesh.stage(ranks[0]))
+        shown.add_row(str(process), stage, *sizes, bytes_text(each.state), bytes_text(each.activations))
     return shown
 
 
