@@ -30,6 +30,7 @@ from .inspect.explain import explain
 from .inspect.html import plan_html
 from .inspect.networks import to_networkx
 from .inspect.onnx_export import write_onnx
+from .inspect.onnx_model import OnnxError
 from .inspect.record import Snapshot
 from .ir.advice import warn
 from .ir.comm import kept_bytes
@@ -321,10 +322,12 @@ class Plan:
         Raises:
             ValueError: there is no such rank or mode, the weights of `model` have no values, or `weights` is no name
                 of another file in the folder of `path`.
-            OnnxError: an operator has no ONNX form (a `NotImplementedError`).
+            OnnxError: an operator has no ONNX form (a `NotImplementedError`), or the plan has stages.
             MissingExtraError: onnx or onnxscript is not installed.
             OSError: a file cannot be written.
         """
+        if self.stages > 1:
+            raise OnnxError("transfers between stages have no ONNX form; plan with stages=1")
         snapshot = self.snapshot(rank)
         write_onnx(self.program, self.graph, snapshot, Path(path), mode, model=model, weights=weights)
 

@@ -119,7 +119,7 @@ class _Placer:
         axis = self.mesh.across(own)
         declared = tuple(
             Transfer(
-                "transfer", shape_of(node), node.meta["dtype"], axis.size, "another stage reads it",
+                "transfer", shape_of(node), node.meta["dtype"], axis.size,
                 order=order_of(node), axis=axis, patches=self.mesh.patches, layout=layout_of(node),
             )
             for node in values

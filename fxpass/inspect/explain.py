@@ -32,6 +32,7 @@ WHY = {
     "fallback": "the operator cannot be split, so that every rank runs it on whole operands",
     "output": "the caller gets the whole output on every rank",
     "inputs": "rank 0 has the inputs",
+    "transfer": "another stage of the model reads the value",
 }  #: why exchanges of a role exist
 FRESH = {
     "stale": "displaced steps use what the other ranks sent at the last step",

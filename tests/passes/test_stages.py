@@ -240,3 +240,27 @@ def test_values_must_be_where_operators_read_them() -> None:
     launch.meta["placed"] = (0,)
     with pytest.raises(VerificationError, match="values are where operators read them"):
         verify(graph, "scheduled", 1)
+
+
+def test_a_plan_in_stages_can_be_looked_at(tmp_path: Any) -> None:
+    module, args = blocks()
+    plan = fxpass.plan(module, *args, world_size=4, stages=2)
+    for rank in range(4):
+        shown = plan.snapshot(rank)
+        assert {node.name for node in shown.nodes} == {n.name for n in plan.graph.nodes if is_on(n, rank)}
+        found = [plan.explain(each.id, rank) for each in shown.exchanges]
+        assert any("another stage of the model reads the value" in each for each in found)
+    described = plan.describe()
+    assert (described["mesh"], described["stages"]) == ([1, 2], 2)
+    assert len(described["weights_per_process"]) == 4
+    assert max(described["weights_per_process"]) < plan.weights
+    with pytest.raises(NotImplementedError, match="transfers between stages have no ONNX form"):
+        plan.to_onnx(tmp_path / "x.onnx")
+
+
+def test_predictions_know_stages() -> None:
+    module, args = blocks()
+    one, two = (fxpass.plan(module, *args, world_size=n, stages=n, target="cpu").predict() for n in (1, 2))
+    assert [len(each.memories) for each in (one, two)] == [1, 2]
+    assert all(each.weights < 0.6 * one.memory.weights for each in two.memories)
+    assert two.exact.seconds > one.exact.seconds > two.exact.compute
