@@ -155,7 +155,8 @@ class _Explainer:
         """The split operand from which a node has its layout; None where the split begins."""
         if node.kind == "result":
             each = self.snapshot.by_id[node.exchanges[0]]
-            operands = [self.snapshot.by_name[each.operand]]
+            here = each.operand in self.snapshot.by_name  # else another stage sends it
+            operands = [self.snapshot.by_name[each.operand]] if here else []
         else:
             operands = [self.snapshot.by_name[each] for each in node.operands]
         split = [each for each in operands if each.layout is not None and each.layout.split]
