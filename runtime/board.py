@@ -35,6 +35,7 @@ class Board:
         self.check_more: Callable[[], None] | None = None  #: called in each wait; raises if the wait is in vain
         self._place = ""  #: where this rank waits for all others
         self._place_said = ""  #: what the others can read of it
+        self._apart: dict[int, tuple[str, str]] = {}  #: of each other rank at the last look: its place and this one's
         self._cards: dict[int, str] = {}  #: the processes of the other ranks, as far as they are known
         self._looked = 0.0  #: when they were looked at
         self._stopped: Counter[int] = Counter()  #: for how many looks in a row a rank's process has been stopped
@@ -120,8 +121,13 @@ class Board:
             )
         if not self._place or not self._has(f"place/{rank}"):
             return
-        call, _, place = self._get(f"place/{rank}").decode().partition(" ")
-        if int(call) == self.call and place != self._place:
+        seen = self._get(f"place/{rank}").decode()
+        call, _, place = seen.partition(" ")
+        before = self._apart.pop(rank, None)
+        if int(call) != self.call or place == self._place:
+            return
+        self._apart[rank] = seen, self._place
+        if before == self._apart[rank]:  # at the first look it may be about to leave the place
             raise RankError(None, f"rank {rank} waits in {place}, but rank {self.rank} in {self._place}: {left}")
 
     def lost(self, error: object, rank: int | None = None) -> RankError:

@@ -160,3 +160,18 @@ def test_arguments_are_described_leaf_by_leaf() -> None:
         "images[1]",
         "scale",
     ]
+
+
+def test_a_rank_that_is_about_to_leave_a_place_is_not_taken_for_one_that_waits_there() -> None:
+    store = HashStore()
+    early, late = (Board(store, rank, 2, 20.0) for rank in range(2))
+    with early.meeting("the second place"):
+        with late.meeting("the first place"):
+            late._look()  # it has waited for a while, and says so
+            early._look()
+        early._look()
+        with late.meeting("the first place"):
+            late._look()
+            early._look()
+            with pytest.raises(RankError, match="rank 1 waits in the first place, but rank 0 in the second place"):
+                early._look()
