@@ -76,7 +76,13 @@ class Network:
         Raises:
             OSError: the machine has too little memory left for the messages.
             RankError: a rank failed or did not come.
+            RuntimeError: the messages of stages would have to go from GPU to GPU.
         """
+        if not self.blocking and any(each.axis and not each.axis.of_all for spec in specs for each in spec.exchanges):
+            raise RuntimeError(
+                "stages exchange messages through the memory of the host only, not from GPU to GPU yet: run the model "
+                "on the CPU, or give patches instead of stages"
+            )
         self._opened += 1
         board = self.board
         placement = placement or Placement.one_each(board.world)

@@ -40,6 +40,11 @@ class Axis:
         """The number of ranks in a line."""
         return len(self.lines[0])
 
+    @property
+    def of_all(self) -> bool:
+        """Whether each rank of the mesh is in a line."""
+        return len(self._places) == self.world
+
     def has(self, rank: int) -> bool:
         """Whether a rank is in one of the lines."""
         return rank in self._places

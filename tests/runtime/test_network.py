@@ -150,3 +150,12 @@ def _large(channel: Any) -> float:
     (received,) = channel.get()
     (value,) = comm.unpack(mine, received, each, each.place(rank)).unique().tolist()
     return value
+
+
+def test_stages_on_gpus_are_refused_before_anything_is_opened() -> None:
+    """NCCL and symmetric memory expect all ranks at each channel."""
+    mesh = Mesh(1, 1, 2)
+    network = Network(None, None, False, Board(HashStore(), 0, 2, 5.0))
+    for axis in (mesh.along_patches.among((0,)), Mesh(1, 1, 3).across((0, 1))):
+        with pytest.raises(RuntimeError, match="give patches instead of stages"):
+            network.open([total(axis)], torch.device("cuda"))
