@@ -17,6 +17,7 @@ from .capture import capture
 from .described import described, summary
 from .inspect.collect import snapshot
 from .inspect.compare import PlanDiff, compare
+from .inspect.errors import OnnxError
 from .inspect.exchanges import (
     Gathered,
     PlannedExchange,
@@ -30,7 +31,6 @@ from .inspect.explain import explain
 from .inspect.html import plan_html
 from .inspect.networks import to_networkx
 from .inspect.onnx_export import write_onnx
-from .inspect.onnx_model import OnnxError
 from .inspect.record import Snapshot
 from .ir.advice import warn
 from .ir.comm import kept_bytes

@@ -15,16 +15,13 @@ from torch._ops import OpOverload
 from ..ir.progress import progress
 from ..ir.step import StepProgram
 from ..runtime.process_group import padding
+from .errors import OnnxError
 from .onnx_calls import Call, Form, Lines, Message, Payload, Value, lines_of
 from .onnx_pieces import OPSET, Pieces, UntranslatedError, translate
 
 DOMAIN = "fxpass"  #: of `Put` and `Get`
 IR_VERSION = 10
 TOKEN = ir.TensorType(ir.DataType.BOOL)
-
-
-class OnnxError(NotImplementedError):
-    """A program has no form in ONNX; the message says which operator is the reason, and where it is."""
 
 
 @dataclass(frozen=True)

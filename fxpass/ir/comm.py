@@ -65,8 +65,10 @@ def assemble(exchange: Exchange, rank: int, payloads: Payloads, device: torch.de
         torch.stack([filler if part is None else part for part in payloads], out=buffer)
         return buffer
     if isinstance(exchange, Transfer):
-        (payload,) = (part for part in payloads if part is not None)
-        return buffer.copy_(payload)
+        for payload in payloads:
+            if payload is not None:  # else this rank has no rows of the value
+                buffer.copy_(payload)
+        return buffer
     assert isinstance(exchange, Fetch)
     dim = exchange.dim
     if not in_place(exchange):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,13 +17,10 @@ from fxpass.capture import CaptureError, capture
 from .test_left_behind import fakes
 
 
-@pytest.fixture(autouse=True, params=["collected", "frozen"])
-def classes_and_caches(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As they are, and after `gc.freeze`, which servers call."""
-    if request.param == "frozen":
-        gc.collect()
-        gc.freeze()
-    yield
+@pytest.fixture(params=["collected", "frozen"])
+def freeze(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Hides classes and caches from the collector, as servers do by `gc.freeze`; or does nothing."""
+    yield gc.freeze if request.param == "frozen" else lambda: None
     gc.unfreeze()
 
 
@@ -78,8 +75,9 @@ class Other:
     latest: Tensor | None = None
 
 
-def test_a_model_with_a_cached_method_is_captured_and_its_class_keeps_the_method() -> None:
+def test_a_model_with_a_cached_method_is_captured_and_its_class_keeps_the_method(freeze: Callable[[], None]) -> None:
     earlier, before = fakes(), dict(vars(Table))
+    freeze()
     model, x = Cached().eval(), torch.randn(2, 8)
     split = fxpass.parallelize(model, 2, executor="lockstep")
     found = split(x, 3), split(x, 4)
@@ -89,7 +87,7 @@ def test_a_model_with_a_cached_method_is_captured_and_its_class_keeps_the_method
     torch.testing.assert_close(found, (model(x, 3), model(x, 4)))
 
 
-def test_caches_of_functions_of_values_are_emptied_of_values_of_the_recording() -> None:
+def test_caches_of_functions_of_values_are_emptied_of_values_of_the_recording(freeze: Callable[[], None]) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -100,6 +98,7 @@ def test_caches_of_functions_of_values_are_emptied_of_values_of_the_recording() 
             return scaled(x) + one * other
 
     earlier = fakes()
+    freeze()
     model, x = Model().eval(), torch.randn(2, 8)
     split = fxpass.parallelize(model, 2, executor="lockstep")
     found = split(x), split(x + 1)
@@ -108,13 +107,14 @@ def test_caches_of_functions_of_values_are_emptied_of_values_of_the_recording() 
     torch.testing.assert_close(found, (model(x), model(x + 1)))
 
 
-def test_a_failed_capture_clears_the_cache_of_a_function_and_keeps_the_function() -> None:
+def test_a_failed_capture_clears_the_cache_of_a_function_and_keeps_the_function(freeze: Callable[[], None]) -> None:
     def keep(h: Tensor) -> None:
         scaled(h)
         if torch.compiler.is_compiling():
             raise ValueError("no")
 
     earlier, function = fakes(), scaled
+    freeze()
     with pytest.raises(CaptureError, match="ValueError"):
         capture(OfClass(keep).eval(), torch.randn(2, 8))
     assert globals()["scaled"] is function
@@ -137,8 +137,11 @@ def keep_in_other_class(h: Tensor) -> None:
     ("keep", "where"),
     [(keep_in_class, "OfClass.latest"), (keep_in_slot, "a Slots"), (keep_in_other_class, "latest")],
 )
-def test_a_value_kept_in_a_class_is_refused_and_the_class_loses_no_attribute(keep: Any, where: str) -> None:
+def test_a_value_kept_in_a_class_is_refused_and_the_class_loses_no_attribute(
+    keep: Any, where: str, freeze: Callable[[], None]
+) -> None:
     earlier, before, other = fakes(), dict(vars(OfClass)), set(vars(Other))
+    freeze()
     with pytest.raises(CaptureError, match=where) as caught:
         capture(OfClass(keep).eval(), torch.randn(2, 8))
     del caught

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxpass.extras import MissingExtraError
 from fxpass.inspect import onnx_pieces
-from fxpass.inspect.onnx_model import OnnxError
+from fxpass.inspect.errors import OnnxError
 from fxpass.inspect.store import from_json
 from fxpass.models.small import case
 from fxpass.passes.lower_comm import StepPrograms
