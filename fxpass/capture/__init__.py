@@ -3,7 +3,7 @@
 from .arguments import arranged, check_memory, returned, unsplit
 from .call import Call, Method, autocast, bind, passed
 from .capture import capture, capture_call
-from .drawn import DrawingCall, Draws, with_stand_ins
+from .drawn import DrawingCall, Draws
 from .errors import CaptureError, DrawsError, GuardError, OtherDrawsError, TooManyOperatorsError
 from .guards import broken_guard, guard_error, outdated, written
 
@@ -29,6 +29,5 @@ __all__ = [
     "passed",
     "returned",
     "unsplit",
-    "with_stand_ins",
     "written",
 ]

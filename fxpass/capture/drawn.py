@@ -91,21 +91,6 @@ class Draws:
         return held.drawing(draws) if draws else None
 
 
-def with_stand_ins(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call that draws nothing, with stand-ins for generators, which are the same in each call.
-
-    Generators in containers stay: these are the caller's, whom the model may give something in them.
-    """
-    numbers: dict[torch.Generator, int] = {}
-
-    def held(value: Any) -> Any:
-        if not isinstance(value, torch.Generator):
-            return value
-        return generator_stand_in(str(value.device), numbers.setdefault(value, len(numbers)))
-
-    return tuple(map(held, args)), {name: held(value) for name, value in kwargs.items()}
-
-
 @dataclass(frozen=True)
 class _Held:
     """A call with generators among its arguments, and stand-ins in their places."""

@@ -26,7 +26,6 @@ from ...capture import (
     arranged,
     check_memory,
     returned,
-    with_stand_ins,
 )
 from ...capture.structure import Structure
 from ...ir.advice import warn
@@ -321,8 +320,8 @@ class Engine:
                     return self._found_with(drawing, gradients, last=False)
                 if drawing := self._draws.observed(self.model, args, kwargs, method):
                     return self._found_with(drawing, gradients)
-            held, named = with_stand_ins(args, kwargs)  # it draws nothing, or the capture raises
-            call = self._bound(Call.of(self.model, held, named, method))
+            call = Call.of(self.model, args, kwargs, method)
+            call = self._bound(call)
             if gradients:
                 call.refuse_gradients()
             self.programs.update()

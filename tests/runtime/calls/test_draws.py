@@ -221,7 +221,7 @@ def test_a_call_that_is_refused_leaves_its_generator_as_it_was() -> None:
         assert torch.equal(generator.get_state(), seeded(1).get_state())
 
 
-def test_a_call_whose_generator_is_not_read_is_captured_once() -> None:
+def test_a_generator_that_is_not_read_needs_no_second_run() -> None:
     runs = []
 
     def nothing(z: Tensor, generator: Any) -> Tensor:
@@ -234,7 +234,7 @@ def test_a_call_whose_generator_is_not_read_is_captured_once() -> None:
         outputs(module, "decode", seeded(2))
         outputs(module, "decode", seeded(3))
     assert first <= 3  # run once, recorded, compared
-    assert len(runs) == first
+    assert not any(isinstance(each, torch.Generator) and type(each) is not torch.Generator for each in runs)
 
 
 def test_a_module_that_only_decodes_is_split_there() -> None:
