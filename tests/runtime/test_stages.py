@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fxpass
 from fxpass.ir.mesh import Mesh
@@ -48,6 +49,34 @@ def test_workers_that_are_connected_by_gloo_do_so_too(monkeypatch: pytest.Monkey
     """A stage in the middle has no part in what the others send each other."""
     monkeypatch.setenv("FXPASS_SHM_DISABLE", "1")
     check(3, {"stages": 3, "patches": 2}, Mesh(1, 2, 3))
+
+
+class Narrow(nn.Module):
+    """Sends a value of three rows to the second stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(4, 8, 3, padding=1), nn.Conv1d(8, 4, 3, padding=1)
+        self.narrow = nn.ModuleList(nn.Conv1d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.first(x)
+        k = h[:, :, :3]
+        for conv in self.narrow:
+            k = conv(k).relu()
+        return self.last(h).relu() + k.mean(-1, keepdim=True)[:, :4], k
+
+
+@pytest.mark.parametrize("disable", ["0", "1"])
+def test_a_patch_may_have_no_rows_of_what_a_stage_sends(disable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXPASS_SHM_DISABLE", disable)
+    torch.manual_seed(0)
+    model: Any = Narrow().eval()
+    x = torch.randn(1, 4, 32)
+    with torch.no_grad(), fxpass.parallelize(model, 2, stages=2, patches=4, executor="spawn", timeout=60) as module:
+        torch.testing.assert_close(module(x), model(x))
+        sent = [each.declared for each in module.plan.exchanges if each.role == "transfer"]
+        assert any(0 in [each.numel(patch, 4 + patch) for patch in range(4)] for each in sent)
 
 
 def check(world: int, options: dict[str, Any], mesh: Mesh) -> None:
