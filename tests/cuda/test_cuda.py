@@ -6,7 +6,6 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,15 @@ import torch.distributed as dist
 
 import fxpass
 from fxpass.models.small import case, cases, output_tensors
-from tests.cuda.ranks import NAMES, RUNS, on, plain, steps
+from tests.cuda.ranks import NAMES, RUNS, on, steps
 from tests.test_exact import EXACT, error
 from tests.test_forms import cast, rms
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.usefixtures("plain_products"),
+]
 DEVICE = "cuda:0"
-
-
-@pytest.fixture(autouse=True)
-def plain_products() -> Iterator[None]:
-    backends = torch.backends
-    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.deterministic
-    plain(DEVICE)
-    yield
-    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.deterministic = before
 
 
 @pytest.mark.parametrize("name", [each.name for each in cases])

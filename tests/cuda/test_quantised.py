@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,13 @@ from torch import nn
 import fxpass
 from fxpass.models.pipelines_zoo.uses import start
 from fxpass.models.small import case, output_tensors
-from tests.cuda.ranks import on, plain
+from tests.cuda.ranks import on
 from tests.test_exact import error
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DEVICE = "cuda:0"
 #: quantised products round inputs in blocks of rows, which a rank has fewer of
 ROUNDED = {"load_in_8bit": 2e-2, "load_in_4bit": 1e-3}
-
-
-@pytest.fixture
-def plain_products() -> Iterator[None]:
-    backends = torch.backends
-    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.deterministic
-    plain(DEVICE)
-    yield
-    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.deterministic = before
 
 
 def worst(model: Any, device: str, world: int = 2) -> float:
