@@ -159,12 +159,14 @@ class OneRank:
     ) -> None:
         (self.device,) = {each.device for each in model.parameters()}
         self.rank, self.world, self.link = rank, plan.world_size, link
-        self.runner = StepRunner.of(plan, rank, self.open, self.device, Counter(), compile=inductor)
+        self.runner = StepRunner.of(plan, rank, self.device, Counter(), compile=inductor)
+        self.runner.open(0, self.channels())
         self.weights = WeightTable(model, list(plan.program.weights.values())).tensors()
         self.call = call
         self.graphs = StepGraphs([self.runner], 0, self.device, cuda_recorder(self.device)) if graph else None
 
-    def open(self, specs: Sequence[ChannelSpec]) -> Sequence[Channel]:
+    def channels(self) -> Sequence[Channel]:
+        specs = self.runner.specs
         if self.link is None:
             return [Silent(spec, self.rank, self.device) for spec in specs]
         memory = Loopback(specs, self.rank, self.world, self.device, self.link)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ..ir.step import EXACT, ChannelSpec, Step
 from .channels import Channel, RankChannel, Tamper
 from .executor import Compile, PlanLike, Question, Report, compilers, device_of, on_host
 from .held import NOTHING, Held, Holding
-from .rank_steps import Ends, RankSteps
+from .rank_steps import RankSteps
 from .step_runner import StepRunner
 
 
@@ -77,12 +76,10 @@ class LockstepPlan:
             ends = [RankChannel.of_ranks(spec, every, device, tamper=executor.tamper) for spec in specs]
             return [[of_ranks[rank] for of_ranks in ends] for rank in every]
 
-        ends = Ends(opened)
         self.ranks = [
             StepRunner.of(
                 plan,
                 rank,
-                partial(ends.of, rank),
                 device,
                 others if rank else executor.traffic,
                 compile=inductor,
@@ -91,7 +88,7 @@ class LockstepPlan:
             for rank in every
         ]
         # messages between ranks have no fixed places here: only one rank's steps can be recorded
-        self.steps = RankSteps(self.ranks, Placement((plan.world_size,)), graph=graph)
+        self.steps = RankSteps(self.ranks, opened, Placement((plan.world_size,)), graph=graph)
 
     def decide(self, inputs: Sequence[Tensor], question: Question) -> Step:
         return question.decide(on_host(question.facts))

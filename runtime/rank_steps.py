@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,25 +26,12 @@ log = logging.getLogger("fxpass")
 Opener = Callable[[Sequence[ChannelSpec]], Sequence[Sequence[Channel]]]
 
 
-class Ends:
-    """Opens the channels of a context for all ranks of this process when the first of them asks for its ends."""
-
-    def __init__(self, opener: Opener) -> None:
-        self._opener = opener
-        self._ends: Sequence[Sequence[Channel]] = ()
-
-    def of(self, index: int, specs: Sequence[ChannelSpec]) -> Sequence[Channel]:
-        """The ends of a rank, which is counted among those of this process."""
-        if index == 0:
-            self._ends = self._opener(specs)
-        return self._ends[index]
-
-
 class RankSteps:
     """The steps of one plan on the ranks of this process, which run in turn.
 
     Args:
-        runners: of these ranks. They open a context in this order.
+        runners: of these ranks.
+        opener: opens the channels of a context. All processes open the same contexts in the same order.
         network: the connection to other processes; None if all ranks are here.
         graph: record steps as CUDA graphs, if all GPUs can map each other's memory. All processes then make it in the
             same order, for they agree on that.
@@ -54,12 +40,14 @@ class RankSteps:
     def __init__(
         self,
         runners: Sequence[StepRunner],
+        opener: Opener,
         placement: Placement,
         network: Network | None = None,
         *,
         graph: bool = False,
     ) -> None:
         self.runners = runners
+        self._opener = opener
         self._network = network
         self._graphs: dict[int, StepGraphs] = {}  #: by context
         self.device = device = runners[0].device
@@ -99,6 +87,7 @@ class RankSteps:
             RankError: another rank failed, ended, or did not answer in time.
         """
         with on_device(self.device):
+            self._open(context)
             given = held.inputs(inputs, holding, len(self.runners))
             if self._record and (len(self.runners) == 1 or not holding.takes):  # all ranks have the same inputs
                 if context not in self._graphs:
@@ -109,6 +98,12 @@ class RankSteps:
             if self._network is not None:
                 self._network.settle(self.device)
         return held.outputs(outputs, holding)
+
+    def _open(self, context: int) -> None:
+        """Give a context its channels, if it is new."""
+        if not self.runners[0].is_open(context):
+            for runner, ends in zip(self.runners, self._opener(self.runners[0].specs), strict=True):
+                runner.open(context, ends)
 
     def _in_turns(
         self, weights: Sequence[Tensor], given: list[list[Tensor]], context: int, mode: Mode, pace: float
@@ -156,12 +151,8 @@ def steps_of(
     """
     placement = plan.placement
     here = placement.ranks(network.board.rank)
-    ends = Ends(lambda specs: network.open(specs, device, placement))
-    runners = [
-        StepRunner.of(plan, rank, partial(ends.of, i), device, traffic, compile=compile, sharing=sharing, here=here)
-        for i, rank in enumerate(here)
-    ]
-    return RankSteps(runners, placement, network, graph=graph)
+    runners = [StepRunner.of(plan, rank, device, traffic, compile=compile, sharing=sharing, here=here) for rank in here]
+    return RankSteps(runners, lambda specs: network.open(specs, device, placement), placement, network, graph=graph)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -42,7 +42,7 @@ class ContextState:
     """What one rank keeps in one context: channels, state, and where the context stands."""
 
     def __init__(self) -> None:
-        self.channels: Sequence[Channel] | None = None  #: None until its first step starts
+        self.channels: Sequence[Channel] | None = None  #: None until it is opened
         self.state: list[Tensor] = []
         self.steps = 0  #: begun so far; counted on rank 0, which tells the others the mode
         self.exact = False  #: whether the last one was
@@ -102,7 +102,6 @@ class StepRunner:
         state: what a context keeps.
         specs: its channels.
         code: gives the code of a mode.
-        open_channels: opens the channels of a context. All ranks open the same contexts in the same order.
         traffic: counts the bytes that this rank receives, by role.
         compiler: compiles the segments of the codes, which must have some.
         soon: modes that are compiled together with the first one.
@@ -120,7 +119,6 @@ class StepRunner:
         state: Sequence[StateSpec],
         specs: Sequence[ChannelSpec],
         code: Callable[[Mode], StepCode],
-        open_channels: Callable[[Sequence[ChannelSpec]], Sequence[Channel]],
         device: torch.device,
         traffic: Counter[str],
         compiler: Compiler | None = None,
@@ -131,7 +129,6 @@ class StepRunner:
         self._constants = list(constants)
         self._state = state
         self._code = code
-        self._open = open_channels
         self.specs = specs
         self.device = device
         self._traffic = traffic
@@ -143,7 +140,6 @@ class StepRunner:
     def of(
         plan: PlanLike,
         rank: int,
-        open_channels: Callable[[Sequence[ChannelSpec]], Sequence[Channel]],
         device: torch.device,
         traffic: Counter[str],
         *,
@@ -165,7 +161,6 @@ class StepRunner:
             programs.state,
             programs.channels,
             coder(programs, compile=compile, check=check, here=here),
-            open_channels,
             device,
             traffic,
             new_compiler(rank, sharing) if compile else None,
@@ -182,13 +177,13 @@ class StepRunner:
         return self._contexts[step.context].next(step)
 
     def start(self, weights: Sequence[Tensor], inputs: Sequence[Tensor], context: int, mode: Mode, pace: Tensor) -> Run:
-        """A step, to be driven; it returns (outputs, new state).
+        """A step, to be driven; it returns (outputs, new state). The context has its channels.
 
         Args:
             weights, inputs: in the order of the program.
             pace: 0-dim float64.
         """
-        here = self._opened(context)
+        here = self._contexts[context]
         code = self._code(mode)
         pool = [*weights, *self._constants, *inputs, pace, *here.state]
         if code not in self._orders and self._compiler:
@@ -253,10 +248,22 @@ class StepRunner:
         self.count(mode)
         return copies(outputs) if self._contexts[context].lent else outputs
 
+    def is_open(self, context: int) -> bool:
+        """Whether a context has channels."""
+        return self._contexts[context].channels is not None
+
+    def open(self, context: int, channels: Sequence[Channel]) -> None:
+        """Give a new context its channels, and zeros as its state."""
+        here = self._contexts[context]
+        here.channels = channels
+        here.lent = any(channel.lends for channel in channels)
+        with torch.inference_mode(False):  # later calls may write to it, also outside inference mode
+            here.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self._state]
+
     def channels(self, context: int) -> Sequence[Channel]:
-        """Those of a context, which is opened if it is new."""
-        channels = self._opened(context).channels
-        assert channels is not None
+        """Those of a context."""
+        channels = self._contexts[context].channels
+        assert channels is not None, f"context {context} has no channels"
         return channels
 
     def kept(self) -> list[Tensor]:
@@ -269,15 +276,6 @@ class StepRunner:
             for channel in context.channels or ():
                 channel.close()
         self._contexts.clear()
-
-    def _opened(self, number: int) -> ContextState:
-        context = self._contexts[number]
-        if context.channels is None:
-            context.channels = self._open(self.specs)
-            context.lent = any(channel.lends for channel in context.channels)
-            with torch.inference_mode(False):  # later calls may write to it, also outside inference mode
-                context.state = [torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for spec in self._state]
-        return context
 
 
 def drive(run: Run, channels: Sequence[Channel]) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,7 +15,6 @@ import threading
 import traceback
 from collections import Counter
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from .groups import HOST, connect
 from .held import Held
 from .network import Network
 from .numerics import apply
-from .rank_steps import Ends, RankSteps
+from .rank_steps import RankSteps
 from .step_runner import LoadedPlan, StepRunner, new_compiler
 from .weights import allocate, bytes_of, views
 from .wire import Connection
@@ -87,7 +86,6 @@ class Worker:
                 self.steps[number].run(weights, inputs, context, mode, pace, self.held, holding)
 
     def loaded(self, plan: LoadedPlan, codes: dict[Mode, list[StepCode]]) -> RankSteps:
-        ends = Ends(lambda specs: self.network.open(specs, self.device, plan.placement))
         constants = [constant.to(self.device) for constant in plan.constants]
         board = self.network.board
         runners = [
@@ -97,7 +95,6 @@ class Worker:
                 state,
                 channels,
                 lambda mode, i=i: codes[mode][i],
-                partial(ends.of, i),
                 self.device,
                 Counter(),
                 new_compiler(rank, board.world) if plan.compile else None,
@@ -106,7 +103,13 @@ class Worker:
                 zip(plan.placement.ranks(board.rank), plan.ranks, strict=True)
             )
         ]
-        return RankSteps(runners, plan.placement, self.network, graph=plan.graph)
+        return RankSteps(
+            runners,
+            lambda specs: self.network.open(specs, self.device, plan.placement),
+            plan.placement,
+            self.network,
+            graph=plan.graph,
+        )
 
 
 def main(descriptor: int, rank: int, world: int, port: int, timeout: float, threads: int, device: torch.device) -> None:

@@ -178,7 +178,9 @@ def recorded(plan: PlanLike, channels: Sequence[Channel], rank: int, log: Log) -
     constants = list(plan.program.constants.values())
     names = placeholders(plan.program)
     cpu = torch.device("cpu")
-    return StepRunner(names, constants, programs.state, programs.channels, code, lambda _: ends, cpu, Counter())
+    runner = StepRunner(names, constants, programs.state, programs.channels, code, cpu, Counter())
+    runner.open(0, ends)
+    return runner
 
 
 def complete(logs: Sequence[Log]) -> None:

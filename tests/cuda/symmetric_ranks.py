@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 import fxpass
 from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
-from fxpass.ir.step import EXACT, ChannelSpec, Step
+from fxpass.ir.step import EXACT, Step
 from fxpass.models.small import case
 from fxpass.runtime.board import Board
 from fxpass.runtime.errors import RankError
@@ -60,11 +59,13 @@ class Rank:
         self.stale = plan.exact_steps is not None
         self.table = WeightTable(self.model, list(plan.program.weights.values()))
         self.memory: SymmetricMemory
-        self.runner = StepRunner.of(plan, rank, self.open, DEVICE, Counter())
+        self.runner = StepRunner.of(plan, rank, DEVICE, Counter())
+        self.runner.open(0, self.channels())
         self.graphs = StepGraphs([self.runner], 0, DEVICE, cuda_recorder(DEVICE))
         self.lockstep = LockstepExecutor(world).load(plan, self.table.tensors(), self.call(0).tensors)
 
-    def open(self, specs: Sequence[ChannelSpec]) -> list[SymmetricChannel]:
+    def channels(self) -> list[SymmetricChannel]:
+        specs = self.runner.specs
         store = dist.PrefixStore(self.scenario, dist.distributed_c10d._get_default_store())
         board = Board(store, self.rank, dist.get_world_size(), LIMIT.get(self.scenario, 30.0))
         self.memory = allocated(specs, dist.group.WORLD, board, DEVICE, 1)

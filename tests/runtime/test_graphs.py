@@ -15,7 +15,7 @@ from torch.nn import functional
 import fxpass
 from fxpass.capture import Call
 from fxpass.capture.structure import WeightTable
-from fxpass.ir.step import EXACT, ChannelSpec, Mode, Step
+from fxpass.ir.step import EXACT, Mode, Step
 from fxpass.models.small import cases
 from fxpass.runtime.graphs import Outputs, StepGraphs
 from fxpass.runtime.lockstep import LockstepExecutor
@@ -26,25 +26,23 @@ from tests.runtime.test_step_runner import STEPS, WORLD, planned
 CPU = torch.device("cpu")
 
 
+def open_symmetric(runners: Sequence[StepRunner], context: int) -> None:
+    """Give a context of all ranks channels of symmetric memory."""
+    for runner, ends in zip(runners, symmetric_channels(runners[0].specs, WORLD), strict=True):
+        runner.open(context, ends)
+
+
 class Ranks:
     """All ranks of a plan over symmetric memory, their steps on a tape; and lockstep."""
 
     def __init__(self, name: str, strategy: str, record: Callable[..., Any] = tape, rows: int = 32) -> None:
         self.model, self.given, self.plan = planned(name, strategy, rows)
-        self.ends: dict[int, list[Any]] = {}
-        self.runners = [
-            StepRunner.of(self.plan, rank, lambda specs, r=rank: self.open(r, specs), CPU, Counter())
-            for rank in range(WORLD)
-        ]
+        self.runners = [StepRunner.of(self.plan, rank, CPU, Counter()) for rank in range(WORLD)]
         self.graphs = {context: StepGraphs(self.runners, context, CPU, record) for context in (0, 1)}
+        for context in self.graphs:
+            open_symmetric(self.runners, context)
         self.lockstep: Any = None
         self.turn = 0
-
-    def open(self, rank: int, specs: Sequence[ChannelSpec]) -> list[Any]:
-        context = len(self.runners[rank]._contexts) if hasattr(self, "runners") else 0
-        if context not in self.ends:
-            self.ends[context] = symmetric_channels(specs, WORLD)
-        return self.ends[context][rank]
 
     def step(self, kind: str, pace: float, context: int = 0) -> tuple[Outputs, Outputs]:
         """The outputs of each rank: of recorded steps, and of lockstep."""
@@ -191,16 +189,9 @@ class Racing:
 
     def __init__(self, name: str, strategy: str, seed: int) -> None:
         self.model, self.given, self.plan = planned(name, strategy, 32)
-        self.ends: list[Any] = []
-        self.runners = [
-            StepRunner.of(self.plan, rank, lambda specs, r=rank: self.open(r, specs), CPU, Counter())
-            for rank in range(WORLD)
-        ]
+        self.runners = [StepRunner.of(self.plan, rank, CPU, Counter()) for rank in range(WORLD)]
+        open_symmetric(self.runners, 0)
         self.chance = random.Random(seed)
-
-    def open(self, rank: int, specs: Sequence[ChannelSpec]) -> list[Any]:
-        self.ends = self.ends or symmetric_channels(specs, WORLD)
-        return self.ends[rank]
 
     def run(self, steps: Sequence[tuple[str, float]]) -> tuple[list[Outputs], list[Outputs]]:
         """The outputs of each step on each rank; and of lockstep."""
