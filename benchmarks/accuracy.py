@@ -75,6 +75,7 @@ def reports(
         line = f"{link.name}: {link.latency * 1e6:.0f} us, {link.bandwidth / 1e6:.1f} MB/s"
         if link.late_bandwidth:
             line += f"; for the next step {link.late_latency * 1e6:.0f} us, {link.late_bandwidth / 1e6:.1f} MB/s"
+            line += f", {link.busy_latency * 1e6:.0f} us for what is awaited meanwhile"
         if link.core_bandwidth:
             line += f"; of the cores {link.core_latency * 1e6:.0f} us, {link.core_bandwidth / 1e6:.0f} MB/s"
         yield line

@@ -81,6 +81,8 @@ class Link:
         late_latency: as `latency`, for messages for the next step, of which several are on their way at once. They can
             fill a link that one message alone does not fill. 0: as `latency`.
         late_bandwidth: as `bandwidth`, for these messages; 0: as `bandwidth`.
+        busy_latency: as `latency`, for what a step awaits while messages for the next step are on their way; 0: as
+            `latency`.
         overtake: whether what a step awaits overtakes messages for the next step; else messages go in order.
         core_latency: seconds per message that threads of the link take from the cores that compute, whatever its size;
             0 if they have cores of their own. Counted for messages that travel while the ranks compute.
@@ -97,6 +99,7 @@ class Link:
     nodes: int = 1
     late_latency: float = 0.0
     late_bandwidth: float = 0.0
+    busy_latency: float = 0.0
     overtake: bool = False
     core_latency: float = 0.0
     core_bandwidth: float = 0.0
@@ -204,7 +207,8 @@ def _made(kind: type[Any], name: str, entry: Any, where: str) -> Any:
 
 
 NUMBERS = {"matrix", "reached", "elements", "units", "bandwidth", "cache", "cache_bandwidth", "memory", "kernel"}
-NUMBERS |= {"launch", "latency", "nodes", "late_latency", "late_bandwidth", "core_latency", "core_bandwidth"}
+NUMBERS |= {"launch", "latency", "nodes", "core_latency", "core_bandwidth"}
+NUMBERS |= {"late_latency", "late_bandwidth", "busy_latency"}
 
 
 def find(target: str, link: str | None = None) -> Target:

@@ -42,7 +42,7 @@ def sockets(name: str, seen: list[Measured], description: str, parts: int) -> Li
     """
     latency, bandwidth = _figures([each.seconds for each in seen], SIZES, parts)
     late_latency, late_bandwidth = _figures([each.late for each in seen], LATE_SIZES, parts)
-    figures = ["latency", "bandwidth", "late_latency", "late_bandwidth"]
+    figures = ["latency", "bandwidth", "late_latency", "late_bandwidth", "busy_latency"]
     core_latency = core_bandwidth = 0.0
     if _cores() <= len(seen):
         core_latency, core_bandwidth = _figures([each.cores for each in seen], SIZES, 2 * (WORLD - 1))
@@ -56,6 +56,7 @@ def sockets(name: str, seen: list[Measured], description: str, parts: int) -> Li
         overtake=True,
         late_latency=late_latency,
         late_bandwidth=late_bandwidth,
+        busy_latency=mean(each.busy for each in seen),
         core_latency=core_latency,
         core_bandwidth=core_bandwidth,
         sources=_sources(*figures),
@@ -80,4 +81,5 @@ def _sources(*figures: str) -> dict[str, str]:
 def _measured(variables: Mapping[str, str]) -> list[Measured]:
     """What each rank measures."""
     found = map(json.loads, run_ranks("fxpass.predict.link_rank", (), WORLD, TIMEOUT, variables))
-    return [Measured(each["shared"], *(tuple(each[name]) for name in ("seconds", "late", "cores"))) for each in found]
+    pairs = ("seconds", "late", "cores")
+    return [Measured(**each | {name: tuple(each[name]) for name in pairs}) for each in found]

@@ -3,7 +3,8 @@
 The ranks exchange small and large values through the runtime's own channels: the messages, copies and waits are those
 of a step. Messages that a step awaits go one by one. The ranks compute before each, as in a step: that fills the caches
 and lets the threads that carry messages sleep, after which a small message takes several times as long as one that
-follows another. Messages for the next step go several at a time, and can fill a link that one alone does not fill.
+follows another. Messages for the next step go several at a time, and can fill a link that one alone does not fill;
+what a step awaits meanwhile takes longer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -30,6 +31,8 @@ TURNS = (200, 12)  #: exchanges of each size that are timed
 UNTIMED = 3  #: exchanges before these
 LATE_SIZES = (1 << 10, 1 << 22)  #: bytes of each rank's part in messages for the next step: keys and values of a layer
 LATE_TURNS = (100, 6)  #: how many times such a message is put on each channel
+BUSY_TURNS = 3  #: how many times such a message is put on each channel while small ones are awaited
+BUSY_EXCHANGES = 6  #: small ones each time
 LATE_CHANNELS = 6  #: channels that have a message on its way at the same time
 WORK = 512  #: rows and columns of the matrices that are multiplied before each exchange
 TIMEOUT = 60.0  #: seconds
@@ -43,12 +46,14 @@ class Measured:
         shared: whether the ranks share memory.
         seconds: of a put and its get, for each size: the mean, for a step has slow ones as well.
         late: seconds in which one message for the next step follows another, for each of `LATE_SIZES`.
+        busy: as `seconds`, of the smaller size, while messages for the next step are on their way.
         cores: processor seconds of this process's other threads in one exchange, for each size: the mean.
     """
 
     shared: bool
     seconds: tuple[float, float]
     late: tuple[float, float]
+    busy: float
     cores: tuple[float, float]
 
 
@@ -62,7 +67,7 @@ def measured(network: Network) -> Measured:
     """Called by each rank: exchange values with all others."""
     rank, world = network.board.rank, network.board.world
     exchanges = [_gather(world, size) for size in SIZES]
-    late = [_gather(world, size) for size in LATE_SIZES for _ in range(LATE_CHANNELS)]
+    late = [_late(world, size) for size in LATE_SIZES for _ in range(LATE_CHANNELS)]
     specs = [ChannelSpec(f"exchange_{i}", "", (each,), False) for i, each in enumerate(exchanges)]
     specs += [ChannelSpec(f"late_{i}", "", (each,), True) for i, each in enumerate(late)]
     (channels,) = network.open(specs, torch.device("cpu"))
@@ -75,10 +80,16 @@ def measured(network: Network) -> Measured:
     apart = len(SIZES) + LATE_CHANNELS
     several = channels[len(SIZES) : apart], channels[apart:]
     little, much = (
-        _follow(each, _gather(world, size), rank, turns)
+        _follow(each, _late(world, size), rank, turns)
         for each, size, turns in zip(several, LATE_SIZES, LATE_TURNS, strict=True)
     )
-    return Measured(isinstance(between, MemoryChannel), (small, large), (little, much), (small_cores, large_cores))
+    busy = _meanwhile(channels[0], exchanges[0], channels[apart:], late[-1], rank)
+    shared = isinstance(between, MemoryChannel)
+    return Measured(shared, (small, large), (little, much), busy or small, (small_cores, large_cores))
+
+
+def _late(world: int, size: int) -> Fetch:
+    return replace(_gather(world, size), fresh="stale")
 
 
 def _gather(world: int, size: int) -> Fetch:
@@ -118,6 +129,27 @@ def _follow(channels: Sequence[Channel], exchange: Fetch, rank: int, turns: int)
     for channel in channels:
         channel.close()
     return taken / (turns * len(channels))
+
+
+def _meanwhile(channel: Channel, exchange: Fetch, others: Sequence[Channel], late: Fetch, rank: int) -> float:
+    """The seconds of a put and its get while other channels have a message on its way; 0 if it never ended earlier."""
+    matrix = torch.ones(WORK, WORK)
+    packed, large = (each.pack(rank, torch.ones(1, len(each.have[rank]), each.shape[2])) for each in (exchange, late))
+    taken = []
+    for _ in range(BUSY_TURNS):
+        for each in others:
+            each.put([large])
+        for _ in range(BUSY_EXCHANGES):
+            torch.mm(matrix, matrix)
+            began = time.perf_counter()
+            channel.put([packed])
+            channel.get()
+            ended = time.perf_counter()
+            if not all(each.ready() for each in others):
+                taken.append(ended - began)
+        for each in others:
+            each.close()
+    return statistics.mean(taken) if taken else 0.0
 
 
 def _other_threads() -> float:

@@ -105,7 +105,9 @@ class Simulation:
         lasts = transfer(message, self.link)
         self.free[overtakes] = self.arrival[message.spec.name] = began + lasts
         if overtakes:
-            self._delay(began, lasts)
+            busy = self._delay(began, lasts)
+            longer = max(self.link.busy_latency - self.link.latency, 0.0)
+            self.arrival[message.spec.name] = began + lasts + np.where(busy & (lasts > 0), longer, 0.0)
         elif message.late:
             self.late.add(message.spec.name)
         self.flights[message.spec.name] = put, began
@@ -114,16 +116,23 @@ class Simulation:
             self.stream = self.stream + taken
             self.exposed += taken
 
-    def _delay(self, began: Figures, lasts: Figures) -> None:
-        """Let the messages for the next step wait while one that overtakes them is on its way."""
+    def _delay(self, began: Figures, lasts: Figures) -> np.ndarray:
+        """Let the messages for the next step wait while one that overtakes them is on its way.
+
+        Returns:
+            On which ranks there are such messages.
+        """
+        busy = np.zeros(self.world, dtype=bool)
         for name in list(self.late):
             arrival = self.arrival[name]
             waits = arrival > began
             if waits.any():
+                busy |= waits
                 self.arrival[name] = arrival + np.where(waits, lasts, 0)
             else:
                 self.late.discard(name)
         self.free[False] = self.free[False] + np.where(self.free[False] > began, lasts, 0)
+        return busy
 
     def _get(self, get: Get) -> None:
         now = np.maximum(self.stream, self.host)

@@ -126,6 +126,15 @@ def test_what_a_step_awaits_overtakes_messages_for_the_next_where_the_link_allow
     assert ends(2, link(), *steps) == [[704.0, 704.0], [704.0, 704.0]]
 
 
+def test_what_overtakes_messages_for_the_next_step_takes_longer_while_they_are_on_their_way() -> None:
+    late, now = message(gather(2, 640), late=True), message(gather(2, 64), number=1)
+    over = link(latency=8.0, busy_latency=30.0, overtake=True)
+    steps = ((put(late), put(now), get(now)), (get(late),), (put(now), get(now)))
+    first = 30.0 + 64
+    last = 8 + 640 + 8 + 64.0  # the link is idle again after the messages of both
+    assert ends(2, over, *steps) == [[first] * 2, [last] * 2, [last + 8 + 64] * 2]
+
+
 @pytest.mark.parametrize("medium", ["ports", "bus"])
 def test_messages_for_the_next_step_have_figures_of_their_own(medium: Medium) -> None:
     over = link(medium, latency=8.0, late_latency=1.0, late_bandwidth=4.0)
