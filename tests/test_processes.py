@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor
 
 import fxpass
 from fxpass.models.small import case, output_tensors
+from tests.torchrun import ranks
 
 NAMES = ("unet_sdxl", "sana", "wan", "vae_decode")  # every kind of exchange: halos, K and V, moments, sums
 
@@ -27,10 +26,7 @@ def lockstep(name: str, world: int) -> list[Tensor]:
 def test_torchrun_gives_what_lockstep_gives_on_every_rank(tmp_path: Path) -> None:
     world = 3
     jobs = [f"{name}:memory" for name in NAMES] + [f"{NAMES[1]}:gloo"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command = [*torchrun, "-m", "tests.real_ranks", str(tmp_path), *jobs]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    ranks("tests.real_ranks", str(tmp_path), *jobs, world=world, imports=["fxpass.models.small"])
     for job in jobs:
         name, transport = job.split(":")
         for rank in range(world):

@@ -9,7 +9,7 @@ import pytest
 
 import fxpass
 from tests.runtime.plans import Pipeline, block
-from tests.runtime.test_distributed import torchrun
+from tests.torchrun import torchrun
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("real", marks=pytest.mark.slow)])

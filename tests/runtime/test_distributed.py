@@ -1,7 +1,6 @@
 """Every rank runs a script: exact, and every disagreement and failure is named on every rank."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,40 +10,17 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    "OMP_NUM_THREADS": "1",
-    "PYTHONWARNINGS": "ignore",
-}
-
-
-TRANSPORTS = {"memory": {}, "gloo": {"FXPASS_SHM_DISABLE": "1"}}  # what each adds to the environment
-
-
-def torchrun(module: str, *arguments: str, folder: Path, transport: str = "memory", world: int = 2) -> list[Any]:
-    """What the ranks of one torchrun of a module saw."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    result = subprocess.run(
-        [*command, "-m", module, *arguments, str(folder)],
-        check=False,
-        cwd=ROOT,
-        env=ENVIRONMENT | TRANSPORTS[transport],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+from tests.forks import ROOT, Forked
+from tests.torchrun import ENVIRONMENT, TRANSPORTS, found, torchrun
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    found = torchrun("tests.runtime.ranks", "everything", folder=folder, transport=request.param)
-    assert [rank["files"] > 0 for rank in found] == [request.param == "memory"] * 2
-    return found
+    seen = torchrun("tests.runtime.ranks", "everything", folder=folder, transport=request.param)
+    assert [rank["files"] > 0 for rank in seen] == [request.param == "memory"] * 2
+    return seen
 
 
 def test_torchrun_equals_lockstep_bit_for_bit(seen: list[dict[str, Any]]) -> None:
@@ -204,7 +180,12 @@ def test_a_first_call_on_one_rank_only_is_a_rank_error_that_says_who_must_call(t
 
 
 def test_an_error_on_one_rank_in_the_first_call_is_raised_on_the_others(tmp_path: Path) -> None:
-    seen = torchrun("tests.runtime.ranks", "first_call_fails", folder=tmp_path)
+    """Under torchrun itself; the ranks of other tests are forks with its environment."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.runtime.ranks", "first_call_fails", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr
+    seen = found(tmp_path, 2)
     assert seen[0]["error"].startswith("RankError after <30 s: rank 1 failed: Traceback")
     assert all("mat1 and mat2" in rank["error"] for rank in seen)
 
@@ -220,7 +201,7 @@ def test_a_killed_or_stopped_rank_is_reported_on_all_others(
     shared = ENVIRONMENT | TRANSPORTS[transport]
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     command = [sys.executable, "-m", "tests.runtime.ranks", what, str(tmp_path)]
-    ranks = [subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank)}) for rank in range(world)]
+    ranks = [Forked(command, env=shared | {"RANK": str(rank)}, server=rank % 2) for rank in range(world)]
     survivors = [rank for rank in range(world) if rank != 1]
     assert [ranks[rank].wait(120) for rank in survivors] == [0] * len(survivors)
     ranks[1].kill()

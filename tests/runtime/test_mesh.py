@@ -14,7 +14,7 @@ import fxpass
 from fxpass.ir.advice import FxpassWarning
 from fxpass.ir.mesh import Axis, Mesh
 from tests.runtime.plans import Block, block, inputs, steps, whole
-from tests.runtime.test_distributed import torchrun
+from tests.torchrun import torchrun
 
 
 def lockstep(world: int, model: nn.Module | None = None, **named: Any) -> Any:

@@ -18,7 +18,7 @@ from fxpass.ir.mesh import Mesh, Placement
 from fxpass.runtime.errors import RankError
 from tests.runtime.patch_ranks import ROWS, STRATEGIES, equal, named, parallel
 from tests.runtime.plans import block, inputs, steps, whole
-from tests.runtime.test_distributed import torchrun
+from tests.torchrun import torchrun
 
 
 def lockstep(world: int, **options: Any) -> Any:

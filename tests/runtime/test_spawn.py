@@ -53,9 +53,12 @@ def pids(module: ParallelModule) -> list[int]:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Block, ParallelModule]]:
-    """A model and itself on two processes, used by many tests."""
+    """A model and itself on two processes, which start as they do for users; used by many tests."""
     model = block()
     with parallel(model, SpawnExecutor(2, timeout=60)) as module:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fxpass.runtime.workers.subprocess", subprocess)
+            module(*inputs())
         yield model, module
 
 
@@ -71,6 +74,7 @@ def test_spawn_equals_lockstep_bit_for_bit(pair: tuple[Block, ParallelModule]) -
         assert same_as_lockstep(*pair, seed=seed)
 
 
+@pytest.mark.usefixtures("new_workers")
 def test_three_processes_with_uneven_parts() -> None:
     model = block()
     with parallel(model, SpawnExecutor(3, timeout=60)) as module:

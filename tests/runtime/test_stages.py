@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -29,6 +25,7 @@ from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.patch_ranks import ROWS, equal, parallel
 from tests.runtime.plans import block, inputs, steps, whole
 from tests.runtime.stage_ranks import WAYS
+from tests.torchrun import torchrun
 
 
 @pytest.mark.parametrize(
@@ -86,17 +83,10 @@ def check(world: int, options: dict[str, Any], mesh: Mesh) -> None:
         assert module.plan.mesh == mesh
 
 
-@pytest.mark.parametrize("disable", ["0", "1"])
-def test_stages_under_torchrun_give_what_lockstep_gives_bit_for_bit(disable: str, tmp_path: Path) -> None:
-    """Through shared memory and, without it, through gloo."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "tests.runtime.stage_ranks", str(tmp_path)]
-    environment = os.environ | {"FXPASS_SHM_DISABLE": disable}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    for process in range(2):
-        found = json.loads((tmp_path / f"{process}.json").read_text())
-        assert found.pop("kinds") == ["GroupChannel" if disable == "1" else "MemoryChannel"]
+@pytest.mark.parametrize(("transport", "kind"), [("memory", "MemoryChannel"), ("gloo", "GroupChannel")])
+def test_stages_under_torchrun_give_what_lockstep_gives_bit_for_bit(transport: str, kind: str, tmp_path: Path) -> None:
+    for found in torchrun("tests.runtime.stage_ranks", folder=tmp_path, transport=transport):
+        assert found.pop("kinds") == [kind]
         assert found == dict.fromkeys(WAYS, True)
 
 

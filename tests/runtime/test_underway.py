@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.test_distributed import torchrun
+from tests.torchrun import torchrun
 
 MB = 1 << 20
 

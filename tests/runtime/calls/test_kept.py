@@ -15,7 +15,7 @@ import fxpass
 from fxpass.runtime.calls.deferred import DeferredTensor
 from fxpass.runtime.calls.kept import KeepingEngine
 from tests.runtime.calls.test_loops import FRAMES, Step, Video, step_of
-from tests.runtime.test_distributed import torchrun
+from tests.torchrun import torchrun
 
 
 @pytest.fixture(autouse=True)
