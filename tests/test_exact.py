@@ -67,12 +67,12 @@ def _sizes(each: Case, rows: int) -> tuple[int, int]:
 
 
 def _cases(*rows_batch_worlds: tuple[int, int, int]) -> list[Any]:
-    """All models with all sizes; of large models, other sizes than the first are slow tests."""
+    """All models with all sizes. Slow tests: 1 and 4 ranks; of large models, other sizes than the first."""
     return [
         pytest.param(
             each.name, *_sizes(each, rows), batch, world,
             id=f"{each.name}-{rows}rows-batch{batch}-{world}ranks",
-            marks=pytest.mark.slow if each.name in LARGE and i else (),
+            marks=pytest.mark.slow if world in (1, 4) or (each.name in LARGE and i) else (),
         )
         for each in cases
         for i, (rows, batch, world) in enumerate(rows_batch_worlds)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxpass
 from fxpass.capture import CaptureError, capture
 
-from .test_left_behind import fakes
+from .test_left_behind import alive, fakes
 
 
 @pytest.fixture(params=["collected", "frozen"])
@@ -83,7 +83,7 @@ def test_a_model_with_a_cached_method_is_captured_and_its_class_keeps_the_method
     found = split(x, 3), split(x, 4)
     del split
     assert dict(vars(Table)) == before
-    assert fakes(*earlier) == []
+    assert alive(*earlier) == []
     torch.testing.assert_close(found, (model(x, 3), model(x, 4)))
 
 
@@ -103,7 +103,7 @@ def test_caches_of_functions_of_values_are_emptied_of_values_of_the_recording(fr
     split = fxpass.parallelize(model, 2, executor="lockstep")
     found = split(x), split(x + 1)
     del split
-    assert fakes(*earlier) == []
+    assert alive(*earlier) == []
     torch.testing.assert_close(found, (model(x), model(x + 1)))
 
 
@@ -118,7 +118,7 @@ def test_a_failed_capture_clears_the_cache_of_a_function_and_keeps_the_function(
     with pytest.raises(CaptureError, match="ValueError"):
         capture(OfClass(keep).eval(), torch.randn(2, 8))
     assert globals()["scaled"] is function
-    assert fakes(*earlier) == []
+    assert alive(*earlier) == []
 
 
 def keep_in_class(h: Tensor) -> None:
@@ -147,7 +147,7 @@ def test_a_value_kept_in_a_class_is_refused_and_the_class_loses_no_attribute(
     del caught
     assert dict(vars(OfClass)) == before
     assert set(vars(Other)) == other
-    assert fakes(*earlier) == []
+    assert alive(*earlier) == []
 
 
 def test_an_attribute_of_a_class_that_the_recorded_run_sets_is_restored() -> None:

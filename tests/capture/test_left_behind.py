@@ -47,10 +47,15 @@ def sample() -> Tensor:
     return torch.randn(1, 8, 6)
 
 
-def fakes(*earlier: Any) -> list[Any]:
+def fakes() -> list[Any]:
+    """All fake tensors, also those that nobody refers to."""
+    return [each for each in gc.get_objects() if type(each) is FakeTensor]
+
+
+def alive(*earlier: Any) -> list[Any]:
     """Fake tensors that live somewhere, but for `earlier` ones."""
     gc.collect()
-    return [each for each in gc.get_objects() if type(each) is FakeTensor and not any(each is e for e in earlier)]
+    return [each for each in fakes() if not any(each is e for e in earlier)]
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +205,7 @@ def test_what_an_earlier_call_left_behind_and_a_later_one_reads_is_refused(first
     with pytest.raises(CaptureError, match="which an earlier call left behind"):
         module(sample())
     del module
-    assert fakes(*earlier) == []
+    assert alive(*earlier) == []
 
 
 class Helper:
@@ -234,7 +239,7 @@ def test_closures_that_keep_outputs_of_blocks_are_filled_and_refused_where_they_
     with pytest.raises(CaptureError, match="which an earlier call left behind"):
         module(sample())
     del module
-    assert fakes(*earlier) == []
+    assert alive(*earlier) == []
 
 
 def keep_in_deque(kept: Any) -> Callable[[Any, Tensor], None]:
@@ -251,7 +256,7 @@ def test_what_no_program_can_put_there_is_refused_by_holder_and_line(kind: Any) 
     assert "test_left_behind.py:" in str(caught.value)
     del caught
     assert not any(isinstance(each, FakeTensor) for each in kept)
-    assert fakes(*earlier) == []
+    assert alive(*earlier) == []
 
 
 def test_a_failed_capture_leaves_no_fake_tensor_in_lists_of_others() -> None:
@@ -265,7 +270,7 @@ def test_a_failed_capture_leaves_no_fake_tensor_in_lists_of_others() -> None:
     with pytest.raises(CaptureError, match="ValueError"):
         capture(Model(keep).eval(), sample())
     assert not any(isinstance(each, FakeTensor) for each in GLOBAL_LIST)
-    assert fakes(*earlier) == []
+    assert alive(*earlier) == []
 
 
 def test_a_refusal_searches_the_objects_of_the_process_a_few_times_however_many_values_are_held(

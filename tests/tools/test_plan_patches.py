@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
 
-from fxpass.models.resolve import Options
+from fxpass.capture import capture
+from fxpass.ir.program import Program
+from fxpass.ir.strategy import Strategy
+from fxpass.models.resolve import Options, resolve
+from fxpass.plan import Plan, make_plan
 from fxpass.predict.compare import advice
 from fxpass.report.facts import Facts
 from fxpass.report.page import page
-from fxpass.tools.commands.plan import deal_of, make, show
+from fxpass.tools.commands.plan import deal_of, show
 from fxpass.tools.console import console
 from tests.tools.command import fxpass
 
-MODEL = "small:unet_sdxl"
+MODEL = "small:unet_sd"
 PATCHES = ("-n", "2", "--patches", "4", "--strategy", "displaced")
 
 
-def planned(patches: int | None = None, speeds: list[float] | None = None, processes: int = 2) -> Any:
-    deal = deal_of(processes, 1, 1, patches, speeds)
-    return make(MODEL, processes, "displaced", "auto", Options(), deal=deal)
+@cache
+def program() -> Program:
+    model = resolve(MODEL, Options())
+    return capture(model.module, *model.args, **model.kwargs)
+
+
+@cache
+def planned(
+    patches: int | None = None, speeds: tuple[float, ...] | None = None, processes: int = 2, target: str = "auto"
+) -> Plan:
+    deal = deal_of(processes, 1, 1, patches, [*speeds] if speeds else None)
+    return make_plan(program(), processes, Strategy.of("displaced"), target, deal=deal)
 
 
 def test_a_plan_says_its_processes_and_patches(capsys: Any) -> None:
@@ -35,15 +49,15 @@ def test_a_plan_says_its_processes_and_patches(capsys: Any) -> None:
 
 
 def test_a_plan_says_its_speeds() -> None:
-    assert planned(speeds=[1.0, 0.5]).describe()["speeds"] == [1.0, 0.5]
+    assert planned(speeds=(1.0, 0.5)).describe()["speeds"] == [1.0, 0.5]
 
 
 def test_a_dump_says_which_process_runs_its_rank() -> None:
     head, cut, *_ = fxpass("dump", MODEL, *PATCHES, "--rank", "3").stdout.splitlines()
-    assert head == "small:unet_sdxl, rank 3 of 4 on process 1 of 2, after schedule"
+    assert head == "small:unet_sd, rank 3 of 4 on process 1 of 2, after schedule"
     assert "[B, C, H/4, W]" in cut
     before = fxpass("dump", MODEL, *PATCHES, "--after", "captured", "--rank", "2").stdout.splitlines()[0]
-    assert before == "small:unet_sdxl, rank 2 of 4 on process 1 of 2, after captured"
+    assert before == "small:unet_sd, rank 2 of 4 on process 1 of 2, after captured"
 
 
 @pytest.mark.parametrize("command", ["dump", "explain"])
@@ -108,5 +122,4 @@ def test_advice_names_patches_where_nothing_else_differs() -> None:
 def test_a_report_of_a_device_whose_host_launches_nothing_has_no_column_for_it() -> None:
     plan = planned()
     assert "launching" not in page(Facts(MODEL, plan, compare=False)).partition("<script")[0]
-    gpu = make(MODEL, 2, "displaced", "H100", Options())
-    assert "launching kernels" in page(Facts(MODEL, gpu, compare=False)).partition("<script")[0]
+    assert "launching kernels" in page(Facts(MODEL, planned(target="H100"), compare=False)).partition("<script")[0]

@@ -65,7 +65,9 @@ def test_a_report_is_one_file_that_refers_to_nothing_outside(tmp_path: Path) -> 
     assert (tmp_path / "report.html").stat().st_size < 1.5e6
 
 
-@pytest.mark.parametrize("strategy", ["sync", "displaced", "compressed", "pcpp"])
+@pytest.mark.parametrize(
+    "strategy", ["displaced", "pcpp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sync", "compressed"))]
+)
 def test_a_report_lists_every_exchange_with_its_identifier_and_bytes(strategy: str) -> None:
     made = planned(strategy, 3)
     shown = Page(page(Facts("block", made, compare=False)))
@@ -263,8 +265,16 @@ def test_a_browser_draws_every_chart_offline_without_complaints(browser: Any, re
     assert browser.get_log("browser") == []
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-@pytest.mark.parametrize("dark", [False, True])
+OTHERS = [(360, False), (1200, True), (1200, False)]
+
+
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (360, True),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((360, False), (1200, True), (1200, False))),
+    ],
+)
 def test_a_page_fits_phones_and_its_text_can_be_read_in_light_and_dark(
     browser: Any, report: Path, width: int, dark: bool
 ) -> None:
@@ -280,6 +290,7 @@ def test_a_page_fits_phones_and_its_text_can_be_read_in_light_and_dark(
     assert (background < text) == dark
 
 
+@pytest.mark.slow
 def test_the_colours_of_the_map_follow_the_keyboard(browser: Any, report: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -291,6 +302,7 @@ def test_the_colours_of_the_map_follow_the_keyboard(browser: Any, report: Path) 
     assert browser.execute_script(fills) != before
 
 
+@pytest.mark.slow
 def test_a_link_from_the_skip_line_and_each_section_can_be_reached_by_the_tab_key(browser: Any, report: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
