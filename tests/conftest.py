@@ -28,16 +28,21 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+STARTING = ("fxpass.runtime.workers", "fxpass.predict.ranks")  #: modules that start processes
+
+
 @pytest.fixture(scope="session", autouse=True)
-def forked_workers() -> Iterator[None]:
-    """Worker processes fork from one that has imported torch already, but where a test takes `new_workers`."""
+def forked_processes() -> Iterator[None]:
+    """Workers and ranks fork from a process that has imported torch already, but where a test has `new_processes`."""
     start = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxpass.runtime.workers.subprocess", start)
+        for module in STARTING:
+            patch.setattr(f"{module}.subprocess", start)
         yield
 
 
 @pytest.fixture
-def new_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker processes start as they do for users: as new processes, which import torch."""
-    monkeypatch.setattr("fxpass.runtime.workers.subprocess", subprocess)
+def new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers and ranks start as they do for users: as new processes, which import torch."""
+    for module in STARTING:
+        monkeypatch.setattr(f"{module}.subprocess", subprocess)

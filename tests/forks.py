@@ -1,4 +1,4 @@
-"""Start Python processes in milliseconds: they fork from a server that has imported torch and fxpass before.
+"""Start Python processes in milliseconds: they fork from a server that has imported torch before.
 
 A server has one thread and computes nothing, so that its forks are as good as processes that begin by themselves. Each
 test process starts its own servers when it first needs them; they end with it.
@@ -6,6 +6,7 @@ test process starts its own servers when it first needs them; they end with it.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import gc
 import importlib
@@ -18,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -25,17 +27,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTS = ("torch._dynamo", "torch._inductor.config", "fxpass.api")  #: of every server
+IMPORTS = ("torch._dynamo", "torch._inductor.config")  #: of every server
+FXPASS = ("fxpass.api",)
+SECONDS = 240  #: that a process may take
 _NUMBER = struct.Struct("<i")
 _LARGEST = 1 << 18  # bytes of a request
 _ASIDE = 512  # descriptors from here on are in nobody's way
 
 
 class Forked:
-    """What `subprocess.Popen` is for commands `python -P -m MODULE …`.
+    """What `subprocess.Popen` is for commands `python -P -m MODULE …` and `python -c CODE …`.
 
     Args:
         stdin, stdout, stderr: file descriptors, or `subprocess.DEVNULL`; None: those of this process.
@@ -53,19 +58,18 @@ class Forked:
         stderr: int | None = None,
         pass_fds: Sequence[int] = (),
         process_group: int | None = None,
-        imports: Sequence[str] = (),
-        server: int = 0,
+        imports: Sequence[str] = FXPASS,
+        server: str = "first",
     ) -> None:
         self.args = [*command]
         self.returncode: int | None = None
         self._lock = threading.Lock()
-        python, *rest = command
-        module = rest.index("-m") + 1
+        python, kind, *rest = command if command[1] != "-P" else [command[0], *command[2:]]
         assert python == sys.executable
-        assert set(rest[: module - 1]) <= {"-P"}
+        assert kind in ("-m", "-c")
         request = {
-            "module": rest[module],
-            "arguments": rest[module:],
+            "kind": kind,
+            "arguments": rest,
             "environment": dict(env),
             "folder": os.getcwd(),
             "imports": imports,
@@ -118,8 +122,31 @@ class Forked:
         return bool(poll.poll(1000 * seconds))
 
 
+def run(
+    command: Sequence[str], *, env: Mapping[str, str], imports: Sequence[str] = FXPASS, server: str = "first"
+) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` is, with `capture_output`. Arguments as those of `Forked`."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = Forked(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output.fileno(),
+            stderr=errors.fileno(),
+            imports=imports,
+            server=server,
+        )
+        try:
+            code = process.wait(SECONDS)
+        finally:
+            process.kill()
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(process.args, code, output.read(), errors.read())
+
+
 @cache
-def _server(_: int) -> socket.socket:
+def _server(_: str) -> socket.socket:
     """The connection to a server, which ends when it is closed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -127,6 +154,7 @@ def _server(_: int) -> socket.socket:
     with theirs:
         command = [sys.executable, "-P", "-m", "tests.forks", str(theirs.fileno())]
         subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+    atexit.register(ours.close)
     return ours
 
 
@@ -197,7 +225,7 @@ def _write(descriptor: int, number: int, *, last: bool = False) -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Run a module as `python -m` does."""
+    """Run what Python is asked to run."""
     if request["group"] is not None:
         os.setpgid(0, request["group"])
     os.environ.clear()
@@ -205,11 +233,16 @@ def become(request: dict[str, Any]) -> None:
     os.chdir(request["folder"])
     paths = request["environment"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
-    sys.argv = request["arguments"]
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    what, *rest = request["arguments"]
+    sys.argv = ["-c", *rest]
+    if request["kind"] == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        sys.modules["__main__"] = main = ModuleType("__main__")
+        exec(compile(what, "<string>", "exec"), vars(main))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
+from subprocess import CompletedProcess
 
 import pytest
 
 from fxpass.passes import PASSES
+from tests import forks
 
 SCRIPT = """
 import torch, fxpass
@@ -17,14 +18,18 @@ fxpass.parallelize(torch.nn.Conv2d(3, 3, 3, padding=1).eval(), 2, executor="lock
 """
 
 
+def run(*arguments: str, level: str | None) -> CompletedProcess[str]:
+    """Run Python at a level. fxpass reads it when it is imported: by this process, not before it forks."""
+    environment = os.environ | ({"FXPASS_LOG": level} if level else {})
+    return forks.run([sys.executable, *arguments], env=environment, server="without fxpass", imports=())
+
+
 @pytest.mark.parametrize("level", ["debug", "warning", None])
 def test_captures_and_passes_are_shown_at_level_debug(level: str | None) -> None:
-    environment = os.environ | ({"FXPASS_LOG": level} if level else {})
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True, timeout=120
-    )
-    lines = [line.split(maxsplit=3)[1:] for line in run.stderr.splitlines() if " fxpass " in line]
-    assert run.stdout == ""
+    ran = run("-c", SCRIPT, level=level)
+    assert ran.returncode == 0, ran.stderr
+    lines = [line.split(maxsplit=3)[1:] for line in ran.stderr.splitlines() if " fxpass " in line]
+    assert ran.stdout == ""
     if level != "debug":
         assert lines == []
         return
@@ -42,11 +47,9 @@ model = fxpass.parallelize(torch.nn.Conv2d(3, 3, 3, padding=1).eval(), 2, execut
 for rows in (8, 8, 16):
     model(torch.ones(1, 3, rows, 8))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"FXPASS_LOG": "info"}, capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    lines = [line.partition(" fxpass INFO ")[2] for line in run.stderr.splitlines() if " fxpass INFO " in line]
+    ran = run("-c", script, level="info")
+    assert ran.returncode == 0, ran.stderr
+    lines = [line.partition(" fxpass INFO ")[2] for line in ran.stderr.splitlines() if " fxpass INFO " in line]
     cost = r"captured in \d+\.\d s, planned in \d+\.\d s; a rank needs about [\d.]+ k?B of activations"
     assert [
         bool(re.match(rf"a new kind of call: input \[1, 3, {rows}, 8\]; {cost}", line))
@@ -58,15 +61,8 @@ for rows in (8, 8, 16):
     ("arguments", "code"), [(["-c", "import fxpass"], 0), (["-m", "fxpass.tools.cli", "models"], 2)]
 )
 def test_an_unknown_level_is_said_in_one_line_and_refused_by_the_command(arguments: list[str], code: int) -> None:
-    run = subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | {"FXPASS_LOG": "debgu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert run.returncode == code
-    (line,) = run.stderr.splitlines()
+    ran = run(*arguments, level="debgu")
+    assert ran.returncode == code
+    (line,) = ran.stderr.splitlines()
     assert "WARNING FXPASS_LOG=debgu: there is no such level; did you mean debug? The levels are debug, info" in line
-    assert not run.stdout
+    assert not ran.stdout

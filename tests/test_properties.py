@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from functools import cache
 
 import pytest
+
+from tests import forks
 
 DRAWS = """
 {first}
@@ -38,7 +39,7 @@ def draws(environment: dict[str, str], first: str = "", consumed: int = 0) -> st
     inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "HYPOTHESIS_PROFILE")}
     code = DRAWS.format(first=first, consumed=consumed)
     command = [sys.executable, "-c", code]
-    ran = subprocess.run(command, check=False, env=inherited | environment, capture_output=True, text=True)
+    ran = forks.run(command, env=inherited | environment, server="without fxpass", imports=())
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 

@@ -15,26 +15,26 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from tests.forks import ROOT, Forked
+from tests.forks import FXPASS, ROOT, SECONDS, Forked
 
+SERVERS = ("first", "second")
 TRANSPORTS = {"memory": {}, "gloo": {"FXPASS_SHM_DISABLE": "1"}}  # what each adds to the environment
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
 }
-SECONDS = 240
 
 
-def torchrun(
-    module: str, *arguments: str, folder: Path, transport: str = "memory", world: int = 2, imports: Sequence[str] = ()
-) -> list[Any]:
+def torchrun(module: str, *arguments: str, folder: Path, transport: str = "memory", world: int = 2) -> list[Any]:
     """What the ranks of a module saw, which they write to FOLDER/<rank>.json. FOLDER is their last argument."""
-    ranks(module, *arguments, str(folder), transport=transport, world=world, imports=imports)
+    ranks(module, *arguments, str(folder), transport=transport, world=world)
     return found(folder, world)
 
 
-def ranks(module: str, *arguments: str, transport: str = "memory", world: int = 2, imports: Sequence[str] = ()) -> None:
+def ranks(
+    module: str, *arguments: str, transport: str = "memory", world: int = 2, imports: Sequence[str] = FXPASS
+) -> None:
     """Run the ranks to their end: forked, with the environment that torchrun gives them, and hash seeds of their own.
 
     Args:
@@ -51,8 +51,17 @@ def ranks(module: str, *arguments: str, transport: str = "memory", world: int = 
         try:
             for rank, output in enumerate(outputs):
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                written = {"stdin": subprocess.DEVNULL, "stdout": output.fileno(), "stderr": output.fileno()}
-                started.append(Forked(command, env=own, **written, imports=imports, server=rank % 2))
+                started.append(
+                    Forked(
+                        command,
+                        env=own,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output.fileno(),
+                        stderr=output.fileno(),
+                        imports=imports,
+                        server=SERVERS[rank % 2],
+                    )
+                )
             end = time.monotonic() + SECONDS
             while any(each.poll() is None for each in started) and not any(each.poll() for each in started):
                 assert time.monotonic() < end, f"{module}: the ranks have not ended within {SECONDS} s"

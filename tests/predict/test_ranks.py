@@ -10,6 +10,8 @@ import pytest
 
 from fxpass.predict.ranks import run_ranks
 
+pytestmark = pytest.mark.usefixtures("new_processes")
+
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.forks import ROOT, Forked
-from tests.torchrun import ENVIRONMENT, TRANSPORTS, found, torchrun
+from tests.torchrun import ENVIRONMENT, SERVERS, TRANSPORTS, found, torchrun
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
@@ -201,7 +201,7 @@ def test_a_killed_or_stopped_rank_is_reported_on_all_others(
     shared = ENVIRONMENT | TRANSPORTS[transport]
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     command = [sys.executable, "-m", "tests.runtime.ranks", what, str(tmp_path)]
-    ranks = [Forked(command, env=shared | {"RANK": str(rank)}, server=rank % 2) for rank in range(world)]
+    ranks = [Forked(command, env=shared | {"RANK": str(rank)}, server=SERVERS[rank % 2]) for rank in range(world)]
     survivors = [rank for rank in range(world) if rank != 1]
     assert [ranks[rank].wait(120) for rank in survivors] == [0] * len(survivors)
     ranks[1].kill()

@@ -71,6 +71,7 @@ def test_another_thread_may_import_modules_while_an_operator_is_sent(monkeypatch
     assert reference(torch.ops.aten.add.Tensor)[:2] == ("aten.add.Tensor", [])
 
 
+@pytest.mark.usefixtures("new_processes")
 @pytest.mark.parametrize(
     ("variable", "words"),
     [("FXPASS_TEST_RAISE", "(?s)rank 1 failed: .*no licence for this machine"), ("FXPASS_TEST_EXIT", "exit code 3")],

@@ -74,7 +74,7 @@ def test_spawn_equals_lockstep_bit_for_bit(pair: tuple[Block, ParallelModule]) -
         assert same_as_lockstep(*pair, seed=seed)
 
 
-@pytest.mark.usefixtures("new_workers")
+@pytest.mark.usefixtures("new_processes")
 def test_three_processes_with_uneven_parts() -> None:
     model = block()
     with parallel(model, SpawnExecutor(3, timeout=60)) as module:

@@ -13,6 +13,7 @@ import pytest
 
 from fxpass.ir.progress import Task, progress, say, watched
 from fxpass.plan import plan
+from tests import forks
 from tests.runtime.plans import block, inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,9 +79,9 @@ def run(*arguments: str, terminal: bool) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
     command = [sys.executable, "-c", SLOW, *arguments]
     if not terminal:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+        return forks.run(command, env=environment).stderr
     ours, theirs = pty.openpty()
-    child = subprocess.Popen(command, env=environment, stderr=theirs, stdout=subprocess.DEVNULL)
+    child = forks.Forked(command, env=environment, stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
     text = b"".join(_read(ours)).decode()
     assert child.wait() == 0
