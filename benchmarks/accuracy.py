@@ -34,6 +34,7 @@ from fxpass.runtime.groups import connect
 from fxpass.runtime.shared_memory import DISABLE
 
 LINK = "FXPASS_ACCURACY_LINK"  #: environment variable: the calibrated link as JSON
+STRATEGIES = [name for name, strategy in PRESETS.items() if not strategy.overlaps]  #: those of patches
 STEPS = 1  #: timed steps per turn
 BEFORE = 3  #: untimed ones
 FILLING = 8  #: untimed ones over a limited link: until then it is not as full of messages as it will be
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--strategies", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     parser.add_argument("--rates", nargs="+", type=emulated_link.amount, help="per second, as in 300mbit")
     options = parser.parse_args()
     wanted = options.models, tuple(options.strategies), options.rounds

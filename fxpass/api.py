@@ -87,8 +87,9 @@ def parallelize(
         speeds: of each process of a group, in any unit: rows are cut in proportion, as far as the model allows. With
             them, `patches` need not be a multiple of the processes.
         stages: number of parts into which the depth of the model is cut. Each part has an equal number of processes of
-            each group, which share its patches, and needs its own weights alone. Steps are exact, and take as long as
-            with one stage: stages save memory, not time. `decode` and `encode` run on patches alone.
+            each group, which share its patches, and needs its own weights alone. Exact steps take as long as with
+            one stage; at displaced steps of `strategy="asyncdiff"` all stages work at once. `decode` and `encode` run
+            on patches alone.
         executor: "distributed" (torchrun or an initialised process group: every rank runs the script), "spawn" (this
             process is rank 0 and drives workers, on CUDA one for each further device), "lockstep" (all ranks in this
             process, in turn, however many processes there would be), or "auto": distributed if there are several

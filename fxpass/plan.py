@@ -197,13 +197,13 @@ class Plan:
 
     @property
     def bound(self) -> float:
-        """Upper bound of the speed-up: all work on the fastest process over the time of the slowest (of each stage), as
-        far as it is counted."""
+        """Upper bound of the speed-up: all work on the fastest process over the time of the slowest, as far as it is
+        counted. The times of stages that work one after the other add up."""
         work, mesh = self.placement.sums(self.flops_per_rank), self.mesh
         stages = [[0.0] for _ in range(mesh.stages)]
         for ranks, each, speed in zip(self.placement, work, self.relative_speeds, strict=True):
             stages[mesh.stage(ranks[0])].append(each / speed)
-        slowest = sum(map(max, stages))
+        slowest = (max if self.strategy.overlaps else sum)(map(max, stages))
         return self.flops_total / slowest if slowest else sum(self.relative_speeds)
 
     @cached_property
@@ -259,9 +259,7 @@ class Plan:
         `state_bytes_by_channel` counts the buffers of each kind of channel instead.
         """
         nodes = [declared for _, declared in exchanges_of(self.graph)]
-        return tuple(
-            sum(kept_bytes(declared, declared[0].place(rank)) for declared in nodes) for rank in range(self.world_size)
-        )
+        return tuple(sum(kept_bytes(declared, rank) for declared in nodes) for rank in range(self.world_size))
 
     @cached_property
     def state_bytes_by_channel(self) -> Mapping[str, tuple[int, ...]]:

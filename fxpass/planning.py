@@ -137,15 +137,15 @@ Chooser = Callable[[Program, int, int, Target], Choice]
 def refuse_deal(strategy: Strategy | Chooser, deal: Deal) -> None:
     """Raises `ValueError` if a deal does not go with a strategy.
 
-    The strategy, with the mesh, is chosen, but stages, patches or speeds are given; or there are stages, and not all
-    steps are exact.
+    The strategy, with the mesh, is chosen, but stages, patches or speeds are given; or the strategy lets stages work at
+    once, and there is only one.
     """
     if deal and not isinstance(strategy, Strategy):
         raise ValueError("stages, patches and speeds are for a strategy that is named, not for strategy='auto'")
-    if deal.stages > 1 and isinstance(strategy, Strategy) and not strategy.exact:
+    if deal.stages == 1 and isinstance(strategy, Strategy) and strategy.overlaps:
         raise ValueError(
-            f"stages={deal.stages} runs exact steps only, and strategy {strategy.name!r} has displaced ones; use "
-            "strategy='sync', or patches without stages"
+            f"strategy {strategy.name!r} lets the stages of a model work at once, and stages=1: give stages=2 or more, "
+            "of as many processes each, or strategy='displaced' for patches"
         )
 
 

@@ -1,8 +1,8 @@
 """The ordered list of passes.
 
 Each pass takes a `Build` and returns a new one; it never changes the graph that it is given. After each pass the
-verifier checks the spec of its stage. All passes but `displace` and `narrow` preserve the numbers up to rounding; these
-two follow law 4 (docs/design.md).
+verifier checks the spec of its stage. All passes preserve the numbers up to rounding, but for `displace`, `narrow` and
+`stages`, which follow law 4 (docs/design.md).
 
 Where the ranks are a mesh, all passes between `samples` and `join` work on the program of one group of ranks, and those
 before `stages` on that of one stage, which runs the whole model.
@@ -159,7 +159,7 @@ def _join(build: Build) -> Build:
 def _stages(build: Build) -> Build:
     if build.stages == 1:
         return build
-    return replace(build, graph=stages(build.current, build.program, build.mesh, build.target))
+    return replace(build, graph=stages(build.current, build.program, build.mesh, build.target, build.strategy))
 
 
 def _schedule(build: Build) -> Build:

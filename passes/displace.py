@@ -37,7 +37,7 @@ def displace(graph: fx.Graph, strategy: Strategy, inputs: Collection[str], world
     """
     result = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    moving = _moving(graph, inputs)
+    moving = depending(graph, inputs)
     differing: set[fx.Node] = set()  # nodes of the result whose copies may differ between ranks
     for node in graph.nodes:
         if node.op == "output":
@@ -46,7 +46,7 @@ def displace(graph: fx.Graph, strategy: Strategy, inputs: Collection[str], world
             continue
         new = env[node] = append_copy(result, node, env.__getitem__)
         if node.target is ops.exchange:
-            declared = _displaced(node.args[1], strategy, steady=node not in moving)
+            declared = displaced(node.args[1], strategy, steady=node not in moving)
             new.args = (new.args[0], declared)
         if not _differs(new, node in moving, differing):
             continue
@@ -67,7 +67,7 @@ def _differs(node: fx.Node, moves: bool, differing: Collection[fx.Node]) -> bool
     return any(source in differing for source in node.all_input_nodes)
 
 
-def _moving(graph: fx.Graph, inputs: Collection[str]) -> set[fx.Node]:
+def depending(graph: fx.Graph, inputs: Collection[str]) -> set[fx.Node]:
     """The nodes that depend on one of `inputs`."""
     moving: set[fx.Node] = set()
     for node in graph.nodes:
@@ -76,7 +76,7 @@ def _moving(graph: fx.Graph, inputs: Collection[str]) -> set[fx.Node]:
     return moving
 
 
-def _displaced(message: tuple[Exchange, ...], strategy: Strategy, *, steady: bool) -> tuple[Exchange, ...]:
+def displaced(message: tuple[Exchange, ...], strategy: Strategy, *, steady: bool) -> tuple[Exchange, ...]:
     """The exchanges of one message, made stale if the rules of all of them allow it.
 
     Args:

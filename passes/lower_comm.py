@@ -195,7 +195,7 @@ class _Lowering:
                 self.env[node] = self._wait(node.args[0])
             elif node.target is operator.getitem and isinstance(self.env[node.args[0]], list):
                 self.env[node] = result = self.env[node.args[0]][node.args[1]]
-                if "placed" in result.meta:  # the value itself, on the rank that sends it
+                if "placed" in result.meta or result.op == "placeholder":  # on the rank that sends it, or kept
                     continue
                 if self.mode == "exact" or not node.meta.get("resized"):
                     result.meta.update(node.meta)
@@ -257,19 +257,23 @@ class _Lowering:
     def _launch(self, node: fx.Node) -> None:
         site = self.sites[node]
         values = [self.env[value] for value in node.args[0]]  # type: ignore[union-attr]
-        if site.transfer and not site.transfer.sends(site.rank) and not self.every:
-            nothing: tuple[Any, ...] = ((None,) * site.transfer.world,) * len(site.exchanges)
-            self._emit(comm.put, nothing, self.channels[site.channels[0]])
-            return
         if not site.stale or self.mode == "exact":
             if self._keeps_last(site):
                 self.last[site] = self._get(site, site.now, site.exchanges, values)
             self._put(site, site.now, site.exchanges, values)
         elif site.exchanges[0].repeated:
             wires = [each.wire for each in site.exchanges]
-            if site.now is site.wire or not self.mode.startswith("first"):
+            if (site.now is site.wire or not self.mode.startswith("first")) and not self._only_sends(site):
                 self.last[site] = self._get(site, site.wire, wires, values)
             self._put(site, site.wire, wires, [self._outgoing(site, i, x) for i, x in enumerate(values)])
+
+    def _only_sends(self, site: _Site) -> bool:
+        """Whether this rank gives values to other stages."""
+        return site.transfer is not None and site.transfer.sends(site.rank) and not self.every
+
+    def _only_receives(self, site: _Site) -> bool:
+        """Whether this rank is given values by another stage."""
+        return site.transfer is not None and not site.transfer.sends(site.rank) and not self.every
 
     def _keeps_last(self, site: _Site) -> bool:
         """Whether an exact step keeps the last step's message, which its channel holds, for forecasts."""
@@ -278,7 +282,10 @@ class _Lowering:
     def _put(
         self, site: _Site, channel: ChannelSpec | None, exchanges: Iterable[Exchange], values: list[fx.Node]
     ) -> None:
-        if channel is not None:
+        if self._only_receives(site):
+            nothing: tuple[Any, ...] = ((None,) * site.exchanges[0].world,) * len(site.exchanges)
+            self._emit(comm.put, nothing, self.channels[site.channels[0]])
+        elif channel is not None:
             packed = [self._emit(comm.pack, x, each, site.rank) for x, each in zip(values, exchanges, strict=True)]
             self._emit(comm.put, tuple(packed), self.channels[channel])
 
@@ -311,10 +318,8 @@ class _Lowering:
         """The results of an exchange node; keeps what later steps read of it."""
         site = self.sites[launch]
         values = [self.env[value] for value in launch.args[0]]  # type: ignore[union-attr]
-        if site.transfer and site.transfer.sends(site.rank) and not self.every:
-            return values
         if site.transfer:
-            return self._get(site, site.now, site.exchanges, values)
+            return self._transferred(site, values)
         if self.mode != "exact" and site.stale:
             received = self._earlier(site, values)
             return [self._displaced(site, i, each, values[i], received[i]) for i, each in enumerate(site.exchanges)]
@@ -327,6 +332,19 @@ class _Lowering:
             self._emit(comm.unpack, x, part, each, site.rank)
             for x, part, each in zip(values, received, site.exchanges, strict=True)
         ]
+
+    def _transferred(self, site: _Site, values: list[fx.Node]) -> list[fx.Node]:
+        """The own values on the ranks that send them; on others what they get, or got at the last step."""
+        if self._only_sends(site):
+            return values
+        if site.stale and self.mode != "exact":
+            kept = [names.get("received") for names in site.names]
+            return self.last.get(site) or [self.held[name] if name else values[i] for i, name in enumerate(kept)]
+        received = self._get(site, site.now, site.exchanges, values)
+        for names, buffer in zip(site.names, received, strict=True):
+            if "received" in names:
+                self.after[names["received"]] = buffer
+        return received
 
     def _earlier(self, site: _Site, values: list[fx.Node]) -> list[fx.Node]:
         """What the others sent at the last step, or at the last exact one."""

@@ -4,6 +4,9 @@ After this pass an `ops.exchange` node is a launch, and an `ops.wait` on it has 
 whose operands are ready goes first. While a message is in flight, any ready operator may run, except operators from
 much further down the model, whose results would only occupy memory. A wait comes when nothing else is ready. Operators
 are ordered by the launch that they lead to: keys and values before queries.
+
+Where stages work at once, they first send and wait for what the timestep decides: work that came before would keep the
+others waiting.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import fx
 
 from ..ir import ops
 from ..ir.nodes import append, append_copy
+from ..ir.transfer import Transfer
 
 AHEAD = 64  #: an operator may run at most so many nodes past the oldest launch in flight; launches have no limit
 
@@ -30,6 +34,7 @@ class _Scheduler:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.results = {node: list(node.users) for node in graph.nodes if node.target is ops.exchange}
         self.source = {item: node for node, items in self.results.items() for item in items}
+        self.first = self._first()
         self.urgency = self._urgencies()
         self.missing = {node: len(set(node.all_input_nodes)) for node in graph.nodes}
         self.launches: list[int] = []
@@ -64,6 +69,8 @@ class _Scheduler:
         if not self.in_flight:
             return self.nodes[heapq.heappop(self.ready)[1]] if self.ready else None
         limit = self.in_flight[0] + AHEAD
+        if self.in_flight[0] <= self.first:
+            limit = min(limit, self.first)
         beyond = []
         found = None
         while self.ready and found is None:
@@ -103,6 +110,12 @@ class _Scheduler:
         else:
             heapq.heappush(self.ready, (self.urgency[node], self.position[node]))
 
+    def _first(self) -> int:
+        """Where stages work at once, the position of the last message that they send before that; else -1."""
+        late = next((node for node in self.results if _is_late(node)), None)
+        before = [self.position[node] for node in self.results if late and self.position[node] < self.position[late]]
+        return max(before, default=-1)
+
     def _urgencies(self) -> dict[fx.Node, int]:
         """For each node, the position of the first launch that depends on it; past the end if none does."""
         urgency: dict[fx.Node, int] = {}
@@ -110,3 +123,9 @@ class _Scheduler:
             after = [self.position[u] if u in self.results else urgency[u] for u in node.users]
             urgency[node] = min(after, default=len(self.position))
         return urgency
+
+
+def _is_late(node: fx.Node) -> bool:
+    """Whether an exchange gives other stages values of the last step."""
+    first = node.args[1][0]  # type: ignore[index]
+    return isinstance(first, Transfer) and first.fresh == "stale"

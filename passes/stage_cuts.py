@@ -194,7 +194,12 @@ def assign(depth: Depth, stages: int) -> Assigned:
             continue
         readers = parts.pop(node, set())
         for user in node.users:
-            readers.update(range(stages) if user.op == "output" else found.get(user, ()))
+            if user.op != "output":
+                readers.update(found.get(user, ()))
+            elif node in depth.trunk:  # sent from where it is made
+                readers.add(own[depth.base(node)])
+            else:
+                readers.update(range(stages))
         if node.target is operator.getitem:
             parts.setdefault(node.args[0], set()).update(readers)
         elif node in moved:

@@ -65,7 +65,7 @@ def in_process_bytes(specs: Sequence[ChannelSpec], rank: int, ranks: range | Non
     Args:
         ranks: those of the process; None: all.
     """
-    late = [spec for spec in specs if spec.late]
+    late = [spec for spec in specs if spec.late and spec.exchanges[0].has(rank)]
     if ranks is None:
         return sum(each.received(spec.place(rank)) for spec in late for each in spec.exchanges)
     total = 0

@@ -33,7 +33,7 @@ def bytes_by_channel(graph: fx.Graph, placement: Placement) -> dict[str, tuple[i
     nodes = [declared for _, declared in exchanges_of(graph)]
 
     def kept(rank: int) -> int:
-        return sum(state_bytes(declared, declared[0].place(rank)) for declared in nodes)
+        return sum(state_bytes(declared, rank) for declared in nodes)
 
     here = [[in_process_bytes(specs, rank, ranks) for rank in ranks] for ranks in placement]
     messages = {

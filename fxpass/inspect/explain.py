@@ -189,6 +189,8 @@ class _Explainer:
 
     def _staleness(self, each: ExchangeRecord) -> str:
         if not each.may_be_stale:
+            if each.role == "transfer":
+                return "never stale: this is an output, or the timestep decides it and not the sample"
             if each.role in DISPLACED:
                 return "never stale: with old rows, the result of this operator would not stay close to the exact one"
             return f"never stale: exchanges of the role {each.role} are exact in every step"

@@ -129,7 +129,7 @@ def kept_shapes(exchange: Exchange, rank: int, one: bool) -> dict[str, tuple[int
         one: whether exact and displaced steps send the same, so that the channel holds what an exact step received.
     """
     kept: dict[str, tuple[int, ...]] = {}
-    if exchange.fresh in ("sync", "local"):
+    if exchange.fresh in ("sync", "local") or (isinstance(exchange, Transfer) and exchange.sends(rank)):
         return kept
     own = exchange.shape
     if isinstance(exchange, Fetch):
@@ -150,16 +150,19 @@ def kept_shapes(exchange: Exchange, rank: int, one: bool) -> dict[str, tuple[int
 
 
 def kept_bytes(exchanges: tuple[Exchange, ...], rank: int) -> int:
-    """Bytes that a rank holds of an exchange node from one step to the next, with the message in its channel."""
-    late = [each.wire for each in exchanges if each.fresh != "sync" and each.repeated]
-    return state_bytes(exchanges, rank) + sum(wire.received(rank) for wire in late)
+    """Bytes that a rank of the mesh holds of an exchange node from step to step, with the message in its channel."""
+    late = [each.wire for each in exchanges if each.fresh != "sync" and each.repeated and each.has(rank)]
+    return state_bytes(exchanges, rank) + sum(wire.received(wire.place(rank)) for wire in late)
 
 
 def state_bytes(exchanges: tuple[Exchange, ...], rank: int) -> int:
-    """Bytes that a rank holds of an exchange node from one step to the next, beside the message in its channel."""
+    """Bytes that a rank of the mesh holds of an exchange node from step to step, beside the message in its channel."""
     one = tuple(each.wire for each in exchanges) == exchanges
     return sum(
-        prod(shape) * each.dtype.itemsize for each in exchanges for shape in kept_shapes(each, rank, one).values()
+        prod(shape) * each.dtype.itemsize
+        for each in exchanges
+        if each.has(rank)
+        for shape in kept_shapes(each, each.place(rank), one).values()
     )
 
 

@@ -30,7 +30,8 @@ from .mesh import Axis
 Role = Literal[
     "halo", "keys_values", "moments", "sum", "realign", "rebalance", "small", "fallback", "output", "inputs", "transfer"
 ]  #: what an exchange is for
-DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum")  #: roles that rules may allow to be stale
+#: roles that may be stale
+DISPLACED: tuple[Role, ...] = ("halo", "keys_values", "moments", "sum", "transfer")
 Freshness = Literal["sync", "stale", "predicted", "corrected", "frozen", "local"]
 Payloads = list[Tensor | None]
 

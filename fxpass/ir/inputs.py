@@ -67,6 +67,12 @@ def moving_names(program: Program) -> set[str]:
     return {program.inputs[i] for i in (found.timestep, found.sample, *found.others)}
 
 
+def sampled_names(program: Program) -> set[str]:
+    """The placeholders of the inputs that change from step to step, but for timesteps."""
+    paths = dict(zip(program.inputs, program.input_paths, strict=True))
+    return {name for name in moving_names(program) if not TIMESTEP.search(paths[name])}
+
+
 def _most_like(output: fx.Node, inputs: Sequence[fx.Node]) -> int:
     """The input whose shape equals the output's in most dims."""
     wanted = shape_of(output)

@@ -1,4 +1,4 @@
-"""Which exchanges are stale at displaced steps, and how; presets named as in their papers (DistriFusion, PCPP)."""
+"""Which exchanges are stale at displaced steps, and how; presets as in DistriFusion, PCPP and AsyncDiff."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class Strategy:
         keys_values: keys and values of self-attention.
         moments: mean and variance of group norms.
         sums: other reductions over the split dim.
+        transfers: what stages make of the sample and give to later stages: `sync`, or `stale`, so that all stages work
+            at once, each on what the stages before it made at the last step.
         forecast: the largest share of a halo's last change that is extrapolated, 0 to 1. Each rank measures the share
             on its own values.
         bits: displaced steps send the changes of halos, keys and values since the last step in so many bits per number:
@@ -45,6 +47,7 @@ class Strategy:
     keys_values: Freshness = "sync"
     moments: Freshness = "sync"
     sums: Freshness = "sync"
+    transfers: Freshness = "sync"
     forecast: float = 0.0
     bits: int = 0
     window: float | tuple[float, ...] | None = None
@@ -57,6 +60,8 @@ class Strategy:
             known = get_args(Freshness) if kind == "moments" else ("sync", "stale", "frozen")
             if getattr(self, kind) not in known:
                 raise ValueError(f"Strategy.{kind} is one of {', '.join(known)}, not {getattr(self, kind)!r}")
+        if self.transfers not in ("sync", "stale"):
+            raise ValueError(f"Strategy.transfers is sync or stale, not {self.transfers!r}")
         if not (_number(self.forecast) and 0 <= self.forecast <= 1):
             raise ValueError(f"Strategy.forecast is a share of the last change, 0 to 1, not {self.forecast!r}")
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in (0, *OUTERMOST):
@@ -91,15 +96,21 @@ class Strategy:
     def freshness(self, role: Role) -> Freshness:
         """How fresh exchanges of `role` are, if their rules allow them to be stale."""
         fields: dict[str, Freshness] = {
-            "halo": self.halo, "keys_values": self.keys_values, "moments": self.moments, "sum": self.sums
+            "halo": self.halo, "keys_values": self.keys_values, "moments": self.moments, "sum": self.sums,
+            "transfer": self.transfers,
         }  # fmt: skip
         return fields[role]
 
     @property
     def exact(self) -> bool:
         """Whether every step equals the unsplit model, up to rounding."""
-        kinds = (self.halo, self.keys_values, self.moments, self.sums)
+        kinds = (self.halo, self.keys_values, self.moments, self.sums, self.transfers)
         return all(kind == "sync" for kind in kinds)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether all stages work at once at displaced steps."""
+        return self.transfers != "sync"
 
     @staticmethod
     def of(strategy: Strategy | str, *others: str) -> Strategy:
@@ -131,7 +142,8 @@ def _number(value: Any) -> bool:
 
 
 def _stale(name: str, moments: Freshness, *, others: Freshness = "stale", **more: Any) -> Strategy:
-    return Strategy(name, others, others, moments, others, **{"warmup_steps": 5} | more)
+    options: dict[str, Any] = {"warmup_steps": 5} | more
+    return Strategy(name, others, others, moments, others, **options)
 
 
 PRESETS: dict[str, Strategy] = {
@@ -146,6 +158,7 @@ PRESETS: dict[str, Strategy] = {
         _stale("separate_gn", "local"),
         _stale("no_sync", "local", others="frozen"),
         _stale("pcpp", "corrected", window=0.3),
+        Strategy("asyncdiff", transfers="stale", warmup_steps=4, cooldown_steps=1),
     )
 }
 PRESETS |= {"full_sync": PRESETS["sync"]}  # DistriFusion's name

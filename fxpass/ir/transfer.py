@@ -16,7 +16,8 @@ from .layout import WHOLE, Layout
 class Transfer(Exchange):
     """The ranks of one stage send their value to those of others that have the same patch, and all have it then.
 
-    Ranks are counted by stage, the one that sends first, then by patch.
+    Ranks are counted by stage, the one that sends first, then by patch. A stale transfer gives what was made at the
+    last step; the ranks that send have that of this step.
 
     Attributes:
         patches: ranks of each stage.

@@ -179,10 +179,12 @@ def _agreed(fetch: Fetch) -> bool:
 
 
 def _allowed(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
-    """Only halos, keys and values, moments and sums of real numbers may be stale."""
+    """Only halos, keys and values, moments and sums of real numbers may be stale, and what goes to other stages."""
     for node, declared in exchanges_of(graph):
         allowed = [each for each in declared if each.may_be_stale]
-        if not all(each.role in DISPLACED and each.dtype.is_floating_point for each in allowed):
+        if not all(
+            each.role in DISPLACED and (each.dtype.is_floating_point or isinstance(each, Transfer)) for each in allowed
+        ):
             yield node
 
 
@@ -247,7 +249,7 @@ SPECS: dict[Stage, list[tuple[str, Check]]] = {
         ("exchanges are declared for the layout of their operands", _declared),
         ("results of exchanges have the declared shape", _resulting),
         ("what every rank gets comes from one owner per row", _owned),
-        ("rules allow only real halos, keys and values, moments and sums to be stale", _allowed),
+        ("only real halos, keys and values, moments and sums, and transfers may be stale", _allowed),
     ],
 }
 SPECS["displaced"] = [

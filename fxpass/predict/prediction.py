@@ -155,9 +155,7 @@ class Steps:
         for mode, each in lowered.items():
             steps[mode] = step_of(each, graph, prices, target.link, launch)
         held: dict[Mode, Figures] = {mode: alive(each, program.inputs, prices) for mode, each in lowered.items()}
-        state = np.array(
-            [sum(kept_bytes(e, e[0].place(rank)) for _, e in exchanges_of(graph)) for rank in range(world)]
-        )
+        state = np.array([sum(kept_bytes(e, rank) for _, e in exchanges_of(graph)) for rank in range(world)])
         placement = placement or Placement.one_each(world)
         if placement.several or speeds:
             fast = speeds or (1.0,) * placement.processes

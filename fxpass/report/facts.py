@@ -159,7 +159,7 @@ class Facts:
         """Bytes that the rank keeps between steps, by module."""
         found: Counter[str] = Counter()
         for node, declared in exchanges_of(self.plan.graph):
-            found[node.meta.get("path", "")] += kept_bytes(declared, declared[0].place(self.rank))
+            found[node.meta.get("path", "")] += kept_bytes(declared, self.rank)
         return found
 
     def memory(self, points: int = 300) -> list[tuple[float, int]]:

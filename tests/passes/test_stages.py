@@ -175,7 +175,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stages": 3}, "the 4 processes cannot be divided evenly into 3 stages; stages=1 or 2 or 4 would do"),
     ({"stages": 4, "cfg": 2}, "the 2 processes of each group cannot be divided evenly into 4 stages"),
     ({"stages": 2, "patches": 3}, "3 patches cannot be dealt evenly to the 2 processes of each stage; 2 or 4 patches"),
-    ({"stages": 2, "strategy": "displaced"}, "stages=2 runs exact steps only, and strategy 'displaced' has displaced"),
+    ({"strategy": "asyncdiff"}, r"strategy 'asyncdiff' lets the stages .* work at once, and stages=1: give stages=2"),
     ({"stages": 2, "strategy": "auto"}, "stages, patches and speeds are for a strategy that is named"),
 ]
 

@@ -11,9 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fxpass.ir.strategy import Strategy
 from tests.runtime.patch_ranks import equal, parallel
 
-WAYS: dict[str, dict[str, Any]] = {"alone": {"stages": 2}, "with patches": {"stages": 2, "patches": 2}}
+AT_ONCE: dict[str, Any] = {"strategy": "asyncdiff", "warmup_steps": 2}
+WAYS: dict[str, dict[str, Any]] = {
+    "alone": {"stages": 2},
+    "with patches": {"stages": 2, "patches": 2},
+    "at once": {"stages": 2, **AT_ONCE},
+    "at once, with stale patches": {
+        "stages": 2, "patches": 2, "strategy": Strategy("both", "stale", "stale", "stale", transfers="stale"),
+        "warmup_steps": 2,
+    },
+}  # fmt: skip
 
 
 def main(folder: Path) -> None:

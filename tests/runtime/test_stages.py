@@ -24,7 +24,7 @@ from fxpass.runtime.errors import RankError
 from fxpass.runtime.spawn import SpawnExecutor
 from tests.runtime.patch_ranks import ROWS, equal, parallel
 from tests.runtime.plans import block, inputs, steps, whole
-from tests.runtime.stage_ranks import WAYS
+from tests.runtime.stage_ranks import AT_ONCE, WAYS
 from tests.torchrun import torchrun
 
 
@@ -34,6 +34,7 @@ from tests.torchrun import torchrun
         (2, {"stages": 2, "patches": 2}, Mesh(1, 2, 2)),
         (3, {"stages": 3}, Mesh(1, 1, 3)),
         (4, {"stages": 2, "cfg": 2}, Mesh(2, 1, 2)),
+        (3, {"stages": 3, **AT_ONCE}, Mesh(1, 1, 3)),
     ],
 )
 def test_workers_with_stages_give_what_lockstep_gives_bit_for_bit(
@@ -46,6 +47,7 @@ def test_workers_that_are_connected_by_gloo_do_so_too(monkeypatch: pytest.Monkey
     """A stage in the middle has no part in what the others send each other."""
     monkeypatch.setenv("FXPASS_SHM_DISABLE", "1")
     check(3, {"stages": 3, "patches": 2}, Mesh(1, 2, 3))
+    check(3, {"stages": 3, "patches": 2, **AT_ONCE}, Mesh(1, 2, 3))
 
 
 class Narrow(nn.Module):
@@ -125,17 +127,19 @@ def test_a_worker_gets_the_weights_of_its_stage_alone_and_what_changes_of_them(c
         torch.testing.assert_close(module(*other)["sample"], whole(model, *other))
 
 
-def test_a_killed_stage_is_an_error_on_the_others_within_the_timeout() -> None:
-    with parallel(2, executor="spawn", timeout=30, stages=2) as module:
-        (call,) = steps(1, rows=ROWS)
-        module(*call)
+@pytest.mark.parametrize("options", [{}, AT_ONCE])
+def test_a_killed_stage_is_an_error_on_the_others_within_the_timeout(options: dict[str, Any]) -> None:
+    with parallel(2, executor="spawn", timeout=30, stages=2, **options) as module:
+        calls = steps(9, rows=ROWS)
+        module(*calls[0])
         (process,) = module._engine.executor.processes
         threading.Timer(0.2, process.send_signal, [signal.SIGKILL]).start()
         began = time.monotonic()
 
         def go_on() -> None:
             while time.monotonic() < began + 60:
-                module(*call)
+                for call in calls:
+                    module(*call)
 
         with pytest.raises(RankError, match="was killed by SIGKILL"):
             go_on()

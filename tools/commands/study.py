@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-STRATEGIES = ("displaced", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp")
+STRATEGIES = ("displaced", "corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "pcpp", "asyncdiff")
 
 
 def study(

@@ -228,9 +228,13 @@ def middle(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def split(pipe: Any, ranks: int, strategy: Strategy, warmup: int | None) -> Iterator[ParallelModule]:
-    """Run the pipeline on several ranks of this process, and restore it after; yields what runs its main denoiser."""
+    """Run the pipeline on several ranks of this process, and restore it after; yields what runs its main denoiser.
+
+    The ranks are stages if the strategy lets these work at once, else patches.
+    """
+    stages = ranks if strategy.overlaps else 1
     try:
-        parallelize(pipe, ranks, strategy=strategy, warmup_steps=warmup, executor="lockstep")
+        parallelize(pipe, ranks, strategy=strategy, warmup_steps=warmup, executor="lockstep", stages=stages)
         yield parallel(getattr(pipe, denoisers(pipe)[0]))
     finally:
         restore(pipe)
