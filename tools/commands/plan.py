@@ -132,11 +132,15 @@ def deal_of(
 
 
 def alternatives(plan: Plan, compare: bool, graphs: bool, parts: Parts | None = None) -> list[Prediction | Impossible]:
-    """Predictions of one rank, and to compare also of other numbers of ranks, with exact and displaced steps."""
+    """Predictions of one rank, and to compare also of other numbers of ranks, with exact and displaced steps.
+
+    None of them has stages.
+    """
     from ...ir.strategy import Strategy
     from ...predict.compare import compared
 
-    strategies = [plan.strategy, *(Strategy.of(name) for name in ("sync", "displaced"))] if compare else [plan.strategy]
+    own = Strategy.of("sync") if plan.strategy.overlaps else plan.strategy
+    strategies = [own, *(Strategy.of(name) for name in ("sync", "displaced"))] if compare else [own]
     worlds = (1, 2, 4, 8) if compare else (1,)
     return list(compared(plan.program, worlds, strategies, plan.target, graphs=graphs, parts=parts))
 
