@@ -249,7 +249,7 @@ SPECS: dict[Stage, list[tuple[str, Check]]] = {
         ("exchanges are declared for the layout of their operands", _declared),
         ("results of exchanges have the declared shape", _resulting),
         ("what every rank gets comes from one owner per row", _owned),
-        ("only real halos, keys and values, moments and sums, and transfers may be stale", _allowed),
+        ("rules allow only real halos, keys and values, moments and sums, and transfers, to be stale", _allowed),
     ],
 }
 SPECS["displaced"] = [
