@@ -5,8 +5,8 @@ from .capture import CaptureError, capture
 from .ir.advice import FxpassWarning
 from .ir.strategy import Strategy
 from .logs import start as _start_logs
+from .make_plan import FallbackError, Plan, plan
 from .pipeline import parallel, restore
-from .plan import FallbackError, Plan, plan
 from .runtime.errors import DisagreementError, RankError
 
 __all__ = [

@@ -17,7 +17,8 @@ from .inspect.words import bytes_text
 from .ir.advice import warn
 from .ir.program import Program, shape_of
 from .ir.strategy import Strategy
-from .plan import Plan, make_plan
+from .make_plan import make_plan
+from .plan import Plan
 from .planning import ONE_EACH, Deal, check_target, check_world_size, groups_of, refuse_deal, strategy_of, target_of
 from .predict.compare import slower_than_fewer
 from .runtime import distributed

@@ -23,8 +23,9 @@ from fxpass.ir.program import exchanges_of
 from fxpass.ir.step import EXACT as EXACT_STEP
 from fxpass.ir.step import Step
 from fxpass.ir.strategy import Strategy
+from fxpass.make_plan import make_plan
 from fxpass.models.small import case, cases, output_tensors
-from fxpass.plan import Plan, make_plan
+from fxpass.plan import Plan
 from fxpass.runtime.calls.clock import Clock
 from fxpass.runtime.calls.generation import Generations
 from fxpass.runtime.lockstep import LockstepExecutor

@@ -17,8 +17,9 @@ from fxpass.capture.structure import WeightTable
 from fxpass.ir.exchange import Exchange
 from fxpass.ir.program import Program, exchanges_of
 from fxpass.ir.strategy import Strategy
+from fxpass.make_plan import make_plan
 from fxpass.models.small import Case, case, cases, output_tensors
-from fxpass.plan import Plan, make_plan
+from fxpass.plan import Plan
 from fxpass.runtime.lockstep import LockstepExecutor, Tamper
 
 EXACT = 1e-5

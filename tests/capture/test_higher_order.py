@@ -15,7 +15,7 @@ from fxpass.capture import Call, CaptureError, capture
 from fxpass.capture.evaluate import evaluate
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.strategy import Strategy
-from fxpass.plan import make_plan
+from fxpass.make_plan import make_plan
 from fxpass.runtime.lockstep import LockstepExecutor
 
 TOKENS, HEADS, WIDTH = 12, 4, 16

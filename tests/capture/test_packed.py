@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fxpass.capture import Call, broken_guard, capture
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.strategy import Strategy
-from fxpass.plan import make_plan
+from fxpass.make_plan import make_plan
 from fxpass.runtime.lockstep import LockstepExecutor
 
 LENGTHS, OTHERS = torch.tensor([5, 3, 8]), torch.tensor([4, 6, 6])

@@ -15,7 +15,7 @@ from fxpass.capture.evaluate import evaluate
 from fxpass.capture.structure import WeightTable
 from fxpass.ir.program import calls
 from fxpass.ir.strategy import Strategy
-from fxpass.plan import make_plan
+from fxpass.make_plan import make_plan
 from fxpass.runtime.lockstep import LockstepExecutor
 
 EXPERTS, CHOSEN, WIDTH = 4, 2, 6

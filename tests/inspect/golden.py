@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fxpass.inspect.text import text
-from fxpass.plan import Plan, plan
+from fxpass.make_plan import plan
+from fxpass.plan import Plan
 from tests.outside.cases import outsiders
 from tests.runtime.plans import block, inputs
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from fxpass.make_plan import plan
 from fxpass.models.small import case
-from fxpass.plan import Plan, plan
+from fxpass.plan import Plan
 from tests.runtime.plans import block, inputs
 
 

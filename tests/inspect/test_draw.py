@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor, nn
 
 from fxpass.inspect.draw import LIMIT, dot, svg
-from fxpass.plan import plan
+from fxpass.make_plan import plan
 from tests.inspect.plans import planned, small
 from tests.runtime.plans import inputs
 from tests.tools.command import fxpass

@@ -6,8 +6,8 @@ import pytest
 from torch import Tensor, nn
 
 from fxpass.inspect.explain import explain
+from fxpass.make_plan import plan
 from fxpass.passes.cuts import Tried
-from fxpass.plan import plan
 from tests.inspect.plans import planned, small
 from tests.runtime.plans import inputs
 from tests.tools.command import fxpass

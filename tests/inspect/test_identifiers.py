@@ -18,9 +18,10 @@ from fxpass.inspect.store import to_json
 from fxpass.inspect.text import text
 from fxpass.ir.step import Mode
 from fxpass.ir.strategy import PRESETS
+from fxpass.make_plan import plan
 from fxpass.passes.limits import WorldSizeError
 from fxpass.passes.targets import find
-from fxpass.plan import Plan, plan
+from fxpass.plan import Plan
 from fxpass.predict.prediction import Steps
 from fxpass.report.page import records
 from tests.inspect.onnx_ranks import models_of

@@ -19,8 +19,9 @@ from fxpass.ir import ops
 from fxpass.ir.layout import Rows
 from fxpass.ir.step import EXACT, Step, StepProgram
 from fxpass.ir.strategy import PRESETS
+from fxpass.make_plan import plan
 from fxpass.models.small import case, cases
-from fxpass.plan import Plan, plan
+from fxpass.plan import Plan
 from fxpass.runtime.lockstep import LockstepExecutor
 from fxpass.runtime.step_runner import ContextState
 from tests.inspect.onnx_ranks import Models, Ranks, as_array, models_of

@@ -19,9 +19,9 @@ from fxpass.extras import MissingExtraError
 from fxpass.inspect import onnx_pieces
 from fxpass.inspect.errors import OnnxError
 from fxpass.inspect.store import from_json
+from fxpass.make_plan import plan
 from fxpass.models.small import case
 from fxpass.passes.lower_comm import StepPrograms
-from fxpass.plan import plan
 from tests.inspect.onnx_ranks import as_array
 from tests.inspect.plans import planned
 from tests.runtime.plans import block, inputs

@@ -9,7 +9,7 @@ import networkx as nx
 import pytest
 
 from fxpass.extras import MissingExtraError
-from fxpass.plan import plan
+from fxpass.make_plan import plan
 from tests.inspect.plans import planned, small
 from tests.runtime.plans import block, inputs
 

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor, nn
 
 from fxpass.inspect.text import text
-from fxpass.plan import plan
+from fxpass.make_plan import plan
 from tests.inspect.plans import planned, small
 from tests.runtime.plans import inputs
 

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxpass.capture import capture
 from fxpass.ir.strategy import Strategy
+from fxpass.make_plan import make_plan
 from fxpass.passes.cost import flops
 from fxpass.passes.cuts import WorldSizeError
 from fxpass.passes.normalize import normalize
-from fxpass.plan import Plan, make_plan
+from fxpass.plan import Plan
 from tests.passes.harness import Function
 from tests.passes.test_random_networks import CHANNELS, Network, apply, blocks
 from tests.properties import examples, given

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from fxpass.capture import capture
 from fxpass.ir.layout import Layout, even
 from fxpass.ir.strategy import Strategy
+from fxpass.make_plan import make_plan
 from fxpass.passes.cuts import WorldSizeError
-from fxpass.plan import Plan, make_plan
+from fxpass.plan import Plan
 
 
 class Function(nn.Module):

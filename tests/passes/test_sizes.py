@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fxpass.capture import capture
 from fxpass.ir.strategy import Strategy
+from fxpass.make_plan import make_plan
 from fxpass.models.small import case
 from fxpass.passes.limits import WorldSizeError
 from fxpass.passes.sizes import Level, Sizes
-from fxpass.plan import make_plan
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:

@@ -18,10 +18,11 @@ from fxpass.ir.program import calls, exchanges_of, is_on
 from fxpass.ir.strategy import Strategy
 from fxpass.ir.transfer import Transfer
 from fxpass.ir.verify import VerificationError, verify
+from fxpass.make_plan import make_plan
 from fxpass.models.small import case, cases
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.passes.stage_cuts import size_of
-from fxpass.plan import Plan, make_plan
+from fxpass.plan import Plan
 from fxpass.planning import Deal
 from tests.test_exact import EXACT, captured, error, outputs
 

@@ -11,9 +11,9 @@ from fxpass.capture import capture
 from fxpass.inspect.words import seconds_text
 from fxpass.ir.step import Mode
 from fxpass.ir.strategy import Strategy
+from fxpass.make_plan import plan
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.passes.targets import Target, find
-from fxpass.plan import plan
 from fxpass.predict.choose import choose, choose_strategy
 from fxpass.predict.compare import Impossible, advice, compared, slower_than_fewer
 from fxpass.predict.events import step_of

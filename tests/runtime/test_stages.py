@@ -16,7 +16,8 @@ import fxpass
 from fxpass.ir.mesh import Mesh
 from fxpass.ir.program import Program, is_on
 from fxpass.ir.strategy import Strategy
-from fxpass.plan import Plan, make_plan
+from fxpass.make_plan import make_plan
+from fxpass.plan import Plan
 from fxpass.planning import Deal
 from fxpass.runtime.calls.engine import Engine
 from fxpass.runtime.calls.module import ParallelModule

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fxpass.ir.progress import Task, progress, say, watched
-from fxpass.plan import plan
+from fxpass.make_plan import plan
 from tests import forks
 from tests.runtime.plans import block, inputs
 

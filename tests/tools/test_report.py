@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fxpass.extras import MissingExtraError
-from fxpass.plan import plan
+from fxpass.make_plan import plan
 from fxpass.predict.prediction import Prediction
 from fxpass.report.facts import Facts
 from fxpass.report.page import page

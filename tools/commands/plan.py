@@ -110,8 +110,8 @@ def make(
 ) -> Plan:
     """The plan of the model that `model` names; wrong arguments are refused before anything is built."""
     from ...capture import capture
+    from ...make_plan import make_plan
     from ...models.resolve import resolve
-    from ...plan import make_plan
     from ...planning import ONE_EACH, check_target, groups_of, refuse_deal, strategy_of
 
     groups, chosen, deal = groups_of(world_size, cfg, data), strategy_of(strategy, graphs=graphs), deal or ONE_EACH

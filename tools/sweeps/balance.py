@@ -29,10 +29,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ...ir.program import calls, shape_of
+from ...make_plan import plan
 from ...models.catalog import catalog, load
 from ...passes.cost import node_flops
 from ...passes.cuts import OVERHEAD, inputs_with_rows
-from ...plan import Plan, plan
+from ...plan import Plan
 from ..checkout import ROOT
 
 RANKS = (2, 4, 8)

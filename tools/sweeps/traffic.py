@@ -18,8 +18,9 @@ import torch
 
 from ...inspect.words import bytes_text
 from ...ir.fetch import Fetch
+from ...make_plan import plan
 from ...models.resolve import Options, resolve
-from ...plan import Plan, plan
+from ...plan import Plan
 from ..checkout import ROOT
 
 SIZES = (1024, 2048, 3840)

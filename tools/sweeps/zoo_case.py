@@ -21,10 +21,11 @@ from ...ir.exchange import DISPLACED, Exchange
 from ...ir.program import Program, calls
 from ...ir.step import EXACT, Step
 from ...ir.strategy import Strategy
+from ...make_plan import make_plan
 from ...models.case import Case
 from ...models.zoo import kind_of, zoo_case
 from ...passes.cuts import WorldSizeError
-from ...plan import Plan, make_plan
+from ...plan import Plan
 from ...runtime.lockstep import LockstepExecutor, Tamper
 
 RANKS = (2, 3, 4, 8)
