@@ -22,7 +22,9 @@ from ..ir.ops import Numbers, Table, index_tensors_from
 from ..ir.transfer import Transfer
 
 META = torch.device("meta")
-READS_PART = ("index_select", "gather", "embedding", "index")  #: read as much of an operand as they write
+aten = torch.ops.aten
+#: operators that read as much of an operand as they write, not all of it
+READS_PART = {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class _Counting(TorchDispatchMode):
         written = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
         size = sum(map(_bytes, written))
         self.kernels += 1
-        self.moved += size + (size if name in READS_PART else sum(map(_bytes, read)))
+        self.moved += size + (size if func in READS_PART else sum(map(_bytes, read)))
         return result
 
 

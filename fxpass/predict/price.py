@@ -27,14 +27,11 @@ from ..ir.operators import spec_of
 from ..ir.program import layout_of
 from ..passes.cost import alike
 from ..passes.targets import Device, Work
-from .count import Counted, count, count_communication
+from .count import READS_PART, Counted, count, count_communication
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
 Figures = np.ndarray  #: of each rank, or one element for all: float64
-
-#: operators that read as much of an operand as they write, not all of it
-READS_PART = {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
 BATCHED = {aten.bmm.default, aten.matmul.default, aten.baddbmm.default}  #: all dims but the last two are a batch
 
 
