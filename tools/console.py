@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -118,7 +119,19 @@ class Commands(_ErrorsInOneLine, TyperGroup):
         return super().parse_args(ctx, [*quiet, *(each for each in args if each != "--quiet")])
 
 
-class Command(_ErrorsInOneLine, TyperCommand):
+class Subcommand(TyperCommand):
+    """A command whose options are finite numbers: to Python, "nan" and "inf" are numbers, too."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        context = super().make_context(*args, **kwargs)
+        for each in self.params:
+            value = context.params.get(each.name or "")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"Invalid value for '{each.opts[0]}': {value} is not a finite number.", context)
+        return context
+
+
+class Command(_ErrorsInOneLine, Subcommand):
     """A program that is one command."""
 
 

@@ -140,6 +140,7 @@ class Picky:
         (("TINY", "--dtype", "float23"), "did you mean float32?"),
         (("TINY", "--dtype", "int3"), "no dtype 'int3'; choose one of float32, float16, bfloat16"),
         (("TINY", "--strategy", "ulysses"), "unknown strategy"),
+        (("TINY", "--guidance", "nan"), "Invalid value for '--guidance': nan is not a finite number. (see"),
         (("TINY", "--strategy", "auot"), "did you mean 'auto'?"),
         (("TINY", "-o", "a.jpg"), "did you mean a.png?"),
         (("someone/who-is-not-there",), "cannot load someone/who-is-not-there: "),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import Commands
+from ..console import Commands, Subcommand
 from ..progress import shown
 from .calibrate import calibrate
 from .check import check
@@ -21,7 +21,7 @@ from .trace import trace
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (generate, plan, dump, explain, report, trace, calibrate, check, study, models):
-    app.command()(command)
+    app.command(cls=Subcommand)(command)
 
 
 def _version(wanted: bool) -> None:
