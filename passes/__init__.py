@@ -61,7 +61,7 @@ class Build:
     stages: int = 1  #: of ranks, each of which runs a part of the depth
     speeds: tuple[float, ...] = ()  #: of each rank of a stage, in any unit; (): all are the same
     samples: Samples | None = None  #: how they are divided; None if all ranks work on all samples
-    joined: bool = False  #: whether the graph is that of all groups
+    joined: bool = False  #: whether the graph is that of all ranks, and not of one stage of one group
     mixed: SamplesError | None = None  #: why they are not divided although that was asked for
 
     @property
@@ -75,9 +75,9 @@ class Build:
         return self.samples.program if self.samples else self.program
 
     @property
-    def of_one_group(self) -> bool:
-        """Whether the present graph is for the ranks of one group."""
-        return self.samples is not None and not self.joined
+    def ranks(self) -> int:
+        """The number of ranks of the present graph."""
+        return self.world if self.joined else self.mesh.patches
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -159,7 +159,8 @@ def _join(build: Build) -> Build:
 def _stages(build: Build) -> Build:
     if build.stages == 1:
         return build
-    return replace(build, graph=stages(build.current, build.program, build.mesh, build.target, build.strategy))
+    graph = stages(build.current, build.program, build.mesh, build.target, build.strategy)
+    return replace(build, graph=graph, joined=True)
 
 
 def _schedule(build: Build) -> Build:

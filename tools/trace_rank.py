@@ -12,9 +12,10 @@ import torch
 from ..capture import Call
 from ..capture.structure import WeightTable
 from ..ir.step import EXACT, Step
+from ..make_plan import plan
 from ..models.resolve import Options, resolve
 from ..passes.lower_comm import StepPrograms
-from ..plan import Plan, plan
+from ..plan import Plan
 from ..predict.ranks import join, leave
 from ..predict.recorded import Log, Span, now, recorded
 
@@ -27,7 +28,7 @@ def planned(request: dict[str, Any], world: int) -> tuple[Any, Plan]:
     torch.manual_seed(0)
     found = resolve(request["model"], Options(**request["options"], dtype=torch.float32, fake=False))
     found.module.eval()
-    chosen = {name: request[name] for name in ("strategy", "cfg", "data")}
+    chosen = {name: request[name] for name in ("strategy", "cfg", "data", "stages")}
     return found, plan(found.module, *found.args, **found.kwargs, world_size=world, **chosen)
 
 

@@ -81,7 +81,7 @@ def advice(chosen: Prediction, others: Sequence[Prediction], steps: int) -> str 
     better = [f"{best.world} ranks"] if best.world != chosen.world else []
     better += [f"strategy {best.strategy.name!r}"] if best.strategy != chosen.strategy else []
     times = f"{seconds_text(theirs)} instead of {seconds_text(mine)} for {count_text(steps, 'step')}"
-    return f"{' with '.join(better) or 'one patch on each process'} would be faster: {times}"
+    return f"{' with '.join(better) or 'one patch of the whole model on each process'} would be faster: {times}"
 
 
 def slower_than_fewer(program: Program, predicted: Prediction) -> str | None:

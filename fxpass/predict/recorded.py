@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,12 +189,21 @@ def complete(logs: Sequence[Log]) -> None:
     Args:
         logs: of all ranks, in order.
     """
+    by_number = [{(flight.node, number): flight for flight, number in _numbered(log)} for log in logs]
     for log in logs:
-        for i, flight in enumerate(log.flights):
-            parts = [logs[sender].flights[i] for sender in flight.senders]
+        for flight, number in _numbered(log):
+            parts = [by_number[sender][flight.node, number] for sender in flight.senders]
             if parts:
                 flight.sent = min(each.began for each in parts)
                 flight.arrived = flight.arrived or max(each.launched for each in parts)
+
+
+def _numbered(log: Log) -> Iterator[tuple[Flight, int]]:
+    """The messages of a rank, each with how often it had one of the same exchange before."""
+    seen: Counter[str] = Counter()
+    for flight in log.flights:
+        yield flight, seen[flight.node]
+        seen[flight.node] += 1
 
 
 def timeline(logs: Sequence[Log]) -> str:

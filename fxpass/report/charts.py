@@ -86,8 +86,8 @@ def _strips(cut: CutRecord, mesh: Mesh) -> Iterator[dict[str, Any]]:
     for rank, start, length in runs[:STRIPES]:
         begin, end = start / size, (start + length) / size
         rows = f"{start} to {start + length - 1} of {size}"
-        holders = ", ".join(str(group * mesh.patches + rank) for group in range(mesh.groups))
-        name = f"rank{'s' * (mesh.groups > 1)} {holders}"
+        holders = range(rank, mesh.world, mesh.patches)
+        name = f"rank{'s' * (len(holders) > 1)} {', '.join(map(str, holders))}"
         label = name if end - begin > 0.03 and len(runs) <= 64 else ""
         yield {"cut": cut.label, "rank": rank, "ranks": name, "rows": rows, "begin": begin, "end": end} | {
             "middle": (begin + end) / 2, "label": label

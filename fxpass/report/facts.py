@@ -129,8 +129,9 @@ class Facts:
 
     @property
     def plain(self) -> bool:
-        """Whether all ranks work on patches of all samples, each in a process of its own, as in the alternatives."""
-        return self.plan.groups == 1 and not self.plan.placement.several
+        """Whether all ranks work on patches of the whole model and all samples, each in a process of its own, as in the
+        alternatives."""
+        return self.plan.groups == self.plan.stages == 1 and not self.plan.placement.several
 
     @property
     def predictions(self) -> list[Prediction]:

@@ -8,7 +8,7 @@ import torch
 
 from fxpass.inspect.exchanges import message_ids
 from fxpass.passes.lower_comm import StepPrograms
-from fxpass.predict.recorded import Flight, Log, RecordedChannel, Span, timeline
+from fxpass.predict.recorded import Flight, Log, RecordedChannel, Span, complete, timeline
 from fxpass.runtime.channels import RankChannel
 from tests.inspect.plans import planned
 
@@ -42,3 +42,14 @@ def test_a_message_has_arrived_when_its_senders_have_written_it_whatever_others_
         (1, 1e5, 6e5),
         (2, 3e5, 1e5),
     ]
+
+
+def test_messages_of_ranks_that_take_part_in_different_ones_are_recorded() -> None:
+    def flight(node: str, senders: list[int], began: float) -> Flight:
+        return Flight(node, "transfer", {f"{node}.0": 4}, senders, began, began + 0.5)
+
+    first = Log(flights=[flight("x0", [], 1.0), flight("x0", [], 5.0)])
+    other = Log(flights=[flight("x1", [], 2.0)])
+    last = Log(flights=[flight("x1", [1], 0.0), flight("x0", [0], 0.0), flight("x0", [0], 4.0)])
+    complete([first, other, last])
+    assert [each.arrived for each in last.flights] == [2.5, 1.5, 5.5]

@@ -114,7 +114,9 @@ def test_a_report_shows_processes_and_compares_with_one_rank() -> None:
 
 def test_advice_names_patches_where_nothing_else_differs() -> None:
     several, each_one = planned(patches=4).predict(), planned().predict()
-    assert (advice(several, [each_one], 50) or "").startswith("one patch on each process would be faster: ")
+    assert (advice(several, [each_one], 50) or "").startswith(
+        "one patch of the whole model on each process would be faster: "
+    )
     turns, alone = planned(patches=2, processes=1).predict(), planned(processes=1).predict()
     assert (advice(turns, [alone], 50) or "").startswith("no split would be faster: several patches in turn take ")
 

@@ -21,6 +21,7 @@ from ..console import (
     Model,
     Patches,
     Speeds,
+    Stages,
     StrategyName,
     TargetName,
     Width,
@@ -77,6 +78,7 @@ def dump(
     data: Data = 1,
     patches: Patches = None,
     speeds: Speeds = None,
+    stages: Stages = 1,
     target: TargetName = "auto",
     link: LinkName = None,
     graphs: Graphs = False,
@@ -99,7 +101,7 @@ def dump(
 
     if diff is not None and after is not None:
         raise ValueError("--diff PASS says already after which pass; leave out --after")
-    check_choice("pass", after or diff or CAPTURED, stages())
+    check_choice("pass", after or diff or CAPTURED, states())
     check_choice("format", format, FORMATS)
     check_choice("selection", only or "exchanges", ("exchanges",))
     if diff == CAPTURED:
@@ -108,11 +110,13 @@ def dump(
     if format == "onnx":
         others = (after, diff, module, op, only, "--unfold" if unfold else None)
         onnx_step = onnx_options(mode, output, weights, *others)
+        if stages > 1:
+            raise ValueError("transfers between stages have no ONNX form; leave out --stages")
     elif mode is not None or weights is not None:
         raise ValueError("--mode and --weights are for --format onnx")
     if diff is not None and format != "text":
         raise ValueError(f"--diff is text; it has no format {format!r}")
-    groups, deal = groups_of(world_size, cfg, data), deal_of(world_size, cfg, data, patches, speeds)
+    groups, deal = groups_of(world_size, cfg, data), deal_of(world_size, cfg, data, patches, speeds, stages)
     check_rank(rank, deal.ranks(world_size))
     chosen = strategy_of(strategy, graphs=graphs)
     refuse_deal(chosen, deal)
@@ -133,12 +137,12 @@ def dump(
 
     wanted = {"module": module, "operator": op, "exchanges": only is not None}
     if diff is not None:
-        names = stages()
+        names = states()
         before = names[names.index(diff) - 1]
         first = made(before)
         out.write(output, difference(shown(first, before), shown(following(first, diff), diff), wanted))
         return
-    stage = after or stages()[-1]
+    stage = after or states()[-1]
     state = made(stage)
     if onnx_step is not None:
         write_onnx(state.program, state.current, shown(state, stage), *onnx_step, model=given, weights=weights)
@@ -213,7 +217,7 @@ def check_choice(what: str, name: str, names: Sequence[Name]) -> Name:
     raise ValueError(f"no {what} is called {name!r}; {hint} {'is' if len(names) == 1 else 'are'}: {', '.join(names)}")
 
 
-def stages() -> list[str]:
+def states() -> list[str]:
     """The values of `--after`, in order."""
     from ...passes import PASSES
 
@@ -239,7 +243,7 @@ def taken(model: str, state: Build, rank: int, stage: str) -> Snapshot:
     """The snapshot of a state of the passes."""
     from ...inspect.collect import snapshot
 
-    program, ranks = (state.part, state.mesh.patches) if state.of_one_group else (state.program, state.world)
+    program, ranks = state.program if state.joined else state.part, state.ranks
     return snapshot(
         program, state.current, world=ranks, target=state.target, cuts=state.cuts,
         rank=rank % ranks, model=model, stage=stage, strategy=state.strategy.name,
@@ -283,11 +287,17 @@ def built(
         choice = Choice(strategy, groups)
     else:
         choice = strategy(program, world_size, groups, target)
-    fresh, groups, copies, ranks = choice.strategy, choice.groups, choice.copies, deal.ranks(world_size)
+    start = Build(
+        program, deal.ranks(world_size), target, choice.strategy, groups=choice.groups, copies=choice.copies,
+        stages=deal.stages, speeds=deal.speeds,
+    )  # fmt: skip
     if stage == CAPTURED:
-        return Build(program, ranks, target, fresh, groups=groups, copies=copies, speeds=deal.speeds)
-    state = build(program, ranks, target, fresh, groups=groups, copies=copies, speeds=deal.speeds, after=stage)
-    warn_undivided(state, groups)
+        return start
+    state = build(
+        program, start.world, target, start.strategy, groups=start.groups, copies=start.copies, stages=start.stages,
+        speeds=start.speeds, after=stage,
+    )  # fmt: skip
+    warn_undivided(state, start.groups)
     return state
 
 

@@ -17,6 +17,7 @@ from ..console import (
     Model,
     Patches,
     Speeds,
+    Stages,
     StrategyName,
     TargetName,
     Width,
@@ -36,6 +37,7 @@ def explain(
     data: Data = 1,
     patches: Patches = None,
     speeds: Speeds = None,
+    stages: Stages = 1,
     target: TargetName = "auto",
     link: LinkName = None,
     graphs: Graphs = False,
@@ -48,7 +50,7 @@ def explain(
     from ...models.resolve import Options
     from .plan import check_rank, deal_of, make
 
-    deal = deal_of(world_size, cfg, data, patches, speeds)
+    deal = deal_of(world_size, cfg, data, patches, speeds, stages)
     check_rank(rank, deal.ranks(world_size))
     options = Options(height, width, frames, batch)
     plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs, deal=deal)

@@ -20,6 +20,7 @@ from ..console import (
     Model,
     Patches,
     Speeds,
+    Stages,
     Steps,
     StrategyName,
     TargetName,
@@ -39,6 +40,7 @@ def report(
     data: Data = 1,
     patches: Patches = None,
     speeds: Speeds = None,
+    stages: Stages = 1,
     target: TargetName = "auto",
     link: LinkName = None,
     steps: Steps = 50,
@@ -69,7 +71,7 @@ def report(
     from .plan import deal_of, make
 
     out.check(output)
-    deal = deal_of(world_size, cfg, data, patches, speeds)
+    deal = deal_of(world_size, cfg, data, patches, speeds, stages)
     check_report()
     command = " ".join(["fxpass", *sys.argv[1:]])
     with recorded() as log:

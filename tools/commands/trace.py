@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from ..console import (
     Model,
     Patches,
     Speeds,
+    Stages,
     StrategyName,
     TargetName,
     Width,
@@ -37,6 +38,7 @@ def trace(
     data: Data = 1,
     patches: Patches = None,
     speeds: Speeds = None,
+    stages: Stages = 1,
     target: TargetName = "auto",
     link: LinkName = None,
     graphs: Graphs = False,
@@ -59,21 +61,22 @@ def trace(
     from .plan import deal_of, make
 
     out.check(output)
-    deal = deal_of(world_size, cfg, data, patches, speeds)
+    deal = deal_of(world_size, cfg, data, patches, speeds, stages)
     if measured:
-        if deal:
+        if deal.counts or deal.speeds:
             raise ValueError("--measured runs one patch on each process: leave out --patches and --speed")
         if (target, link, graphs) != ("auto", None, False):
             raise ValueError("--measured runs on this machine: leave out --target, --link and --graphs")
         sizes = {"height": height, "width": width, "frames": frames, "batch": batch}
-        out.write(output, _recorded(model, world_size, strategy, cfg, data, sizes))
+        request = {"strategy": strategy, "cfg": cfg, "data": data, "stages": stages}
+        out.write(output, _recorded({"model": model, "options": sizes, **request}, world_size))
         return
     options = Options(height, width, frames, batch)
     plan = make(model, world_size, strategy, target, options, link=link, cfg=cfg, data=data, graphs=graphs, deal=deal)
     out.write(output, timeline(plan.priced(graphs=graphs), plan.placement, plan.target.link))
 
 
-def _recorded(model: str, world_size: int, strategy: str, cfg: int, data: int, sizes: dict[str, int | None]) -> str:
+def _recorded(request: dict[str, Any], world_size: int) -> str:
     """The timeline of processes that run a model."""
     from ...ir.progress import progress
     from ...planning import strategy_of
@@ -82,9 +85,8 @@ def _recorded(model: str, world_size: int, strategy: str, cfg: int, data: int, s
     from .. import trace_rank
     from .check import refuse_large
 
-    strategy_of(strategy)
-    refuse_large(model)
-    request = {"model": model, "options": sizes, "strategy": strategy, "cfg": cfg, "data": data}
+    strategy_of(request["strategy"])
+    refuse_large(request["model"])
     trace_rank.planned(request, world_size)  # what is wrong is said here, once
     with progress(f"run {world_size} processes"):
         logs = run_ranks("fxpass.tools.trace_rank", [json.dumps(request)], world_size, trace_rank.TIMEOUT)
