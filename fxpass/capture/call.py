@@ -133,6 +133,10 @@ class Call:
         alike = (others[i][1 if others[i][0] is _Unread else 0] is type(self._leaves[i][1]) for i in found)
         return frozenset(found) if all(alike) and all(may_be_unread(self._leaves[i][1]) for i in found) else frozenset()
 
+    def seldom_read(self) -> frozenset[int]:
+        """Indices of the leaves that models take and seldom read: generators of random numbers."""
+        return frozenset(i for i, (_, leaf) in enumerate(self._leaves) if type(leaf) is torch.Generator)
+
     def modules(self) -> dict[int, tuple[str, str]]:
         """id of each tensor of the modules in the arguments -> ("foreign", its name for the caller)."""
         found: dict[int, tuple[str, str]] = {}
@@ -249,6 +253,8 @@ def _kind(path: str, leaf: Any) -> Any:
             "them in lists, tuples, dicts, closures or the attributes of objects without __slots__ (other containers: "
             "torch.utils._pytree.register_pytree_node)"
         )
+    if type(leaf) is torch.Generator:  # a model that draws from it has a `GeneratorStandIn` in its place
+        return (type(leaf), weakref.ref(leaf), leaf.get_state().numpy().tobytes())
     state = state_of(leaf)
     if is_open(leaf) and vars(leaf) and all_seen(state):
         return (type(leaf), state)  # the model is given a copy, so that it cannot tell one from another

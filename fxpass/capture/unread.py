@@ -97,8 +97,9 @@ def may_be_unread(leaf: Any) -> bool:
 class Unread:
     """What is known of a model's arguments, by the keys of calls without those that are not read.
 
-    That an argument is not read is a guess when two calls differ in it alone. The next capture tests the guess: it
-    raises `CaptureError` if the model reads the argument.
+    That an argument is not read is a guess when two calls differ in it alone; of generators of random numbers, which
+    pipelines make anew for each call, it is one from the first call on. The next capture tests the guess: it raises
+    `CaptureError` if the model reads the argument.
     """
 
     def __init__(self) -> None:
@@ -117,8 +118,7 @@ class Unread:
         for unread in {*self._unread.values()}:
             if (reduced := call.without(unread)).key in self._unread:
                 return reduced
-        for key in reversed(known):
-            unread = call.differs(key)
+        for unread in (*map(call.differs, reversed(known)), call.seldom_read()):
             if unread and (reduced := call.without(unread)).key not in self._read:
                 self._unread[reduced.key] = unread
                 return reduced

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...capture import Call, CaptureError, broken_guard, capture_call, guard_error, outdated
+from ...capture import (
+    Call,
+    CaptureError,
+    TooManyOperatorsError,
+    broken_guard,
+    capture_call,
+    guard_error,
+    outdated,
+)
 from ...capture.structure import Structure, WeightTable
 from ...capture.unread import Unread
 from ...ir.advice import warn
@@ -79,11 +87,12 @@ class Programs:
         for entry in self.all():
             entry.look_up(self._model)
 
-    def entry(self, call: Call, *, planned: bool = True) -> Entry:
+    def entry(self, call: Call, *, planned: bool = True, whole: bool = False) -> Entry:
         """The program for a call, captured if there is none.
 
         Args:
             planned: whether a new one is planned and loaded at once.
+            whole: it is known that the model reads all arguments.
         """
         if hash(call.key) in self._evicted and not self._hinted:
             self._hinted = True
@@ -92,7 +101,7 @@ class Programs:
                 f"only the programs of the {SIGNATURES} latest kinds (shapes, options) are kept; make all calls of one "
                 "kind before those of the next, or bring the inputs to fewer shapes"
             )
-        call = self._unread.reduced(call, self._entries)
+        call = call if whole else self._unread.reduced(call, self._entries)
         entries = self._entries.setdefault(call.key, [])
         self._entries.move_to_end(call.key)
         for entry in [entry for entry in entries if outdated(entry.captured, self._model)]:
@@ -113,9 +122,12 @@ class Programs:
         self.in_a_row += 1
         try:
             return self._capture(call, entries, planned)
-        except CaptureError:
-            if not call.unread:
+        except CaptureError as error:
+            if not call.unread or isinstance(error, TooManyOperatorsError):
                 raise
+            if call.unread == call.seldom_read():  # read in this call: with other numbers it may not be
+                self.in_a_row -= 1
+                return self.entry(call.without(frozenset()), planned=planned, whole=True)
             while entries:
                 self._release(entries.pop())
             return self.entry(self._unread.refute(call), planned=planned)

@@ -221,7 +221,7 @@ def test_a_call_that_is_refused_leaves_its_generator_as_it_was() -> None:
         assert torch.equal(generator.get_state(), seeded(1).get_state())
 
 
-def test_a_generator_that_is_not_read_needs_no_second_run() -> None:
+def test_a_call_whose_generator_is_not_read_is_captured_once() -> None:
     runs = []
 
     def nothing(z: Tensor, generator: Any) -> Tensor:
@@ -233,8 +233,43 @@ def test_a_generator_that_is_not_read_needs_no_second_run() -> None:
         first = len(runs)
         outputs(module, "decode", seeded(2))
         outputs(module, "decode", seeded(3))
-    assert first <= 3  # run once, recorded, compared
-    assert not any(isinstance(each, torch.Generator) and type(each) is not torch.Generator for each in runs)
+    assert len(runs) == first <= 3  # run once, recorded, compared
+
+
+@torch.no_grad()
+def test_models_keep_and_return_generators_of_the_caller() -> None:
+    def kept(z: Tensor, generator: Any) -> Tensor:
+        model.kept, model.all[0] = generator, generator
+        return torch.zeros(1)
+
+    class Returning(Noisy):
+        def decode(self, z: Tensor, generator: Any = None) -> Any:
+            return super().decode(z, generator), generator
+
+    model: Any = Returning(kept).eval()
+    model.kept, model.all = None, [None]
+    z, own = torch.randn(2, 4, 16, 8), [seeded(1), seeded(2)]
+    with fxpass.parallelize(model, 2, executor="lockstep") as module:
+        for each in (own[0], own[1], own[0]):
+            expected = model.conv(z)
+            found, returned = module.decode(z, generator=each)
+            torch.testing.assert_close(found, expected)
+            assert returned is each
+            assert all(any(held is one for one in (None, *own)) for held in (model.kept, *model.all))
+
+
+@torch.no_grad()
+def test_what_a_model_asks_of_a_generator_is_answered_as_it_is() -> None:
+    def asked(z: Tensor, generator: Any) -> Tensor:
+        kind = isinstance(generator, list) + 2 * (type(generator) is torch.Generator)
+        return torch.full((1,), float(kind + generator.initial_seed()))
+
+    with parallel(asked) as module:
+        z, own = torch.randn(2, 4, 16, 8), seeded(3)
+        for generator in (own, own.manual_seed, seeded(3)):
+            generator = generator(5) if callable(generator) else generator
+            expected = module.unwrapped.decode(z, generator=generator)
+            torch.testing.assert_close(module.decode(z, generator=generator), expected)
 
 
 def test_a_module_that_only_decodes_is_split_there() -> None:
