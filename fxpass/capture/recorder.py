@@ -179,7 +179,8 @@ class Recorder(TorchDispatchMode):
     def _call(self, op: Any, args: Any, kwargs: dict[str, Any], value: Any) -> fx.Node:
         if self._most is not None and len(self.graph.nodes) > self._most:
             message = f"it runs more than {self._most:,} operators (a loop over frames or tiles?)"
-            raise TooManyOperatorsError(message, self.runs.repeated(self.graph))
+            weights = (node for node, origin in self.origins.items() if origin.kind == "weight")
+            raise TooManyOperatorsError(message, self.runs.repeated(weights))
         return append(self.graph, op, _to_nodes(args, self), _to_nodes(kwargs, self), self._described(value))
 
     def _described(self, value: Any) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterable
 
 from torch import fx
 
-from ..ir.program import calls
-
-MOST = 0.8  #: share of the operators that the repeated modules must hold
+MOST = 0.8  #: share of the operators that read weights that the repeated modules must hold
 FEW = 3  #: so many modules at most
 
 
@@ -26,10 +23,14 @@ class Runs:
         self._count[path] += 1
         self._around.setdefault(path, set()).update(around)
 
-    def repeated(self, graph: fx.Graph) -> tuple[str, ...]:
+    def repeated(self, weights: Iterable[fx.Node]) -> tuple[str, ...]:
         """The outermost modules that have run more than once, largest first, without those that hold few operators.
 
-        Empty if together they do not hold most operators of `graph`.
+        Only operators that read weights count: tiles are blended row by row, in more operators than it takes to decode
+        them, but not in more work. Empty if together the modules do not hold most of them.
+
+        Args:
+            weights: what the operators of the call read.
         """
         found = [
             path
@@ -37,7 +38,7 @@ class Runs:
             if path and count > 1 and all(not each or self._count[each] == 1 for each in self._around[path])
         ]
         work: Counter[str] = Counter()
-        operators = [node for node in calls(graph) if node.target is not operator.getitem]
+        operators = dict.fromkeys(user for each in weights for user in each.users)
         for node in operators:
             inside = node.meta.get("path", "")
             work.update(path for path in found if inside == path or inside.startswith(path + "."))

@@ -156,6 +156,18 @@ def test_a_call_that_was_too_large_is_tried_again_when_the_model_has_changed(mon
 
 
 @torch.no_grad()
+def test_tiles_are_split_one_by_one_also_where_blending_them_takes_most_operators(monkeypatch: Any) -> None:
+    monkeypatch.setattr("fxpass.runtime.calls.module.OPERATORS", 600)
+    model = kl(sample_size=32)
+    model.tile_latent_min_size, model.tile_sample_min_size = 16, 32
+    split: Any = fxpass.parallelize(model, 2, executor="lockstep")
+    split.enable_tiling()
+    z = torch.randn(1, 4, 24, 24)
+    assert not said(lambda: assert_exact(split.decode(z), model.decode(z)), "unsplit")
+    assert [*split._engine.loops._modules] == ["decoder", "post_quant_conv"]
+
+
+@torch.no_grad()
 def test_a_latent_without_a_row_for_each_rank_is_decoded_unsplit_and_a_warning_says_why() -> None:
     model = kl()
     split: Any = fxpass.parallelize(model, 8, executor="lockstep")
