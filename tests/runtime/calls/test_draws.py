@@ -265,10 +265,11 @@ def test_what_a_model_asks_of_a_generator_is_answered_as_it_is() -> None:
         return torch.full((1,), float(kind + generator.initial_seed()))
 
     with parallel(asked) as module:
+        whole: Any = module.unwrapped
         z, own = torch.randn(2, 4, 16, 8), seeded(3)
         for seed, generator in ((3, own), (5, own), (3, seeded(3))):
             generator.manual_seed(seed)
-            expected = module.unwrapped.decode(z, generator=generator)
+            expected = whole.decode(z, generator=generator)
             torch.testing.assert_close(module.decode(z, generator=generator), expected)
 
 
