@@ -11,8 +11,9 @@ import pytest
 from fxpass.capture import capture
 from fxpass.ir.program import Program
 from fxpass.ir.strategy import Strategy
+from fxpass.make_plan import make_plan
 from fxpass.models.resolve import Options, resolve
-from fxpass.plan import Plan, make_plan
+from fxpass.plan import Plan
 from fxpass.predict.compare import advice
 from fxpass.report.facts import Facts
 from fxpass.report.page import page
