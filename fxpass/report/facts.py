@@ -105,7 +105,8 @@ class Facts:
         """Other numbers of ranks and strategies, with patches alone; one rank comes first."""
         plan = self.plan
         usual = (Strategy.of("sync"), Strategy.of("displaced")) if self.compare else ()
-        strategies = list(dict.fromkeys((*usual, plan.strategy)))
+        own_strategy = Strategy.of("sync") if plan.strategy.overlaps else plan.strategy  # patches alone have no stages
+        strategies = list(dict.fromkeys((*usual, own_strategy)))
         found: list[Prediction | Impossible] = []
         processes = plan.placement.processes
         for world in sorted({*WORLDS, processes}) if self.compare else [1]:

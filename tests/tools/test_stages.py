@@ -74,10 +74,10 @@ def test_stages_that_cannot_be_are_refused_in_one_line(command: str, tmp_path: P
     uneven = fxpass(name, MODEL, *more, "-n", 4, "--stages", 3)
     assert uneven.exit_code == 2
     assert uneven.stderr.startswith("error: the 4 processes cannot be divided evenly into 3 stages")
-    stale = fxpass(name, MODEL, *more, *STAGES, "--strategy", "displaced")
-    assert stale.exit_code == 2
-    assert stale.stderr.startswith("error: stages=2 runs exact steps only")
-    assert len((uneven.stderr + stale.stderr).splitlines()) == 2
+    unnamed = fxpass(name, MODEL, *more, *STAGES, "--strategy", "auto")
+    assert unnamed.exit_code == 2
+    assert unnamed.stderr.startswith("error: stages, patches and speeds are for a strategy that is named")
+    assert len((uneven.stderr + unnamed.stderr).splitlines()) == 2
     assert not list(tmp_path.iterdir())
 
 
