@@ -18,6 +18,7 @@ import pytest
 from tests.test_docs import DOCUMENTS, ROOT, commands, text_of
 from tests.tools.command import fxpass
 from tests.tools.pipelines import write_pipeline
+from tests.torchrun import ranks
 
 COMMAND = r"fxpass (models|[a-z]+ \S.*)|(torchrun|([\w./]*/)?python) \S.*"
 #: what stands for the models, files and nodes of the commands
@@ -107,7 +108,12 @@ def test_a_command_on_a_model_of_the_catalog_runs_as_it_is_written(line: str) ->
 def test_generate_runs_with_a_tiny_pipeline(line: str, pipeline: Path) -> None:
     words = [str(pipeline) if word == "models/demo" else word for word in shlex.split(line)]
     words += ["--steps", "1"]
-    run_apart(words) if words[0] == "torchrun" else run([*words, "--executor", "lockstep"])
+    if words[0] == "torchrun":
+        _, option, world, run_module, module, *arguments = words
+        assert (option, run_module) == ("--nproc-per-node", "-m")
+        ranks(module, *arguments, world=int(world))
+    else:
+        run([*words, "--executor", "lockstep"])
     assert Path("circle.png").stat().st_size > 1000
 
 

@@ -180,8 +180,17 @@ def test_displaced_steps_equal_the_reference(name: str, ranks: int) -> None:
             assert (off < 1e-9) == (k < 2), f"step {k} is off by {off}"
 
 
-@pytest.mark.parametrize("name", ["displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn"])
-@pytest.mark.parametrize("model_name", ["unet_sd", "flux", "sana", "cogvideox_5b"])
+QUICK = ("displaced", "compressed")
+
+
+@pytest.mark.parametrize(
+    ("model_name", "name"),
+    [
+        pytest.param(model, name, marks=[] if model == "unet_sd" or name in QUICK else pytest.mark.slow)
+        for model in ("unet_sd", "flux", "sana", "cogvideox_5b")
+        for name in ("displaced", "compressed", "corrected_async_gn", "stale_gn", "sync_gn")
+    ],
+)
 def test_after_an_exact_step_on_the_same_input_the_displaced_one_equals_it(model_name: str, name: str) -> None:
     chosen = case(model_name)
     model: Any = chosen.build()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -22,6 +21,7 @@ from fxpass.ir.strategy import Strategy
 from fxpass.passes.codegen import step_code
 from fxpass.passes.lower_comm import StepPrograms
 from fxpass.runtime.lockstep import LockstepExecutor
+from tests import forks
 from tests.runtime.plans import broken_on_rank_1, cut_plan, inputs, parallel, steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,11 +112,7 @@ def test_processes_are_compiled_and_a_second_start_finds_it_in_the_cache() -> No
     number = str(1 + time.time_ns() % 10**9 / 10**9)  # in the code that is compiled: no earlier test run has made it
     runs = []
     for _ in range(2):
-        result = subprocess.run(
-            [sys.executable, "-c", PROGRAM, number],
-            check=False, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            timeout=400,
-        )  # fmt: skip
+        result = forks.run([sys.executable, "-c", PROGRAM, number], env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
         runs.append(json.loads(result.stdout.splitlines()[-1]))
     assert all(run["off"] <= 1e-5 for run in runs)
@@ -144,10 +140,10 @@ def test_a_compiled_program_follows_a_weight_of_other_strides() -> None:
     assert [report.segments for report in module.compile_reports] == [2]  # the third call has the strides of the first
 
 
-def test_processes_compile_all_segments_before_the_first_step(tmp_path: Path) -> None:
-    """In a process of its own, for Inductor reads where its cache lies once."""
+def test_processes_compile_all_segments_before_the_first_step() -> None:
+    """In a process of its own, for its threads. Each segment has a number that no earlier run has compiled."""
     script = """
-import torch
+import time, torch
 from fxpass.capture import capture
 from fxpass.ir.step import EXACT
 from fxpass.ir.code import Segment
@@ -162,7 +158,13 @@ torch.use_deterministic_algorithms(True)
 step_runner.new_compiler = lambda rank, sharing: Compiler(rank, processes=2)
 jobs, nobody_else = precompile.jobs, lambda: 0  # what cannot be sent is left to this process
 precompile.jobs = lambda *given: [*jobs(*given), (Segment("def segment(inputs):", (nobody_else,)), ())]
-model, x = Layer().eval(), torch.randn(1, 32, 8)
+number = 1 + time.time_ns() % 10**9 / 10**9
+
+class Unique(Layer):
+    def forward(self, x):
+        return super().forward(x * number) * number
+
+model, x = Unique().eval(), torch.randn(1, 32, 8)
 plan = cut_plan(capture(model, x), 2)
 weights = [model.get_parameter(name) for name in plan.program.weights.values()]
 with torch.no_grad():
@@ -171,10 +173,7 @@ with torch.no_grad():
     reports = [(report.segments > 0, report.cached) for report in loaded.compiled]
     print(missed(), reports, torch.allclose(found, model(x), atol=1e-5))
 """
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    run = forks.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines()[-1].startswith("0 [(True, False)")
     assert run.stdout.endswith("True\n")

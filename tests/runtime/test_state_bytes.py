@@ -27,7 +27,8 @@ from tests.runtime.plans import block, inputs
 
 WORLD = 3
 EACH = Placement.one_each(WORLD)
-STRATEGIES = ["sync", "displaced", "compressed", "pcpp", "no_sync", "corrected_async_gn"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("no_sync", "corrected_async_gn")]
+STRATEGIES = ["sync", "displaced", "compressed", "pcpp", *SLOW]
 
 
 @cache
