@@ -158,7 +158,7 @@ PRESETS: dict[str, Strategy] = {
         _stale("separate_gn", "local"),
         _stale("no_sync", "local", others="frozen"),
         _stale("pcpp", "corrected", window=0.3),
-        Strategy("asyncdiff", transfers="stale", warmup_steps=4, cooldown_steps=1),
+        Strategy("asyncdiff", transfers="stale", warmup_steps=2, cooldown_steps=3),
     )
 }
 PRESETS |= {"full_sync": PRESETS["sync"]}  # DistriFusion's name
