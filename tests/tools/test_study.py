@@ -242,11 +242,12 @@ def test_intervals_follow_students_t_and_differences_are_paired() -> None:
         (("--ranks", "2;4"), "--ranks takes whole numbers above 0 with commas between"),
         (("--steps", "0"), "--steps takes whole numbers above 0"),
         (("--report-only",), "leave out --report-only"),
-        (("--pipeline", "somewhere"), "--prompt-file names a text file"),
+        (("--pipeline", "somewhere"), "there is no folder somewhere"),
+        (("--pipeline", "TINY"), "--prompt-file names a text file"),
         (("--pipeline", "demo"), "train it: python -m fxpass.tools.demo.train_unet"),
         (("--pipeline", "demo_dit"), "makes images of 32 x 32 pixels only; give --size 32"),
         (("--pipeline", "TINY", "--prompt-file", "PROMPTS", "--prompts", "4"), "give --prompts 3 or less"),
-        (("--pipeline", "TINY", "--prompt-file", "MISSING"), "No such file"),
+        (("--pipeline", "TINY", "--prompt-file", "MISSING"), "there is no file"),
     ],
 )
 def test_study_reports_wrong_arguments_in_one_line(
