@@ -13,6 +13,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -23,18 +24,21 @@ from ..ir.exchange import Exchange
 from ..ir.fetch import Fetch
 from ..ir.layout import Rows, owned, per_rank
 from ..ir.nodes import copied
-from ..ir.program import layout_of, shape_of
+from ..ir.program import exchanges_of, layout_of, shape_of
 
+WITHOUT = "fetched without a window"  #: how the reasons of such keys and values begin
 attention = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
     """A copy of `graph` in which keys and values have windows, or a reason for having none.
 
+    Local ones have a window of the own tokens alone. Where they can have none, they are frozen.
+
     Args:
         windows: the share of each neighbour's tokens, for equal parts of the depth, first to last; empty: all tokens.
     """
-    if not windows:
+    if not windows and not any(_local(each) for _, declared in exchanges_of(graph) for each in declared):
         return graph
     graph = copied(graph)
     layers = []
@@ -47,7 +51,7 @@ def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
         elif node.target is attention:
             layers.append(node)
     for depth, node in enumerate(layers):
-        share = windows[depth * len(windows) // len(layers)]
+        share = windows[depth * len(windows) // len(layers)] if windows else 0.0
         rows: tuple[Rows, ...] = ()
         for operand in node.args[1:3]:
             rows = _set_window(operand, share)
@@ -57,6 +61,9 @@ def narrow(graph: fx.Graph, windows: Sequence[float]) -> fx.Graph:
                 seen = graph.call_function(ops.seen, (mask, node.args[1], per_rank(rows)))
                 seen.meta = dict(mask.meta) | {"resized": True}
             node.update_arg(3, seen)
+    for node, declared in exchanges_of(graph):
+        frozen = tuple(replace(each, fresh="frozen") if _local(each) and not each.window else each for each in declared)
+        node.update_arg(1, frozen)  # pyright: ignore[reportArgumentType]
     return graph
 
 
@@ -78,27 +85,36 @@ def _set_reason(node: fx.Node, places: Iterable[int], why: str) -> None:
     """Say why the stale keys and values that `node` fetches have no window."""
     declared: list[Exchange] = list(node.args[1])  # type: ignore[arg-type]
     for i in places:
-        if declared[i].role == "keys_values" and declared[i].fresh == "stale":
-            declared[i] = replace(declared[i], reason=f"fetched without a window: {why}")
+        each = declared[i]
+        if each.role == "keys_values" and each.fresh in ("stale", "local") and isinstance(each, Fetch):
+            declared[i] = replace(each, reason=f"{WITHOUT}: {why}")
     node.update_arg(1, tuple(declared))  # pyright: ignore[reportArgumentType]
 
 
 def _fetch(operand: object) -> Fetch | None:
-    """The exchange whose result the operand is, if it fetches stale keys and values."""
+    """The exchange whose result the operand is, if it fetches stale or local keys and values."""
     if not isinstance(operand, fx.Node) or operand.target is not operator.getitem:
         return None
     source, index = operand.args
     if source.target is not ops.exchange:
         return None
     found: Exchange = source.args[1][index]  # type: ignore[union-attr,index]
-    return found if isinstance(found, Fetch) and found.role == "keys_values" and found.fresh == "stale" else None
+    return (
+        found
+        if isinstance(found, Fetch) and found.role == "keys_values" and found.fresh in ("stale", "local")
+        else None
+    )
+
+
+def _local(each: Exchange) -> TypeGuard[Fetch]:
+    return each.fresh == "local" and each.role == "keys_values" and isinstance(each, Fetch)
 
 
 def _set_window(operand: fx.Node, share: float) -> tuple[Rows, ...]:
     source, index = operand.args
     declared: list[Fetch] = list(source.args[1])  # type: ignore[union-attr,arg-type]
     fetch = declared[index]  # type: ignore[index]
-    window = windows_of(fetch.have, share)
+    window = fetch.have if fetch.fresh == "local" else windows_of(fetch.have, share)
     declared[index] = replace(fetch, window=window, reason="")  # type: ignore[index]
     source.update_arg(1, tuple(declared))  # type: ignore[union-attr]
     operand.meta["resized"] = True

@@ -16,6 +16,7 @@ from ..ir.layout import Layout
 from ..ir.program import Program
 from ..ir.strategy import Strategy
 from ..passes.cuts import Tried
+from ..passes.narrow import WITHOUT
 from ..passes.rules import RULES
 from .record import ExchangeRecord, Node, Snapshot
 from .text import WHOLE_MODEL, call_text, cut_texts, placed_text
@@ -196,6 +197,8 @@ class _Explainer:
             return f"never stale: exchanges of the role {each.role} are exact in every step"
         if each.fresh == "sync":
             return f"may be stale: its rule allows it, but the strategy {self.strategy.name!r} keeps {each.role} fresh"
+        if each.fresh == "frozen" and each.reason.startswith(WITHOUT):
+            return f"frozen: {FRESH['frozen']}; {self.strategy.name!r} wants own tokens alone, which needs a window"
         if each.fresh == "frozen" and self.strategy.freshness(each.role) != "frozen":  # type: ignore[arg-type]
             return (
                 "sent in exact steps only: the value depends on the conditioning alone, and is the same at every step"

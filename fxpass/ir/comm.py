@@ -225,8 +225,7 @@ def estimate(
 
 
 def local(x: Tensor, exchange: Exchange, rank: int) -> Tensor:
-    """Moments of the own value alone."""
-    assert isinstance(exchange, Moments)
+    """What an exchange makes of the own value alone."""
     return exchange.local(rank, x)
 
 

@@ -49,9 +49,9 @@ class Exchange:
         may_be_stale: set by the rule that declares the exchange, if the result stays close to the exact one when the
             other ranks' parts are those of an earlier step (law 4).
         fresh: which parts of the other ranks a displaced step uses. `sync`: those of this step. `stale`: those of the
-            last step. `frozen`: those of the last exact step. `local`: none. For moments also `corrected`: those of
-            the last step plus the own change since then; and `predicted`: an estimate of those of this step. A
-            displaced step sends its part for the next step; frozen and local exchanges send nothing.
+            last step. `frozen`: those of the last exact step. `local`: none (`Exchange.local`). For moments also
+            `corrected`: those of the last step plus the own change since then; and `predicted`: an estimate of those of
+            this step. A displaced step sends its part for the next step; frozen and local exchanges send nothing.
         forecast: the largest trend; 0 for no extrapolation. With a and b received in the last two steps, a displaced
             step uses b + trend (b - a). Each rank measures the trend on its own value, whose change in this step it
             knows, and clamps it to 0 … `forecast`: a change that reverses is not extrapolated.
@@ -145,6 +145,10 @@ class Exchange:
 
     def unpack(self, rank: int, x: Tensor, received: Payloads) -> Tensor:
         """Rank `rank`'s result, from its own value and the payload of each other rank."""
+        raise NotImplementedError
+
+    def local(self, rank: int, x: Tensor) -> Tensor:
+        """Rank `rank`'s result, of its own value alone."""
         raise NotImplementedError
 
     @cached_property

@@ -8,13 +8,14 @@ from functools import cached_property, lru_cache, reduce
 from math import prod
 from operator import or_
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .coding import decode, encode, encoded_size
 from .exchange import Exchange, Payloads, dense_strides
 from .layout import Rows, owned, routes
-from .ops import fill_rows, take
+from .ops import Index, fill_rows, index_tensor, take
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,18 @@ class Fetch(Exchange):
             fill_rows(inner, self.dim, where, payload)
         return result
 
+    def local(self, rank: int, x: Tensor) -> Tensor:
+        """The wanted rows; in place of others' rows, the nearest own ones."""
+        want, have = self.steady.want[rank], self.have[rank]
+        if want == have and not any(self.framed(rank)):
+            return x
+        parts = [x.index_select(self.dim, index_tensor(nearest(want, have), x.device))]
+        for count, place in zip(self.framed(rank), (0, 1), strict=True):
+            if count:
+                shape = (*x.shape[: self.dim], count, *x.shape[self.dim + 1 :])
+                parts.insert(len(parts) * place, x.new_full(shape, self.fill))
+        return torch.cat(parts, self.dim) if len(parts) > 1 else parts[0]
+
     def __str__(self) -> str:
         have, want = (sorted({len(rows) for rows in side}) for side in (self.have, self.want))
         frame = " framed" if any(self.before) or any(self.after) else ""
@@ -231,6 +244,15 @@ def places(want: Rows, parts: tuple[Rows, ...]) -> tuple[tuple[tuple[int, Rows],
     places = [(src, want.locate(part)) for src, part in enumerate(parts) if part.runs]
     places.sort(key=lambda place: place[1].start)
     return tuple(places), all(where.contiguous for _, where in places)
+
+
+@lru_cache(maxsize=4096)
+def nearest(want: Rows, have: Rows) -> Index:
+    """Of each wanted row, the local position of the own row that is nearest: of two, the one before."""
+    own, rows = have.array, want.array
+    after = np.searchsorted(own, rows).clip(max=len(own) - 1)
+    before = (after - 1).clip(min=0)
+    return Index(np.where(np.abs(own[before] - rows) <= np.abs(own[after] - rows), before, after))
 
 
 def _sizes(sizes: Sequence[int]) -> str:

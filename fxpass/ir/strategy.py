@@ -15,9 +15,10 @@ class Strategy:
     """How fresh each kind of exchange is at displaced steps.
 
     A rank always uses its own part of this step. Of the other ranks it uses: `sync`, their parts of this step (exact);
-    `stale`, those of the last step; `frozen`, those of the last exact step. Moments may also be `corrected` (those of
-    the last step plus the whole change of the own part), `predicted` (those of the last step, each moved by a share of
-    the own change and of its own last change), or `local` (the own part alone).
+    `stale`, those of the last step; `frozen`, those of the last exact step; `local`, none: halos repeat the nearest own
+    row, attention sees the own tokens alone. Moments may also be `corrected` (those of the last step plus the whole
+    change of the own part), or `predicted` (those of the last step, each moved by a share of the own change and of its
+    own last change).
 
     Attributes:
         name: the preset's name.
@@ -56,8 +57,7 @@ class Strategy:
 
     def __post_init__(self) -> None:
         for kind in ("halo", "keys_values", "moments", "sums"):
-            # a mean of the own rows is an estimate; a convolution, an attention or a sum needs the others' rows
-            known = get_args(Freshness) if kind == "moments" else ("sync", "stale", "frozen")
+            known = get_args(Freshness) if kind == "moments" else ("sync", "stale", "frozen", "local")
             if getattr(self, kind) not in known:
                 raise ValueError(f"Strategy.{kind} is one of {', '.join(known)}, not {getattr(self, kind)!r}")
         if self.transfers not in ("sync", "stale"):

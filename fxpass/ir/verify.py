@@ -198,7 +198,7 @@ def _displaced(graph: fx.Graph, world: int) -> Iterator[fx.Node]:
         stale = kinds != {"sync"}
         if len(kinds) > 1 or any(
             (stale and not each.may_be_stale)
-            or (each.fresh in ("predicted", "corrected", "local") and not isinstance(each, Moments))
+            or (each.fresh in ("predicted", "corrected") and not isinstance(each, Moments))
             or (isinstance(each, Fetch) and each.bits and each.fresh != "stale")
             or (isinstance(each, Fetch) and not all(h <= w for h, w in zip(each.have, each.window, strict=False)))
             for each in declared

@@ -133,8 +133,8 @@ def test_a_plain_tensor_attribute_may_change_as_often_as_it_likes() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"halo": "fresh"}, r"Strategy\.halo is one of sync, stale, frozen, not 'fresh'"),
-        ({"keys_values": "local"}, r"Strategy\.keys_values is one of sync, stale, frozen, not 'local'"),
+        ({"halo": "fresh"}, r"Strategy\.halo is one of sync, stale, frozen, local, not 'fresh'"),
+        ({"keys_values": "corrected"}, r"Strategy\.keys_values is one of sync, stale, frozen, local, not 'corrected'"),
         (
             {"moments": "old"},
             r"Strategy\.moments is one of sync, stale, predicted, corrected, frozen, local, not 'old'",
