@@ -211,10 +211,12 @@ class Fetch(Exchange):
         return result
 
     def local(self, rank: int, x: Tensor) -> Tensor:
-        """The wanted rows; in place of others' rows, the nearest own ones."""
+        """The wanted rows; in place of others' rows, the nearest own ones, or zeros if the rank has none."""
         want, have = self.steady.want[rank], self.have[rank]
         if want == have and not any(self.framed(rank)):
             return x
+        if not have:
+            return x.new_zeros(self.steady.result_shape(rank, x.shape))
         parts = [x.index_select(self.dim, index_tensor(nearest(want, have), x.device))]
         for count, place in zip(self.framed(rank), (0, 1), strict=True):
             if count:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxpass
+from fxpass.ir.fetch import Fetch
+from fxpass.ir.layout import Rows
 from fxpass.ir.strategy import Strategy
 from tests.runtime.plans import Block, block, steps, whole
 
@@ -72,3 +74,12 @@ def test_local_steps_equal_the_reference_and_send_nothing_but_the_output() -> No
                 for own in (np.arange(8), np.arange(8, 16)):
                     expected[:, :, own] = alone(model, sample, time, own)
             torch.testing.assert_close(found[k], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_rank_without_own_rows_has_zeros_in_place_of_those_of_others() -> None:
+    have = Rows.of((0, 1)), Rows.of((2, 3)), Rows.of(())
+    want = Rows.of((0, 1, 2)), Rows.of((1, 2, 3)), Rows.of((3,))
+    fetch = Fetch("halo", (1, 4), torch.float32, 3, dim=1, have=have, want=want, fresh="local")
+    values = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.empty(1, 0)
+    found = [fetch.local(rank, x).tolist() for rank, x in enumerate(values)]
+    assert found == [[[1.0, 2.0, 2.0]], [[3.0, 3.0, 4.0]], [[0.0]]]
