@@ -90,7 +90,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def marked(line: str) -> object:
-    return pytest.param(line, marks=[pytest.mark.slow] if " onnx " in line else [])
+    return pytest.param(line, marks=[pytest.mark.slow] if " onnx " in line or " study " in line else [])
 
 
 @pytest.mark.parametrize("line", [marked(line) for line in to_run() if re.match(r"fxpass (?!generate)", line)])

@@ -19,9 +19,10 @@ from fxpass.ir.program import calls, is_on
 from fxpass.ir.step import EXACT, MODES, Step
 from fxpass.ir.strategy import Strategy
 from fxpass.ir.transfer import Transfer
+from fxpass.make_plan import make_plan
 from fxpass.models.small import case, output_tensors
 from fxpass.passes.lower_comm import StepPrograms
-from fxpass.plan import Plan, make_plan
+from fxpass.plan import Plan
 from fxpass.planning import Deal
 from fxpass.runtime.lockstep import LockstepExecutor
 from tests.passes.test_stages import blocks
@@ -258,7 +259,7 @@ def test_generations_know_nothing_of_each_other() -> None:
                 mixed[i].append(made[2](*call)["sample"])
     for i in range(2):
         assert all(torch.equal(a, b) for a, b in zip(mixed[i], apart[i], strict=True)), i
-        assert not torch.allclose(mixed[i][2], block()(*calls_of[i][2])["sample"])
+        assert not torch.allclose(mixed[i][1], block()(*calls_of[i][1])["sample"])  # the last three are exact
 
 
 def test_what_a_rank_keeps_of_stages_is_counted() -> None:
